@@ -1,0 +1,50 @@
+# Settings are make variables: `make up PORT=9000 MAX_BATCH=8` is MLXPOOL_PORT and MLXPOOL_MAX_BATCH (see README.md).
+
+# Not settings, but variables of this file.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+MLX ?= $(or $(patsubst .venv/.installed-%,%,$(firstword $(wildcard .venv/.installed-*))),cpu)
+WORKERS ?= 1
+ARGS ?=
+
+given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v)))
+$(foreach v,$(filter-out PYTHON MLX WORKERS ARGS SHELL,$(given)),$(eval export MLXPOOL_$(v) = $$($(v))))
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(MLX)
+
+.DEFAULT_GOAL := help
+.PHONY: help install up test check format
+
+help: ## say what there is
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+	@echo
+	@echo "Settings are make variables: make up MODEL=\"demo /path/to/model\" PORT=8080 WORKERS=2"
+	@echo "On Linux with an NVIDIA GPU, once: make install MLX=cuda12 (or cuda13)"
+
+install: $(STAMP) ## put everything into .venv
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "mlx-pool needs Python 3.11 or newer; name one with: make install PYTHON=python3.12" >&2; exit 1; }
+	@echo "Installing into $(VENV); this takes a minute or two the first time."
+	@# A fresh environment where another build of MLX is in it: they overwrite each other's library.
+	@$(PYTHON) -m venv $(if $(filter-out $(STAMP),$(wildcard $(VENV)/.installed-*)),--clear) $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(MLX),dev]'
+	@touch $@
+
+up: install ## run Redis, the API and a worker until Ctrl-C
+	@$(BIN)/python -m common.up --workers $(WORKERS)
+
+test: install ## run the tests, or some of them: make test ARGS=tests/unit
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: install ## lint, format, types, import rules
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: install ## format the code and fix what ruff can
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix

@@ -1,0 +1,52 @@
+"""A request's body: of the right type and size, and what is said of fields in it that nobody knows."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import falcon.asgi
+
+from api.disconnect import CLIENT, Client
+from common.errors import RequestError, invalid
+
+log = logging.getLogger(__name__)
+
+MAX_NAMED = 32
+"""Fields named in a header."""
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
+
+
+async def read_json(req: falcon.asgi.Request, max_bytes: int) -> bytes:
+    """The body of a request that says it is JSON, or says nothing of it.
+
+    Raises:
+        RequestError: 415, it says that it is something else; 413 and 408 as `Client.read_body`.
+    """
+    media_type = (req.content_type or "application/json").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise RequestError(
+            f"The content type `{media_type}` is not supported; send `application/json`.",
+            status=415,
+            code="unsupported_media_type",
+        )
+    client: Client = req.scope[CLIENT]
+    return await client.read_body(max_bytes)
+
+
+def report_ignored(
+    req: falcon.asgi.Request, resp: falcon.asgi.Response, names: list[str], *, strict: bool
+) -> None:
+    """Say which fields nobody knows, in a header and in the log.
+
+    Raises:
+        RequestError: 400 where `strict`.
+    """
+    if not names:
+        return
+    if strict:
+        raise invalid(f"Unknown parameter: `{names[0][:64]}`.", names[0][:64], "unknown_parameter")
+    listed = ", ".join(_UNSAFE.sub("?", name[:64]) for name in names[:MAX_NAMED])
+    resp.set_header("x-ignored-parameters", listed)
+    log.info("request %s: ignored %s", req.context.request_id, listed)

@@ -1,0 +1,44 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+import time
+
+import falcon.asgi
+
+from api import chat_request, request_fields
+from api.answer import Answer, fingerprint
+from api.body import read_json, report_ignored
+from api.chat_rendering import ChatRendering
+from api.disconnect import CLIENT
+from api.generation import Generations
+from api.model_directory import ModelDirectory
+from common.settings import Settings
+
+
+class ChatCompletions:
+    """Answers a conversation."""
+
+    def __init__(self, settings: Settings, directory: ModelDirectory, generations: Generations) -> None:
+        self._settings = settings
+        self._directory = directory
+        self._generations = generations
+
+    async def on_post(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
+        body = await read_json(req, self._settings.max_body_bytes)
+        request = chat_request.parse(body)
+        report_ignored(req, resp, request.ignored, strict=self._settings.strict_parameters)
+        model = await self._directory.resolve(request.model)
+        request_fields.check_logit_bias(request.sampling, model)
+        generation = await self._generations.begin(request, model.id, req.scope[CLIENT], len(body))
+        answer = Answer(
+            id=f"chatcmpl-{generation.job.job_id}",
+            created=int(time.time()),
+            model=request.model or model.id,
+            fingerprint=fingerprint(model.id, model.quantization),
+            service_tier=request.service_tier,
+        )
+        rendering = ChatRendering(
+            answer, with_logprobs=request.top_logprobs is not None, include_usage=request.include_usage
+        )
+        await generation.answer(resp, rendering, stream=request.stream)

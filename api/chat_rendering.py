@@ -1,0 +1,104 @@
+"""A chat completion as OpenAI says it: chunks of a stream as ready bytes, or one object.
+
+Fed by a generation with events, in order; knows nothing of where they come from.
+https://platform.openai.com/docs/api-reference/chat
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from api.answer import DONE, Answer, usage_object
+from api.logprobs import LogprobAligner, chat_items
+from common.protocol import Delta, Event, Finished
+
+_encode = msgspec.json.encode
+
+
+class ChatRendering:
+    """See the module; one for each answer.
+
+    Args:
+        with_logprobs: Whether the client asked for them.
+        include_usage: Whether a stream ends with the counts.
+    """
+
+    def __init__(self, answer: Answer, *, with_logprobs: bool, include_usage: bool) -> None:
+        self._answer = answer
+        self._include_usage = include_usage
+        self._aligner = LogprobAligner() if with_logprobs else None
+        self._texts: list[str] = []
+        self._items: list[dict[str, Any]] = []
+        head = answer.head("chat.completion.chunk")
+        self._before = b"data: " + head + b',"choices":[{"index":0,"delta":{'
+        self._no_choice = b"data: " + head + b',"choices":[],"usage":'
+        usage = b',"usage":null}\n\n' if include_usage else b"}\n\n"
+        self._after = b'},"logprobs":null,"finish_reason":null}]' + usage
+        self._usage = usage
+
+    # -- a stream ---------------------------------------------------------------------------------------------------
+
+    def opening(self) -> bytes:
+        """The first chunk: the role, and nothing else has it."""
+        return self._before + b'"role":"assistant","content":"","refusal":null' + self._after
+
+    def frames(self, events: list[Event]) -> bytes:
+        """What a client gets for `events`; may be empty. None of them is `Failed`."""
+        frames = []
+        before, after, aligner = self._before + b'"content":', self._after, self._aligner
+        for event in events:
+            if isinstance(event, Delta):
+                if aligner is not None:
+                    frames.append(self._delta_with_logprobs(event, aligner))
+                elif event.text:
+                    frames.append(before + _encode(event.text) + after)
+            elif isinstance(event, Finished):
+                frames.append(self._closing(event))
+        return b"".join(frames)
+
+    def _delta_with_logprobs(self, delta: Delta, aligner: LogprobAligner) -> bytes:
+        items = chat_items(aligner.take(delta))
+        if not (delta.text or items):
+            return b""
+        return self._chunk({"content": delta.text}, items, None)
+
+    def _closing(self, finished: Finished) -> bytes:
+        items = chat_items(self._aligner.finish()) if self._aligner is not None else []
+        frames = self._chunk({"content": ""}, items, None) if items else b""
+        frames += self._chunk({}, [], finished.finish_reason)
+        if self._include_usage:
+            frames += self._no_choice + _encode(usage_object(finished.usage)) + b"}\n\n"
+        return frames + DONE
+
+    def _chunk(self, delta: dict[str, Any], items: list[dict[str, Any]], reason: str | None) -> bytes:
+        rest = _encode(delta)[1:-1] + b'},"logprobs":' + _encode(_logprobs(items)) + b',"finish_reason":'
+        return self._before + rest + _encode(reason) + b"}]" + self._usage
+
+    # -- a whole answer ---------------------------------------------------------------------------------------------
+
+    def add(self, events: list[Event]) -> None:
+        """Keep what `events` say."""
+        for event in events:
+            if isinstance(event, Delta):
+                self._texts.append(event.text)
+                if self._aligner is not None:
+                    self._items += chat_items(self._aligner.take(event))
+
+    def body(self, finished: Finished) -> bytes:
+        """The whole answer as one object."""
+        if self._aligner is not None:
+            self._items += chat_items(self._aligner.finish())
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": "".join(self._texts), "refusal": None},
+            "logprobs": _logprobs(self._items) if self._aligner is not None else None,
+            "finish_reason": finished.finish_reason,
+        }
+        tail = _encode({"choices": [choice], "usage": usage_object(finished.usage)})
+        return self._answer.head("chat.completion") + b"," + tail[1:]
+
+
+def _logprobs(items: list[dict[str, Any]]) -> dict[str, Any] | None:
+    return {"content": items, "refusal": None} if items else None

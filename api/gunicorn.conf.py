@@ -1,0 +1,12 @@
+"""What `gunicorn -c api/gunicorn.conf.py api.asgi:app` reads; what it says is in `api.server`."""
+
+import sys
+
+from api.server import options
+from common.errors import StartupError
+from common.settings import Settings
+
+try:
+    globals().update(options(Settings.load()))
+except StartupError as error:
+    sys.exit(f"mlx-pool: {error}")

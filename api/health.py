@@ -1,0 +1,55 @@
+"""`/livez`, `/readyz` and `/health`, for whoever supervises the pool. Answered from what is known, in no time."""
+
+from __future__ import annotations
+
+import falcon
+import falcon.asgi
+import msgspec
+
+from api.model_directory import ModelDirectory
+from api.relay import Relay
+
+
+class Health:
+    """See the module."""
+
+    def __init__(self, directory: ModelDirectory, relay: Relay) -> None:
+        self._directory = directory
+        self._relay = relay
+
+    async def on_get_live(self, _req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
+        """This process runs."""
+        resp.data = b'{"status":"ok"}'
+
+    async def on_get_ready(self, _req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
+        """Redis answers, and at least one model has a worker."""
+        if not (self._relay.is_connected and self._directory.is_fresh):
+            self._not_ready(resp, "Redis does not answer")
+        elif not self._directory.served:
+            self._not_ready(resp, "no model has a live worker")
+        else:
+            resp.data = b'{"status":"ok"}'
+
+    async def on_get(self, _req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
+        """This process runs, and what it sees."""
+        models = self._directory.served
+        resp.data = msgspec.json.encode(
+            {
+                "status": "ok",
+                "redis": self._relay.is_connected and self._directory.is_fresh,
+                "models": len(models),
+                "workers": sum(model.num_workers for model in models),
+                "free_slots": sum(model.free_slots for model in models),
+                "running_requests": self._relay.num_subscriptions,
+            }
+        )
+
+    on_head = on_get
+    on_head_live = on_get_live
+    on_head_ready = on_get_ready
+
+    @staticmethod
+    def _not_ready(resp: falcon.asgi.Response, reason: str) -> None:
+        resp.status = falcon.HTTP_503
+        resp.set_header("retry-after", "1")
+        resp.data = msgspec.json.encode({"status": "unavailable", "reason": reason})

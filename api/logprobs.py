@@ -1,0 +1,150 @@
+"""Log-probabilities, lined up with the text that a client gets.
+
+A worker reports each token at once, but its text may be held back (half a character, the possible start of a stop string)
+and cut at a stop string. Items come out when their text does, and together they are exactly that text. Used by the
+renderings; the bytes are decoded as the worker's detokenizer does it.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from common.protocol import Delta, TokenLogprob
+
+LEAST_LOGPROB = -9999.0
+"""OpenAI's number for "never"; JSON has no infinity."""
+
+
+@dataclass(slots=True)
+class Item:
+    """A token with the characters that became whole with it.
+
+    Attributes:
+        text: May be empty: the token ends within a character.
+        data: Items' bytes together are the text's UTF-8.
+    """
+
+    text: str
+    data: bytes
+    logprob: float
+    top: list[TokenLogprob]
+
+
+class LogprobAligner:
+    """One answer's items. A group is what ends at the border of a character: mostly one token, rarely several."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._open: list[Item] = []
+        self._groups: deque[list[Item]] = deque()
+        self._num_released = 0  # characters of the text that no item was given for yet
+        self._at_start = True
+
+    def take(self, delta: Delta) -> list[Item]:
+        """Account for a token and the text that came with it; the items whose text is out now."""
+        own = delta.logprob
+        if own is not None:
+            text = self._decoder.decode(own.data)
+            self._open.append(Item(text, own.data, max(own.logprob, LEAST_LOGPROB), delta.top))
+            if text and not self._decoder.getstate()[0]:
+                self._close_group()
+        if not delta.text:
+            return []
+        if self._at_start:
+            self._drop_first_space(delta.text)
+        self._num_released += len(delta.text)
+        items: list[Item] = []
+        while self._groups and (length := _length(self._groups[0])) <= self._num_released:
+            self._num_released -= length
+            items += self._groups.popleft()
+        return items
+
+    def finish(self) -> list[Item]:
+        """The items of what text is left; an item that a stop string has cut is cut, those behind are dropped."""
+        if self._open:
+            self._open[-1].text += self._decoder.decode(b"", final=True)
+            self._close_group()
+        items: list[Item] = []
+        for item in (item for group in self._groups for item in group):
+            if not self._num_released:
+                break
+            item.text = item.text[: self._num_released]
+            item.data = item.text.encode()
+            self._num_released -= len(item.text)
+            items.append(item)
+        self._groups.clear()
+        return items
+
+    def _close_group(self) -> None:
+        group, self._open = self._open, []
+        if b"".join(item.data for item in group) != "".join(item.text for item in group).encode():
+            for item in group:  # bytes that are no character became U+FFFD in the text
+                item.data = item.text.encode()
+        self._groups.append(group)
+
+    def _drop_first_space(self, text: str) -> None:
+        """Sentencepiece starts each text with a space, which a worker drops behind a chat template."""
+        self._at_start = False
+        first = next((item for group in [*self._groups, self._open] for item in group if item.text), None)
+        if first is not None and first.text.startswith(" ") and not text.startswith(" "):
+            first.text = first.text[1:]
+            first.data = first.text.encode()
+
+
+def _length(group: list[Item]) -> int:
+    return sum(len(item.text) for item in group)
+
+
+def _top_token(token: TokenLogprob) -> dict[str, Any]:
+    return {
+        "token": token.data.decode("utf-8", "replace"),
+        "logprob": max(token.logprob, LEAST_LOGPROB),
+        "bytes": list(token.data),
+    }
+
+
+def chat_items(items: list[Item]) -> list[dict[str, Any]]:
+    """As in `logprobs.content` of a chat completion."""
+    return [
+        {
+            "token": item.text,
+            "logprob": item.logprob,
+            "bytes": list(item.data),
+            "top_logprobs": [_top_token(token) for token in item.top],
+        }
+        for item in items
+    ]
+
+
+def legacy_arrays(items: list[Item], start: int) -> dict[str, list[Any]]:
+    """As in `logprobs` of a completion.
+
+    Args:
+        start: Characters of the answer before the first item.
+    """
+    offsets = []
+    for item in items:
+        offsets.append(start)
+        start += len(item.text)
+    return {
+        "tokens": [item.text for item in items],
+        "token_logprobs": [item.logprob for item in items],
+        # OpenAI: the sampled token is there too, also where it is not among the most likely.
+        "top_logprobs": [
+            {_key(token.data): max(token.logprob, LEAST_LOGPROB) for token in item.top}
+            | {item.text or _key(item.data): item.logprob}
+            for item in items
+        ],
+        "text_offset": offsets,
+    }
+
+
+def _key(data: bytes) -> str:
+    """A token as a key; one that is not whole characters is written as OpenAI does, so that no two are the same."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

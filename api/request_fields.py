@@ -1,0 +1,191 @@
+"""What both kinds of requests share: decoding, the fields that choose tokens, and what is refused.
+
+`decode` turns a body into a typed value once; the checks say what types cannot. Used by `chat_request` and
+`completion_request`. Knows the OpenAI API description, no model and no HTTP.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from api.model_directory import ServedModel
+from common.errors import invalid
+from common.protocol import SamplingParams
+
+MAX_STOPS = 4
+MAX_TOKENS = 2**31 - 1
+GREEDY_TEMPERATURE = 0.0
+
+TokenCount = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    """`include_obfuscation` pads chunks against eavesdroppers; it asks nothing of the answer."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, frozen=True):
+    type: str
+
+
+class Body(msgspec.Struct, frozen=True, kw_only=True):
+    """Fields of both kinds of requests; None is also an explicit null, which means the default.
+
+    Those typed `Any` are known to OpenAI and are not supported at any value but a neutral one; see `NEUTRAL`.
+    """
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: TokenCount | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    stop: str | list[str] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
+    repetition_context_size: TokenCount | None = None
+    logit_bias: dict[int, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    service_tier: str | None = None
+    user: Any = None
+
+
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "service_tier": ("auto", "default"),
+}
+"""Values beside null that ask for what is done anyway, by field."""
+
+B = TypeVar("B", bound=Body)
+
+_decode_names = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_PLACE = re.compile(r"^(?P<what>.*?) - at (?:`key` in )?`\$\.?(?P<where>.*)`$", re.DOTALL)
+_BEYOND_RANGE = re.compile(r"^(Expected .* [<>]=? .*|.*out of range)$")
+
+
+def decode(body: bytes, decoder: msgspec.json.Decoder[B]) -> tuple[B, list[str]]:
+    """A body as a typed value, and the names of fields that nobody knows.
+
+    Raises:
+        RequestError: 400, in `param` what is wrong.
+    """
+    if not body:
+        raise invalid("The request has no body; a JSON object is expected.")
+    try:
+        body.decode()  # msgspec does not look into what it skips
+        value = decoder.decode(body)
+        names = _decode_names(body)
+    except UnicodeDecodeError:
+        raise invalid("The request body is not valid UTF-8.") from None
+    except RecursionError:
+        raise invalid("The request body is nested too deeply.") from None
+    except msgspec.ValidationError as error:
+        raise _refused(str(error)) from None
+    except msgspec.DecodeError as error:
+        raise invalid(f"The request body is not valid JSON: {error}.") from None
+    return value, [name for name in names if name not in value.__struct_fields__]
+
+
+def _refused(message: str) -> Exception:
+    """msgspec's words with the field's name in OpenAI's place."""
+    found = _PLACE.match(message)
+    if found is None:
+        return invalid(f"The request body is not what it should be: {message}.")
+    what = found["what"].replace(" | null", "")
+    param = found["where"].replace("[...]", "") or None
+    missing = re.match(r"Object missing required field `(.*)`", what)
+    if missing:
+        param = f"{param}.{missing[1]}" if param else missing[1]
+    code = "value_out_of_range" if _BEYOND_RANGE.match(what) else None
+    return invalid(f"Invalid value for `{param}`: {what[0].lower()}{what[1:]}.", param, code)
+
+
+def check_neutral(body: Body, neutral: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuse what OpenAI knows and this server cannot do.
+
+    Raises:
+        RequestError: 400.
+    """
+    for name, values in neutral.items():
+        value = getattr(body, name)
+        if value is None or any(
+            value == v and isinstance(value, bool) == isinstance(v, bool) for v in values
+        ):
+            continue
+        raise unsupported(name, values)
+
+
+def unsupported(param: str, values: tuple[Any, ...] = ()) -> Exception:
+    """A 400 for what may be supported one day."""
+    allowed = f"; it can be left out or be {' or '.join(_shown(v) for v in values)}" if values else ""
+    return invalid(f"`{param}` is not supported yet{allowed}.", param, "unsupported_parameter")
+
+
+def _shown(value: Any) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def check_stream_options(body: Body) -> None:
+    """Raises:
+    RequestError: 400, they are there without `stream`.
+    """
+    if body.stream_options is not None and not body.stream:
+        raise invalid("`stream_options` is only allowed with `stream: true`.", "stream_options")
+
+
+def stops(body: Body) -> list[str]:
+    """The stop strings.
+
+    Raises:
+        RequestError: 400, there are too many or one is empty.
+    """
+    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    if len(stop) > MAX_STOPS:
+        raise invalid(f"`stop` has {len(stop)} strings; at most {MAX_STOPS} are allowed.", "stop")
+    if not all(stop):
+        raise invalid("A stop string must not be empty.", "stop")
+    return stop
+
+
+def sampling(body: Body) -> SamplingParams:
+    """How tokens are chosen; the seed is drawn where the client gave none."""
+    defaults = SamplingParams()
+    temperature = defaults.temperature if body.temperature is None else body.temperature
+    top_p = defaults.top_p if body.top_p is None else body.top_p
+    if top_p == 0:  # in the limit, only the most likely token is left
+        top_p, temperature = 1.0, GREEDY_TEMPERATURE
+    return SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        seed=secrets.randbits(63) if body.seed is None else body.seed,
+        repetition_penalty=defaults.repetition_penalty
+        if body.repetition_penalty is None
+        else body.repetition_penalty,
+        repetition_context_size=body.repetition_context_size or defaults.repetition_context_size,
+        logit_bias=body.logit_bias or {},
+    )
+
+
+def check_logit_bias(params: SamplingParams, model: ServedModel) -> None:
+    """Raises:
+    RequestError: 400, a token id is outside of the model's vocabulary.
+    """
+    for token_id in params.logit_bias:
+        if not 0 <= token_id < model.vocab_size:
+            raise invalid(
+                f"`logit_bias` has the token id {token_id}, which is outside of the vocabulary of {model.vocab_size}.",
+                "logit_bias",
+            )

@@ -1,0 +1,87 @@
+"""How gunicorn serves the API, made from our settings; and what may not be served at all.
+
+Read by `api/gunicorn.conf.py`, before anything is forked.
+"""
+
+from __future__ import annotations
+
+import functools
+import ipaddress
+from typing import Any
+
+from common import connections
+from common import logging as common_logging
+from common.errors import StartupError
+from common.settings import PREFIX, Settings
+
+KEEP_ALIVE_SECONDS = 15
+"""Longer than the clients of Python keep an idle connection (5 s): who closes first never cuts off a request."""
+
+BACKLOG = 2048
+MAX_LINE_BYTES = 8190
+MAX_HEADERS = 100
+MAX_HEADER_BYTES = 16 * 1024
+KILL_SECONDS = 5
+
+
+def options(settings: Settings) -> dict[str, Any]:
+    """gunicorn's settings.
+
+    Raises:
+        StartupError: The API may not listen there, or the settings name no Redis.
+    """
+    check_host(settings)
+    connections.connect(settings.redis_url).close()  # connects to nothing: it only reads the URL
+
+    def post_fork(_arbiter: Any, _worker: Any) -> None:
+        common_logging.configure(settings.log_level)
+
+    def post_worker_init(worker: Any) -> None:
+        # gunicorn 27's asgi worker listens anew and leaves out its backlog: asyncio's 100 then makes a burst beyond it
+        # wait a second, until its SYNs are sent again.
+        worker.loop.create_server = functools.partial(worker.loop.create_server, backlog=worker.cfg.backlog)
+        # The master kills what is left after its own graceful_timeout: a worker's has to be over before, so that it can
+        # cancel what still runs.
+        worker.cfg.set("graceful_timeout", int(settings.drain_seconds))
+
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return {
+        "bind": f"{host}:{settings.port}",
+        "workers": settings.api_processes,
+        "worker_class": "asgi",
+        "asgi_loop": "asyncio",
+        "asgi_lifespan": "on",
+        "backlog": BACKLOG,
+        "keepalive": KEEP_ALIVE_SECONDS,
+        "graceful_timeout": int(settings.drain_seconds) + KILL_SECONDS,
+        "limit_request_line": MAX_LINE_BYTES,
+        "limit_request_fields": MAX_HEADERS,
+        "limit_request_field_size": MAX_HEADER_BYTES,
+        "control_socket_disable": True,  # gunicorn 27 writes one into the home folder
+        "accesslog": None,  # our own line a request says more
+        "loglevel": settings.log_level.lower(),
+        "proc_name": "mlx-pool-api",
+        "post_fork": post_fork,
+        "post_worker_init": post_worker_init,
+    }
+
+
+def check_host(settings: Settings) -> None:
+    """Make sure that nobody is served whom nobody meant to serve.
+
+    Raises:
+        StartupError: The API would listen beyond this machine, without keys.
+    """
+    if settings.allow_unauthenticated or _is_loopback(settings.host):
+        return
+    raise StartupError(
+        f"{PREFIX}HOST={settings.host} would let everybody who reaches this machine use the API; "
+        f"set {PREFIX}ALLOW_UNAUTHENTICATED=1 if that is meant"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,124 @@
+"""A worker without a model: `python -m bench.synthetic_worker --name MODEL_ID --steps-per-second R`.
+
+For benchmarks, capacity planning and tests: everything is the real worker but the engine. Token k of a stream has the text
+" k" (k from 1), so that a reader can see that none is missing, doubled or out of order.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+from common.errors import StartupError
+from common.protocol import GenerationJob, TextPrompt
+from common.settings import Settings
+from worker.__main__ import WorkerFlags, run
+from worker.engine import Inserted, ModelInfo, StepToken
+
+CONTEXT_LENGTH = 1_000_000
+VOCAB_SIZE = 1_000_000
+
+
+class SyntheticEngine:
+    """One token a row and step; the k-th has the id k and the text " k".
+
+    Args:
+        steps_per_second: 0: flat out.
+        first_token_at_once: A new row's first token does not wait for the next step: what a client then waits for is
+            the transport alone.
+        timestamps: The k-th token's text is " k@T", T the microseconds since 1970 when its step ended: a reader on the
+            same machine knows how long it was on its way.
+    """
+
+    def __init__(
+        self,
+        max_batch: int,
+        steps_per_second: float,
+        *,
+        first_token_at_once: bool = False,
+        timestamps: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.info = ModelInfo(CONTEXT_LENGTH, VOCAB_SIZE, max_batch, quantization="synthetic")
+        self._period_seconds = 1.0 / steps_per_second if steps_per_second else 0.0
+        self._first_token_at_once = first_token_at_once
+        self._timestamps = timestamps
+        self._clock, self._sleep = clock, sleep
+        self._next_step_at = 0.0
+        self._rows: dict[str, list[int]] = {}  # job id: tokens so far, tokens in all
+        self._new: list[str] = []
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._rows)
+
+    def insert(self, job: GenerationJob, replay: list[int]) -> Inserted:
+        prompt_tokens = max(1, len(job.prompt.text.split())) if isinstance(job.prompt, TextPrompt) else 1
+        max_tokens = min(job.max_tokens or CONTEXT_LENGTH, CONTEXT_LENGTH)
+        self._rows[job.job_id] = [len(replay), max_tokens]
+        self._new.append(job.job_id)
+        return Inserted(prompt_tokens, max_tokens, replayed_texts=[f" {token_id}" for token_id in replay])
+
+    def remove(self, job_id: str) -> None:
+        self._rows.pop(job_id, None)
+
+    def step(self) -> list[StepToken]:
+        new, self._new = [job_id for job_id in self._new if job_id in self._rows], []
+        if new and self._first_token_at_once:
+            return self._next_tokens(new)
+        if self._period_seconds:
+            wait_seconds = self._next_step_at - self._clock()
+            if wait_seconds > 0:
+                # Short naps, so that a new row is seen: an engine that reads prompts between steps does as much.
+                self._sleep(min(wait_seconds, 0.002) if self._first_token_at_once else wait_seconds)
+                if self._first_token_at_once and self._clock() < self._next_step_at:
+                    return []
+            self._next_step_at = max(self._next_step_at + self._period_seconds, self._clock() - 0.05)
+        return self._next_tokens(list(self._rows))
+
+    def _next_tokens(self, job_ids: list[str]) -> list[StepToken]:
+        mark = f"@{time.time_ns() // 1000}" if self._timestamps else ""
+        return [self._next_token(job_id, mark) for job_id in job_ids]
+
+    def _next_token(self, job_id: str, mark: str) -> StepToken:
+        row = self._rows[job_id]
+        row[0] += 1
+        done = row[0] >= row[1]
+        if done:
+            del self._rows[job_id]
+        return StepToken(job_id, row[0], f" {row[0]}{mark}", "length" if done else None)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one; the exit status."""
+    flags = WorkerFlags("python -m bench.synthetic_worker", "A worker without a model; see the module.")
+    flags.parser.add_argument("--steps-per-second", type=float, default=0.0, metavar="R", help="0: flat out")
+    flags.parser.add_argument(
+        "--first-token-at-once",
+        action="store_true",
+        help="a new request's first token does not wait for a step",
+    )
+    flags.parser.add_argument(
+        "--timestamps",
+        action="store_true",
+        help="each token's text says when its step ended (Unix microseconds)",
+    )
+
+    def make_engine(settings: Settings) -> SyntheticEngine:
+        options = flags.arguments
+        if options.steps_per_second < 0:
+            raise StartupError(f"--steps-per-second is at least 0, not {options.steps_per_second}")
+        return SyntheticEngine(
+            settings.max_batch,
+            options.steps_per_second,
+            first_token_at_once=options.first_token_at_once,
+            timestamps=options.timestamps,
+        )
+
+    return run(flags, make_engine, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

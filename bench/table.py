@@ -1,0 +1,45 @@
+"""Figures as a Markdown table, printed row by row, and what they are made of."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+
+
+class Table:
+    """A table whose rows are seen as they come.
+
+    Args:
+        columns: Headings; all but the first are numbers.
+    """
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self._columns = columns
+        self._is_begun = False
+
+    def add(self, cells: Sequence[str]) -> None:
+        """Print a row, below the headings if it is the first."""
+        if not self._is_begun:
+            self._is_begun = True
+            _print(self._columns)
+            _print(["---", *("---:" for _ in self._columns[1:])])
+        _print(cells)
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The smallest value that `percent` of all are not above; NaN where there are none."""
+    if not values:
+        return math.nan
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
+
+
+def say(text: str) -> None:
+    """One line on standard output, at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _print(cells: Sequence[str]) -> None:
+    say("| " + " | ".join(cells) + " |")

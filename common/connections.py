@@ -1,0 +1,87 @@
+"""How every process of ours reaches Redis: one place for time-outs, keep-alive and the sentence when nobody answers."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import redis
+import redis.asyncio
+import redis.asyncio.retry
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from common.errors import StartupError
+
+CONNECT_SECONDS = 5.0
+ANSWER_SECONDS = 15.0
+"""Longer than any blocking command of ours (1 s) and than a slow save on a busy disk."""
+
+START_SECONDS = 5.0
+"""How long a process waits at its start for a server that starts at the same time, as under `make up`."""
+
+START_POLL_SECONDS = 0.1
+
+# NOTE: retry=0. redis-py 8 repeats a command by itself after a dropped connection, also one that the server has already
+# carried out: a MULTI that enqueues would run twice. What may be repeated is decided where the command is sent.
+_OPTIONS: dict[str, Any] = {
+    "socket_connect_timeout": CONNECT_SECONDS,
+    "socket_timeout": ANSWER_SECONDS,
+    "socket_keepalive": True,
+}
+
+
+def connect(url: str) -> redis.Redis:
+    """A blocking client; it connects at its first command.
+
+    Raises:
+        StartupError: The URL is not one of Redis.
+    """
+    try:
+        return redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **_OPTIONS)
+    except ValueError as error:
+        raise _bad_url(error) from None
+
+
+def connect_async(url: str) -> redis.asyncio.Redis:
+    """An asyncio client; it connects at its first command.
+
+    Raises:
+        StartupError: The URL is not one of Redis.
+    """
+    try:
+        return redis.asyncio.Redis.from_url(url, retry=redis.asyncio.retry.Retry(NoBackoff(), 0), **_OPTIONS)
+    except ValueError as error:
+        raise _bad_url(error) from None
+
+
+def _bad_url(error: ValueError) -> StartupError:
+    return StartupError(
+        f"MLXPOOL_REDIS_URL is not a Redis URL ({error}); redis://:PASSWORD@HOST:6379/0 is one"
+    )
+
+
+def check(client: redis.Redis, patience_seconds: float = START_SECONDS) -> None:
+    """Make sure that the server answers, or does so within `patience_seconds`: it may be starting with us.
+
+    Raises:
+        StartupError: It does not, or it refuses us.
+    """
+    pool = client.connection_pool.connection_kwargs
+    where = pool.get("path") or f"{pool.get('host')}:{pool.get('port')}"
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            client.ping()
+        except redis.AuthenticationError as error:
+            raise StartupError(
+                f"Redis at {where} refuses the password in MLXPOOL_REDIS_URL ({error})"
+            ) from None
+        except redis.RedisError as error:
+            if time.monotonic() > deadline:
+                raise StartupError(
+                    f"no Redis answers at {where} ({error}); start it, or set MLXPOOL_REDIS_URL to the one to use"
+                ) from None
+            time.sleep(START_POLL_SECONDS)
+        else:
+            return

@@ -1,0 +1,17 @@
+"""Logging for every process: one line a message on standard error, and never a prompt's text."""
+
+from __future__ import annotations
+
+import logging
+
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def configure(level: str) -> None:
+    """Send our messages and RQ's to standard error, from `level` up."""
+    logging.basicConfig(level=level, format=FORMAT, force=True)
+    # RQ says at INFO what our own line a request says better, and it says it three times a job.
+    for name in ("rq.worker", "rq.job", "rq.queue", "httpx"):
+        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(level)))
+    # It warns of prompts that are longer than the context: those are answered with an error of their own.
+    logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -1,0 +1,57 @@
+"""Every Redis key and channel of ours, in one place. RQ's own names stay RQ's (`rq.defaults.RQ_KEY_PREFIX`).
+
+| name | type | written by | read by | time to live |
+| --- | --- | --- | --- | --- |
+| journal(job)   | stream: one entry a token, id `n-0`, n from 1 without a gap, then the terminal event | worker | API, worker taking over | `journal_ttl_seconds` after the last write |
+| cancelled(job) | string | API | worker (intake) | CANCEL_MARK_SECONDS |
+| api_channel(process) | channel | worker | the API process | - |
+| control_channel(model) | channel | API | workers of the model | - |
+| worker_card(worker) | hash (`protocol.ModelCard`) | worker | API | CARD_SECONDS, renewed each heartbeat |
+| WORKER_CARDS | sorted set: worker name by Unix seconds of its last heartbeat | worker | API | - (trimmed by the writers) |
+| KNOWN_MODELS | sorted set: model id by Unix seconds when last served | worker | API | - (trimmed after KNOWN_MODEL_SECONDS) |
+"""
+
+from __future__ import annotations
+
+PREFIX = "mlxpool"
+
+CARD_SECONDS = 5
+"""A card outlives its last heartbeat by this; several heartbeats fit in."""
+
+CANCEL_MARK_SECONDS = 300
+"""Longer than a job can lie between two lists."""
+
+KNOWN_MODEL_SECONDS = 7 * 24 * 3600
+"""A model that was served within this time and has no worker now is 503, not 404."""
+
+WORKER_CARDS = f"{PREFIX}:cards"
+KNOWN_MODELS = f"{PREFIX}:models"
+JOURNAL_PREFIX = f"{PREFIX}:journal:"
+
+JOB_FUNCTION = "mlxpool.generate"
+"""The function name that every RQ job of ours carries. Data for `rq` tools to show: nobody imports it."""
+
+
+def journal(job_id: str) -> str:
+    """The journal of one job."""
+    return JOURNAL_PREFIX + job_id
+
+
+def cancelled(job_id: str) -> str:
+    """The mark that a job's client has gone."""
+    return f"{PREFIX}:cancel:{job_id}"
+
+
+def api_channel(process_id: str) -> str:
+    """The channel on which one API process hears everything for its requests."""
+    return f"{PREFIX}:api:{process_id}"
+
+
+def control_channel(model: str) -> str:
+    """The channel on which all workers of a model hear `protocol.Cancel`."""
+    return f"{PREFIX}:control:{model}"
+
+
+def worker_card(worker_name: str) -> str:
+    """The model card of one live worker."""
+    return f"{PREFIX}:model:{worker_name}"

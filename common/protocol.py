@@ -1,0 +1,211 @@
+"""The wire: what API processes and workers say to each other through Redis, and nothing else.
+
+`GenerationJob` travels as the keyword arguments of an RQ job (JSON). Events travel as JSON arrays, in the journal and in
+pub/sub: `Started`, then one `Delta` a token, then exactly one terminal event, `Finished` or `Failed`. New fields go last
+and have defaults, so that an old worker and a new API can share a queue during an upgrade.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 is greedy; OpenAI's range 0 to 2.
+        top_p: Nucleus mass in (0, 1].
+        seed: Always set (the API draws one where the client did not), so that a takeover repeats the draws.
+        repetition_penalty: Factor > 0 on the logits of recent tokens (Keskar et al. 2019, CTRL); 1 is off.
+        repetition_context_size: How many recent tokens that factor looks at.
+        logit_bias: Added to the logit, by token id.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    repetition_penalty: float = 1.0
+    repetition_context_size: int = 20
+    logit_bias: dict[int, float] = {}
+
+
+class ChatPrompt(msgspec.Struct, frozen=True, tag="chat"):
+    """Messages for the model's chat template.
+
+    Attributes:
+        messages: In order; each has a role and text content, other keys go to the template as they are.
+        role_mapping: Prefix by role, for a model without a chat template; None: the default mapping.
+    """
+
+    messages: list[dict[str, Any]]
+    role_mapping: dict[str, str] | None = None
+
+
+class TextPrompt(msgspec.Struct, frozen=True, tag="text"):
+    """Raw text to go on from."""
+
+    text: str
+
+
+class TokenPrompt(msgspec.Struct, frozen=True, tag="tokens"):
+    """Token ids to go on from, all inside the model's vocabulary."""
+
+    token_ids: list[int]
+
+
+class GenerationJob(msgspec.Struct, frozen=True, kw_only=True):
+    """One request, as parsed and checked by the API.
+
+    Attributes:
+        job_id: Ours and RQ's.
+        model: Model id, which is also the RQ queue's name.
+        channel: The API process's channel, where the events go.
+        max_tokens: At least 1; None: up to the context.
+        stop: Non-empty strings at which the text ends.
+        top_logprobs: How many alternatives to report with each token; 0: the token's own only; None: no logprobs.
+        submitted_at: Unix seconds.
+    """
+
+    job_id: str
+    model: str
+    channel: str
+    prompt: ChatPrompt | TextPrompt | TokenPrompt
+    max_tokens: int | None = None
+    stop: list[str] = []
+    top_logprobs: int | None = None
+    sampling: SamplingParams = SamplingParams()
+    submitted_at: float = 0.0
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """A token with its log-probability.
+
+    Attributes:
+        token_id: In the model's vocabulary.
+        logprob: Natural log, after logit processing, before temperature.
+        data: The token's bytes; not always whole UTF-8 characters.
+    """
+
+    token_id: int
+    logprob: float
+    data: bytes
+
+
+class Started(msgspec.Struct, frozen=True, array_like=True, tag="s"):
+    """The prompt was accepted and is being read. Published only: n is 0 and it is not in the journal."""
+
+    n: int
+    prompt_tokens: int
+    cached_tokens: int = 0
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
+    """One generated token.
+
+    Attributes:
+        n: From 1, without a gap.
+        token_id: What was sampled.
+        text: What became certain with this token; may be empty (half a character, the possible start of a stop
+            string) and may hold text of earlier tokens.
+        logprob: The sampled token's, if asked for.
+        top: The most likely tokens, best first, if asked for.
+    """
+
+    n: int
+    token_id: int
+    text: str = ""
+    logprob: TokenLogprob | None = None
+    top: list[TokenLogprob] = []
+
+
+class Usage(msgspec.Struct, frozen=True, array_like=True):
+    """Token counts; `completion_tokens` counts every generated token, an end-of-text token too."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+class Finished(msgspec.Struct, frozen=True, array_like=True, tag="f"):
+    """Terminal: the answer is whole (or its client left: ``cancelled``). `n` follows the last token's."""
+
+    n: int
+    finish_reason: FinishReason
+    usage: Usage
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag="x"):
+    """Terminal: an error for the client, the fields of `errors.RequestError` (its `type` is `kind`). `n` follows the last token's."""
+
+    n: int
+    message: str
+    status: int = 500
+    kind: str = "server_error"
+    param: str | None = None
+    code: str | None = None
+    retry_after_seconds: float | None = None
+
+
+Event = Started | Delta | Finished | Failed
+
+decode_event = msgspec.json.Decoder(Event).decode
+decode_step = msgspec.json.Decoder(list[tuple[str, Event]]).decode
+"""A pub/sub message: (job id, event) pairs, in order within a job."""
+encode = msgspec.json.Encoder().encode
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """On a model's control channel: nobody waits for these jobs any more."""
+
+    job_ids: list[str]
+
+
+decode_control = msgspec.json.Decoder(Cancel).decode
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """What one live worker says of itself; a Redis hash of these fields, as text.
+
+    Attributes:
+        id: Model id, the RQ queue's name.
+        worker: The worker's name.
+        created: Unix seconds when the model was loaded.
+        context_length: In tokens, prompt and completion together.
+        vocab_size: Token ids are below it.
+        max_batch: Rows decoded together; 1 for a model whose cache cannot batch.
+        free_slots: Of those, free now.
+        quantization: Such as ``4-bit, group 32``, or the weights' type.
+        has_chat_template: Whether messages are rendered by the model's own template.
+        tokens_per_second: Generated, over the last heartbeats.
+        step: Counts decode and prefill steps; stands still only when idle or stuck.
+    """
+
+    id: str
+    worker: str
+    created: int
+    context_length: int
+    vocab_size: int
+    max_batch: int
+    free_slots: int
+    quantization: str = ""
+    has_chat_template: bool = True
+    tokens_per_second: float = 0.0
+    step: int = 0
+
+    def to_hash(self) -> dict[Any, Any]:
+        """As the fields of a Redis hash: text by name."""
+        return {k: str(int(v) if isinstance(v, bool) else v) for k, v in msgspec.structs.asdict(self).items()}
+
+    @classmethod
+    def from_hash(cls, fields: dict[bytes, bytes]) -> ModelCard:
+        """From HGETALL's answer; unknown fields are a newer worker's.
+
+        Raises:
+            msgspec.ValidationError: A field is missing or is not of its type.
+        """
+        return msgspec.convert({k.decode(): v.decode() for k, v in fields.items()}, cls, strict=False)

@@ -1,0 +1,112 @@
+"""RQ with JSON for good: the job and queue classes that both sides use, and the safe way to run RQ's own tools.
+
+RQ's defaults unpickle what they find in Redis and import callbacks by name, so that whoever reaches Redis could run code
+on every Mac. Here a job is data: JSON only, no callback is ever resolved, no function is ever imported. Importing this
+module also closes RQ's pickle in this process. `python -m common.rq info` is RQ's command line with these classes.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+import rq.serializers
+from redis import Redis
+from rq.intermediate_queue import IntermediateQueue
+from rq.job import Job
+from rq.queue import Queue
+from rq.serializers import JSONSerializer
+from rq.worker import SimpleWorker
+
+
+def _refuse(_data: bytes) -> NoReturn:
+    raise ValueError("mlx-pool reads JSON only: this RQ job was written by something else")
+
+
+rq.serializers.DefaultSerializer.loads = staticmethod(_refuse)  # closes RQ's pickle; ours is JSON
+
+
+class JsonJob(Job):
+    """A job whose serializer is not negotiable, whatever a caller (`rq info`, a registry, `Execution.job`) passes."""
+
+    # `id` and `serializer` are RQ's names for them.
+    def __init__(
+        self,
+        id: str | None = None,  # noqa: A002
+        connection: Redis | None = None,
+        serializer: Any = None,  # noqa: ARG002
+    ) -> None:
+        super().__init__(id, connection, JSONSerializer)
+
+    # Stock cleanup imports the module that a job names as its callback: a name read from Redis is never resolved here.
+    @property
+    def success_callback(self) -> None:
+        return None
+
+    @property
+    def failure_callback(self) -> None:
+        return None
+
+    @property
+    def stopped_callback(self) -> None:
+        return None
+
+    def perform(self) -> NoReturn:
+        """Refuses: jobs of this project are data."""
+        raise ValueError("jobs of mlx-pool are data, not code; its own workers run them")
+
+
+class _UncleanedIntermediateQueue(IntermediateQueue):
+    """Stock cleanup fails a job that lay here for a minute; our workers put it back in front after two seconds."""
+
+    def cleanup(self, worker: Any, queue: Any) -> None:
+        pass
+
+
+class JsonQueue(Queue):
+    """A queue of `JsonJob`s."""
+
+    job_class = JsonJob
+
+    def __init__(self, name: str = "default", connection: Redis | None = None, **options: Any) -> None:
+        super().__init__(name, connection, **(options | {"serializer": JSONSerializer, "job_class": JsonJob}))
+
+    @property
+    def intermediate_queue(self) -> IntermediateQueue:
+        return _UncleanedIntermediateQueue(self.key, connection=self.connection)
+
+    def acquire_maintenance_lock(self) -> bool:
+        """As RQ's, but held for seconds: stock holds 899 s, also when its holder was killed."""
+        return bool(self.connection.set(self.registry_cleaning_key, 1, nx=True, ex=5))
+
+
+class JsonWorker(SimpleWorker):
+    """For RQ's tools, which read workers through a class; it never works."""
+
+    queue_class: type[Queue] = JsonQueue
+    job_class = JsonJob
+
+    def work(self, *_args: Any, **_options: Any) -> NoReturn:
+        """Refuses: `python -m worker` is what runs the jobs."""
+        raise SystemExit("python -m common.rq does not run jobs; python -m worker does")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """RQ's own command line with the classes of this module; takes `--url`, or MLXPOOL_REDIS_URL."""
+    import os
+
+    from rq.cli.cli import main as rq_main
+
+    from common.settings import Settings
+
+    os.environ.setdefault("RQ_REDIS_URL", Settings.load().redis_url)
+    os.environ |= {
+        "RQ_JOB_CLASS": "common.rq.JsonJob",
+        "RQ_QUEUE_CLASS": "common.rq.JsonQueue",
+        "RQ_WORKER_CLASS": "common.rq.JsonWorker",
+    }
+    rq_main(args=argv if argv is not None else sys.argv[1:], prog_name="python -m common.rq")
+
+
+if __name__ == "__main__":
+    main()

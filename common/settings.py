@@ -1,0 +1,213 @@
+"""Every setting of mlx-pool: one frozen object, read once at an entry point from the environment and flags.
+
+A setting `name` is the variable `MLXPOOL_NAME` and, where a command has flags, `--name`. The README's table is checked
+against this class by a test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import pathlib
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from common.errors import StartupError
+
+PREFIX = "MLXPOOL_"
+EMBEDDED_REDIS_URL = "redis://127.0.0.1:6399/0"
+DEMO_MODEL = "demo"
+"""The model that needs no hub: `--model demo`."""
+
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+
+
+def _about(description: str, **constraints: Any) -> Meta:
+    return Meta(description=description, **constraints)
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """See each field's description, which is also what `--help` and the README say."""
+
+    redis_url: Annotated[str, _about("Redis or Valkey that all processes share", min_length=1)] = (
+        EMBEDDED_REDIS_URL
+    )
+    host: Annotated[str, _about("address the API listens on", min_length=1)] = "127.0.0.1"
+    port: Annotated[int, _about("port the API listens on", ge=1, le=65535)] = 8080
+    allow_unauthenticated: Annotated[bool, _about("let the API listen beyond loopback without API keys")] = (
+        False
+    )
+    api_processes: Annotated[int, _about("API processes under gunicorn", ge=1, le=64)] = 2
+    default_model: Annotated[
+        str | None, _about("model of requests that name none; unset: the only one served")
+    ] = None
+    cors_origins: Annotated[str, _about("origins that browsers may call from, separated by commas, or *")] = (
+        "*"
+    )
+    max_body_bytes: Annotated[int, _about("largest request body", ge=1024)] = 10 * 1024 * 1024
+    strict_parameters: Annotated[bool, _about("answer 400 to a request field that nobody knows")] = False
+    sse_comment_seconds: Annotated[float, _about("silence in a stream before a comment line", gt=0)] = 10.0
+    sse_header_seconds: Annotated[
+        float, _about("wait for a request's first event before a stream's headers are sent", gt=0)
+    ] = 2.0
+    stream_buffer_events: Annotated[
+        int, _about("events kept for a slow client; beyond, they are read from the journal", ge=16)
+    ] = 1024
+    queue_seconds: Annotated[int, _about("longest wait of a request in the queue", ge=1)] = 600
+    max_takeovers: Annotated[int, _about("how often a job moves on after its worker died", ge=0)] = 3
+
+    model: Annotated[
+        str, _about("path, hub repository or 'demo'; for `make up` several, separated by spaces")
+    ] = "demo"
+    model_name: Annotated[str | None, _about("model id for clients; unset: made from the model's path")] = (
+        None
+    )
+    max_batch: Annotated[int, _about("requests that a worker generates together", ge=1, le=1024)] = 32
+    prefill_step_tokens: Annotated[int, _about("prompt tokens read between two decode steps", ge=16)] = 512
+    adapter_path: Annotated[str | None, _about("LoRA adapter folder for the model")] = None
+    chat_template: Annotated[str | None, _about("Jinja chat template, or a file that holds one")] = None
+    use_default_chat_template: Annotated[bool, _about("use the tokenizer class's default chat template")] = (
+        False
+    )
+    trust_remote_code: Annotated[bool, _about("run Python code that comes with the model")] = False
+    cache_limit_gb: Annotated[Annotated[float, Meta(ge=0)] | None, _about("limit of MLX's buffer cache")] = (
+        None
+    )
+    wired_limit: Annotated[
+        bool, _about("wire the model's memory (Mac only; linked to panics, mlx #3186)")
+    ] = False
+
+    lease_seconds: Annotated[
+        float, _about("a worker that is silent this long loses its jobs to another", ge=0.5)
+    ] = 3.0
+    drain_seconds: Annotated[
+        float, _about("on SIGTERM: time to finish before jobs are handed over", ge=0)
+    ] = 30.0
+    orphan_seconds: Annotated[
+        float, _about("generation stops when no API process has listened this long", ge=1)
+    ] = 10.0
+    journal_ttl_seconds: Annotated[int, _about("a journal is kept this long after its last token", ge=10)] = (
+        300
+    )
+    result_ttl_seconds: Annotated[int, _about("RQ keeps a finished job this long", ge=1)] = 60
+    failure_ttl_seconds: Annotated[int, _about("RQ keeps a failed job this long", ge=1)] = 3600
+
+    cache_dir: Annotated[
+        str | None, _about("where the demo model is kept; unset: the user's cache folder")
+    ] = None
+    state_dir: Annotated[
+        str | None, _about("where the embedded server keeps its data; unset: the user's")
+    ] = None
+    log_level: Annotated[LogLevel, _about("least severe messages that are logged")] = "INFO"
+
+    @classmethod
+    def load(
+        cls, environ: Mapping[str, str] | None = None, overrides: Mapping[str, Any] | None = None
+    ) -> Settings:
+        """Read the environment (default: `os.environ`), then `overrides` such as flags; None there means not given.
+
+        Raises:
+            StartupError: A value is not of its type or range, or a variable with our prefix is unknown.
+        """
+        environ = os.environ if environ is None else environ
+        fields = cls.__struct_fields__
+        values: dict[str, Any] = {}
+        for variable, text in environ.items():
+            if not variable.startswith(PREFIX):
+                continue
+            name = variable.removeprefix(PREFIX).lower()
+            if name not in fields:
+                near = difflib.get_close_matches(name, fields, 1)
+                hint = f"; did you mean {PREFIX}{near[0].upper()}?" if near else ""
+                raise StartupError(f"{variable} is not a setting of mlx-pool{hint}")
+            if text != "":
+                values[name] = text
+        values |= {k: v for k, v in (overrides or {}).items() if v is not None}
+        for name, value in values.items():
+            _check(cls, name, value)
+        return msgspec.convert(values, cls, strict=False)
+
+    @property
+    def model_id(self) -> str:
+        """What clients call the model: as set, else a folder's name, else the repository or `demo` as it was given.
+
+        Raises:
+            StartupError: It cannot be the name of an RQ queue.
+        """
+        folder = pathlib.Path(self.model).expanduser()
+        is_folder = self.model != DEMO_MODEL and (self.model.startswith((".", "/", "~")) or folder.is_dir())
+        name = self.model_name or (folder.resolve().name if is_folder else self.model)
+        if not name or "," in name or not name.isprintable() or name != name.strip():
+            raise StartupError(
+                f"{name!r} cannot be a model id: give one without commas with {PREFIX}MODEL_NAME"
+            )
+        return name
+
+    def to_environ(self) -> dict[str, str]:
+        """The settings that differ from the defaults, as variables for a child process."""
+        changed = {k: v for k, v in msgspec.structs.asdict(self).items() if v != getattr(Settings(), k)}
+        return {PREFIX + k.upper(): str(int(v) if isinstance(v, bool) else v) for k, v in changed.items()}
+
+
+def _check(cls: type[Settings], name: str, value: Any) -> None:
+    """Refuse one bad value with a sentence that names the variable, what was expected and what came."""
+    try:
+        msgspec.convert({name: value}, cls, strict=False)
+    except msgspec.ValidationError as error:
+        expected = str(error).split(" - at ", maxsplit=1)[0]
+        raise StartupError(
+            f"{PREFIX}{name.upper()} (or --{name.replace('_', '-')}): {expected}, not {value!r}"
+        ) from None
+
+
+def describe() -> list[tuple[str, str, str]]:
+    """(variable, default as text, description) of every setting, in order."""
+    rows = []
+    for field in msgspec.structs.fields(Settings):
+        meta = next(m for m in field.type.__metadata__ if isinstance(m, Meta))
+        default = "" if field.default is None else str(field.default)
+        rows.append((PREFIX + field.name.upper(), default, meta.description or ""))
+    return rows
+
+
+def add_flags(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Add `--name VALUE` for each setting (`--name` alone for a yes or no); not given stays None."""
+    for variable, default, description in describe():
+        name = variable.removeprefix(PREFIX).lower()
+        if name not in names:
+            continue
+        flag = "--" + name.replace("_", "-")
+        text = description.replace("%", "%%") + (f" (default: {default})" if default else "")
+        if default in ("True", "False"):
+            parser.add_argument(flag, action="store_const", const=True, default=None, help=text)
+        else:
+            parser.add_argument(flag, metavar="VALUE", default=None, help=text)
+
+
+def from_arguments(arguments: argparse.Namespace) -> Settings:
+    """What a parser that `add_flags` filled has read, over the environment.
+
+    Raises:
+        StartupError: As `Settings.load`.
+    """
+    return Settings.load(
+        overrides={k: v for k, v in vars(arguments).items() if k in Settings.__struct_fields__}
+    )
+
+
+def markdown() -> str:
+    """The README's table: `python -m common.settings` prints it."""
+    rows = [
+        f"| `{variable}` | {f'`{default}`' if default else ''} | {about} |"
+        for variable, default, about in describe()
+    ]
+    return "\n".join(["| variable | default | what |", "| --- | --- | --- |", *rows]) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown())

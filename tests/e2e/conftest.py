@@ -1,0 +1,18 @@
+"""A whole pool for the tests that see what a user sees: Redis, gunicorn and a worker with the real demo model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from bench.pool import Pool
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Two API processes and one worker that serves `demo`."""
+    with Pool({"MLXPOOL_MODEL": "demo"}) as running:
+        running.start_worker(["worker"], "demo")
+        running.start_api(num_processes=2)
+        yield running

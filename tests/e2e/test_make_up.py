@@ -1,0 +1,202 @@
+"""`make up` as a user meets it: one command, a line to paste, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import missing, unused_port
+
+ROOT = Path(__file__).parents[2]
+READY_SECONDS = 180
+
+
+class Up:
+    """A running `make up`, in a process group of its own as under a terminal, and what it has printed."""
+
+    def __init__(self, state: Path, *variables: str) -> None:
+        environ = {k: v for k, v in os.environ.items() if k != "MLXPOOL_REDIS_URL"}
+        self.port = unused_port()
+        self.process = subprocess.Popen(
+            ["make", "up", f"PORT={self.port}", f"STATE_DIR={state}", *variables],
+            cwd=ROOT,
+            env=environ,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        with self.process.stdout as stdout:
+            self.lines.extend(iter(stdout.readline, ""))
+
+    @property
+    def output(self) -> str:
+        """Everything so far."""
+        return "".join(self.lines)
+
+    def wait_for(self, text: str) -> None:
+        """Return when `text` was printed."""
+        deadline = time.monotonic() + READY_SECONDS
+        while text not in self.output:
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.05)
+
+    def interrupt(self) -> None:
+        """Ctrl-C: SIGINT for the whole process group."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGINT)
+
+    def ended(self, timeout_seconds: float) -> int:
+        """The exit status."""
+        status = self.process.wait(timeout_seconds)
+        self._reader.join(5)
+        return status
+
+    def children(self) -> list[int]:
+        """The processes that honcho said it started and that are still there."""
+        return [pid for pid in map(int, re.findall(r"started \(pid=(\d+)\)", self.output)) if _is_alive(pid)]
+
+    def clear_away(self) -> None:
+        """End what is left, for a test that failed."""
+        if self.process.poll() is None:
+            self.interrupt()
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(15)
+        for pid in self.children():
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(5)
+        self._reader.join(5)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.killpg(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    """A folder for the embedded server, whose port has to be free."""
+    if _is_listening(6399):
+        missing("port 6399 for the embedded server (is another `make up` running?)")
+    return tmp_path
+
+
+@pytest.fixture
+def up(state: Path, request: pytest.FixtureRequest) -> Iterator[Up]:
+    """`make up` with the variables of the test's parameter."""
+    running = Up(state, *getattr(request, "param", ()))
+    yield running
+    running.clear_away()
+
+
+def _shell(command: str) -> str:
+    words = ["bash", "-c", command]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _text(stream: str) -> str:
+    """The text of a streamed chat completion."""
+    events = [line.removeprefix("data: ") for line in stream.splitlines() if line.startswith("data: ")]
+    assert events[-1] == "[DONE]"
+    chunks = [json.loads(event) for event in events[:-1]]
+    return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+
+
+def test_first_minute(up: Up) -> None:
+    """The banner's lines work as they stand, and Ctrl-C ends everything within seconds, without a traceback."""
+    up.wait_for("Stop it:")
+    (curl,) = [line.strip() for line in up.lines if line.lstrip().startswith("curl -N")]
+    assert "Paris" in _text(_shell(curl))
+    (look,) = [line for line in up.lines if line.startswith("Look inside:")]
+    assert re.search(r"idle demo\.|busy demo\.", _shell(look.removeprefix("Look inside:")))
+
+    interrupted_at = time.monotonic()
+    up.interrupt()
+    assert up.ended(15) != 0
+    assert time.monotonic() - interrupted_at < 10
+    assert "Traceback" not in up.output
+    assert up.children() == []
+    assert not _is_listening(up.port)
+    assert not _is_listening(6399)
+
+
+@pytest.mark.parametrize("up", [("WORKERS=2",)], indirect=True)
+def test_twice_while_it_starts(up: Up) -> None:
+    """An impatient Ctrl-C, twice, before anything is ready, is clean as well."""
+    up.wait_for("redis    | ")
+    up.interrupt()
+    up.interrupt()
+    up.ended(15)
+    assert "Traceback" not in up.output
+    assert up.children() == []
+    assert not _is_listening(6399)
+
+
+def test_terminal_is_closed(up: Up) -> None:
+    """Closing the window ends everything, too: nothing goes on unseen on the port."""
+    up.wait_for("Stop it:")
+    os.killpg(up.process.pid, signal.SIGHUP)
+    assert up.ended(10) != 0
+    deadline = time.monotonic() + 10
+    while up.children() or _is_listening(6399):  # make may be gone before what it ran
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("up", [("MODEL=/no/such/model",)], indirect=True)
+def test_model_that_is_not_there(up: Up) -> None:
+    """The worker's one sentence is to be seen, and everything ends with a status other than 0."""
+    assert up.ended(30) != 0
+    assert "the model folder /no/such/model does not exist" in up.output
+    assert "Traceback" not in up.output
+    assert up.children() == []
+
+
+def test_port_in_use(state: Path) -> None:
+    """A taken port ends it before anything has started."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        command = ["make", "up", f"PORT={taken.getsockname()[1]}", f"STATE_DIR={state}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert "cannot listen on" in done.stderr
+    assert "started" not in done.stdout
+
+
+def test_typing_error(state: Path) -> None:
+    """A make variable that is no setting is refused, with the name that was meant."""
+    done = subprocess.run(
+        ["make", "up", "PROT=1"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode != 0
+    assert "did you mean MLXPOOL_PORT?" in done.stderr

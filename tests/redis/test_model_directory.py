@@ -1,0 +1,149 @@
+"""The directory sees what live workers say of themselves, and what is known of models without one."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
+
+import msgspec
+import pytest
+import redis
+
+from api.command_batch import CommandBatch
+from api.model_directory import ModelDirectory
+from common import connections, names
+from common.errors import RequestError
+from common.protocol import ModelCard
+
+CARD = ModelCard(
+    id="org/a",
+    worker="w1",
+    created=100,
+    context_length=4096,
+    vocab_size=1000,
+    max_batch=8,
+    free_slots=3,
+    quantization="4-bit",
+)
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[redis.Redis]:
+    with redis.Redis.from_url(redis_url) as connected:
+        yield connected
+
+
+def show(client: redis.Redis, *cards: ModelCard) -> None:
+    for card in cards:
+        client.hset(names.worker_card(card.worker), mapping=card.to_hash())
+        client.zadd(names.WORKER_CARDS, {card.worker: time.time()})
+        client.zadd(names.KNOWN_MODELS, {card.id: time.time()})
+
+
+def run(url: str, test: Callable[[ModelDirectory], Awaitable[None]], default: str | None = None) -> None:
+    async def with_directory() -> None:
+        connected = connections.connect_async(url)
+        directory = ModelDirectory(CommandBatch(connected, transaction=False), default)
+        await directory.start()
+        try:
+            await test(directory)
+        finally:
+            await directory.stop()
+            await connected.aclose()
+
+    asyncio.run(with_directory())
+
+
+async def refusal(directory: ModelDirectory, name: str | None) -> tuple[int, str | None, str | None]:
+    with pytest.raises(RequestError) as raised:
+        await directory.resolve(name)
+    return raised.value.status, raised.value.code, raised.value.param
+
+
+def test_workers_of_a_model_are_one_model(redis_url: str, client: redis.Redis) -> None:
+    """With what all of them can do; a card whose worker is gone is not there."""
+    replace = msgspec.structs.replace
+    show(
+        client,
+        CARD,
+        replace(CARD, worker="w2", created=50, context_length=2048, vocab_size=900, free_slots=1),
+    )
+    show(client, replace(CARD, worker="w3", id="gone"))
+    client.delete(names.worker_card("w3"))
+
+    async def test(directory: ModelDirectory) -> None:
+        [model] = await directory.current()
+        assert (model.id, model.num_workers, model.free_slots, model.created) == ("org/a", 2, 4, 50)
+        assert (model.context_length, model.vocab_size, model.quantization) == (2048, 900, "4-bit")
+        assert await refusal(directory, "gone") == (503, "model_unavailable", None)
+        assert await refusal(directory, "never") == (404, "model_not_found", "model")
+
+    run(redis_url, test)
+
+
+def test_a_new_worker_is_seen_at_once(redis_url: str, client: redis.Redis) -> None:
+    """A model that is asked for and not known is looked up, whoever asks at the same time."""
+
+    async def test(directory: ModelDirectory) -> None:
+        assert directory.served == []
+        await asyncio.to_thread(show, client, CARD)
+        models = await asyncio.gather(*(directory.resolve("org/a") for _ in range(50)))
+        assert {model.id for model in models} == {"org/a"}
+
+    run(redis_url, test)
+
+
+def test_a_bad_card_is_passed_over(
+    redis_url: str, client: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is said once, and the other workers serve."""
+    show(client, CARD)
+    client.hset(names.worker_card("bad"), mapping={"id": "x", "max_batch": "many"})
+    client.zadd(names.WORKER_CARDS, {"bad": time.time()})
+
+    async def test(directory: ModelDirectory) -> None:
+        for _ in range(3):
+            await refusal(directory, "x")
+        assert [model.id for model in directory.served] == ["org/a"]
+
+    run(redis_url, test)
+    assert sum("bad" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("name", [None, "default_model"])
+def test_a_request_that_names_no_model(redis_url: str, client: redis.Redis, name: str | None) -> None:
+    """It means the default, or the only one; with none or several it is told what there is."""
+
+    async def none(directory: ModelDirectory) -> None:
+        assert await refusal(directory, name) == (400, None, "model")
+
+    async def one(directory: ModelDirectory) -> None:
+        assert (await directory.resolve(name)).id == "org/a"
+
+    async def several(directory: ModelDirectory) -> None:
+        with pytest.raises(RequestError, match="b, org/a"):
+            await directory.resolve(name)
+        assert await refusal(directory, name) == (400, None, "model")
+
+    async def absent(directory: ModelDirectory) -> None:
+        assert await refusal(directory, name) == (503, "model_unavailable", None)
+
+    run(redis_url, none)
+    show(client, CARD)
+    run(redis_url, one)
+    show(client, msgspec.structs.replace(CARD, id="b", worker="w2"))
+    run(redis_url, several)
+    run(redis_url, one, default="org/a")
+    run(redis_url, absent, default="soon")
+
+
+def test_without_a_server() -> None:
+    """Nobody is told that a model does not exist only because Redis is away."""
+
+    async def test(directory: ModelDirectory) -> None:
+        assert await refusal(directory, "org/a") == (503, "queue_unavailable", None)
+        assert await refusal(directory, None) == (503, "queue_unavailable", None)
+        assert directory.served == []
+
+    run("redis://127.0.0.1:1/0", test)

@@ -1,0 +1,221 @@
+"""The embedded server as a process: what it promises from its start to its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import redis
+
+from tests.conftest import binary, unused_port
+
+ROOT = Path(__file__).parents[2]
+Start = Callable[[], "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def port() -> int:
+    return unused_port()
+
+
+@pytest.fixture
+def url(port: int) -> str:
+    return f"redis://127.0.0.1:{port}/0"
+
+
+@pytest.fixture
+def start(server_binary: str, url: str, tmp_path: Path) -> Iterator[Start]:
+    """Starts `python -m common.redis_server` with one binary on its PATH; ends what is left."""
+    started: list[subprocess.Popen[str]] = []
+    folder = _path_with(server_binary, tmp_path)
+
+    def start() -> subprocess.Popen[str]:
+        started.append(_start(url, folder, tmp_path))
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+        process.communicate(timeout=10)
+
+
+def _path_with(server_binary: str, folder: Path) -> Path:
+    """A folder for PATH that has this server only."""
+    path = folder / f"bin-{Path(server_binary).name}"
+    path.mkdir()
+    (path / Path(server_binary).name).symlink_to(server_binary)
+    return path
+
+
+def _start(url: str, path: Path, state: Path) -> subprocess.Popen[str]:
+    environ = {"PATH": str(path), "MLXPOOL_REDIS_URL": url, "MLXPOOL_STATE_DIR": str(state / "state")}
+    command = [sys.executable, "-m", "common.redis_server"]
+    return subprocess.Popen(command, env=environ, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+@contextmanager
+def _client(url: str) -> Iterator[redis.Redis]:
+    """A client, once the server answers."""
+    deadline = time.monotonic() + 10
+    with redis.Redis.from_url(url) as client:
+        while True:
+            try:
+                client.ping()
+                break
+            except redis.ConnectionError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+        yield client
+
+
+def _wait_for_another(url: str, process_id: int) -> None:
+    """Return when the server on this port is not the one that it was."""
+    deadline = time.monotonic() + 10
+    while True:
+        with suppress(redis.ConnectionError), _client(url) as client:
+            if client.info("server")["process_id"] != process_id:
+                return
+        assert time.monotonic() < deadline, "the orphan is still there"
+
+
+def _ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    _, stderr = process.communicate(timeout=15)
+    return process.returncode, stderr
+
+
+def _is_gone(url: str) -> bool:
+    with redis.Redis.from_url(url) as client:
+        try:
+            client.ping()
+        except redis.ConnectionError:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_runs_until_told_to_end(start: Start, url: str, signum: int) -> None:
+    """It is durable while it runs, and one signal ends it and its server with status 0."""
+    process = start()
+    with _client(url) as client:
+        assert client.config_get("appendonly") == {"appendonly": "yes"}
+        assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+    process.send_signal(signum)
+    assert _ended(process)[0] == 0
+    assert _is_gone(url)
+
+
+def test_keeps_its_data(start: Start, url: str) -> None:
+    """What was written is there after a restart."""
+    process = start()
+    with _client(url) as client:
+        client.set("key", "value")
+    process.terminate()
+    assert _ended(process)[0] == 0
+    start()
+    with _client(url) as client:
+        assert client.get("key") == b"value"
+
+
+def test_clients_leave_first(start: Start, url: str) -> None:
+    """Told to end, it serves a connected client on, and ends at once when that one has left."""
+    process = start()
+    with _client(url) as client:
+        process.terminate()
+        time.sleep(0.5)
+        client.set("key", "still served")
+        assert process.poll() is None
+    left_at = time.monotonic()
+    assert _ended(process)[0] == 0
+    assert time.monotonic() - left_at < 2
+
+
+def test_does_not_wait_for_ever(start: Start, url: str) -> None:
+    """A client that stays is left alone after three seconds: below the five after which honcho kills."""
+    process = start()
+    with _client(url):
+        told_at = time.monotonic()
+        process.terminate()
+        assert _ended(process)[0] == 0
+        assert 2.5 < time.monotonic() - told_at < 5
+
+
+def test_a_signal_to_the_group_does_not_end_the_server_early(start: Start, url: str) -> None:
+    """honcho signals whole process groups: the server itself must not be in ours."""
+    process = start()
+    with _client(url) as client:
+        assert os.getpgid(int(client.info("server")["process_id"])) != os.getpgid(process.pid)
+
+
+def test_already_running(start: Start, url: str) -> None:
+    """A second one on the same port says so, and the first goes on."""
+    start()
+    with _client(url) as client:
+        status, sentence = _ended(start())
+        assert status == 1
+        assert sentence.count("\n") == 1
+        assert "already running" in sentence
+        client.ping()
+
+
+def test_port_taken_by_a_stranger(start: Start, redis_url: str, url: str, port: int) -> None:
+    """Another program's port is one sentence, not a traceback, and that program is left alone."""
+    _ = url
+    with subprocess.Popen(
+        [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"], stderr=subprocess.DEVNULL
+    ) as stranger:
+        time.sleep(0.5)
+        status, sentence = _ended(start())
+        assert stranger.poll() is None
+        stranger.terminate()
+    assert status == 1
+    assert sentence.count("\n") == 1
+    assert f"port {port}" in sentence
+    with redis.Redis.from_url(redis_url) as client:
+        client.ping()
+
+
+def test_a_killed_one_is_cleared_away(start: Start, url: str) -> None:
+    """After kill -9 its server lives on; the next one ends that server, and keeps its data."""
+    process = start()
+    with _client(url) as client:
+        client.set("key", "value")
+        orphan = client.info("server")["process_id"]
+    try:
+        process.kill()
+        _ended(process)
+        assert not _is_gone(url)
+        second = start()
+        _wait_for_another(url, orphan)
+        with _client(url) as client:
+            assert client.get("key") == b"value"
+        second.terminate()
+        assert "of a `make up` that was killed" in _ended(second)[1]
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(orphan, signal.SIGKILL)
+
+
+def test_data_of_another_server(url: str, tmp_path: Path) -> None:
+    """Redis 7 cannot read what Valkey 8 wrote: the sentence says what to do."""
+    valkey, server = binary("valkey"), binary("redis")
+    if valkey is None or server is None:
+        pytest.skip("needs both servers")
+    first = _start(url, _path_with(valkey, tmp_path), tmp_path)
+    with _client(url) as client:
+        client.set("key", "value")
+    first.terminate()
+    assert _ended(first)[0] == 0
+    status, sentence = _ended(_start(url, _path_with(server, tmp_path), tmp_path))
+    if status == 0:
+        pytest.skip("this Redis reads Valkey's files")
+    assert status == 1
+    assert "move the folder away to start empty" in sentence

@@ -1,0 +1,358 @@
+"""The relay on a real server: what was published reaches its subscription once and in order, whatever breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+import redis
+import redis.asyncio
+
+from api import relay as module
+from api import subscription as subscription_module
+from api.command_batch import CommandBatch
+from api.relay import Relay
+from api.subscription import Subscription
+from common import connections, names
+from common.protocol import Delta, Event, Failed, Finished, Started, Usage, encode
+from common.rq import JsonJob
+
+NUM_TOKENS = 50
+END = Finished(NUM_TOKENS + 1, "stop", Usage(1, NUM_TOKENS))
+ALL: list[Event] = [*(Delta(n, n, f" {n}") for n in range(1, NUM_TOKENS + 1)), END]
+JOB = "0123456789abcdef01234567"
+PATIENCE_SECONDS = 10
+
+
+@dataclass
+class Side:
+    """Both ends: the relay of an API process, and what a worker does."""
+
+    relay: Relay
+    client: redis.asyncio.Redis
+
+    async def write(self, event: Event, job_id: str = JOB) -> None:
+        await self.client.xadd(names.journal(job_id), {"x": "w", "d": encode(event)}, id=f"{event.n}-0")
+
+    async def say(self, *events: Event, job_id: str = JOB) -> None:
+        await self.client.publish(self.relay.channel, encode([(job_id, event) for event in events]))
+
+    async def set_status(self, status: str | None, job_id: str = JOB) -> None:
+        key = JsonJob.key_for(job_id)
+        await (self.client.hset(key, "status", status) if status else self.client.delete(key))
+
+    async def kill_subscribed(self) -> None:
+        await self.client.execute_command("CLIENT", "KILL", "TYPE", "PUBSUB")
+
+
+def run(url: str, test: Callable[[Side], Awaitable[None]], max_events: int = 1000) -> None:
+    async def with_relay() -> None:
+        async with relay_at(url, max_events) as side:
+            await asyncio.wait_for(test(side), PATIENCE_SECONDS)  # type: ignore[arg-type]
+
+    asyncio.run(with_relay())
+
+
+@asynccontextmanager
+async def relay_at(url: str, max_events: int) -> AsyncIterator[Side]:
+    client = connections.connect_async(url)
+    worker = connections.connect_async(url)
+    relay = Relay(client, CommandBatch(client, transaction=False), max_events=max_events, queue_seconds=60)
+    await relay.start()
+    try:
+        yield Side(relay, worker)
+    finally:
+        await relay.stop()
+        await client.aclose()
+        await worker.aclose()
+
+
+async def take_all(subscription: Subscription) -> list[Event]:
+    taken: list[Event] = []
+    while subscription.terminal is None or subscription.terminal not in taken:
+        taken += await subscription.take()
+    return taken
+
+
+@pytest.fixture
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The relay's clocks, for tests that would wait for them."""
+    monkeypatch.setattr(module, "TICK_SECONDS", 0.05)
+    monkeypatch.setattr(module, "SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(module, "PING_SECONDS", 0.2)
+    monkeypatch.setattr(module, "PONG_SECONDS", 0.3)
+    monkeypatch.setattr(module, "RECONNECT_SECONDS", 0.05)
+
+
+def test_a_step_reaches_every_subscription(redis_url: str) -> None:
+    """One message carries many jobs; those of others are nobody's business."""
+
+    async def test(side: Side) -> None:
+        mine, other = side.relay.subscribe(JOB), side.relay.subscribe("other")
+        message = [
+            (JOB, Started(0, 5)),
+            ("stranger", ALL[0]),
+            ("other", ALL[0]),
+            (JOB, ALL[0]),
+            (JOB, ALL[1]),
+        ]
+        await side.client.publish(side.relay.channel, encode(message))
+        assert await mine.take() == [Started(0, 5), ALL[0], ALL[1]]
+        assert await other.take() == [ALL[0]]
+        side.relay.unsubscribe(mine)
+        assert side.relay.num_subscriptions == 1
+
+    run(redis_url, test)
+
+
+def test_losses_and_repetitions(redis_url: str) -> None:
+    """Messages that come twice or never leave no trace: the journal has all."""
+
+    async def test(side: Side) -> None:
+        chance = random.Random(5)  # noqa: S311 (a seed for repetition)
+        subscription = side.relay.subscribe(JOB)
+        taking = asyncio.create_task(take_all(subscription))
+        for event in ALL:
+            await side.write(event)
+            for _ in range(chance.choice([0, 1, 1, 2])):
+                await side.say(event)
+        await side.say(END)
+        assert await taking == ALL
+
+    run(redis_url, test)
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_dropped_connection(redis_url: str) -> None:
+    """After CLIENT KILL the channel is subscribed again, and the journal fills what was said in between."""
+
+    async def test(side: Side) -> None:
+        subscription = side.relay.subscribe(JOB)
+        taking = asyncio.create_task(take_all(subscription))
+        for event in ALL:
+            if event.n % 10 == 5:
+                await side.kill_subscribed()
+            await side.write(event)
+            await side.say(event)
+            await asyncio.sleep(0.002)
+        assert await taking == ALL
+        assert not subscription.is_given_up
+
+    run(redis_url, test)
+
+
+@pytest.mark.usefixtures("_quick")
+def test_the_end_is_said_while_the_connection_is_away(redis_url: str) -> None:
+    """It is read from the journal when the connection is back: nobody waits for the watchdog."""
+
+    async def test(side: Side) -> None:
+        subscription = side.relay.subscribe(JOB)
+        await side.kill_subscribed()
+        for event in ALL:
+            await side.write(event)
+        assert await take_all(subscription) == ALL
+
+    run(redis_url, test)
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_half_open_connection(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A socket that is silent and not closed is found out by a ping, and replaced."""
+
+    async def test(side: Side) -> None:
+        subscription = side.relay.subscribe(JOB)
+        forwarding.stall()
+        for event in ALL:
+            await side.write(event)
+        assert await take_all(subscription) == ALL
+
+    forwarding = Forwarding(redis_url)
+
+    async def through_a_proxy() -> None:
+        port = await forwarding.start()
+        async with relay_at(f"redis://127.0.0.1:{port}/0", 1000) as side:
+            await asyncio.wait_for(test(side), PATIENCE_SECONDS)
+        await forwarding.stop()
+
+    asyncio.run(through_a_proxy())
+
+
+class Forwarding:
+    """A proxy whose first connections can be made to hang, as a cable that was pulled does."""
+
+    def __init__(self, url: str) -> None:
+        self._port = int(url.rsplit(":", 1)[1].split("/", maxsplit=1)[0])
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stalled: set[asyncio.Task[None]] = set()
+        self._writers: list[asyncio.StreamWriter] = []
+
+    async def start(self) -> int:
+        self._server = await asyncio.start_server(self._connect, "127.0.0.1", 0)
+        return int(self._server.sockets[0].getsockname()[1])
+
+    def stall(self) -> None:
+        self._stalled.update(self._tasks)
+
+    async def stop(self) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        for writer in self._writers:
+            writer.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(w.wait_closed() for w in self._writers), return_exceptions=True)
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        to_server, from_server = await asyncio.open_connection("127.0.0.1", self._port)
+        self._writers += [writer, from_server]
+        for source, target in ((reader, from_server), (to_server, writer)):
+            self._tasks.append(asyncio.create_task(self._forward(source, target)))
+
+    async def _forward(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        while data := await source.read(65536):
+            if asyncio.current_task() in self._stalled:
+                await asyncio.sleep(60)
+            target.write(data)
+
+
+def test_a_slow_client_costs_no_memory(redis_url: str) -> None:
+    """More than its buffer is never held, and it gets everything in the end."""
+
+    async def test(side: Side) -> None:
+        slow, quick = side.relay.subscribe(JOB), side.relay.subscribe("quick")
+        for event in ALL:
+            await side.write(event)
+            await side.client.publish(side.relay.channel, encode([(JOB, event), ("quick", event)]))
+            if event.n <= 8:
+                assert await quick.take() == [event]
+        pieces: list[list[Event]] = []
+        while slow.terminal is None:
+            pieces.append(await slow.take())
+            await asyncio.sleep(0.001)
+        assert max(len(piece) for piece in pieces) <= 8
+        assert [event for piece in pieces for event in piece] == ALL
+
+    run(redis_url, test, max_events=8)
+
+
+@pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize(
+    ("status", "code", "http_status"),
+    [
+        (None, "queue_timeout", 503),
+        ("failed", "answer_lost", 500),
+        ("finished", "answer_lost", 500),
+        ("stopped", "stopped", 503),
+        ("canceled", "stopped", 503),
+    ],
+)
+def test_a_job_that_ends_without_a_word(
+    redis_url: str, status: str | None, code: str, http_status: int
+) -> None:
+    """The watchdog ends its stream once, with a reason; what comes later is not for the client."""
+
+    async def test(side: Side) -> None:
+        subscription = side.relay.subscribe(JOB)
+        subscription.heard_at = asyncio.get_running_loop().time()
+        await side.set_status(status)
+        [failed] = await take_all(subscription)
+        assert isinstance(failed, Failed)
+        assert (failed.code, failed.status) == (code, http_status)
+        await side.say(ALL[0])
+        await asyncio.sleep(0.1)
+        assert subscription.terminal == failed
+
+    run(redis_url, test)
+
+
+@pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize("status", ["finished", "failed", None])
+def test_the_watchdog_looks_into_the_journal_first(redis_url: str, status: str | None) -> None:
+    """An end that was written and never heard is the end that the client gets."""
+
+    async def test(side: Side) -> None:
+        subscription = side.relay.subscribe(JOB)
+        subscription.heard_at = asyncio.get_running_loop().time()
+        for event in ALL:
+            await side.write(event)
+        await side.set_status(status)
+        assert await take_all(subscription) == ALL
+
+    run(redis_url, test)
+
+
+@pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize("status", ["queued", "started"])
+def test_a_silent_job_that_is_well_goes_on(redis_url: str, status: str) -> None:
+    """Long waits and slow prompts are no errors; the handler gets its turns meanwhile."""
+
+    async def test(side: Side) -> None:
+        subscription = side.relay.subscribe(JOB)
+        subscription.heard_at = asyncio.get_running_loop().time()
+        await side.set_status(status)
+        for _ in range(20):
+            assert await subscription.take() == []
+        assert subscription.terminal is None
+        await side.say(ALL[0])
+        while not (events := await subscription.take()):
+            pass
+        assert events == [ALL[0]]
+
+    run(redis_url, test)
+
+
+def test_a_message_of_somebody_else(redis_url: str) -> None:
+    """What is no message of ours is logged and passed over, and what it may have replaced is read."""
+
+    async def test(side: Side) -> None:
+        subscription = side.relay.subscribe(JOB)
+        await side.write(ALL[0])
+        await side.client.publish(side.relay.channel, b"\xff{")
+        assert await take_some(subscription) == [ALL[0]]
+        await side.say(ALL[1])
+        assert await take_some(subscription) == [ALL[1]]
+
+    run(redis_url, test)
+
+
+async def take_some(subscription: Subscription) -> list[Event]:
+    while not (events := await subscription.take()):
+        pass
+    return events
+
+
+def test_shutting_down_ends_every_stream(redis_url: str) -> None:
+    """With an error that says so, and marked as not the job's own end."""
+
+    async def test(side: Side) -> None:
+        subscription = side.relay.subscribe(JOB)
+        side.relay.end_all()
+        [failed] = await take_all(subscription)
+        assert isinstance(failed, Failed)
+        assert failed.code == "shutting_down"
+        assert subscription.is_given_up
+
+    run(redis_url, test)
+
+
+def test_without_a_server() -> None:
+    """The relay starts all the same, says that it is not connected, and stops."""
+
+    async def run_without() -> None:
+        client = connections.connect_async("redis://127.0.0.1:1/0")
+        relay = Relay(client, CommandBatch(client, transaction=False), max_events=10, queue_seconds=60)
+        await relay.start()
+        assert not relay.is_connected
+        await relay.stop()
+        await client.aclose()
+
+    original, module.START_SECONDS = module.START_SECONDS, 0.2
+    try:
+        asyncio.run(run_without())
+    finally:
+        module.START_SECONDS = original
+    assert subscription_module.RETRY_SECONDS > 0

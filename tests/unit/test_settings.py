@@ -1,0 +1,125 @@
+"""Settings: what is read, what is refused and in which words, and that the README says the same."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from common.errors import StartupError
+from common.settings import EMBEDDED_REDIS_URL, Settings, add_flags, describe, from_arguments, markdown
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_defaults_without_variables() -> None:
+    """Nothing set: loopback, the demo model and the embedded server."""
+    settings = Settings.load({})
+    assert settings == Settings()
+    assert (settings.host, settings.port, settings.model) == ("127.0.0.1", 8080, "demo")
+    assert settings.redis_url == EMBEDDED_REDIS_URL
+
+
+def test_variables_are_converted() -> None:
+    """Texts become numbers and booleans; other programs' variables do not matter."""
+    settings = Settings.load(
+        {
+            "MLXPOOL_PORT": "9000",
+            "MLXPOOL_TRUST_REMOTE_CODE": "1",
+            "MLXPOOL_LEASE_SECONDS": "2.5",
+            "PORT": "x",
+        }
+    )
+    assert (settings.port, settings.trust_remote_code, settings.lease_seconds) == (9000, True, 2.5)
+
+
+def test_empty_variable_is_unset() -> None:
+    """`MLXPOOL_PORT=` is the default, as an empty line of an env file is meant."""
+    assert Settings.load({"MLXPOOL_PORT": "", "MLXPOOL_ADAPTER_PATH": ""}) == Settings()
+
+
+def test_overrides_win() -> None:
+    """A flag wins over the environment; one that is not given does not."""
+    settings = Settings.load({"MLXPOOL_PORT": "9000", "MLXPOOL_HOST": "::1"}, {"port": "9001", "host": None})
+    assert (settings.port, settings.host) == (9001, "::1")
+
+
+def test_unknown_variable_is_refused_with_a_hint() -> None:
+    """A typing error in a name stops the process, and the nearest name is offered."""
+    with pytest.raises(
+        StartupError, match=r"MLXPOOL_PROT is not a setting of mlx-pool; did you mean MLXPOOL_PORT\?"
+    ):
+        Settings.load({"MLXPOOL_PROT": "1"})
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("MLXPOOL_PORT", "0", ">= 1"),
+        ("MLXPOOL_PORT", "http", "int"),
+        ("MLXPOOL_MAX_BATCH", "1.5", "int"),
+        ("MLXPOOL_LOG_LEVEL", "LOUD", "enum value"),
+        ("MLXPOOL_TRUST_REMOTE_CODE", "maybe", "bool"),
+    ],
+)
+def test_bad_value_is_refused(variable: str, value: str, expected: str) -> None:
+    """The sentence names the variable and the flag, what was expected and what came."""
+    with pytest.raises(StartupError) as caught:
+        Settings.load({variable: value})
+    sentence = str(caught.value)
+    flag = "--" + variable.removeprefix("MLXPOOL_").lower().replace("_", "-")
+    assert variable in sentence
+    assert flag in sentence
+    assert expected in sentence
+    assert repr(value) in sentence
+
+
+def test_to_environ_round_trip() -> None:
+    """A child process that is given `to_environ` reads the same settings."""
+    settings = msgspec.structs.replace(
+        Settings(), port=9000, trust_remote_code=True, cache_limit_gb=1.5, model="/a b/c", adapter_path="x"
+    )
+    assert Settings.load(settings.to_environ()) == settings
+    assert Settings().to_environ() == {}
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "expected"),
+    [
+        ("demo", None, "demo"),
+        ("org/name", None, "org/name"),
+        ("/models/Llama-1B/", None, "Llama-1B"),
+        ("./Llama-1B", None, "Llama-1B"),
+        ("/models/Llama-1B", "llama", "llama"),
+    ],
+)
+def test_model_id(model: str, name: str | None, expected: str) -> None:
+    """Clients call a model as it is set, or as its folder is called, or as it was given."""
+    assert Settings(model=model, model_name=name).model_id == expected
+
+
+def test_model_id_that_cannot_be_a_queue() -> None:
+    """RQ's tools split queue names at commas: such a name is refused at the start."""
+    with pytest.raises(StartupError, match="'a,b' cannot be a model id"):
+        _ = Settings(model_name="a,b").model_id
+
+
+def test_flags_are_settings() -> None:
+    """`--max-batch 8 --trust-remote-code` is the same as the variables."""
+    parser = argparse.ArgumentParser()
+    add_flags(parser, ["max_batch", "trust_remote_code", "model"])
+    settings = from_arguments(parser.parse_args(["--max-batch", "8", "--trust-remote-code"]))
+    assert (settings.max_batch, settings.trust_remote_code, settings.model) == (8, True, "demo")
+
+
+def test_every_setting_is_described() -> None:
+    """`--help` and the README have words for each."""
+    assert all(about for _, _, about in describe())
+
+
+def test_readme_table() -> None:
+    """The README's table is what `python -m common.settings` prints."""
+    readme = (ROOT / "README.md").read_text()
+    assert markdown() in readme, "run `python -m common.settings` and put what it prints into README.md"

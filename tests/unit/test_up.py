@@ -1,0 +1,113 @@
+"""`make up`: which processes it starts, with which settings, and what it says."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common import up
+from common.errors import StartupError
+from common.settings import Settings
+
+
+class Recorder:
+    """Takes what honcho's manager would start."""
+
+    def __init__(self) -> None:
+        self.processes: dict[str, dict[str, Any]] = {}
+
+    def add_process(self, name: str, cmd: str, env: dict[str, str], cwd: str) -> None:
+        self.processes[name] = {"cmd": cmd, "env": env, "cwd": cwd}
+
+
+def _processes(settings: Settings, num_each: int = 1, **environ: str) -> dict[str, dict[str, Any]]:
+    recorder = Recorder()
+    up.add_processes(recorder, up.worker_settings(settings), num_each, environ)
+    return recorder.processes
+
+
+def test_one_of_each() -> None:
+    """By default: the embedded server, the API and one worker, as the Procfile says."""
+    processes = _processes(Settings())
+    assert list(processes) == ["redis", "api", "worker"]
+    assert processes["worker"]["cmd"].endswith("python -m worker")
+    assert processes["worker"]["env"]["MLXPOOL_MODEL"] == "demo"
+
+
+def test_a_redis_of_ones_own() -> None:
+    """With MLXPOOL_REDIS_URL, no server is started."""
+    assert list(_processes(Settings(redis_url="redis://other:6379/0"))) == ["api", "worker"]
+
+
+def test_workers_of_several_models() -> None:
+    """MODEL is a list, and WORKERS is a number for each of them."""
+    processes = _processes(Settings(model="demo '/models/with space'"), 2)
+    models = [process["env"]["MLXPOOL_MODEL"] for name, process in processes.items() if "worker" in name]
+    assert models == ["demo", "demo", "/models/with space", "/models/with space"]
+
+
+def test_the_pool_does_not_drain() -> None:
+    """The API ends with the workers, so these finish nothing, unless they are told to."""
+    assert _processes(Settings())["worker"]["env"]["MLXPOOL_DRAIN_SECONDS"] == "1.0"
+    told = _processes(Settings(), MLXPOOL_DRAIN_SECONDS="9")
+    assert told["worker"]["env"]["MLXPOOL_DRAIN_SECONDS"] == "9"
+
+
+@pytest.mark.parametrize("model", ["demo demo", "/a/b /c/b", "'demo", " "])
+def test_models_that_cannot_be_told_apart(model: str) -> None:
+    """Two models of one name, an open quote and no model are one sentence each."""
+    with pytest.raises(StartupError):
+        up.worker_settings(Settings(model=model))
+
+
+def test_port_in_use() -> None:
+    """A taken port is said before anything starts."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(StartupError, match=rf"cannot listen on 127\.0\.0\.1:{port} .*make up PORT="):
+            up.check_port(Settings(port=port))
+    up.check_port(Settings(port=port))
+
+
+def test_banner_can_be_pasted() -> None:
+    """The curl line survives a shell, and asks a model that is served."""
+    text = up.banner(Settings(port=9000), ["it's", "b"])
+    (line,) = [line for line in text.splitlines() if "curl -N" in line]
+    words = shlex.split(line)
+    assert words[2] == "http://127.0.0.1:9000/v1/chat/completions"
+    assert json.loads(words[-1])["model"] == "it's"
+    assert "rq info --url redis://127.0.0.1:6399/0" in text
+
+
+def test_banner_keeps_the_password() -> None:
+    """A URL of the operator's own is not shown, since it may hold a password."""
+    text = up.banner(Settings(redis_url="redis://:secret@mac:6379/0", host="0.0.0.0"), ["demo"])  # noqa: S104
+    assert "secret" not in text
+    assert 'rq info --url "$MLXPOOL_REDIS_URL"' in text
+    assert "http://127.0.0.1:8080/v1" in text
+
+
+def test_not_ready_while_nobody_listens() -> None:
+    """No API yet is no error."""
+    assert not up.is_ready(Settings(port=1), ["demo"])
+
+
+def test_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bad setting is one sentence and status 1."""
+    monkeypatch.setenv("MLXPOOL_PROT", "9000")
+    monkeypatch.setattr("sys.argv", ["up"])
+    assert up.main() == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_procfile_is_found_from_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The processes run in the repository, wherever the command was given."""
+    monkeypatch.chdir(tmp_path)
+    assert _processes(Settings())["api"]["cwd"] == str(up.ROOT)

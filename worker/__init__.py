@@ -1,0 +1,1 @@
+"""The worker: RQ jobs in, events out; one process, one model; never speaks HTTP."""

@@ -1,0 +1,89 @@
+"""`python -m worker`: one worker process. Reads the settings, checks what can be checked, and serves one model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from common import connections, logging
+from common.errors import StartupError
+from common.settings import Settings, add_flags, from_arguments
+from worker.batch_worker import BatchWorker
+from worker.engine import Engine
+
+FLAGS = (
+    "model",
+    "max_batch",
+    "redis_url",
+    "adapter_path",
+    "chat_template",
+    "use_default_chat_template",
+    "trust_remote_code",
+    "cache_limit_gb",
+    "prefill_step_tokens",
+    "wired_limit",
+    "lease_seconds",
+    "drain_seconds",
+    "orphan_seconds",
+    "journal_ttl_seconds",
+    "cache_dir",
+    "log_level",
+)
+_NAME_HELP = "model id for clients (default: made from the model's path)"
+
+
+class WorkerFlags:
+    """The command line of a worker: every setting of a worker is a flag; a command may add its own to `parser`."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        self.parser = argparse.ArgumentParser(prog=prog, description=description)
+        self.parser.add_argument(
+            "--name", "--model-name", dest="model_name", metavar="MODEL_ID", help=_NAME_HELP
+        )
+        add_flags(self.parser, FLAGS)
+        self.arguments = argparse.Namespace()
+
+    def parse(self, argv: list[str] | None) -> Settings:
+        """Read the command line over the environment.
+
+        Raises:
+            StartupError: A setting is wrong.
+        """
+        self.arguments = self.parser.parse_args(argv)
+        return from_arguments(self.arguments)
+
+
+def run(flags: WorkerFlags, make_engine: Callable[[Settings], Engine], argv: list[str] | None = None) -> int:
+    """Run a worker with the engine that `make_engine` makes on the generation thread; the exit status."""
+    try:
+        settings = flags.parse(argv)
+        logging.configure(settings.log_level)
+        connection = connections.connect(settings.redis_url)
+        connections.check(connection)
+        worker = BatchWorker(settings, connection, settings.model_id, lambda: make_engine(settings))
+        return 0 if worker.work() else 1
+    except StartupError as error:
+        sys.stderr.write(f"mlx-pool worker: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _load_engine(settings: Settings) -> Engine:
+    from worker.mlx_engine import MLXEngine
+
+    return MLXEngine(settings)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m worker`; the exit status."""
+    return run(
+        WorkerFlags("python -m worker", "One worker process: one model, many requests at once."),
+        _load_engine,
+        argv,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Token ids to text, one token at a time, for every kind of tokenizer that mlx-lm loads.
+
+Owns the bytes of each token (`TokenBytes`, built once a model) and the state of one row (`Detokenizer`). Never emits half
+a character; fed the same ids again, it gives the same text, which is what a takeover relies on. Knows nothing of MLX.
+"""
+
+from __future__ import annotations
+
+import codecs
+import copy
+from typing import Any, Protocol
+
+_SENTENCEPIECE_SPACE = "\u2581".encode()
+
+
+class Detokenizer(Protocol):
+    """The text of one row."""
+
+    def add(self, token_id: int) -> str:
+        """Characters that this token made whole; may be empty."""
+
+    def flush(self) -> str:
+        """What is left at the end: the bytes of a character that never became whole, as U+FFFD."""
+
+
+class TokenBytes:
+    """What each token of a vocabulary stands for, in bytes.
+
+    Args:
+        tokenizer: mlx-lm's `TokenizerWrapper`. Its choice of streaming detokenizer says which family the vocabulary is
+            of: mlx-lm 0.32 reads it from the decoder section of `tokenizer.json`.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._streaming = tokenizer.detokenizer
+        pieces = getattr(self._streaming, "tokenmap", None)
+        self.strips_first_space = bool(getattr(self._streaming, "trim_space", False))
+        self._table: list[bytes] | None = None
+        if pieces:
+            added = {i: str(token).encode() for i, token in tokenizer.added_tokens_decoder.items()}
+            to_bytes = _sentencepiece_bytes if isinstance(pieces[0], bytes) else _byte_level_bytes
+            self._table = [added[i] if i in added else to_bytes(piece) for i, piece in enumerate(pieces)]
+
+    def __getitem__(self, token_id: int) -> bytes:
+        if self._table is None:
+            return bytes(self._tokenizer.decode([token_id]).encode())
+        # A model's vocabulary may be padded beyond its tokenizer's.
+        return self._table[token_id] if token_id < len(self._table) else b""
+
+    def detokenizer(self, *, after_template: bool) -> Detokenizer:
+        """A fresh one for a row.
+
+        Args:
+            after_template: The text follows a chat template: a vocabulary that starts each text with a space
+                (sentencepiece's dummy prefix) loses it there, and keeps it where a plain prompt goes on.
+        """
+        if self._table is None:
+            return _DecodingDetokenizer(self._streaming)
+        return _ByteDetokenizer(self, strip=self.strips_first_space and after_template)
+
+
+class _ByteDetokenizer:
+    """For vocabularies whose tokens are bytes: byte-level BPE and sentencepiece."""
+
+    def __init__(self, token_bytes: TokenBytes, *, strip: bool) -> None:
+        self._bytes = token_bytes
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._strip = strip
+
+    def add(self, token_id: int) -> str:
+        return self._stripped(self._decode(self._bytes[token_id]))
+
+    def flush(self) -> str:
+        return self._stripped(self._decode(b"", final=True))
+
+    def _stripped(self, text: str) -> str:
+        if not self._strip or not text:
+            return text
+        self._strip = False
+        return text.removeprefix(" ")
+
+
+class _DecodingDetokenizer:
+    """For every other vocabulary: mlx-lm's detokenizer, which decodes the line so far again and again."""
+
+    def __init__(self, streaming: Any) -> None:
+        self._streaming = copy.copy(streaming)  # building one costs tens of ms; its state is reset
+        self._streaming.reset()
+
+    def add(self, token_id: int) -> str:
+        self._streaming.add_token(token_id)
+        return str(self._streaming.last_segment)
+
+    def flush(self) -> str:
+        self._streaming.finalize()
+        return str(self._streaming.last_segment)
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The characters by which byte-level BPE writes bytes (Radford et al. 2019, GPT-2).
+
+    Printable Latin-1 characters stand for themselves, the 68 others for U+0100 and up, in order.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_ALPHABET = _byte_level_alphabet()
+
+
+def _byte_level_bytes(piece: str | None) -> bytes:
+    return b"".join(bytes([_ALPHABET[char]]) if char in _ALPHABET else char.encode() for char in piece or "")
+
+
+def _sentencepiece_bytes(piece: bytes) -> bytes:
+    return piece.replace(_SENTENCEPIECE_SPACE, b" ")

@@ -1,0 +1,94 @@
+"""The seam between the generation loop and what makes tokens.
+
+The loop decides; an engine acts. `MLXEngine` is the real one, `bench.synthetic_worker` has one without a model, and tests
+script one, so that every decision of the loop is tested in milliseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from common.protocol import GenerationJob, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class Inserted:
+    """What an engine says of a job that it took.
+
+    Attributes:
+        prompt_tokens: Length of the prompt.
+        cached_tokens: How many of those were not read again.
+        max_tokens: How many tokens the job may generate, those replayed included: as asked, or what the context
+            has room for.
+        replayed_texts: The text of each replayed token, in order, before any stop string is looked for.
+    """
+
+    prompt_tokens: int
+    max_tokens: int
+    cached_tokens: int = 0
+    replayed_texts: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class StepToken:
+    """One token of one job.
+
+    Attributes:
+        token_id: What was sampled.
+        text: Characters that became whole with it; with a `finish_reason`, all that was left.
+        finish_reason: Set on the job's last token; the engine has let go of the row then.
+        logprob: The token's own, where the job asked for it.
+        top: The most likely tokens, best first, where the job asked for them.
+    """
+
+    job_id: str
+    token_id: int
+    text: str
+    finish_reason: Literal["stop", "length"] | None = None
+    logprob: TokenLogprob | None = None
+    top: list[TokenLogprob] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the model card says that only the engine knows; see `common.protocol.ModelCard`."""
+
+    context_length: int
+    vocab_size: int
+    max_batch: int
+    quantization: str = ""
+    has_chat_template: bool = True
+
+
+class Engine(Protocol):
+    """Rows that are decoded together. Made and used on one thread; a job is inserted between two steps."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """What was loaded."""
+
+    @property
+    def num_rows(self) -> int:
+        """Jobs inserted and neither finished nor removed."""
+
+    def insert(self, job: GenerationJob, replay: list[int]) -> Inserted:
+        """Take a job; its first token comes with a later `step`.
+
+        Args:
+            job: At most `info.max_batch` at a time.
+            replay: Token ids that the job has generated elsewhere, oldest first; generation goes on behind them.
+
+        Raises:
+            RequestError: The job cannot be served, such as a prompt longer than the context. Nothing was taken.
+        """
+
+    def remove(self, job_id: str) -> None:
+        """Let go of a row; one that is not there is fine."""
+
+    def step(self) -> list[StepToken]:
+        """Decode one token for each row that is ready, or read on in the prompts; at least one row is there.
+
+        Returns:
+            At most one token a row, in no particular order; empty while prompts are read.
+        """

@@ -1,0 +1,328 @@
+"""The generation loop: which rows there are, what each step's tokens become, and when a job has ended.
+
+Runs on one thread and owns every `Sequence`; other threads reach it by messages in its inbox, and it tells them how jobs
+ended through `settle`. Between two steps it never waits for Redis: a step's events are sent, their answer is read after
+the next step. Knows neither MLX nor RQ nor Redis: an `Engine` and a `Journal` are given to it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from queue import SimpleQueue
+
+from common.errors import RequestError
+from common.protocol import Delta, Event, Failed, Finished, GenerationJob, encode
+from worker.engine import Engine, StepToken
+from worker.journal import Journal, Receipt, Row
+from worker.sequence import Sequence, failed_event
+
+log = logging.getLogger(__name__)
+
+EARLY_WITHDRAWAL_SECONDS = 30.0
+"""How long a withdrawal is kept for a job that is still on its way from intake."""
+
+
+class Withdrawal(Enum):
+    """Why a job leaves before its answer is whole."""
+
+    CANCELLED = "cancelled"
+    """Its client left."""
+    STOPPED = "stopped"
+    """An operator stopped it, with RQ's stop-job."""
+    FENCED = "fenced"
+    """Its lease is lost: it is another worker's now, and nothing more may be written."""
+    HANDED_OVER = "handed over"
+    """This worker drains: another one is to go on."""
+
+
+class Outcome(Enum):
+    """What becomes of a job's RQ execution."""
+
+    FINISHED = "finished"
+    FAILED = "failed"
+    STOPPED = "stopped"
+    FENCED = "fenced"
+    HANDED_OVER = "handed over"
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """To the loop: a job that this worker holds a lease for.
+
+    Attributes:
+        journal: What other workers wrote of it, in order; empty for a fresh job.
+    """
+
+    job: GenerationJob
+    execution_id: str
+    journal: list[Event] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """To the loop: a job is to leave (or only one run of it). One that is not here (yet) is fine."""
+
+    job_id: str
+    why: Withdrawal
+    execution_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Quit:
+    """To the loop: return, once nothing is in flight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """From the loop: a job has ended here, and everything of it is in the journal.
+
+    Attributes:
+        terminal: Its terminal event; None where another worker goes on.
+    """
+
+    job_id: str
+    execution_id: str
+    outcome: Outcome
+    terminal: Finished | Failed | None = None
+    sequence: Sequence | None = None
+
+
+_STOPPED = RequestError(
+    "The request was stopped by an operator.", status=503, type="server_error", code="stopped"
+)
+_STEP_FAILED = RequestError(
+    "The model failed while it generated this answer.", status=500, type="server_error"
+)
+_OUTCOMES = {
+    Withdrawal.CANCELLED: Outcome.FINISHED,
+    Withdrawal.STOPPED: Outcome.STOPPED,
+    Withdrawal.FENCED: Outcome.FENCED,
+    Withdrawal.HANDED_OVER: Outcome.HANDED_OVER,
+}
+
+Message = Admit | Withdraw | Quit
+
+
+class GenerationLoop:
+    """See the module.
+
+    Args:
+        settle: Called on the loop's thread with each job's end, exactly once for each `Admit`.
+        live_ttl_seconds: What a journal has to live while its job goes on.
+        final_ttl_seconds: What it has to live after its terminal event.
+        orphan_seconds: A channel that nobody has listened to for this long has its jobs cancelled.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        journal: Journal,
+        inbox: SimpleQueue[Message],
+        settle: Callable[[Settlement], None],
+        live_ttl_seconds: int = 900,
+        final_ttl_seconds: int = 300,
+        orphan_seconds: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine = engine
+        self._journal = journal
+        self._inbox = inbox
+        self._settle = settle
+        self._live_ttl_seconds = live_ttl_seconds
+        self._final_ttl_seconds = final_ttl_seconds
+        self._orphan_seconds = orphan_seconds
+        self._clock = clock
+        self._running: dict[str, Sequence] = {}
+        self._rows: list[Row] = []
+        self._endings: list[Settlement] = []  # their terminal events are among `_rows`
+        self._endings_in_flight: list[Settlement] = []  # theirs were sent and are not answered
+        self._in_flight = False
+        self._early: dict[str, tuple[Withdrawal, float]] = {}
+        self._unheard_since: dict[str, float] = {}
+        self._quitting = False
+        self.num_steps = 0
+        self.num_tokens = 0
+
+    def run(self) -> None:
+        """Turn until `Quit` came and everything is settled."""
+        while not (self._quitting and self._is_idle()):
+            self.turn()
+
+    def turn(self) -> None:
+        """One round: read the inbox, decode one step, read the last step's answer, send this one's.
+
+        Blocks only when there is nothing to generate and nothing in flight.
+        """
+        self._read_inbox()
+        if self._rows or self._endings:  # these are not to wait for a step that may read a long prompt
+            self._flush()
+        if self._running:
+            for token in self._step():
+                self._take(token)
+        if self._rows or self._endings or not self._running:
+            self._flush()
+
+    # -- the inbox ---------------------------------------------------------------------------------------------------
+
+    def _is_idle(self) -> bool:
+        return not (self._running or self._rows or self._endings or self._in_flight)
+
+    def _read_inbox(self) -> None:
+        if self._is_idle() and not self._quitting:
+            self._handle(self._inbox.get())
+        while not self._inbox.empty():
+            self._handle(self._inbox.get())
+
+    def _handle(self, message: Message) -> None:
+        match message:
+            case Admit():
+                self._admit(message)
+            case Withdraw():
+                self._withdraw(message)
+            case Quit():
+                self._quitting = True
+
+    def _admit(self, message: Admit) -> None:
+        """Take a job, where its journal ends.
+
+        1. A row of the same job under a lease that was lost is given up: its job has come back to this worker.
+        2. A journal with a terminal event: the worker before died between that and RQ's books; only they are left.
+        3. A job that the engine refuses ends as failed, alone.
+        4. A withdrawal that came before the job did: it ends as if it had come after.
+        """
+        job, execution_id = message.job, message.execution_id
+        if job.job_id in self._running:
+            self._withdraw(Withdraw(job.job_id, Withdrawal.FENCED))
+        terminal = message.journal[-1] if message.journal else None
+        if isinstance(terminal, Finished | Failed):
+            outcome = Outcome.FINISHED if isinstance(terminal, Finished) else Outcome.FAILED
+            self._settle(Settlement(job.job_id, execution_id, outcome, terminal))
+            return
+        replay = [event.token_id for event in message.journal if isinstance(event, Delta)]
+        try:
+            inserted = self._engine.insert(job, replay)
+        except Exception as error:  # noqa: BLE001 (whatever one request does to the engine is its own failure)
+            self._refuse(message, len(replay) + 1, error)
+            return
+        sequence = Sequence(job, execution_id, inserted, n=len(replay))
+        self._running[job.job_id] = sequence
+        self._append(sequence, sequence.started())
+        if job.job_id in self._early:
+            self._withdraw(Withdraw(job.job_id, self._early.pop(job.job_id)[0]))
+
+    def _refuse(self, message: Admit, n: int, error: Exception) -> None:
+        if not isinstance(error, RequestError):
+            log.error("job %s could not be taken", message.job.job_id, exc_info=error)
+            error = RequestError("The model could not take this request.", status=500, type="server_error")
+        failed = failed_event(n, error)
+        self._rows.append(self._row(message.job, message.execution_id, failed))
+        self._endings.append(Settlement(message.job.job_id, message.execution_id, Outcome.FAILED, failed))
+
+    def _withdraw(self, message: Withdraw) -> None:
+        job_id, why = message.job_id, message.why
+        sequence = self._running.get(job_id)
+        if sequence is None or message.execution_id not in (None, sequence.execution_id):
+            self._remember_early(job_id, why)
+            return
+        terminal: Finished | Failed | None = None
+        if why is Withdrawal.CANCELLED:
+            terminal = sequence.finished("cancelled")
+        elif why is Withdrawal.STOPPED:
+            terminal = sequence.failed(_STOPPED)
+        self._end(sequence, _OUTCOMES[why], terminal)
+
+    def _remember_early(self, job_id: str, why: Withdrawal) -> None:
+        now = self._clock()
+        self._early = {k: v for k, v in self._early.items() if now - v[1] < EARLY_WITHDRAWAL_SECONDS}
+        if why in (Withdrawal.CANCELLED, Withdrawal.STOPPED):
+            self._early[job_id] = (why, now)
+
+    # -- a step ------------------------------------------------------------------------------------------------------
+
+    def _step(self) -> list[StepToken]:
+        """One step of the engine; one that raises fails the rows it had, and the loop goes on."""
+        self.num_steps += 1
+        try:
+            tokens = self._engine.step()
+        except Exception:
+            log.exception("a step failed with %d rows", len(self._running))
+            for sequence in list(self._running.values()):
+                self._end(sequence, Outcome.FAILED, sequence.failed(_STEP_FAILED))
+            return []
+        self.num_tokens += len(tokens)
+        return tokens
+
+    def _take(self, token: StepToken) -> None:
+        sequence = self._running.get(token.job_id)
+        if sequence is None:  # ended earlier in this step
+            return
+        delta, reason = sequence.take(token)
+        self._append(sequence, delta)
+        if reason is not None:
+            self._end(sequence, Outcome.FINISHED, sequence.finished(reason))
+
+    def _end(self, sequence: Sequence, outcome: Outcome, terminal: Finished | Failed | None) -> None:
+        """Let go of a row; the end is settled once everything of it is answered for."""
+        job_id = sequence.job.job_id
+        del self._running[job_id]
+        self._engine.remove(job_id)
+        if terminal is not None:
+            self._append(sequence, terminal)
+        self._endings.append(Settlement(job_id, sequence.execution_id, outcome, terminal, sequence))
+
+    # -- the journal -------------------------------------------------------------------------------------------------
+
+    def _append(self, sequence: Sequence, event: Event) -> None:
+        self._rows.append(self._row(sequence.job, sequence.execution_id, event))
+
+    def _row(self, job: GenerationJob, execution_id: str, event: Event) -> Row:
+        ttl_seconds = 0
+        if isinstance(event, Finished | Failed):
+            ttl_seconds = self._final_ttl_seconds
+        elif event.n == 1:
+            ttl_seconds = self._live_ttl_seconds
+        return Row(job.channel, job.job_id, execution_id, event.n, encode(event), ttl_seconds)
+
+    def _flush(self) -> None:
+        """Read the answer to what was sent, then send what there is; an end with nothing to send is settled now."""
+        self._collect()
+        if self._rows:
+            self._journal.send(self._rows)
+            self._in_flight, self._rows = True, []
+            self._endings_in_flight, self._endings = self._endings, []
+        else:
+            for ending in self._endings:
+                self._settle(ending)
+            self._endings = []
+
+    def _collect(self) -> None:
+        if not self._in_flight:
+            return
+        receipt = self._journal.collect()
+        self._in_flight = False
+        for ending in self._endings_in_flight:
+            fenced = ending.execution_id in receipt.refused
+            self._settle(replace(ending, outcome=Outcome.FENCED, terminal=None) if fenced else ending)
+        self._endings_in_flight = []
+        for sequence in list(self._running.values()) if receipt.refused else []:
+            if sequence.execution_id in receipt.refused:
+                self._end(sequence, Outcome.FENCED, None)
+        self._withdraw_unheard(receipt)
+
+    def _withdraw_unheard(self, receipt: Receipt) -> None:
+        """Cancel the jobs of an API process that has not listened for a while: it died, and its clients with it."""
+        now = self._clock()
+        for channel, num_listeners in receipt.listeners.items():
+            if num_listeners:
+                self._unheard_since.pop(channel, None)
+            elif now - self._unheard_since.setdefault(channel, now) >= self._orphan_seconds:
+                for sequence in [s for s in self._running.values() if s.job.channel == channel]:
+                    log.warning("nobody listens for job %s any more", sequence.job.job_id)
+                    self._withdraw(Withdraw(sequence.job.job_id, Withdrawal.CANCELLED))
+                del self._unheard_since[channel]

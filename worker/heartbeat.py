@@ -1,0 +1,153 @@
+"""Heartbeat: what a worker says of itself several times a lease, in one trip to Redis.
+
+Called by the worker's main thread. Renews RQ's worker entry, the lease of every execution, the journals' time to live and
+the model card; learns whether `rq suspend` is in force and which leases were lost.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from rq.defaults import RQ_KEY_PREFIX
+from rq.executions import Execution, ExecutionRegistry
+
+from common import names
+from common.protocol import ModelCard
+
+if TYPE_CHECKING:
+    from redis.client import Pipeline
+
+    from worker.batch_worker import BatchWorker
+    from worker.engine import ModelInfo
+    from worker.generation_loop import GenerationLoop
+
+RQ_WORKER_TTL_SECONDS = 10
+"""How long `rq info` lists a worker that was killed."""
+
+BACKSTOP_SECONDS = 3600
+"""What RQ's registries believe an execution lives: so far away that stock cleaners, which go by local clocks, never
+declare one abandoned. The real lease is the time to live of the execution's key."""
+
+_BACKSTOP_RENEWAL_SECONDS = 600.0
+
+
+class Heartbeat:
+    """See the module.
+
+    Attributes:
+        is_suspended: Whether `rq suspend` was in force at the last beat.
+
+    Args:
+        lease_ms: How long a lease lasts without a beat.
+        live_ttl_seconds: What a journal has to live while its job goes on.
+    """
+
+    def __init__(
+        self,
+        worker: BatchWorker,
+        loop: GenerationLoop,
+        info: ModelInfo,
+        *,
+        lease_ms: int,
+        live_ttl_seconds: int,
+    ) -> None:
+        self.is_suspended = False
+        self._worker = worker
+        self._loop = loop
+        self._info = info
+        self._lease_ms = lease_ms
+        self._live_ttl_seconds = live_ttl_seconds
+        self._backstops_renewed_at = time.monotonic()
+        self._created_at = int(time.time())
+        self._rate = (time.monotonic(), 0, 0.0)  # when, tokens by then, tokens/s before
+
+    def beat(self, *, draining: bool) -> list[Execution]:
+        """Renew everything; a worker that drains shows no card, since it takes nothing more.
+
+        Returns:
+            Executions whose lease was lost: they are another worker's now.
+
+        Raises:
+            redis.RedisError: Redis is away; some of it may have been renewed.
+        """
+        worker = self._worker
+        executions = list(worker.executions.values())
+        with worker.connection.pipeline(transaction=False) as pipe:
+            worker.heartbeat(RQ_WORKER_TTL_SECONDS, pipeline=pipe)
+            pipe.exists(f"{RQ_KEY_PREFIX}:suspended")
+            num_before = len(pipe)
+            for execution in executions:
+                # NOTE: never anything that creates the key: 0 means that the lease ran out, and it stays so.
+                pipe.pexpire(execution.key, self._lease_ms)
+            for execution in executions:
+                pipe.expire(names.journal(execution.job_id), self._live_ttl_seconds)
+            self._renew_backstops(pipe, executions)
+            if draining:
+                self.withdraw_card(pipe)
+            else:
+                self._show_card(pipe)
+            answers = pipe.execute()
+        if answers[0] == 1:  # HSET made RQ's hash anew: it had run out while we were away
+            self._register_again()
+        self.is_suspended = bool(answers[num_before - 1])
+        renewed = answers[num_before : num_before + len(executions)]
+        return [
+            e
+            for e, is_ours in zip(executions, renewed, strict=True)
+            if not is_ours and e.id in worker.executions
+        ]
+
+    def withdraw_card(self, pipe: Pipeline) -> None:
+        """Record on `pipe` that this worker takes no more requests."""
+        pipe.delete(names.worker_card(self._worker.name))
+        pipe.zrem(names.WORKER_CARDS, self._worker.name)
+
+    def _register_again(self) -> None:
+        worker = self._worker
+        with worker.connection.pipeline() as pipe:
+            pipe.hset(worker.key, mapping=worker.serialize() | {"state": worker.get_state()})
+            pipe.expire(worker.key, RQ_WORKER_TTL_SECONDS)
+            pipe.sadd(worker.redis_workers_keys, worker.key)
+            pipe.sadd(f"{RQ_KEY_PREFIX}:workers:{worker.queue.name}", worker.key)
+            pipe.execute()
+
+    def _renew_backstops(self, pipe: Pipeline, executions: list[Execution]) -> None:
+        if time.monotonic() - self._backstops_renewed_at < _BACKSTOP_RENEWAL_SECONDS:
+            return
+        self._backstops_renewed_at = time.monotonic()
+        registry = self._worker.queue.started_job_registry
+        for execution in executions:
+            registry.add_execution(execution, pipeline=pipe, ttl=BACKSTOP_SECONDS, xx=True)
+            of_job = ExecutionRegistry(job_id=execution.job_id, connection=self._worker.connection)
+            of_job.add(execution=execution, ttl=BACKSTOP_SECONDS, pipeline=pipe, xx=True)
+
+    def _show_card(self, pipe: Pipeline) -> None:
+        name, model, unix_now = self._worker.name, self._worker.queue.name, time.time()
+        pipe.hset(names.worker_card(name), mapping=self._card().to_hash())
+        pipe.expire(names.worker_card(name), names.CARD_SECONDS)
+        pipe.zadd(names.WORKER_CARDS, {name: unix_now})
+        pipe.zremrangebyscore(names.WORKER_CARDS, 0, unix_now - names.KNOWN_MODEL_SECONDS)
+        pipe.zadd(names.KNOWN_MODELS, {model: unix_now})
+        pipe.zremrangebyscore(names.KNOWN_MODELS, 0, unix_now - names.KNOWN_MODEL_SECONDS)
+
+    def _card(self) -> ModelCard:
+        at, num_before, rate = self._rate
+        seconds = time.monotonic() - at
+        if seconds >= 1.0:
+            num_tokens = self._loop.num_tokens
+            rate = (num_tokens - num_before) / seconds
+            self._rate = (at + seconds, num_tokens, rate)
+        return ModelCard(
+            id=self._worker.queue.name,
+            worker=self._worker.name,
+            created=self._created_at,
+            context_length=self._info.context_length,
+            vocab_size=self._info.vocab_size,
+            max_batch=self._info.max_batch,
+            free_slots=max(0, self._info.max_batch - len(self._worker.executions)),
+            quantization=self._info.quantization,
+            has_chat_template=self._info.has_chat_template,
+            tokens_per_second=round(rate, 1),
+            step=self._loop.num_steps,
+        )

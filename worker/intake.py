@@ -1,0 +1,193 @@
+"""Intake: takes job ids from the model's RQ queue and turns them into executions that this worker holds a lease for.
+
+One thread. It takes only what there is a free slot for: a slot is a permit in a queue, which settlement puts back. A job
+is in exactly one list at any instant: the queue, RQ's intermediate queue (taken, not registered), or the started registry.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from threading import Event as Flag
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import redis
+from rq.defaults import RQ_KEY_PREFIX
+from rq.exceptions import DeserializationError
+from rq.executions import Execution
+
+from common import names
+from common.protocol import GenerationJob, decode_event
+from common.rq import JsonJob, JsonQueue
+from worker.generation_loop import Admit
+
+if TYPE_CHECKING:
+    from worker.batch_worker import BatchWorker
+
+log = logging.getLogger(__name__)
+
+_NOT_OURS = (msgspec.MsgspecError, DeserializationError, ValueError, TypeError, KeyError)
+"""What reading a job raises that some other program wrote."""
+
+# A worker that sleeps (a closed lid) while it blocks would still be handed a job: it blocks no longer than this.
+BLOCK_SECONDS = 1
+_RETRY_SECONDS = 0.5
+_SUSPENDED_POLL_SECONDS = 0.2
+
+# KEYS: queue, intermediate queue, the set of RQ's workers of the queue. ARGV: how many at most.
+# A burst is shared out: a worker takes its part of what waits, not all that it has room for.
+_TAKE = """
+local num_workers = math.max(1, redis.call('SCARD', KEYS[3]))
+local share = math.min(tonumber(ARGV[1]), math.ceil(redis.call('LLEN', KEYS[1]) / num_workers))
+local ids = {}
+for i = 1, share do ids[i] = redis.call('LMOVE', KEYS[1], KEYS[2], 'LEFT', 'RIGHT') end
+return ids
+"""
+
+
+class Intake:
+    """See the module.
+
+    Args:
+        slots: One permit a free slot.
+        admit: Where admitted jobs go: the generation loop's inbox.
+        draining: Set when nothing more is to be taken.
+        suspended: Says whether `rq suspend` is in force.
+    """
+
+    def __init__(
+        self,
+        worker: BatchWorker,
+        *,
+        slots: SimpleQueue[None],
+        admit: Callable[[Admit], None],
+        draining: Flag,
+        suspended: Callable[[], bool],
+    ) -> None:
+        self._worker = worker
+        self._queue: JsonQueue = worker.queue
+        self._redis: redis.Redis = worker.connection
+        self._slots = slots
+        self._admit = admit
+        self._draining = draining
+        self._suspended = suspended
+        self._take = self._redis.register_script(_TAKE)
+        self._workers_key = f"{RQ_KEY_PREFIX}:workers:{self._queue.name}"
+
+    def run(self) -> None:
+        """Take jobs until `draining` is set; after the return, none is half-taken by this worker."""
+        while not self._draining.is_set():
+            if self._suspended():
+                time.sleep(_SUSPENDED_POLL_SECONDS)
+                continue
+            num_slots = self._hold_slots()
+            num_used = 0
+            try:
+                if num_slots:
+                    num_used = self._fill(num_slots)
+            except redis.RedisError as error:
+                log.warning("no job can be taken: %s", error)
+                time.sleep(_RETRY_SECONDS)
+            finally:
+                for _ in range(num_slots - num_used):
+                    self._slots.put(None)
+
+    def _hold_slots(self) -> int:
+        """Take every free permit; waits a moment for the first. How many there were."""
+        try:
+            self._slots.get(timeout=_RETRY_SECONDS)
+        except Empty:
+            return 0
+        num_slots = 1
+        while not self._slots.empty():  # nobody else takes
+            self._slots.get()
+            num_slots += 1
+        return num_slots
+
+    def _fill(self, num_slots: int) -> int:
+        """Wait for a job, then take what else is there; how many slots are in use now."""
+        first: Any = self._redis.blmove(self._queue.key, self._queue.intermediate_queue_key, BLOCK_SECONDS)
+        if first is None:
+            return 0
+        with self._redis.pipeline(transaction=False) as pipe:
+            self._read(pipe, first.decode())
+            if num_slots > 1:
+                keys = (self._queue.key, self._queue.intermediate_queue_key, self._workers_key)
+                self._take(keys=keys, args=(num_slots - 1,), client=pipe)
+            answers = pipe.execute()
+        found = [(first.decode(), *answers[:3])]
+        more = [job_id.decode() for job_id in answers[3]] if num_slots > 1 else []
+        if more:
+            with self._redis.pipeline(transaction=False) as pipe:
+                for job_id in more:
+                    self._read(pipe, job_id)
+                answers = pipe.execute()
+            found += [(job_id, *answers[3 * i : 3 * i + 3]) for i, job_id in enumerate(more)]
+        return self._register(found)
+
+    def _read(self, pipe: Any, job_id: str) -> None:
+        """What is to be known of a job: its hash, whether its client left, what others generated of it."""
+        pipe.hgetall(JsonJob.key_for(job_id))
+        pipe.exists(names.cancelled(job_id))
+        pipe.xrange(names.journal(job_id))
+
+    def _register(self, found: list[tuple[str, dict[bytes, bytes], int, list[Any]]]) -> int:
+        """Make executions of what was taken, all in one MULTI; how many slots are in use now.
+
+        1. A job without a hash ran out of time in the queue: its watchers know.
+        2. A job whose client left is deleted.
+        3. A job that is none of ours fails, with the reason in RQ's books.
+        4. The others become executions with a lease. One that was put back in the queue meanwhile (`LREM` says 0: this
+           worker slept, and another one rescued it) is given up again.
+        """
+        taken: list[tuple[JsonJob, Execution, Admit]] = []
+        strangers: list[tuple[JsonJob, str]] = []
+        with self._redis.pipeline(transaction=True) as pipe:
+            for job_id, *_ in found:
+                pipe.lrem(self._queue.intermediate_queue_key, 1, job_id)
+            for job_id, fields, is_cancelled, entries in found:
+                if not fields:
+                    continue
+                job = JsonJob(job_id, connection=self._redis)
+                if is_cancelled:
+                    pipe.delete(job.key)
+                    continue
+                try:
+                    job.restore(fields)
+                    request = msgspec.convert(job.kwargs, GenerationJob, str_keys=True)
+                    journal = [decode_event(entry[b"d"]) for _, entry in entries]
+                except _NOT_OURS as error:
+                    strangers.append((job, f"not a job of mlx-pool: {error}"))
+                    continue
+                execution = self._worker.start_execution(job, pipe)
+                taken.append((job, execution, Admit(request, execution.id, journal)))
+            try:
+                removed = pipe.execute()[: len(found)]
+            except redis.RedisError:
+                # Registered or not, nobody knows: without renewals their leases run out, and the jobs go on elsewhere.
+                for _, execution, _ in taken:
+                    self._worker.forget_execution(execution.id)
+                raise
+        lost = {job_id for (job_id, *_), count in zip(found, removed, strict=True) if count == 0}
+        return self._hand_on(taken, strangers, lost)
+
+    def _hand_on(
+        self,
+        taken: list[tuple[JsonJob, Execution, Admit]],
+        strangers: list[tuple[JsonJob, str]],
+        lost: set[str],
+    ) -> int:
+        for job, reason in strangers:
+            if job.id not in lost:
+                log.error("job %s: %s", job.id, reason)
+                self._worker.fail_job(job, None, reason)
+        for job, execution, _ in taken:
+            if job.id in lost:
+                self._worker.drop_execution(job, execution)
+        admitted = [admit for job, _, admit in taken if job.id not in lost]
+        for admit in admitted:
+            self._admit(admit)
+        return len(admitted)

@@ -1,0 +1,152 @@
+"""Takeover: gives the jobs of workers that went silent back to the queue, in front, each exactly once.
+
+Called by the worker's main thread each heartbeat. A worker went silent when the lease of its execution ran out, by Redis's
+clock; RQ's own cleaners go by local clocks and run twice at once, so their deadline is kept far away.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import redis
+from redis.exceptions import WatchError
+from rq.defaults import RQ_KEY_PREFIX
+from rq.job import JobStatus
+from rq.utils import as_text, parse_composite_key
+
+from common import names
+from common.errors import RequestError
+from common.protocol import Failed, Finished, GenerationJob, decode_event, encode
+from common.rq import JsonJob, JsonQueue
+from worker.sequence import failed_event
+
+if TYPE_CHECKING:
+    from redis.client import Pipeline
+
+log = logging.getLogger(__name__)
+
+RESCUE_AFTER_SECONDS = 2.0
+"""How long an id may lie in the intermediate queue; a live worker needs milliseconds."""
+
+# KEYS: intermediate queue, queue. ARGV: a job id.
+_RESCUE = """
+if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 1 then return redis.call('LPUSH', KEYS[2], ARGV[1]) end
+return 0
+"""
+
+_LOST = RequestError(
+    "The workers that tried to answer this request stopped one after another; it is not tried again.",
+    status=500,
+    type="server_error",
+    code="worker_lost",
+)
+
+
+class Takeover:
+    """See the module.
+
+    Args:
+        final_ttl_seconds: What a journal has to live after a terminal event.
+    """
+
+    def __init__(self, queue: JsonQueue, final_ttl_seconds: int) -> None:
+        self._queue = queue
+        self._redis: redis.Redis = queue.connection
+        self._final_ttl_seconds = final_ttl_seconds
+        self._rescue_script = self._redis.register_script(_RESCUE)
+        self._first_seen: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Look once for jobs without a worker and put them back."""
+        self._reap()
+        self._rescue()
+
+    def _reap(self) -> None:
+        """Put back the executions whose lease ran out."""
+        registry = self._queue.started_job_registry
+        entries: Any = self._redis.zrange(registry.key, 0, -1)
+        composites = [as_text(entry) for entry in entries]
+        if not composites:
+            return
+        with self._redis.pipeline(transaction=False) as pipe:
+            for composite in composites:
+                pipe.exists(_execution_key(composite))
+            alive = pipe.execute()
+        for composite, is_alive in zip(composites, alive, strict=True):
+            if not is_alive:
+                self._put_back(registry.key, composite)
+
+    def _put_back(self, registry_key: str, composite: str) -> None:
+        """One execution, exactly once: whoever commits first, the others' WATCH fails or the entry is gone.
+
+        The registry changes with every admission, our own too, so a failed WATCH is tried again at once.
+        """
+        while True:
+            with self._redis.pipeline(transaction=True) as pipe:
+                try:
+                    if self._try_put_back(pipe, registry_key, composite):
+                        log.warning(
+                            "job %s goes on here or on another worker: its own went silent", composite[:24]
+                        )
+                except WatchError:
+                    continue
+                return
+
+    def _try_put_back(self, pipe: Pipeline, registry_key: str, composite: str) -> bool:
+        job_id, _ = parse_composite_key(composite)
+        key, journal_key = JsonJob.key_for(job_id), names.journal(job_id)
+        pipe.watch(_execution_key(composite), key, registry_key, journal_key)
+        if pipe.exists(_execution_key(composite)) or pipe.zscore(registry_key, composite) is None:
+            return False
+        fields = pipe.hgetall(key)
+        num_events = pipe.xlen(journal_key)
+        last: Any = pipe.xrevrange(journal_key, count=1)
+        is_whole = bool(last) and isinstance(decode_event(last[0][1][b"d"]), Finished | Failed)
+        pipe.multi()
+        pipe.zrem(registry_key, composite)
+        if fields:
+            job = JsonJob(job_id, connection=self._redis)
+            job.restore(fields)
+            if job.get_status(refresh=False) == JobStatus.STARTED:
+                if is_whole:  # only RQ's books are left to be written, which whoever takes it does
+                    self._queue._enqueue_job(job, pipeline=pipe, at_front=True)  # noqa: SLF001 (as below)
+                elif job.should_retry:
+                    job.retry(self._queue, pipe)
+                else:
+                    self._give_up(pipe, job, num_events)
+        pipe.execute()
+        return True
+
+    def _give_up(self, pipe: Pipeline, job: JsonJob, num_events: int) -> None:
+        """No tries left: RQ's books say failed, and the client hears it."""
+        job.set_status(JobStatus.FAILED, pipeline=pipe)
+        job._handle_failure(_LOST.message, pipe)  # noqa: SLF001 (RQ 3.0 has no public way that takes a pipeline)
+        try:
+            request = msgspec.convert(job.kwargs, GenerationJob, str_keys=True)
+        except (msgspec.MsgspecError, ValueError, TypeError) as error:
+            log.warning("job %s is none of ours: %s", job.id, error)
+            return
+        event = encode(failed_event(num_events + 1, _LOST))
+        journal_key = names.journal(job.id)
+        pipe.xadd(journal_key, {"x": "", "d": event}, id=f"{num_events + 1}-0")
+        pipe.expire(journal_key, self._final_ttl_seconds)
+        pipe.publish(request.channel, b'[["' + job.id.encode() + b'",' + event + b"]]")
+
+    def _rescue(self) -> None:
+        """Put back what a worker took and never registered: it died, or sleeps."""
+        intermediate = self._queue.intermediate_queue
+        ids = intermediate.get_job_ids()
+        now = time.monotonic()
+        self._first_seen = {job_id: self._first_seen.get(job_id, now) for job_id in ids}
+        for job_id, first_seen in self._first_seen.items():
+            if now - first_seen < RESCUE_AFTER_SECONDS:
+                continue
+            if self._rescue_script(keys=(intermediate.key, self._queue.key), args=(job_id,)):
+                log.warning("job %s was taken and never begun; it is back in front of the queue", job_id)
+
+
+def _execution_key(composite: str) -> str:
+    return f"{RQ_KEY_PREFIX}:execution:{composite}"
