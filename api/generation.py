@@ -188,7 +188,9 @@ class Generation:
             outcome, status = f"failed ({terminal.code or terminal.kind})", str(terminal.status)
         first = self._first_token_at
         rate = (completion_tokens - 1) / (now - first) if first is not None and now > first else 0.0
-        log.info(
+        # A worker logs each whole answer; what it cannot know, such as a client's view, is said here when it matters.
+        log.log(
+            logging.DEBUG if isinstance(terminal, Finished) else logging.INFO,
             "job %s: model %s, %d prompt tokens (%d cached), %d completion tokens, first token after %s, "
             "%.3f s, %.1f tokens/s, %s, status %s",
             self.job.job_id,
