@@ -7,7 +7,7 @@
 | api_channel(process) | channel | worker | the API process | - |
 | control_channel(model) | channel | API | workers of the model | - |
 | worker_card(worker) | hash (`protocol.ModelCard`) | worker | API | CARD_SECONDS, renewed each heartbeat |
-| WORKER_CARDS | sorted set: worker name by Unix seconds of its last heartbeat | worker | API | - (trimmed by the writers) |
+| WORKER_CARDS | sorted set: worker name by Unix seconds of its last heartbeat | worker | API | - (trimmed after CARD_NAME_SECONDS) |
 | KNOWN_MODELS | sorted set: model id by Unix seconds when last served | worker | API | - (trimmed after KNOWN_MODEL_SECONDS) |
 """
 
@@ -17,6 +17,9 @@ PREFIX = "mlxpool"
 
 CARD_SECONDS = 5
 """A card outlives its last heartbeat by this; several heartbeats fit in."""
+
+CARD_NAME_SECONDS = 3600
+"""A worker's name is listed this long after its last heartbeat: far more than two Macs' clocks differ by."""
 
 CANCEL_MARK_SECONDS = 300
 """Longer than a job can lie between two lists."""

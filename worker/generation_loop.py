@@ -165,7 +165,7 @@ class GenerationLoop:
         if self._running:
             for token in self._step():
                 self._take(token)
-        if self._rows or self._endings or not self._running:
+        if self._rows or self._endings or self._in_flight:
             self._flush()
 
     # -- the inbox ---------------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ class Heartbeat:
         pipe.hset(names.worker_card(name), mapping=self._card().to_hash())
         pipe.expire(names.worker_card(name), names.CARD_SECONDS)
         pipe.zadd(names.WORKER_CARDS, {name: unix_now})
-        pipe.zremrangebyscore(names.WORKER_CARDS, 0, unix_now - names.KNOWN_MODEL_SECONDS)
+        pipe.zremrangebyscore(names.WORKER_CARDS, 0, unix_now - names.CARD_NAME_SECONDS)
         pipe.zadd(names.KNOWN_MODELS, {model: unix_now})
         pipe.zremrangebyscore(names.KNOWN_MODELS, 0, unix_now - names.KNOWN_MODEL_SECONDS)
 

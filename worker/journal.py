@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
 import redis
 from redis.exceptions import NoScriptError
 from rq.defaults import RQ_KEY_PREFIX
@@ -21,25 +22,30 @@ from common import names
 
 log = logging.getLogger(__name__)
 
-# ARGV: for each channel its name and number of rows, then per row: job id, execution id, n, seconds to live (0: leave),
-# event. n is 0 for an event that is published only. A row is accepted if the writer's execution still exists (its key is
-# the lease) and its n is the next one; or if the writer has written that n before (a repeated call). `XLEN` is the last n,
-# since n starts at 1 and has no gap. Answer: {refused executions, listeners of each channel}.
+# ARGV: 1 where the connection was ever lost (0 else); then for each channel its name and number of rows, and per row: job id,
+# execution id, n, seconds to live (0: leave), event. n is 0 for an event that is published only. A row is accepted if the
+# writer's execution still exists (its key is the lease) and XADD takes its n, which is larger than any before; or if the
+# writer has written that n before (a repeated call). Redis may have lost its last moments when a connection was lost: then
+# n has to be the very next one (XLEN is the last n, since n starts at 1 and has no gap).
+# Answer: {refused executions, listeners of each channel}.
 _APPEND = f"""
-local refused, listeners, i = {{}}, {{}}, 1
+local lost, refused, listeners, i = ARGV[1] == '1', {{}}, {{}}, 2
 while i <= #ARGV do
   local channel, last, accepted = ARGV[i], i + 1 + 5 * ARGV[i + 1], {{}}
   i = i + 2
   while i <= last do
-    local job, execution, n, ttl, event = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), ARGV[i + 3], ARGV[i + 4]
+    local job, execution, n, ttl, event = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], ARGV[i + 4]
     local ok = redis.call('EXISTS', '{RQ_KEY_PREFIX}:execution:' .. job .. ':' .. execution) == 1
-    if ok and n > 0 then
+    if ok and n ~= '0' then
       local key, id, writer = '{names.JOURNAL_PREFIX}' .. job, n .. '-0', string.sub(execution, 1, 8)
-      local length = redis.call('XLEN', key)
-      if length == n - 1 then
-        redis.call('XADD', key, id, 'x', writer, 'd', event)
-        if ttl ~= '0' then redis.call('EXPIRE', key, ttl) end
-      else
+      ok = not lost or redis.call('XLEN', key) == n - 1
+      if ok then
+        local added = redis.pcall('XADD', key, id, 'x', writer, 'd', event)
+        ok = type(added) ~= 'table'
+        if not ok and not string.find(added.err, 'equal or smaller') then return added end
+        if ok and ttl ~= '0' then redis.call('EXPIRE', key, ttl) end
+      end
+      if not ok then
         local entry = redis.call('XRANGE', key, id, id)[1]
         ok = entry ~= nil and entry[2][2] == writer
       end
@@ -58,8 +64,7 @@ _FIRST_RETRY_SECONDS = 0.05
 _LAST_RETRY_SECONDS = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(msgspec.Struct, frozen=True, gc=False):
     """One event of one job, to be written and published.
 
     Attributes:
@@ -112,7 +117,8 @@ class RedisJournal:
         self._given_up = given_up
         self._sha: str | None = None
         self._sent: tuple[list[str], list[Any]] = ([], [])  # channels and arguments of the call in flight
-        self._broken = False
+        self._broken = False  # nothing could be sent
+        self._was_lost = False  # the connection was lost once, and Redis may have been restarted
 
     def send(self, rows: Sequence[Row]) -> None:
         by_channel: dict[str, list[Row]] = {}
@@ -149,7 +155,9 @@ class RedisJournal:
             if self._sha is None:
                 self._connection.send_command("SCRIPT", "LOAD", _APPEND)
                 self._sha = self._connection.read_response().decode()
-            command = self._connection.pack_command("EVALSHA", self._sha, 0, *self._sent[1])
+            command = self._connection.pack_command(
+                "EVALSHA", self._sha, 0, int(self._was_lost), *self._sent[1]
+            )
             self._connection.send_packed_command(command, check_health=False)
             self._broken = False
         except redis.RedisError as error:
@@ -177,6 +185,6 @@ class RedisJournal:
         """Start again with a fresh connection: what is left on the old one may answer something else."""
         if not self._broken:
             log.warning("Redis does not take the journal (%s); generation waits", error)
-        self._broken = True
+        self._broken = self._was_lost = True
         self._sha = None
         self._connection.disconnect()

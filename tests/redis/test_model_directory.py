@@ -73,7 +73,7 @@ def test_workers_of_a_model_are_one_model(redis_url: str, client: redis.Redis) -
     client.delete(names.worker_card("w3"))
 
     async def test(directory: ModelDirectory) -> None:
-        [model] = await directory.current()
+        [model] = directory.current()
         assert (model.id, model.num_workers, model.free_slots, model.created) == ("org/a", 2, 4, 50)
         assert (model.context_length, model.vocab_size, model.quantization) == (2048, 900, "4-bit")
         assert await refusal(directory, "gone") == (503, "model_unavailable", None)

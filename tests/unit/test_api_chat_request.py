@@ -319,3 +319,9 @@ def test_top_p_zero_is_greedy() -> None:
 def test_fields_that_nobody_knows_are_named() -> None:
     """They are no error here, but are reported in the order in which they came."""
     assert parse(zzz=1, min_p=0.1).ignored == ["zzz", "min_p"]
+
+
+def test_errors_do_not_repeat_all_that_came() -> None:
+    """A value of a megabyte is no reason for an error of one."""
+    error = refusal(json.dumps({"messages": [{"role": "x" * 1_000_000, "content": "hi"}]}).encode())
+    assert len(error.message) < 500

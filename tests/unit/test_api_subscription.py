@@ -18,6 +18,7 @@ from common.protocol import Delta, Event, Failed, Finished, Started, Usage
 NUM_TOKENS = 10
 END = Finished(NUM_TOKENS + 1, "stop", Usage(1, NUM_TOKENS))
 ALL: list[Event] = [*(Delta(n, n, f" {n}") for n in range(1, NUM_TOKENS + 1)), END]
+PATIENCE_SECONDS = 10
 VERDICT = Failed(0, "gone", status=503)
 
 
@@ -38,7 +39,7 @@ class Journal:
 
 
 def play(coroutine: Callable[[Journal], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(coroutine(Journal()))
+    asyncio.run(asyncio.wait_for(coroutine(Journal()), PATIENCE_SECONDS))
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,292 @@
+"""The generation loop with everything scripted around it: what becomes of each job, whatever happens in whatever order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.protocol import Delta, Failed, Finished, Started, Usage, decode_event
+from tests.unit.scripted import Bench, make_job, refusal
+from worker.generation_loop import Admit, Outcome, Quit, Withdraw, Withdrawal
+
+
+def admit(
+    job_id: str, execution_id: str | None = None, journal: list[Any] | None = None, **job: Any
+) -> Admit:
+    return Admit(make_job(job_id, **job), execution_id or f"{job_id}-1", journal or [])
+
+
+def texts(bench: Bench, job_id: str) -> str:
+    return "".join(event.text for event in bench.journal.events(job_id) if isinstance(event, Delta))
+
+
+def test_a_job_runs_to_its_end() -> None:
+    """Every token is journaled in order, then one terminal event; it is settled once, after its answer came."""
+    bench = Bench()
+    bench.turn(admit("a"))
+    bench.turn_until(lambda: bool(bench.settled))
+    assert bench.journal.events("a") == [
+        Delta(1, 1, " 1"),
+        Delta(2, 2, " 2"),
+        Delta(3, 3, " 3"),
+        Finished(4, "length", Usage(1, 3)),
+    ]
+    assert [(s.job_id, s.outcome) for s in bench.settled] == [("a", Outcome.FINISHED)]
+
+
+def test_started_does_not_wait_for_a_long_prompt() -> None:
+    """`Started` is published before a step that reads a prompt; it is not in the journal."""
+    bench = Bench()
+    bench.engine.is_reading = True
+    bench.turn(admit("a"), times=2)
+    assert [decode_event(row.event) for row in bench.journal.published] == [Started(0, 1, 0)]
+    assert bench.journal.events("a") == []
+
+
+def test_a_stop_string_ends_a_job() -> None:
+    """A stop string across tokens is cut out, the row leaves the engine, the reason is stop."""
+    bench = Bench({"a": ["one st", "op two", " three"]})
+    bench.turn(admit("a", stop=["stop"], max_tokens=9))
+    bench.turn_until(lambda: bool(bench.settled))
+    assert texts(bench, "a") == "one "
+    assert bench.journal.events("a")[-1] == Finished(3, "stop", Usage(1, 2))
+    assert bench.engine.num_rows == 0
+
+
+def test_what_only_looked_like_a_stop_string_comes_out() -> None:
+    """Text that was held back is released with the last token."""
+    bench = Bench({"a": ["one", " st"]})
+    bench.turn(admit("a", stop=["stop"], max_tokens=2))
+    bench.turn_until(lambda: bool(bench.settled))
+    assert texts(bench, "a") == "one st"
+
+
+@pytest.mark.parametrize(
+    ("why", "outcome"),
+    [
+        (Withdrawal.CANCELLED, Outcome.FINISHED),
+        (Withdrawal.STOPPED, Outcome.STOPPED),
+        (Withdrawal.FENCED, Outcome.FENCED),
+        (Withdrawal.HANDED_OVER, Outcome.HANDED_OVER),
+    ],
+)
+def test_withdrawals(why: Withdrawal, outcome: Outcome) -> None:
+    """A running job leaves at once; it has a terminal event only if nobody goes on with it."""
+    bench = Bench()
+    bench.turn(admit("a", max_tokens=99), times=3)
+    bench.turn(Withdraw("a", why))
+    bench.turn_until(lambda: bool(bench.settled))
+    assert bench.settled[0].outcome is outcome
+    assert bench.engine.num_rows == 0
+    last = bench.journal.events("a")[-1]
+    if why is Withdrawal.CANCELLED:
+        assert isinstance(last, Finished)
+        assert last.finish_reason == "cancelled"
+    elif why is Withdrawal.STOPPED:
+        assert isinstance(last, Failed)
+        assert last.code == "stopped"
+    else:
+        assert isinstance(last, Delta)
+
+
+def test_a_hand_over_waits_for_what_is_in_flight() -> None:
+    """Whoever goes on reads the journal: it is told only when the last token that was sent is in it."""
+    bench = Bench()
+    bench.turn(admit("a", max_tokens=99), times=3)
+    sent = bench.engine.rows["a"][0]
+    bench.turn(Withdraw("a", Withdrawal.HANDED_OVER))
+    assert bench.settled[0].outcome is Outcome.HANDED_OVER
+    assert len(bench.journal.entries["a"]) == sent
+
+
+def test_a_cancel_that_is_faster_than_its_job() -> None:
+    """A job whose client left while it was on its way ends as cancelled as soon as it comes; later jobs are not touched."""
+    bench = Bench()
+    bench.turn(admit("b", max_tokens=99), Withdraw("a", Withdrawal.CANCELLED), admit("a"), times=3)
+    assert [s.job_id for s in bench.settled] == ["a"]
+    assert isinstance(bench.settled[0].terminal, Finished)
+    assert list(bench.engine.rows) == ["b"]
+
+
+def test_a_lost_lease_is_seen_in_the_answer() -> None:
+    """A row that the journal refuses is given up, settled as fenced, and nothing more of it is sent."""
+    bench = Bench()
+    bench.turn(admit("a", max_tokens=99), admit("b", max_tokens=99), times=3)
+    bench.journal.refused.add("a-1")
+    before = len(bench.journal.entries["a"])
+    bench.turn(times=4)
+    assert [(s.job_id, s.outcome, s.terminal) for s in bench.settled] == [("a", Outcome.FENCED, None)]
+    assert len(bench.journal.entries["a"]) <= before + 1
+    assert list(bench.engine.rows) == ["b"]
+
+
+def test_a_refused_end_is_no_end() -> None:
+    """If the last token is refused, another worker has the job: ours is settled as fenced, not as finished."""
+    bench = Bench()
+    bench.journal.refused.add("a-1")
+    bench.turn(admit("a", max_tokens=1))
+    bench.turn_until(lambda: bool(bench.settled))
+    assert [(s.outcome, s.terminal) for s in bench.settled] == [(Outcome.FENCED, None)]
+
+
+def test_a_job_that_comes_back_to_the_worker_that_lost_it() -> None:
+    """The old run is fenced, the new one goes on where the journal ends, and both are settled."""
+    bench = Bench()
+    bench.turn(admit("a", max_tokens=5), times=3)
+    bench.journal.refused.add("a-1")
+    bench.turn()
+    journal = bench.journal.events("a")
+    bench.turn(admit("a", "a-2", journal, max_tokens=5))
+    bench.turn_until(lambda: len(bench.settled) == 2)
+    assert {s.execution_id: s.outcome for s in bench.settled} == {
+        "a-1": Outcome.FENCED,
+        "a-2": Outcome.FINISHED,
+    }
+    assert texts(bench, "a") == " 1 2 3 4 5"
+
+
+def test_a_takeover_replays_what_was_held_back() -> None:
+    """The stop-string holdback of the worker before is rebuilt from token ids: the text goes on without a break."""
+    bench = Bench({"a": ["x st", "ill", " stop"]})
+    journal = [Delta(1, 1, "x ")]
+    bench.journal.entries["a"] = [None]  # type: ignore[list-item]  # written by another worker
+    bench.turn(admit("a", "a-2", journal, stop=["stop"], max_tokens=9))
+    bench.turn_until(lambda: bool(bench.settled))
+    events = [decode_event(row.event) for row in bench.journal.entries["a"][1:]]
+    assert events == [Delta(2, 2, "still"), Delta(3, 3, " "), Finished(4, "stop", Usage(1, 3))]
+
+
+@pytest.mark.parametrize(
+    ("terminal", "outcome"),
+    [(Finished(2, "length", Usage(1, 1)), Outcome.FINISHED), (Failed(2, "no"), Outcome.FAILED)],
+)
+def test_a_journal_that_has_ended_only_needs_the_books(terminal: Any, outcome: Outcome) -> None:
+    """A worker died between the last token and RQ's books: nothing is generated or written again."""
+    bench = Bench()
+    bench.turn(admit("a", "a-2", [Delta(1, 1, " 1"), terminal]))
+    assert [(s.outcome, s.terminal) for s in bench.settled] == [(outcome, terminal)]
+    assert bench.journal.entries == {}
+
+
+def test_a_refused_request_fails_alone() -> None:
+    """What the engine says to one request is that request's error; whatever else it raises is a 500 without internals."""
+    bench = Bench()
+    bench.engine.refused = {"a": refusal("too long"), "b": KeyError("secret")}
+    bench.turn(admit("a"), admit("b"), admit("c"))
+    bench.turn_until(lambda: len(bench.settled) == 3)
+    assert bench.journal.events("a") == [Failed(1, "too long", 400, "invalid_request_error", "prompt")]
+    failed = bench.journal.events("b")[0]
+    assert isinstance(failed, Failed)
+    assert failed.status == 500
+    assert "secret" not in failed.message
+    assert texts(bench, "c") == " 1 2 3"
+
+
+def test_a_step_that_raises_fails_its_rows_and_the_loop_goes_on() -> None:
+    """Each row gets one error; a job that comes later is served."""
+    bench = Bench()
+    bench.turn(admit("a", max_tokens=9), admit("b", max_tokens=9), times=2)
+    bench.engine.step_error = RuntimeError("boom")
+    bench.turn(times=2)
+    bench.turn(admit("c"))
+    bench.turn_until(lambda: len(bench.settled) == 3)
+    assert [s.outcome for s in bench.settled] == [Outcome.FAILED, Outcome.FAILED, Outcome.FINISHED]
+    assert isinstance(bench.journal.events("a")[-1], Failed)
+
+
+def test_jobs_that_nobody_listens_to_are_cancelled() -> None:
+    """An API process that has not listened for a while has died; only its jobs stop, and only after the grace period."""
+    bench = Bench()
+    bench.journal.num_listeners = 0
+    bench.turn(admit("a", max_tokens=999), times=3)
+    bench.now = 9.9
+    bench.turn(times=2)
+    assert bench.settled == []
+    bench.now = 10.1
+    bench.turn(times=2)
+    assert isinstance(bench.settled[0].terminal, Finished)
+    assert bench.settled[0].terminal.finish_reason == "cancelled"
+
+
+def test_quit_lets_running_jobs_end() -> None:
+    """`Quit` returns from `run` when everything is written and settled."""
+    bench = Bench()
+    for message in (admit("a"), admit("b", max_tokens=5), Quit()):
+        bench.inbox.put(message)
+    bench.loop.run()
+    assert {s.job_id: s.outcome for s in bench.settled} == {"a": Outcome.FINISHED, "b": Outcome.FINISHED}
+
+
+JOBS = st.sampled_from("abcd")
+ACTIONS = st.one_of(
+    st.tuples(st.just("admit"), JOBS, st.integers(1, 6)),
+    st.tuples(st.just("withdraw"), JOBS, st.sampled_from(list(Withdrawal))),
+    st.tuples(st.just("lose"), JOBS, st.just(0)),
+    st.tuples(st.just("poison"), JOBS, st.booleans()),
+    st.tuples(st.just("crash"), JOBS, st.just(0)),
+    st.tuples(st.just("turn"), JOBS, st.integers(1, 3)),
+)
+
+
+class Play:
+    """Acts on a loop as intake, clients, operators, Redis and bad luck do."""
+
+    def __init__(self) -> None:
+        self.bench = Bench()
+        self.executions: list[str] = []
+        self.current: dict[str, str] = {}
+
+    def admit(self, job_id: str, max_tokens: int) -> None:
+        """A job comes; again only when the lease before is lost, with what is in its journal by then."""
+        if job_id in self.current and self.current[job_id] not in self.bench.journal.refused:
+            return
+        self.current[job_id] = f"{job_id}-{len(self.executions)}"
+        self.executions.append(self.current[job_id])
+        journal = self.bench.journal.events(job_id)
+        self.bench.inbox.put(admit(job_id, self.current[job_id], journal, max_tokens=max_tokens))
+
+    def withdraw(self, job_id: str, why: Withdrawal) -> None:
+        self.bench.inbox.put(Withdraw(job_id, why))
+
+    def lose(self, job_id: str, _: int) -> None:
+        if job_id in self.current:
+            self.bench.journal.refused.add(self.current[job_id])
+
+    def poison(self, job_id: str, is_told: bool) -> None:
+        self.bench.engine.refused[job_id] = refusal() if is_told else ValueError("odd")
+
+    def crash(self, _job_id: str, _: int) -> None:
+        if self.bench.engine.rows:
+            self.bench.engine.step_error = RuntimeError("boom")
+
+    def turn(self, _job_id: str, times: int) -> None:
+        for _ in range(times):
+            if self.bench.inbox.empty() and not self.bench.engine.rows:
+                return  # it would wait for a message
+            self.bench.turn()
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(ACTIONS, max_size=40))
+def test_every_job_ends_exactly_once(actions: list[tuple[str, str, Any]]) -> None:
+    """For any interleaving of arrivals, cancels, errors, lost leases, takeovers and the end.
+
+    Each run of a job is settled exactly once, a journal is gapless with at most one terminal event, and no row is left.
+    """
+    play = Play()
+    for action, job_id, argument in actions:
+        getattr(play, action)(job_id, argument)
+    bench = play.bench
+    bench.inbox.put(Quit())
+    bench.loop.run()
+    assert sorted(s.execution_id for s in bench.settled) == sorted(play.executions)
+    assert bench.engine.num_rows == 0
+    for job_id in bench.journal.entries:  # that they are gapless, the journal itself asserts
+        events = bench.journal.events(job_id)
+        assert not any(isinstance(event, Finished | Failed) for event in events[:-1])
+    for settlement in bench.settled:
+        if settlement.terminal is not None:
+            assert bench.journal.events(settlement.job_id)[-1] == settlement.terminal
