@@ -89,7 +89,7 @@ async def _on_request_error(
     req: falcon.asgi.Request, resp: falcon.asgi.Response, error: RequestError, _params: dict[str, Any]
 ) -> None:
     log.info(
-        "request %s: %s %s answered %d (%s, param %s)",
+        "request %s: %s %r answered %d (%s, param %r)",
         req.context.request_id,
         req.method,
         req.path,
@@ -120,5 +120,5 @@ async def _on_http_error(
 async def _on_exception(
     req: falcon.asgi.Request, resp: falcon.asgi.Response, error: Exception, _params: dict[str, Any]
 ) -> None:
-    log.error("request %s: %s %s failed", req.context.request_id, req.method, req.path, exc_info=error)
+    log.error("request %s: %s %r failed", req.context.request_id, req.method, req.path, exc_info=error)
     render(resp, internal())

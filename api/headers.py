@@ -24,12 +24,17 @@ ALLOWED = "authorization, content-type, x-request-id"
 PREFLIGHT_SECONDS = "3600"
 
 
+def new_request_id() -> str:
+    """An id for a request whose client gave none."""
+    return "req_" + secrets.token_hex(12)
+
+
 class RequestIds:
     """`x-request-id`: the client's where it is sane, else one of ours."""
 
     async def process_request(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
         given = req.get_header("x-request-id") or ""
-        req.context.request_id = given if _SANE_ID.fullmatch(given) else "req_" + secrets.token_hex(12)
+        req.context.request_id = given if _SANE_ID.fullmatch(given) else new_request_id()
         resp.set_header("x-request-id", req.context.request_id)
 
 

@@ -29,8 +29,9 @@ REFRESH_SECONDS = 1.0
 RETRY_AFTER_SECONDS = 5.0
 """A worker needs about this long to start."""
 
-WORKERS_OF_SECONDS = 24 * 3600
-"""Names older than this are not looked at: far beyond what two Macs' clocks differ by."""
+
+MAX_SHOWN = 200
+"""Characters of a name that an error repeats."""
 
 DEFAULT_MODEL = "default_model"
 """How mlx_lm.server's clients ask for the model that is there."""
@@ -93,14 +94,12 @@ class ModelDirectory:
         """The models that can be used now, by name; as of a moment ago."""
         return sorted(self._served.values(), key=lambda model: model.id) if self.is_fresh else []
 
-    async def current(self) -> list[ServedModel]:
+    def current(self) -> list[ServedModel]:
         """As `served`.
 
         Raises:
             RequestError: 503; Redis is away.
         """
-        if not self.is_fresh:
-            await self._refresh_once()
         self._check_fresh()
         return self.served
 
@@ -115,9 +114,9 @@ class ModelDirectory:
             if self._default_model is None:
                 return await self._only_one()
             name = self._default_model
-        if not (self.is_fresh and name in self._served):
+        self._check_fresh()
+        if name not in self._served:
             await self._refresh_once()
-            self._check_fresh()
         served = self._served.get(name)
         if served is not None:
             return served
@@ -128,11 +127,14 @@ class ModelDirectory:
                 code="model_unavailable",
             )
         raise RequestError(
-            f"The model `{name}` does not exist.", status=404, param="model", code="model_not_found"
+            f"The model `{name[:MAX_SHOWN]}` does not exist.",
+            status=404,
+            param="model",
+            code="model_not_found",
         )
 
     async def _only_one(self) -> ServedModel:
-        served = await self.current()
+        served = self.current()
         if not served:
             await self._refresh_once()
             served = self.served
@@ -146,6 +148,7 @@ class ModelDirectory:
         raise invalid(f"Say which model to use; served are: {listed}.", "model")
 
     def _check_fresh(self) -> None:
+        # Redis is not asked here: a request that waits for a server that is away would wait as long as a connection does.
         if not self.is_fresh:
             raise errors.queue_unavailable()
 
@@ -170,7 +173,7 @@ class ModelDirectory:
             log.debug("the model cards cannot be read: %s", error)  # said by the relay
 
     async def _read_cards(self) -> None:
-        since = time.time() - WORKERS_OF_SECONDS
+        since = time.time() - names.CARD_NAME_SECONDS
         workers, known = await self._reads.execute(
             [("ZRANGEBYSCORE", names.WORKER_CARDS, since, "+inf"), ("ZRANGE", names.KNOWN_MODELS, 0, -1)]
         )

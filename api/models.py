@@ -33,7 +33,7 @@ class Models:
         self._directory = directory
 
     async def on_get(self, _req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
-        models = [_model_object(model, model.id) for model in await self._directory.current()]
+        models = [_model_object(model, model.id) for model in self._directory.current()]
         resp.data = msgspec.json.encode({"object": "list", "data": models})
 
     on_head = on_get

@@ -20,6 +20,9 @@ from common.protocol import SamplingParams
 
 MAX_STOPS = 4
 MAX_TOKENS = 2**31 - 1
+MAX_SHOWN = 300
+"""Characters of msgspec's words, which may repeat what came."""
+
 GREEDY_TEMPERATURE = 0.0
 
 TokenCount = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
@@ -110,7 +113,7 @@ def _refused(message: str) -> Exception:
     if missing:
         param = f"{param}.{missing[1]}" if param else missing[1]
     code = "value_out_of_range" if _BEYOND_RANGE.match(what) else None
-    return invalid(f"Invalid value for `{param}`: {what[0].lower()}{what[1:]}.", param, code)
+    return invalid(f"Invalid value for `{param}`: {what[0].lower()}{what[1:MAX_SHOWN]}.", param, code)
 
 
 def check_neutral(body: Body, neutral: Mapping[str, tuple[Any, ...]]) -> None:

@@ -6,12 +6,16 @@ Read by `api/gunicorn.conf.py`, before anything is forked.
 from __future__ import annotations
 
 import functools
+import http
 import ipaddress
+from collections.abc import Iterable
 from typing import Any
 
+from api import errors
+from api.headers import new_request_id
 from common import connections
 from common import logging as common_logging
-from common.errors import StartupError
+from common.errors import RequestError, StartupError
 from common.settings import PREFIX, Settings
 
 KEEP_ALIVE_SECONDS = 15
@@ -44,6 +48,16 @@ def options(settings: Settings) -> dict[str, Any]:
         # cancel what still runs.
         worker.cfg.set("graceful_timeout", int(settings.drain_seconds))
 
+        from gunicorn.asgi.protocol import ASGIProtocol  # type: ignore[import-untyped]
+
+        # What is not HTTP is refused before the app; clients still want to see an error object.
+        ASGIProtocol._send_error_response = _send_error_response  # noqa: SLF001 (gunicorn 27 has no hook for it)
+
+    def worker_int(worker: Any) -> None:
+        # On SIGINT gunicorn leaves out the lifespan's end. Nothing is waited for then, but what runs is cancelled.
+        worker.cfg.set("graceful_timeout", 0)
+        worker._quick_shutdown = False  # noqa: SLF001 (gunicorn 27)
+
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return {
         "bind": f"{host}:{settings.port}",
@@ -63,7 +77,28 @@ def options(settings: Settings) -> dict[str, Any]:
         "proc_name": "mlx-pool-api",
         "post_fork": post_fork,
         "post_worker_init": post_worker_init,
+        "worker_int": worker_int,
     }
+
+
+def _send_error_response(
+    protocol: Any, status: int, message: str, extra_headers: Iterable[tuple[str, str]] = ()
+) -> None:
+    """In place of gunicorn's, which answers in plain text; its callers close the connection."""
+    kind = "invalid_request_error" if status < http.HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
+    body = errors.body(RequestError(message, status=status, type=kind))
+    headers = {
+        "Content-Type": "application/json",
+        "Content-Length": str(len(body)),
+        "Connection": "close",
+        "X-Request-Id": new_request_id(),
+        **dict(extra_headers),
+    }
+    lines = [
+        f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
+        *(f"{k}: {v}" for k, v in headers.items()),
+    ]
+    protocol._safe_write("\r\n".join([*lines, "", ""]).encode("latin-1") + body)  # noqa: SLF001
 
 
 def check_host(settings: Settings) -> None:

@@ -82,7 +82,9 @@ class FakeWorker:
             quantization="none",
         )
         self._over = threading.Event()
-        self._threads = [threading.Thread(target=run) for run in (self._beat, self._take, self._listen)]
+        self._runs: list[threading.Thread] = []
+        loops = (self._beat, self._take, self._listen)
+        self._threads = [threading.Thread(target=self._through_outages, args=(loop,)) for loop in loops]
 
     def __enter__(self) -> Self:
         self.show_card()
@@ -92,7 +94,7 @@ class FakeWorker:
 
     def __exit__(self, *_error: object) -> None:
         self._over.set()
-        for thread in self._threads:
+        for thread in [*self._threads, *self._runs]:
             thread.join()
         self._redis.delete(names.worker_card(self._card.worker))
         self._redis.close()
@@ -117,12 +119,18 @@ class FakeWorker:
             return 0
         return int(self._redis.publish(job.channel, encode([(job.job_id, event)])))
 
+    def _through_outages(self, loop: Callable[[], None]) -> None:
+        while not self._over.is_set():
+            try:
+                loop()
+            except redis.ConnectionError:
+                self._over.wait(0.1)
+
     def _beat(self) -> None:
         while not self._over.wait(0.5):
             self.show_card()
 
     def _take(self) -> None:
-        runs: list[threading.Thread] = []
         while not self._over.is_set():
             taken = self._redis.blpop([self._queue.key], timeout=0.2)
             if taken is None:
@@ -136,10 +144,8 @@ class FakeWorker:
             self._redis.hset(JsonJob.key_for(job_id), "status", "started")
             self._redis.persist(JsonJob.key_for(job_id))
             self.jobs.append(job)
-            runs.append(threading.Thread(target=self._run, args=(job,)))
-            runs[-1].start()
-        for run in runs:
-            run.join()
+            self._runs.append(threading.Thread(target=self._run, args=(job,)))
+            self._runs[-1].start()
 
     def _run(self, job: GenerationJob) -> None:
         status = "started"

@@ -129,6 +129,7 @@ class BatchWorker(BaseWorker):
                 admit=self._inbox.put,
                 draining=self._draining,
                 suspended=lambda: self._heartbeat.is_suspended,
+                num_workers=lambda: self._heartbeat.num_workers,
             )
             self._start_thread("settlement", settler.run)
             self._intake_thread = self._start_thread("intake", intake.run)

@@ -37,6 +37,7 @@ class Heartbeat:
 
     Attributes:
         is_suspended: Whether `rq suspend` was in force at the last beat.
+        num_workers: How many workers the model had then, this one included.
 
     Args:
         lease_ms: How long a lease lasts without a beat.
@@ -53,6 +54,7 @@ class Heartbeat:
         live_ttl_seconds: int,
     ) -> None:
         self.is_suspended = False
+        self.num_workers = 1
         self._worker = worker
         self._loop = loop
         self._info = info
@@ -75,6 +77,7 @@ class Heartbeat:
         executions = list(worker.executions.values())
         with worker.connection.pipeline(transaction=False) as pipe:
             worker.heartbeat(RQ_WORKER_TTL_SECONDS, pipeline=pipe)
+            pipe.scard(f"{RQ_KEY_PREFIX}:workers:{worker.queue.name}")
             pipe.exists(f"{RQ_KEY_PREFIX}:suspended")
             num_before = len(pipe)
             for execution in executions:
@@ -90,7 +93,7 @@ class Heartbeat:
             answers = pipe.execute()
         if answers[0] == 1:  # HSET made RQ's hash anew: it had run out while we were away
             self._register_again()
-        self.is_suspended = bool(answers[num_before - 1])
+        self.num_workers, self.is_suspended = int(answers[num_before - 2]), bool(answers[num_before - 1])
         renewed = answers[num_before : num_before + len(executions)]
         return [
             e

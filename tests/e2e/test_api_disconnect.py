@@ -1,0 +1,163 @@
+"""Clients that leave, and a server that ends: what was asked for stops, at once and wherever it is."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import redis
+
+from common import names
+from common.protocol import Delta, Event, GenerationJob, Started
+from common.rq import JsonJob, JsonQueue
+from tests.e2e.api_pool import MODEL, ApiPool, Response, api_pool, chat_body, read_response, request
+from tests.fake_worker import FakeWorker, words
+
+PATIENCE_SECONDS = 5.0
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[ApiPool]:
+    with api_pool() as pool:
+        yield pool
+
+
+@pytest.fixture
+def api(running: ApiPool) -> ApiPool:
+    running.follow(endless)
+    return running
+
+
+def endless(_job: GenerationJob) -> Iterator[Event | float]:
+    """A token every 20 ms."""
+    yield Started(0, 5)
+    for n in range(1, 100_000):
+        yield Delta(n, n, f" {n}")
+        yield 0.02
+
+
+def silent(_job: GenerationJob) -> Iterator[Event | float]:
+    """A prompt that takes its time."""
+    yield 60.0
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+
+
+def begin(api: ApiPool, **fields: Any) -> socket.socket:
+    """A request that is with the worker."""
+    before = len(api.worker.jobs)
+    connection = api.connect()
+    connection.sendall(request("POST", "/v1/chat/completions", chat_body(model=MODEL, **fields)))
+    wait_for(lambda: len(api.worker.jobs) > before)
+    return connection
+
+
+@pytest.mark.parametrize("script", [endless, silent])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves(api: ApiPool, stream: bool, script: Any) -> None:
+    """Its job is cancelled at once, streamed or plain, with tokens coming or not."""
+    api.follow(script)
+    connection = begin(api, stream=stream)
+    time.sleep(0.3)
+    job_id = api.worker.jobs[0].job_id
+    assert job_id not in api.worker.cancelled
+    left_at = time.monotonic()
+    connection.close()
+    wait_for(lambda: job_id in api.worker.cancelled)
+    assert api.worker.cancelled[job_id] - left_at < 0.2
+    wait_for(lambda: api.ask("GET", "/health").json["running_requests"] == 0)
+
+
+def test_a_client_that_aborts(api: ApiPool) -> None:
+    """A reset connection is as good as a closed one."""
+    connection = begin(api, stream=True)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    connection.close()
+    job_id = api.worker.jobs[0].job_id
+    wait_for(lambda: job_id in api.worker.cancelled, 1)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_the_queue(api: ApiPool, stream: bool) -> None:
+    """A job that nobody has taken is gone, from the queue and from Redis."""
+    model = "nobody takes"
+    worker = FakeWorker(api.pool.redis_url, model)
+    worker.show_card()
+    with redis.Redis.from_url(api.pool.redis_url) as client:
+        queue = JsonQueue(model, connection=client)
+        connection = api.connect()
+        connection.sendall(request("POST", "/v1/chat/completions", chat_body(model=model, stream=stream)))
+        wait_for(lambda: queue.job_ids)
+        [job_id] = queue.job_ids
+        connection.close()
+        wait_for(lambda: not queue.job_ids, 1)
+        wait_for(lambda: not client.exists(JsonJob.key_for(job_id)), 1)
+        assert client.exists(names.cancelled(job_id))
+
+
+def test_a_client_that_has_its_answer_cancels_nothing(api: ApiPool) -> None:
+    """Whoever leaves behind the end leaves no trace."""
+    api.follow(words)
+    before = dict(api.worker.cancelled)
+    assert api.chat(model=MODEL).status == 200
+    assert api.chat(model=MODEL, stream=True).status == 200
+    time.sleep(0.3)
+    assert api.worker.cancelled == before
+
+
+def test_a_slow_reader_holds_up_nobody(api: ApiPool) -> None:
+    """A client that reads nothing costs its process no memory and the others no time; when it reads, all is there."""
+    text = "x" * 1000
+    api.follow(lambda job: words(job, [text] * 8000))
+    with redis.Redis.from_url(api.pool.redis_url) as client:
+        before = api.pool.rss_bytes()["api"]
+        connection = begin(api, stream=True)
+        job_id = api.worker.jobs[0].job_id
+        wait_for(lambda: client.xlen(names.journal(job_id)) > 8000, 60)
+        api.follow(words)
+        began_at = time.monotonic()
+        assert api.chat(model=MODEL).status == 200
+        assert time.monotonic() - began_at < 1
+        assert api.pool.rss_bytes()["api"] - before < 12_000_000
+    answer = read_response(connection)
+    connection.close()
+    assert answer.frames[-1] == "[DONE]"
+    assert sum(len(f["choices"][0]["delta"].get("content", "")) for f in answer.frames[:-1]) == 8_000_000
+
+
+@pytest.mark.parametrize("with_signal", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_ends(with_signal: signal.Signals) -> None:
+    """A stream that outlasts the drain, which Ctrl-C leaves out, ends with an error frame; its job is cancelled."""
+    with api_pool({"MLXPOOL_DRAIN_SECONDS": "0" if with_signal == signal.SIGTERM else "30"}) as api:
+        api.follow(endless)
+        connection = begin(api, stream=True)
+        time.sleep(0.2)
+        master = api.pool.pids("api")[0]
+        os.kill(master, with_signal)
+        data = b"".join(iter(lambda: connection.recv(65536), b""))
+        connection.close()
+        job_id = api.worker.jobs[0].job_id
+        assert b'"code":"shutting_down"' in data
+        wait_for(lambda: job_id in api.worker.cancelled)
+
+
+def test_a_server_that_drains() -> None:
+    """An answer that ends in time is whole."""
+    with api_pool({"MLXPOOL_DRAIN_SECONDS": "10"}) as api:
+        api.follow(lambda job: words(job, ["a"] * 40, pause=0.03))
+        connection = begin(api, stream=True)
+        os.kill(api.pool.pids("api")[0], signal.SIGTERM)
+        answer: Response = read_response(connection)
+        connection.close()
+        assert answer.frames[-1] == "[DONE]"
+        assert len(answer.frames) == 43
