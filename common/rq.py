@@ -10,13 +10,18 @@ from __future__ import annotations
 import sys
 from typing import Any, NoReturn
 
+import msgspec
 import rq.serializers
 from redis import Redis
+from rq.exceptions import DeserializationError
 from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job
 from rq.queue import Queue
 from rq.serializers import JSONSerializer
 from rq.worker import SimpleWorker
+
+from common.errors import MLXPoolError
+from common.protocol import GenerationJob
 
 
 def _refuse(_data: bytes) -> NoReturn:
@@ -24,6 +29,10 @@ def _refuse(_data: bytes) -> NoReturn:
 
 
 rq.serializers.DefaultSerializer.loads = staticmethod(_refuse)  # closes RQ's pickle; ours is JSON
+
+
+class ForeignJobError(MLXPoolError):
+    """A job in one of our queues that the API did not write."""
 
 
 class JsonJob(Job):
@@ -50,6 +59,17 @@ class JsonJob(Job):
     @property
     def stopped_callback(self) -> None:
         return None
+
+    def request(self) -> GenerationJob:
+        """What the API asked for.
+
+        Raises:
+            ForeignJobError: Some other program wrote this job.
+        """
+        try:
+            return msgspec.convert(self.kwargs, GenerationJob, str_keys=True)
+        except (msgspec.MsgspecError, DeserializationError, ValueError, TypeError, KeyError) as error:
+            raise ForeignJobError(f"not a job of mlx-pool ({type(error).__name__}: {error})") from error
 
     def perform(self) -> NoReturn:
         """Refuses: jobs of this project are data."""

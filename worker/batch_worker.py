@@ -240,8 +240,7 @@ class BatchWorker(BaseWorker):
             self._show_state()
             if not self._draining.is_set():
                 self._takeover.run()
-            if self.should_run_maintenance_tasks:
-                self.run_maintenance_tasks()  # type: ignore[no-untyped-call]
+            self._maintain()
         except redis.RedisError as error:
             if self._redis_away_since is None:
                 self._redis_away_since = time.monotonic()
@@ -250,6 +249,18 @@ class BatchWorker(BaseWorker):
             if self._redis_away_since is not None:
                 log.info("Redis answers again")
             self._redis_away_since = None
+
+    def _maintain(self) -> None:
+        """RQ's own cleaning of what has expired; a job that some other program wrote may trip it."""
+        if not self.should_run_maintenance_tasks:
+            return
+        try:
+            self.run_maintenance_tasks()  # type: ignore[no-untyped-call]
+        except redis.RedisError:
+            raise
+        except Exception:
+            log.exception("RQ's registries could not be cleaned")
+            self.last_cleaned_at: Any = now()
 
     def _show_state(self) -> None:
         if self.executions:

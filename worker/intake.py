@@ -13,24 +13,19 @@ from queue import Empty, SimpleQueue
 from threading import Event as Flag
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import redis
 from rq.defaults import RQ_KEY_PREFIX
-from rq.exceptions import DeserializationError
 from rq.executions import Execution
 
 from common import names
-from common.protocol import GenerationJob, decode_event
-from common.rq import JsonJob, JsonQueue
+from common.rq import ForeignJobError, JsonJob, JsonQueue
 from worker.generation_loop import Admit
+from worker.records import read_journal, restore
 
 if TYPE_CHECKING:
     from worker.batch_worker import BatchWorker
 
 log = logging.getLogger(__name__)
-
-_NOT_OURS = (msgspec.MsgspecError, DeserializationError, ValueError, TypeError, KeyError)
-"""What reading a job raises that some other program wrote."""
 
 _DEFERENCE_SECONDS = 0.004
 """A worker with rows lets workers with fewer of them be first: it waits so long with a full batch before it takes more."""
@@ -170,11 +165,11 @@ class Intake:
                     pipe.delete(job.key)
                     continue
                 try:
-                    job.restore(fields)
-                    request = msgspec.convert(job.kwargs, GenerationJob, str_keys=True)
-                    journal = [decode_event(entry[b"d"]) for _, entry in entries]
-                except _NOT_OURS as error:
-                    strangers.append((job, f"not a job of mlx-pool: {error}"))
+                    restore(job, fields)
+                    request = job.request()
+                    journal = read_journal(entries)
+                except ForeignJobError as error:
+                    strangers.append((job, str(error)))
                     continue
                 execution = self._worker.start_execution(job, pipe)
                 taken.append((job, execution, Admit(request, execution.id, journal)))

@@ -10,7 +10,6 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import redis
 from redis.exceptions import WatchError
 from rq.defaults import RQ_KEY_PREFIX
@@ -19,8 +18,9 @@ from rq.utils import as_text, parse_composite_key
 
 from common import names
 from common.errors import RequestError
-from common.protocol import Failed, Finished, GenerationJob, decode_event, encode
-from common.rq import JsonJob, JsonQueue
+from common.protocol import encode
+from common.rq import ForeignJobError, JsonJob, JsonQueue
+from worker.records import has_ended, read_journal, restore
 from worker.sequence import failed_event
 
 if TYPE_CHECKING:
@@ -93,23 +93,31 @@ class Takeover:
                         )
                 except WatchError:
                     continue
+                except (ForeignJobError, redis.ResponseError) as error:
+                    if isinstance(error, redis.ResponseError) and "WRONGTYPE" not in str(error):
+                        raise  # such as no memory: it is there the next time
+                    log.error("%s: %s; it leaves the registry", composite[:80], error)  # noqa: TRY400 (one line will do)
+                    self._redis.zrem(registry_key, composite)
                 return
 
     def _try_put_back(self, pipe: Pipeline, registry_key: str, composite: str) -> bool:
-        job_id, _ = parse_composite_key(composite)
+        try:
+            job_id, _ = parse_composite_key(composite)
+        except ValueError as error:
+            raise ForeignJobError(str(error)) from error
         key, journal_key = JsonJob.key_for(job_id), names.journal(job_id)
         pipe.watch(_execution_key(composite), key, registry_key, journal_key)
         if pipe.exists(_execution_key(composite)) or pipe.zscore(registry_key, composite) is None:
             return False
-        fields = pipe.hgetall(key)
+        fields: Any = pipe.hgetall(key)
         num_events = pipe.xlen(journal_key)
         last: Any = pipe.xrevrange(journal_key, count=1)
-        is_whole = bool(last) and isinstance(decode_event(last[0][1][b"d"]), Finished | Failed)
+        is_whole = has_ended(read_journal(last))
         pipe.multi()
         pipe.zrem(registry_key, composite)
         if fields:
             job = JsonJob(job_id, connection=self._redis)
-            job.restore(fields)
+            restore(job, fields)
             if job.get_status(refresh=False) == JobStatus.STARTED:
                 if is_whole:  # only RQ's books are left to be written, which whoever takes it does
                     self._queue._enqueue_job(job, pipeline=pipe, at_front=True)  # noqa: SLF001 (as below)
@@ -125,9 +133,9 @@ class Takeover:
         job.set_status(JobStatus.FAILED, pipeline=pipe)
         job._handle_failure(_LOST.message, pipe)  # noqa: SLF001 (RQ 3.0 has no public way that takes a pipeline)
         try:
-            request = msgspec.convert(job.kwargs, GenerationJob, str_keys=True)
-        except (msgspec.MsgspecError, ValueError, TypeError) as error:
-            log.warning("job %s is none of ours: %s", job.id, error)
+            request = job.request()
+        except ForeignJobError as error:
+            log.warning("job %s: %s", job.id, error)
             return
         event = encode(failed_event(num_events + 1, _LOST))
         journal_key = names.journal(job.id)
