@@ -41,6 +41,18 @@ class CommandBatch:
         Raises:
             redis.RedisError: They may have been carried out or not.
         """
+        answers = await self.execute_each(commands)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers
+
+    async def execute_each(self, commands: Iterable[Command]) -> list[Any]:
+        """As `execute`, but a command that the server refuses has its error in place of an answer.
+
+        Raises:
+            redis.RedisError: The server could not be asked; they may have been carried out or not.
+        """
         answer: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         self._waiting.append((list(commands), answer))
         if self._sender is None or self._sender.done():
@@ -73,10 +85,5 @@ class CommandBatch:
         for commands, answer in batch:
             own = results[start : start + len(commands)]
             start += len(commands)
-            if answer.done():
-                continue
-            errors = [result for result in own if isinstance(result, Exception)]
-            if errors:
-                answer.set_exception(errors[0])
-            else:
+            if not answer.done():
                 answer.set_result(own)

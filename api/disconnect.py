@@ -109,6 +109,9 @@ def with_disconnects(app: App) -> App:
     """`app`, whose HTTP scopes have a `Client`, and whose handlers are cancelled when it leaves."""
 
     async def wrapped(scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # an upgrade on any path; there is none
+            await send({"type": "websocket.close", "code": 1008})
+            return
         if scope["type"] != "http":
             await app(scope, receive, send)
             return

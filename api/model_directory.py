@@ -177,24 +177,25 @@ class ModelDirectory:
         workers, known = await self._reads.execute(
             [("ZRANGEBYSCORE", names.WORKER_CARDS, since, "+inf"), ("ZRANGE", names.KNOWN_MODELS, 0, -1)]
         )
-        hashes = (
-            await self._reads.execute([("HGETALL", names.worker_card(w.decode())) for w in workers])
-            if workers
-            else []
-        )
+        listed = [worker.decode(errors="replace") for worker in workers]
+        commands = [("HGETALL", names.worker_card(worker)) for worker in listed]
+        hashes = await self._reads.execute_each(commands) if commands else []
         by_model: dict[str, list[ModelCard]] = defaultdict(list)
-        for worker, fields in zip(workers, hashes, strict=True):
-            card = self._card(worker.decode(), fields) if fields else None
+        for worker, fields in zip(listed, hashes, strict=True):
+            card = self._card(worker, fields) if fields else None
             if card is not None:
                 by_model[card.id].append(card)
         self._served = {model: _merge(cards) for model, cards in by_model.items()}
-        self._known = frozenset(name.decode() for name in known)
+        self._known = frozenset(name.decode(errors="replace") for name in known)
         self._read_at = time.monotonic()
 
-    def _card(self, worker: str, fields: dict[Any, Any]) -> ModelCard | None:
+    def _card(self, worker: str, fields: Any) -> ModelCard | None:
+        """A card; None for one that cannot be read, which is no other card's fault."""
         try:
+            if isinstance(fields, Exception):
+                raise fields
             return ModelCard.from_hash(fields)
-        except (msgspec.ValidationError, UnicodeDecodeError) as error:
+        except (msgspec.ValidationError, UnicodeDecodeError, redis.ResponseError) as error:
             if worker not in self._bad_cards:
                 self._bad_cards.add(worker)
                 log.warning("the card of worker %s cannot be read: %s", worker, error)

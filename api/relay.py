@@ -205,7 +205,7 @@ class Relay:
         if status is None and not subscription.has_begun:
             return Failed(
                 0,
-                f"The request waited longer than {self._queue_seconds} seconds for its turn.",
+                f"The request is no longer in the queue: {self._queue_seconds} seconds went by, or it was removed.",
                 status=503,
                 code="queue_timeout",
                 retry_after_seconds=10.0,

@@ -7,9 +7,10 @@ and have defaults, so that an old worker and a new API can share a queue during 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -185,13 +186,13 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         step: Counts decode and prefill steps; stands still only when idle or stuck.
     """
 
-    id: str
+    id: Annotated[str, Meta(pattern=r"^[^,\x00-\x1f\x7f]+$")]
     worker: str
     created: int
-    context_length: int
-    vocab_size: int
-    max_batch: int
-    free_slots: int
+    context_length: Annotated[int, Meta(ge=1)]
+    vocab_size: Annotated[int, Meta(ge=1)]
+    max_batch: Annotated[int, Meta(ge=1)]
+    free_slots: Annotated[int, Meta(ge=0)]
     quantization: str = ""
     has_chat_template: bool = True
     tokens_per_second: float = 0.0

@@ -13,13 +13,13 @@ from typing import Any, NoReturn
 import msgspec
 import rq.serializers
 from redis import Redis
-from rq.exceptions import DeserializationError
 from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job
 from rq.queue import Queue
 from rq.serializers import JSONSerializer
 from rq.worker import SimpleWorker
 
+from common import names
 from common.errors import MLXPoolError
 from common.protocol import GenerationJob
 
@@ -68,8 +68,12 @@ class JsonJob(Job):
         """
         try:
             return msgspec.convert(self.kwargs, GenerationJob, str_keys=True)
-        except (msgspec.MsgspecError, DeserializationError, ValueError, TypeError, KeyError) as error:
+        except Exception as error:
             raise ForeignJobError(f"not a job of mlx-pool ({type(error).__name__}: {error})") from error
+
+    def get_call_string(self) -> str:
+        """What tools show of a job: never its arguments, which hold the prompt."""
+        return names.JOB_FUNCTION
 
     def perform(self) -> NoReturn:
         """Refuses: jobs of this project are data."""

@@ -44,13 +44,13 @@ if TYPE_CHECKING:
     from redis.client import Pipeline
 
     from common.settings import Settings
-    from worker.engine import Engine, ModelInfo
+    from worker.engine import Engine
 
 log = logging.getLogger(__name__)
 
 _BEATS_PER_LEASE = 4
 _DEAF_SECONDS = 0.5
-"""Pause of the pub/sub thread after an error; it subscribes again by itself."""
+"""Pause of the pub/sub thread after a lost connection; it subscribes again by itself."""
 
 _SHUTDOWN_PATIENCE_SECONDS = 2.0
 """How long a worker that ends waits for a Redis that is gone."""
@@ -101,7 +101,7 @@ class BatchWorker(BaseWorker):
         self._drain_began_at: float | None = None
         self._redis_away_since: float | None = None
         self._takeover = Takeover(self.queue, settings.journal_ttl_seconds)
-        self._ready: SimpleQueue[tuple[GenerationLoop, ModelInfo] | BaseException] = SimpleQueue()
+        self._ready: SimpleQueue[tuple[GenerationLoop, Engine] | BaseException] = SimpleQueue()
         self._threads: list[Thread] = []
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -112,7 +112,8 @@ class BatchWorker(BaseWorker):
         ready = self._ready.get()
         if isinstance(ready, BaseException):
             raise ready
-        loop, info = ready
+        loop, engine = ready
+        info = engine.info
         for _ in range(info.max_batch):
             self._slots.put(None)
         self._heartbeat = Heartbeat(
@@ -126,6 +127,7 @@ class BatchWorker(BaseWorker):
             intake = Intake(
                 self,
                 slots=self._slots,
+                encode=engine.encode,
                 admit=self._inbox.put,
                 draining=self._draining,
                 suspended=lambda: self._heartbeat.is_suspended,
@@ -174,7 +176,7 @@ class BatchWorker(BaseWorker):
             final_ttl_seconds=settings.journal_ttl_seconds,
             orphan_seconds=settings.orphan_seconds,
         )
-        self._ready.put((loop, engine.info))
+        self._ready.put((loop, engine))
         try:
             loop.run()
         finally:
@@ -245,6 +247,8 @@ class BatchWorker(BaseWorker):
             if self._redis_away_since is None:
                 self._redis_away_since = time.monotonic()
                 log.warning("Redis does not answer (%s); trying again", error)
+        except Exception:
+            log.exception("a heartbeat failed")  # whatever stands in Redis, the next one may do better
         else:
             if self._redis_away_since is not None:
                 log.info("Redis answers again")
@@ -286,7 +290,8 @@ class BatchWorker(BaseWorker):
     def _pubsub_exception_handler(self, exc: BaseException, *_args: Any) -> None:
         """Called on RQ's pub/sub thread. Stock lets all but a lost connection end it: a bad message would make us deaf."""
         log.warning("a command could not be heard: %r", exc)
-        time.sleep(_DEAF_SECONDS)
+        if isinstance(exc, redis.RedisError):
+            time.sleep(_DEAF_SECONDS)
 
     def _handle_control(self, message: dict[str, Any]) -> None:
         for job_id in decode_control(message["data"]).job_ids:
@@ -317,7 +322,7 @@ class BatchWorker(BaseWorker):
         execution = Execution.create(job, BACKSTOP_SECONDS, pipeline=pipe, worker_name=self.name)
         pipe.pexpire(execution.key, self._lease_ms)
         job.prepare_for_execution(self.name, pipeline=pipe)
-        pipe.persist(job.key)
+        pipe.expire(job.key, self._live_ttl_seconds)  # not for ever: it holds the prompt; heartbeats renew it
         self.executions[execution.id] = execution
         self.set_state(WorkerStatus.BUSY, pipeline=pipe)
         return execution

@@ -63,7 +63,7 @@ class ModelInfo:
 
 
 class Engine(Protocol):
-    """Rows that are decoded together. Made and used on one thread; a job is inserted between two steps."""
+    """Rows that are decoded together. Made and used on one thread but for `encode`; jobs come between two steps."""
 
     @property
     def info(self) -> ModelInfo:
@@ -73,15 +73,23 @@ class Engine(Protocol):
     def num_rows(self) -> int:
         """Jobs inserted and neither finished nor removed."""
 
-    def insert(self, job: GenerationJob, replay: list[int]) -> Inserted:
+    def encode(self, job: GenerationJob) -> list[int]:
+        """The job's prompt as token ids. Called on another thread: a long one is not to hold up the others' tokens.
+
+        Raises:
+            RequestError: There are none, or too many for the context.
+        """
+
+    def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> Inserted:
         """Take a job; its first token comes with a later `step`.
 
         Args:
             job: At most `info.max_batch` at a time.
+            prompt: What `encode` gave.
             replay: Token ids that the job has generated elsewhere, oldest first; generation goes on behind them.
 
         Raises:
-            RequestError: The job cannot be served, such as a prompt longer than the context. Nothing was taken.
+            RequestError: The job cannot be served. Nothing was taken.
         """
 
     def remove(self, job_id: str) -> None:

@@ -54,11 +54,13 @@ class Admit:
     """To the loop: a job that this worker holds a lease for.
 
     Attributes:
+        prompt: Its token ids, or why there are none.
         journal: What other workers wrote of it, in order; empty for a fresh job.
     """
 
     job: GenerationJob
     execution_id: str
+    prompt: list[int] | RequestError
     journal: list[Event] = field(default_factory=list)
 
 
@@ -206,7 +208,7 @@ class GenerationLoop:
             return
         replay = [event.token_id for event in message.journal if isinstance(event, Delta)]
         try:
-            inserted = self._engine.insert(job, replay)
+            inserted = self._engine.insert(job, prompt_of(message), replay)
         except Exception as error:  # noqa: BLE001 (whatever one request does to the engine is its own failure)
             self._refuse(message, len(replay) + 1, error)
             return
@@ -238,8 +240,10 @@ class GenerationLoop:
         self._end(sequence, _OUTCOMES[why], terminal)
 
     def _remember_early(self, job_id: str, why: Withdrawal) -> None:
+        """Every worker of the model hears of every job: most of these are another's, and are forgotten soon."""
         now = self._clock()
-        self._early = {k: v for k, v in self._early.items() if now - v[1] < EARLY_WITHDRAWAL_SECONDS}
+        while self._early and now - next(iter(self._early.values()))[1] >= EARLY_WITHDRAWAL_SECONDS:
+            del self._early[next(iter(self._early))]
         if why in (Withdrawal.CANCELLED, Withdrawal.STOPPED):
             self._early[job_id] = (why, now)
 
@@ -326,3 +330,17 @@ class GenerationLoop:
                     log.warning("nobody listens for job %s any more", sequence.job.job_id)
                     self._withdraw(Withdraw(sequence.job.job_id, Withdrawal.CANCELLED))
                 del self._unheard_since[channel]
+        if self._unheard_since:  # silence counts while there is something to hear
+            channels = {sequence.job.channel for sequence in self._running.values()}
+            self._unheard_since = {k: v for k, v in self._unheard_since.items() if k in channels}
+
+
+def prompt_of(message: Admit) -> list[int]:
+    """The prompt's token ids.
+
+    Raises:
+        RequestError: There are none.
+    """
+    if isinstance(message.prompt, RequestError):
+        raise message.prompt
+    return message.prompt

@@ -14,6 +14,7 @@ from rq.executions import Execution, ExecutionRegistry
 
 from common import names
 from common.protocol import ModelCard
+from common.rq import JsonJob
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
@@ -41,7 +42,7 @@ class Heartbeat:
 
     Args:
         lease_ms: How long a lease lasts without a beat.
-        live_ttl_seconds: What a journal has to live while its job goes on.
+        live_ttl_seconds: What a job and its journal have to live while it goes on.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Heartbeat:
                 pipe.pexpire(execution.key, self._lease_ms)
             for execution in executions:
                 pipe.expire(names.journal(execution.job_id), self._live_ttl_seconds)
+                pipe.expire(JsonJob.key_for(execution.job_id), self._live_ttl_seconds)
             self._renew_backstops(pipe, executions)
             if draining:
                 self.withdraw_card(pipe)

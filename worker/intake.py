@@ -11,13 +11,15 @@ import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from threading import Event as Flag
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import redis
 from rq.defaults import RQ_KEY_PREFIX
 from rq.executions import Execution
 
 from common import names
+from common.errors import RequestError
+from common.protocol import Event, GenerationJob
 from common.rq import ForeignJobError, JsonJob, JsonQueue
 from worker.generation_loop import Admit
 from worker.records import read_journal, restore
@@ -46,11 +48,31 @@ return ids
 """
 
 
+class Found(NamedTuple):
+    """What was read of a job that was taken."""
+
+    raw_id: bytes
+    fields: dict[bytes, bytes]
+    is_cancelled: int
+    entries: list[Any]
+
+
+class Taken(NamedTuple):
+    """A job that is registered here."""
+
+    raw_id: bytes
+    job: JsonJob
+    execution: Execution
+    request: GenerationJob
+    journal: list[Event]
+
+
 class Intake:
     """See the module.
 
     Args:
         slots: One permit a free slot.
+        encode: Makes token ids of a request's prompt, `Engine.encode`.
         admit: Where admitted jobs go: the generation loop's inbox.
         draining: Set when nothing more is to be taken.
         suspended: Says whether `rq suspend` is in force.
@@ -62,6 +84,7 @@ class Intake:
         worker: BatchWorker,
         *,
         slots: SimpleQueue[None],
+        encode: Callable[[GenerationJob], list[int]],
         admit: Callable[[Admit], None],
         draining: Flag,
         suspended: Callable[[], bool],
@@ -71,6 +94,7 @@ class Intake:
         self._queue: JsonQueue = worker.queue
         self._redis: redis.Redis = worker.connection
         self._slots = slots
+        self._encode = encode
         self._admit = admit
         self._draining = draining
         self._suspended = suspended
@@ -93,6 +117,11 @@ class Intake:
                     num_used = self._fill(num_slots)
             except redis.RedisError as error:
                 log.warning("no job can be taken: %s", error)
+                time.sleep(_RETRY_SECONDS)
+            except Exception:
+                log.exception(
+                    "a job could not be taken"
+                )  # it lies in the intermediate queue, and is put back
                 time.sleep(_RETRY_SECONDS)
             finally:
                 for _ in range(num_slots - num_used):
@@ -122,81 +151,110 @@ class Intake:
         if first is None:
             return 0
         with self._redis.pipeline(transaction=False) as pipe:
-            self._read(pipe, first.decode())
+            self._read(pipe, first)
             if num_slots > 1:
                 keys = (self._queue.key, self._queue.intermediate_queue_key, self._workers_key)
                 self._take(keys=keys, args=(num_slots - 1,), client=pipe)
-            answers = pipe.execute()
-        found = [(first.decode(), *answers[:3])]
-        more = [job_id.decode() for job_id in answers[3]] if num_slots > 1 else []
+            answers = pipe.execute(raise_on_error=False)
+        raise_other_than_wrong_type(answers)
+        more: list[bytes] = answers[3] if num_slots > 1 else []
         if more:
             with self._redis.pipeline(transaction=False) as pipe:
-                for job_id in more:
-                    self._read(pipe, job_id)
-                answers = pipe.execute()
-            found += [(job_id, *answers[3 * i : 3 * i + 3]) for i, job_id in enumerate(more)]
-        return self._register(found)
+                for raw_id in more:
+                    self._read(pipe, raw_id)
+                del answers[3:]
+                answers += pipe.execute(raise_on_error=False)
+            raise_other_than_wrong_type(answers)
+        return self._register(
+            [Found(raw_id, *answers[3 * i : 3 * i + 3]) for i, raw_id in enumerate([first, *more])]
+        )
 
-    def _read(self, pipe: Any, job_id: str) -> None:
+    def _read(self, pipe: Any, raw_id: bytes) -> None:
         """What is to be known of a job: its hash, whether its client left, what others generated of it."""
+        job_id = raw_id.decode(errors="replace")
         pipe.hgetall(JsonJob.key_for(job_id))
         pipe.exists(names.cancelled(job_id))
         pipe.xrange(names.journal(job_id))
 
-    def _register(self, found: list[tuple[str, dict[bytes, bytes], int, list[Any]]]) -> int:
+    def _register(self, found: list[Found]) -> int:
         """Make executions of what was taken, all in one MULTI; how many slots are in use now.
 
-        1. A job without a hash ran out of time in the queue: its watchers know.
+        1. A job without a hash ran out of time in the queue, or is no job at all: its watchers know.
         2. A job whose client left is deleted.
         3. A job that is none of ours fails, with the reason in RQ's books.
         4. The others become executions with a lease. One that was put back in the queue meanwhile (`LREM` says 0: this
            worker slept, and another one rescued it) is given up again.
         """
-        taken: list[tuple[JsonJob, Execution, Admit]] = []
+        taken: list[Taken] = []
         strangers: list[tuple[JsonJob, str]] = []
         with self._redis.pipeline(transaction=True) as pipe:
-            for job_id, *_ in found:
-                pipe.lrem(self._queue.intermediate_queue_key, 1, job_id)
-            for job_id, fields, is_cancelled, entries in found:
-                if not fields:
+            for each in found:
+                pipe.lrem(self._queue.intermediate_queue_key, 1, each.raw_id)  # type: ignore[arg-type]  # bytes are fine
+            for each in found:
+                if not each.fields:
                     continue
-                job = JsonJob(job_id, connection=self._redis)
-                if is_cancelled:
+                job = JsonJob(each.raw_id.decode(errors="replace"), connection=self._redis)
+                if each.is_cancelled:
                     pipe.delete(job.key)
                     continue
                 try:
-                    restore(job, fields)
-                    request = job.request()
-                    journal = read_journal(entries)
+                    restore(job, each.fields)
+                    request, journal = job.request(), read_journal(each.entries)
                 except ForeignJobError as error:
                     strangers.append((job, str(error)))
                     continue
                 execution = self._worker.start_execution(job, pipe)
-                taken.append((job, execution, Admit(request, execution.id, journal)))
+                taken.append(Taken(each.raw_id, job, execution, request, journal))
             try:
                 removed = pipe.execute()[: len(found)]
             except redis.RedisError:
                 # Registered or not, nobody knows: without renewals their leases run out, and the jobs go on elsewhere.
-                for _, execution, _ in taken:
-                    self._worker.forget_execution(execution.id)
+                for registered in taken:
+                    self._worker.forget_execution(registered.execution.id)
                 raise
-        lost = {job_id for (job_id, *_), count in zip(found, removed, strict=True) if count == 0}
-        return self._hand_on(taken, strangers, lost)
-
-    def _hand_on(
-        self,
-        taken: list[tuple[JsonJob, Execution, Admit]],
-        strangers: list[tuple[JsonJob, str]],
-        lost: set[str],
-    ) -> int:
+        lost = {each.raw_id for each, count in zip(found, removed, strict=True) if count == 0}
         for job, reason in strangers:
-            if job.id not in lost:
-                log.error("job %s: %s", job.id, reason)
-                self._worker.fail_job(job, None, reason)
-        for job, execution, _ in taken:
-            if job.id in lost:
-                self._worker.drop_execution(job, execution)
-        admitted = [admit for job, _, admit in taken if job.id not in lost]
-        for admit in admitted:
-            self._admit(admit)
-        return len(admitted)
+            log.error("job %s: %s", job.id, reason)
+            self._fail(job, reason)
+        return self._hand_on(taken, lost)
+
+    def _fail(self, job: JsonJob, reason: str) -> None:
+        """In RQ's books, if RQ can make sense of the job; else there is nothing to be written."""
+        try:
+            self._worker.fail_job(job, None, reason)
+        except redis.RedisError:
+            raise
+        except Exception:
+            log.exception("job %s cannot be failed either", job.id)
+
+    def _hand_on(self, taken: list[Taken], lost: set[bytes]) -> int:
+        """To the generation loop, with their prompts encoded: the short ones first, since a long one takes its time."""
+        for each in taken:
+            if each.raw_id in lost:
+                self._worker.drop_execution(each.job, each.execution)
+        kept = [each for each in taken if each.raw_id not in lost]
+        for each in sorted(kept, key=lambda each: len(each.job.data)):
+            self._admit(Admit(each.request, each.execution.id, self._encoded(each.request), each.journal))
+        return len(kept)
+
+    def _encoded(self, request: GenerationJob) -> list[int] | RequestError:
+        try:
+            return self._encode(request)
+        except RequestError as error:
+            return error
+        except Exception:
+            log.exception("the prompt of job %s cannot be encoded", request.job_id)
+            return RequestError("The model cannot read this prompt.", status=500, type="server_error")
+
+
+def raise_other_than_wrong_type(answers: list[Any]) -> None:
+    """Let a key that somebody made something else pass as an empty one; anything else is raised.
+
+    Raises:
+        redis.RedisError: One of `answers`.
+    """
+    for i, answer in enumerate(answers):
+        if isinstance(answer, redis.ResponseError) and "WRONGTYPE" in str(answer):
+            answers[i] = {}
+        elif isinstance(answer, Exception):
+            raise answer

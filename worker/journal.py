@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 # execution id, n, seconds to live (0: leave), event. n is 0 for an event that is published only. A row is accepted if the
 # writer's execution still exists (its key is the lease) and XADD takes its n, which is larger than any before; or if the
 # writer has written that n before (a repeated call). Redis may have lost its last moments when a connection was lost: then
-# n has to be the very next one (XLEN is the last n, since n starts at 1 and has no gap).
+# n has to be the very next one (XLEN is the last n, since n starts at 1 and has no gap). A journal's key that somebody made
+# something else refuses its own rows only; an error of the whole server (no memory, read-only) is answered as such.
 # Answer: {refused executions, listeners of each channel}.
 _APPEND = f"""
 local lost, refused, listeners, i = ARGV[1] == '1', {{}}, {{}}, 2
@@ -38,15 +39,17 @@ while i <= #ARGV do
     local ok = redis.call('EXISTS', '{RQ_KEY_PREFIX}:execution:' .. job .. ':' .. execution) == 1
     if ok and n ~= '0' then
       local key, id, writer = '{names.JOURNAL_PREFIX}' .. job, n .. '-0', string.sub(execution, 1, 8)
-      ok = not lost or redis.call('XLEN', key) == n - 1
+      ok = not lost or redis.pcall('XLEN', key) == n - 1
       if ok then
         local added = redis.pcall('XADD', key, id, 'x', writer, 'd', event)
         ok = type(added) ~= 'table'
-        if not ok and not string.find(added.err, 'equal or smaller') then return added end
+        if not ok and not string.find(added.err, 'equal or smaller') and not string.find(added.err, 'WRONGTYPE') then
+          return added
+        end
         if ok and ttl ~= '0' then redis.call('EXPIRE', key, ttl) end
       end
       if not ok then
-        local entry = redis.call('XRANGE', key, id, id)[1]
+        local entry = redis.pcall('XRANGE', key, id, id)[1]
         ok = entry ~= nil and entry[2][2] == writer
       end
     end

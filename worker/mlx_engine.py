@@ -8,6 +8,7 @@ and `mlx_model` are what changes then.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -62,8 +63,11 @@ class MLXEngine:
     def num_rows(self) -> int:
         return len(self._rows)
 
-    def insert(self, job: GenerationJob, replay: list[int]) -> Inserted:
-        prompt = prompts.tokenize(job, self._tokenizer, self._info.context_length)
+    def encode(self, job: GenerationJob) -> list[int]:
+        # Rust's tokenizers let go of the interpreter meanwhile (tokenizers 0.23).
+        return prompts.tokenize(job, self._tokenizer, self._info.context_length)
+
+    def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> Inserted:
         room = self._info.context_length - len(prompt)
         max_tokens = min(job.max_tokens or room, room)
         detokenizer = self._token_bytes.detokenizer(after_template=isinstance(job.prompt, ChatPrompt))
@@ -150,6 +154,8 @@ class _Batch:
             prefill_step_size=step_tokens,
             stream=mx.default_stream(mx.default_device()),
         )
+        self._budget = PrefillBudget(step_tokens)
+        self._reading: set[int] = set()  # rows without a token yet
         if not wire:
             # It wires all of a Mac's recommended memory on its own; whole-machine panics came with it (mlx #3186).
             self._generator.close()
@@ -160,14 +166,49 @@ class _Batch:
         (uid,) = self._generator.insert(
             [prompt], max_tokens=[max_tokens], samplers=[sampler], logits_processors=[logits_processors]
         )
+        self._reading.add(uid)
         return int(uid)
 
     def remove(self, uid: int) -> None:
         self._generator.remove([uid])
+        self._reading.discard(uid)
 
     def next(self) -> list[Any]:
+        if not self._reading:
+            return list(self._generator.next()[1])
+        # mlx-lm gives each of the prompts that it reads at once a step of this size.
+        num_read = min(len(self._reading), self._generator.prefill_batch_size)
+        self._generator.prefill_step_size = max(1, self._budget.num_tokens // num_read)
+        began_at = time.monotonic()
         _, responses = self._generator.next()
+        self._budget.took(time.monotonic() - began_at)
+        self._reading.difference_update(response.uid for response in responses)
         return list(responses)
+
+
+class PrefillBudget:
+    """How many prompt tokens are read between two decode steps, so that running streams are not held up for long.
+
+    A GPU reads the most in milliseconds; a CPU behind a long context takes seconds for as many.
+
+    Attributes:
+        num_tokens: Of all prompts together; at most what the setting says.
+    """
+
+    TARGET_SECONDS = 0.5
+    LEAST_TOKENS = 32
+
+    def __init__(self, most_tokens: int) -> None:
+        self._most_tokens = most_tokens
+        self.num_tokens = most_tokens
+
+    def took(self, seconds: float) -> None:
+        """Learn from a step that read prompts."""
+        if seconds > self.TARGET_SECONDS:
+            smaller = int(self.num_tokens * self.TARGET_SECONDS / seconds)
+            self.num_tokens = max(min(self.LEAST_TOKENS, self._most_tokens), smaller)
+        elif seconds < self.TARGET_SECONDS / 2:
+            self.num_tokens = min(self._most_tokens, self.num_tokens * 2)
 
 
 @dataclass(frozen=True, slots=True)

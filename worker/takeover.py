@@ -14,7 +14,7 @@ import redis
 from redis.exceptions import WatchError
 from rq.defaults import RQ_KEY_PREFIX
 from rq.job import JobStatus
-from rq.utils import as_text, parse_composite_key
+from rq.utils import parse_composite_key
 
 from common import names
 from common.errors import RequestError
@@ -57,7 +57,7 @@ class Takeover:
         self._redis: redis.Redis = queue.connection
         self._final_ttl_seconds = final_ttl_seconds
         self._rescue_script = self._redis.register_script(_RESCUE)
-        self._first_seen: dict[str, float] = {}
+        self._first_seen: dict[bytes, float] = {}
 
     def run(self) -> None:
         """Look once for jobs without a worker and put them back."""
@@ -68,7 +68,7 @@ class Takeover:
         """Put back the executions whose lease ran out."""
         registry = self._queue.started_job_registry
         entries: Any = self._redis.zrange(registry.key, 0, -1)
-        composites = [as_text(entry) for entry in entries]
+        composites = [entry.decode() for entry in entries if entry.isascii()]  # what is not, is none of RQ's
         if not composites:
             return
         with self._redis.pipeline(transaction=False) as pipe:
@@ -146,7 +146,7 @@ class Takeover:
     def _rescue(self) -> None:
         """Put back what a worker took and never registered: it died, or sleeps."""
         intermediate = self._queue.intermediate_queue
-        ids = intermediate.get_job_ids()
+        ids: Any = self._redis.lrange(intermediate.key, 0, -1)
         now = time.monotonic()
         self._first_seen = {job_id: self._first_seen.get(job_id, now) for job_id in ids}
         for job_id, first_seen in self._first_seen.items():

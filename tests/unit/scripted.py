@@ -41,7 +41,10 @@ class ScriptedEngine:
     def num_rows(self) -> int:
         return len(self.rows)
 
-    def insert(self, job: GenerationJob, replay: list[int]) -> Inserted:
+    def encode(self, job: GenerationJob) -> list[int]:
+        return [0]
+
+    def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> Inserted:
         if job.job_id in self.refused:
             raise self.refused[job.job_id]
         assert job.job_id not in self.rows

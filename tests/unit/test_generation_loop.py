@@ -16,7 +16,7 @@ from worker.generation_loop import Admit, Outcome, Quit, Withdraw, Withdrawal
 def admit(
     job_id: str, execution_id: str | None = None, journal: list[Any] | None = None, **job: Any
 ) -> Admit:
-    return Admit(make_job(job_id, **job), execution_id or f"{job_id}-1", journal or [])
+    return Admit(make_job(job_id, **job), execution_id or f"{job_id}-1", [0], journal or [])
 
 
 def texts(bench: Bench, job_id: str) -> str:
