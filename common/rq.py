@@ -2,11 +2,13 @@
 
 RQ's defaults unpickle what they find in Redis and import callbacks by name, so that whoever reaches Redis could run code
 on every Mac. Here a job is data: JSON only, no callback is ever resolved, no function is ever imported. Importing this
-module also closes RQ's pickle in this process. `python -m common.rq info` is RQ's command line with these classes.
+module also closes RQ's pickle in this process. `python -m common.rq info` is RQ's command line with these classes, and
+`python -m common.rq dashboard` is rq-dashboard's.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any, NoReturn
 
@@ -20,8 +22,9 @@ from rq.serializers import JSONSerializer
 from rq.worker import SimpleWorker
 
 from common import names
-from common.errors import MLXPoolError
+from common.errors import MLXPoolError, StartupError
 from common.protocol import GenerationJob
+from common.settings import Settings
 
 
 def _refuse(_data: bytes) -> NoReturn:
@@ -116,20 +119,40 @@ class JsonWorker(SimpleWorker):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """RQ's own command line with the classes of this module; takes `--url`, or MLXPOOL_REDIS_URL."""
-    import os
-
-    from rq.cli.cli import main as rq_main
-
-    from common.settings import Settings
-
-    os.environ.setdefault("RQ_REDIS_URL", Settings.load().redis_url)
+    """RQ's own command line, or rq-dashboard's, with the classes of this module; they take `--url`, or MLXPOOL_REDIS_URL."""
+    arguments = argv if argv is not None else sys.argv[1:]
+    try:
+        url = Settings.load().redis_url
+    except StartupError as error:
+        sys.exit(f"mlx-pool: {error}")
+    os.environ.setdefault("RQ_REDIS_URL", url)
     os.environ |= {
         "RQ_JOB_CLASS": "common.rq.JsonJob",
         "RQ_QUEUE_CLASS": "common.rq.JsonQueue",
         "RQ_WORKER_CLASS": "common.rq.JsonWorker",
     }
-    rq_main(args=argv if argv is not None else sys.argv[1:], prog_name="python -m common.rq")
+    if arguments[:1] == ["dashboard"]:
+        _dashboard(arguments[1:], url)
+    else:
+        from rq.cli.cli import main as rq_main
+
+        rq_main(args=arguments, prog_name="python -m common.rq")
+
+
+def _dashboard(arguments: list[str], url: str) -> None:
+    """rq-dashboard 0.9 knows `--json` for jobs, but reads a worker's job by RQ's default: its page fails while one works."""
+    import rq
+
+    rq.Worker = JsonWorker  # type: ignore[misc,assignment]  # it takes the class from here
+    try:
+        from rq_dashboard.cli import run as rq_dashboard
+    except ImportError as error:
+        sys.exit(f"mlx-pool: rq-dashboard cannot be imported ({error}); pip install rq-dashboard six")
+    has_url = any(a in ("-u", "--redis-url") or a.startswith("--redis-url=") for a in arguments)
+    options = ["--json", *([] if has_url else ["--redis-url", url]), *arguments]
+    rq_dashboard.main(
+        args=options, prog_name="python -m common.rq dashboard", auto_envvar_prefix="RQ_DASHBOARD"
+    )
 
 
 if __name__ == "__main__":

@@ -328,3 +328,57 @@ def test_no_text_in_rqs_books(workers: Workers) -> None:
     }
     fields: Any = workers.client.hgetall(kept.key)
     assert exact(3).encode() not in b"".join(fields.values()) + zlib.decompress(fields[b"data"])
+
+
+POISONS: dict[str, list[tuple[Any, ...]]] = {
+    "an id that is no text": [("RPUSH", "rq:queue:m", b"\xff\xfe")],
+    "a job without data": [("HSET", "rq:job:JOB", "status", "queued"), ("RPUSH", "rq:queue:m", "JOB")],
+    "a job that is no hash": [("SET", "rq:job:JOB", "1"), ("RPUSH", "rq:queue:m", "JOB")],
+    "a registry entry of three parts": [("ZADD", "rq:wip:m", 9e9, "a:b:c")],
+    "a registry entry that is no text": [("ZADD", "rq:wip:m", 9e9, b"\xff:\xfe")],
+    "an abandoned job without data": [
+        ("HSET", "rq:job:JOB", "status", "started"),
+        ("ZADD", "rq:wip:m", 9e9, "JOB:y"),
+    ],
+    "an abandoned job with a broken journal": [
+        ("HSET", "rq:job:JOB", "status", "started"),
+        ("XADD", "mlxpool:journal:JOB", "1-0", "no", "event"),
+        ("ZADD", "rq:wip:m", 9e9, "JOB:y"),
+    ],
+    "an abandoned job whose journal is no stream": [
+        ("HSET", "rq:job:JOB", "status", "started"),
+        ("SET", "mlxpool:journal:JOB", "1"),
+        ("ZADD", "rq:wip:m", 9e9, "JOB:y"),
+    ],
+    "an id in the intermediate queue that is no text": [("RPUSH", "rq:queue:m:intermediate", b"\xff\xfe")],
+}
+
+
+def test_poison_in_redis(workers: Workers) -> None:
+    """Broken entries hurt nobody: the worker lives, serves the next request and takes over what is really lost."""
+    victim = workers.start()
+    lost = workers.submit(max_tokens=100)
+    wait_until(lambda: workers.has_token(lost))
+    victim.send(signal.SIGKILL)
+    for i, commands in enumerate(POISONS.values()):
+        for name, *arguments in commands:
+            named = [a.replace("JOB", f"poison{i}") if isinstance(a, str) else a for a in arguments]
+            workers.client.execute_command(name, *named)
+    survivor = workers.start()
+    job = workers.submit()
+    wait_until(lambda: workers.has_ended(job, lost))
+    assert (workers.text(job), workers.text(lost)) == (exact(20), exact(100))
+    time.sleep(2.5 * LEASE_SECONDS)  # rescue has looked too
+    assert survivor.process.poll() is None
+    wait_until(lambda: workers.free_slots() == [32])
+
+
+def test_a_journal_that_became_something_else(workers: Workers) -> None:
+    """The row whose journal cannot be written is given up alone; the others of its batch do not notice."""
+    workers.start()
+    broken, other = workers.submit(max_tokens=100), workers.submit(max_tokens=100)
+    wait_until(lambda: workers.has_token(broken, other))
+    workers.client.delete(f"mlxpool:journal:{broken}")
+    workers.client.set(f"mlxpool:journal:{broken}", "x")
+    wait_until(lambda: workers.has_ended(other))
+    assert workers.text(other) == exact(100)
