@@ -22,13 +22,14 @@ START_SECONDS = 5.0
 
 START_POLL_SECONDS = 0.1
 
+
 # NOTE: retry=0. redis-py 8 repeats a command by itself after a dropped connection, also one that the server has already
 # carried out: a MULTI that enqueues would run twice. What may be repeated is decided where the command is sent.
-_OPTIONS: dict[str, Any] = {
-    "socket_connect_timeout": CONNECT_SECONDS,
-    "socket_timeout": ANSWER_SECONDS,
-    "socket_keepalive": True,
-}
+def _options(url: str) -> dict[str, Any]:
+    options: dict[str, Any] = {"socket_connect_timeout": CONNECT_SECONDS, "socket_timeout": ANSWER_SECONDS}
+    if not url.startswith("unix:"):  # whose connections know no such thing (redis-py 8.1)
+        options["socket_keepalive"] = True
+    return options
 
 
 def connect(url: str) -> redis.Redis:
@@ -38,7 +39,7 @@ def connect(url: str) -> redis.Redis:
         StartupError: The URL is not one of Redis.
     """
     try:
-        return redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **_OPTIONS)
+        return redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **_options(url))
     except ValueError as error:
         raise _bad_url(error) from None
 
@@ -50,7 +51,9 @@ def connect_async(url: str) -> redis.asyncio.Redis:
         StartupError: The URL is not one of Redis.
     """
     try:
-        return redis.asyncio.Redis.from_url(url, retry=redis.asyncio.retry.Retry(NoBackoff(), 0), **_OPTIONS)
+        return redis.asyncio.Redis.from_url(
+            url, retry=redis.asyncio.retry.Retry(NoBackoff(), 0), **_options(url)
+        )
     except ValueError as error:
         raise _bad_url(error) from None
 

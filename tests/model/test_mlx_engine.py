@@ -1,0 +1,221 @@
+"""The engine on the real demo model: what a row draws does not depend on what is beside it, or on where it goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import RequestError
+from common.protocol import ChatPrompt, GenerationJob, SamplingParams, TextPrompt, TokenPrompt
+from common.settings import Settings
+from worker import mlx_engine, mlx_model
+from worker.engine import StepToken
+from worker.mlx_engine import MLXEngine, PrefillBudget
+
+GREEDY = SamplingParams(temperature=0)
+QUESTION = "What is the capital of France?"
+
+
+@pytest.fixture(scope="module")
+def engine(demo_folder: Path) -> MLXEngine:
+    return MLXEngine(Settings(model=str(demo_folder), max_batch=8, prefill_step_tokens=64))
+
+
+def chat(job_id: str, text: str = QUESTION, max_tokens: int = 12, **job: Any) -> GenerationJob:
+    prompt = ChatPrompt([{"role": "user", "content": text}])
+    job.setdefault("sampling", GREEDY)
+    return GenerationJob(job_id=job_id, model="m", channel="c", prompt=prompt, max_tokens=max_tokens, **job)
+
+
+def run(
+    engine: MLXEngine, *jobs: GenerationJob, replay: dict[str, list[int]] | None = None
+) -> dict[str, list[StepToken]]:
+    """Every token of each job, all in one batch."""
+    tokens: dict[str, list[StepToken]] = {}
+    for job in jobs:
+        tokens[job.job_id] = []
+        engine.insert(job, engine.encode(job), (replay or {}).get(job.job_id, []))
+    while engine.num_rows:
+        for token in engine.step():
+            tokens[token.job_id].append(token)
+    return tokens
+
+
+def run_on(engine: MLXEngine) -> None:
+    while engine.num_rows:
+        engine.step()
+
+
+def text(tokens: list[StepToken]) -> str:
+    return "".join(token.text for token in tokens)
+
+
+def ids(tokens: list[StepToken]) -> list[int]:
+    return [token.token_id for token in tokens]
+
+
+def test_the_right_answer(engine: MLXEngine) -> None:
+    """Greedily, the demo model knows it; the end-of-text token ends the answer and is no text."""
+    tokens = run(engine, chat("a"))["a"]
+    assert text(tokens) == "The capital of France is Paris."
+    assert [token.finish_reason for token in tokens][-2:] == [None, "stop"]
+
+
+def test_max_tokens_is_exact(engine: MLXEngine) -> None:
+    """So many tokens when nothing else ends it; the last one says why."""
+    for max_tokens in (1, 5):
+        tokens = run(engine, chat("a", max_tokens=max_tokens))["a"]
+        assert len(tokens) == max_tokens
+        assert tokens[-1].finish_reason == "length"
+
+
+def test_a_batch_equals_one_after_another(engine: MLXEngine) -> None:
+    """Greedy rows together give what each gives alone (float32), whatever their lengths."""
+    jobs = [chat(str(i), f"Tell me about {'the number ' * i}{i}.", max_tokens=6 + i) for i in range(6)]
+    together = run(engine, *jobs)
+    for job in jobs:
+        assert ids(run(engine, job)[job.job_id]) == ids(together[job.job_id])
+
+
+def test_seeds_repeat_beside_others(engine: MLXEngine) -> None:
+    """A seed draws the same alone, beside greedy rows and beside other seeds; another seed draws otherwise."""
+    sampling = SamplingParams(temperature=1.2, top_p=0.95, seed=3)
+    alone = ids(run(engine, chat("a", sampling=sampling))["a"])
+    others = [chat("b", sampling=SamplingParams(temperature=1.2, seed=4)), chat("c")]
+    beside = run(engine, others[0], chat("a", sampling=sampling), others[1])
+    assert ids(beside["a"]) == alone
+    assert ids(beside["b"]) != alone
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=1.0, seed=11)])
+def test_going_on_where_another_worker_stopped(engine: MLXEngine, sampling: SamplingParams) -> None:
+    """With the first k tokens given, the rest are the undisturbed run's, and so is the text."""
+    job = chat("a", "Write a poem about the sea in emoji 🌊.", sampling=sampling)
+    whole = run(engine, job)["a"]
+    for k in (1, 6, 11):
+        inserted = engine.insert(job, engine.encode(job), ids(whole)[:k])
+        rest: list[StepToken] = []
+        while engine.num_rows:
+            rest += engine.step()
+        assert ids(whole)[:k] + ids(rest) == ids(whole)
+        assert "".join(inserted.replayed_texts) + text(rest) == text(whole)
+
+
+def test_logit_bias(engine: MLXEngine) -> None:
+    """-100 bans the token that would have come, +100 forces one."""
+    first = ids(run(engine, chat("a", max_tokens=1))["a"])[0]
+    banned = SamplingParams(temperature=0, logit_bias={first: -100.0})
+    forced = SamplingParams(temperature=0, logit_bias={42: 100.0})
+    tokens = run(engine, chat("a", max_tokens=2, sampling=banned), chat("b", max_tokens=2, sampling=forced))
+    assert ids(tokens["a"])[0] != first
+    assert ids(tokens["b"]) == [42, 42]
+
+
+def test_repetition_penalty(engine: MLXEngine) -> None:
+    """A text that repeats itself stops doing so, and its neighbor does not notice."""
+    prompt = TextPrompt("one two one two one two one two")
+    plain = GenerationJob(job_id="a", model="m", channel="c", prompt=prompt, max_tokens=8, sampling=GREEDY)
+    penalized = SamplingParams(temperature=0, repetition_penalty=1.8, repetition_context_size=64)
+    other = GenerationJob(job_id="b", model="m", channel="c", prompt=prompt, max_tokens=8, sampling=penalized)
+    tokens = run(engine, plain, other)
+    assert text(tokens["a"]).count("two") > text(tokens["b"]).count("two")
+    assert ids(run(engine, plain)["a"]) == ids(tokens["a"])
+
+
+def test_logprobs(engine: MLXEngine) -> None:
+    """The greedy token is the most likely; the best are in order, add up to at most 1, and their bytes are the text."""
+    tokens = run(engine, chat("a", top_logprobs=4), chat("b", top_logprobs=0), chat("c"))
+    for token in tokens["a"]:
+        assert token.logprob is not None
+        assert token.top[0].token_id == token.token_id
+        assert token.logprob.logprob == token.top[0].logprob
+        values = [each.logprob for each in token.top]
+        assert len(values) == 4
+        assert values == sorted(values, reverse=True)
+        assert sum(2.718281828**value for value in values) <= 1.0001
+    own = [token.logprob for token in tokens["a"][:-1]]
+    assert b"".join(each.data for each in own if each).decode() == text(tokens["a"])
+    assert all(token.logprob and not token.top for token in tokens["b"])
+    assert all(token.logprob is None for token in tokens["c"])
+
+
+def test_removing_a_row(engine: MLXEngine) -> None:
+    """A row that leaves in the middle, or while its prompt is read, changes nothing for the others."""
+    alone = ids(run(engine, chat("a"))["a"])
+    for job in (chat("a"), chat("b", max_tokens=500), chat("long", "word " * 300)):
+        engine.insert(job, engine.encode(job), [])
+    got: list[int] = []
+    for _ in range(3):
+        got += [token.token_id for token in engine.step() if token.job_id == "a"]
+    engine.remove("b")
+    engine.remove("long")
+    engine.remove("nobody")
+    while engine.num_rows:
+        got += [token.token_id for token in engine.step() if token.job_id == "a"]
+    assert got == alone
+
+
+def test_a_prompt_that_is_too_long(engine: MLXEngine) -> None:
+    """It is refused, nothing is taken, and the next request is served."""
+    job = GenerationJob(
+        job_id="a", model="m", channel="c", prompt=TokenPrompt([5] * engine.info.context_length)
+    )
+    with pytest.raises(RequestError) as refused:
+        engine.encode(job)
+    assert refused.value.code == "context_length_exceeded"
+    assert engine.num_rows == 0
+
+
+def test_a_step_that_fails_does_not_poison_the_engine(
+    engine: MLXEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a step that raised, its rows are gone and the next request is answered as ever."""
+
+    def broken(sampling: SamplingParams) -> list[Any]:
+        def processor(_tokens: Any, _logits: Any) -> Any:
+            raise ValueError("bad row")
+
+        return [processor]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mlx_engine, "_logits_processors", broken)
+        job = chat("a")
+        engine.insert(job, engine.encode(job), [])
+        with pytest.raises(ValueError, match="bad row"):
+            run_on(engine)
+    assert engine.num_rows == 0
+    assert text(run(engine, chat("a"))["a"]) == "The capital of France is Paris."
+
+
+def test_a_model_that_cannot_batch(
+    demo_folder: Path, engine: MLXEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is served one at a time, says so in its card, and gives the same tokens, logprobs and seeds."""
+    monkeypatch.setattr(mlx_model, "can_batch", lambda _model: False)
+    single = MLXEngine(Settings(model=str(demo_folder), max_batch=8))
+    assert single.info.max_batch == 1
+    for job in (
+        chat("a"),
+        chat("a", sampling=SamplingParams(temperature=1.0, seed=5)),
+        chat("a", max_tokens=3),
+    ):
+        assert run(single, job)["a"] == run(engine, job)["a"]
+    single.insert(chat("b", max_tokens=99), single.encode(chat("b")), [])
+    single.step()
+    single.remove("b")
+    assert text(run(single, chat("a"))["a"]) == "The capital of France is Paris."
+
+
+def test_prefill_budget() -> None:
+    """Steps that take long get smaller, fast ones grow again, up to the setting and down to a few tokens."""
+    budget = PrefillBudget(512)
+    budget.took(2.0)
+    assert budget.num_tokens == 128
+    budget.took(100.0)
+    assert budget.num_tokens == PrefillBudget.LEAST_TOKENS
+    for _ in range(10):
+        budget.took(0.01)
+    assert budget.num_tokens == 512
+    assert PrefillBudget(16).num_tokens == 16
