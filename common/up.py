@@ -182,6 +182,7 @@ def add_processes(pool: Manager, workers: list[Settings], num_each: int, environ
     python = Path(sys.executable).parent
     # PYTHONUNBUFFERED: lines are to be seen when they are written.
     common = {
+        f"{PREFIX}DRAIN_SECONDS": str(DRAIN_SECONDS),
         **environ,
         "PATH": f"{python}{os.pathsep}{environ.get('PATH', os.defpath)}",
         "PYTHONUNBUFFERED": "1",
@@ -195,8 +196,7 @@ def add_processes(pool: Manager, workers: list[Settings], num_each: int, environ
             continue
         num_workers = len(workers) * num_each
         for i in range(num_workers):
-            env = {f"{PREFIX}DRAIN_SECONDS": str(DRAIN_SECONDS)} | common
-            env[f"{PREFIX}MODEL"] = workers[i // num_each].model
+            env = common | {f"{PREFIX}MODEL": workers[i // num_each].model}
             pool.add_process(
                 "worker" if num_workers == 1 else f"worker.{i + 1}", command, env=env, cwd=str(ROOT)
             )

@@ -404,3 +404,11 @@ def test_a_strict_api_with_its_own_origins() -> None:
         assert (allowed["access-control-allow-origin"], allowed["vary"]) == (ORIGIN, "Origin")
         for headers in ({"origin": "https://evil.example"}, {}):
             assert "access-control-allow-origin" not in api.ask("GET", "/health", **headers).headers
+
+
+def test_a_websocket_is_refused(api: ApiPool) -> None:
+    """An upgrade on any path is no request of ours: 403, and the server lives."""
+    upgrade = {"upgrade": "websocket", "connection": "Upgrade", "sec_websocket_version": "13"}
+    response = api.ask("GET", "/v1/models", sec_websocket_key="dGhlIHNhbXBsZSBub25jZQ==", **upgrade)
+    assert response.status == 403
+    assert api.ask("GET", "/v1/models").status == 200

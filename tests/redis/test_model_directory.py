@@ -147,3 +147,18 @@ def test_without_a_server() -> None:
         assert directory.served == []
 
     run("redis://127.0.0.1:1/0", test)
+
+
+def test_what_is_no_card_hides_no_other(redis_url: str, client: redis.Redis) -> None:
+    """Names that are no text, a card that is no hash, numbers that make no sense: the good card is still served."""
+    show(client, CARD)
+    client.zadd(names.WORKER_CARDS, {b"\xff": time.time(), "stringy": time.time(), "odd": time.time()})
+    client.zadd(names.KNOWN_MODELS, {b"\xfe": time.time()})
+    client.set(names.worker_card("stringy"), "x")
+    odd = msgspec.structs.replace(CARD, worker="odd", vocab_size=0)
+    client.hset(names.worker_card("odd"), mapping=odd.to_hash())
+
+    async def test(directory: ModelDirectory) -> None:
+        assert [(model.id, model.num_workers) for model in directory.served] == [("org/a", 1)]
+
+    run(redis_url, test)
