@@ -104,8 +104,12 @@ class Pool:
         """Start `python -m COMMAND...` and wait until it shows a card for `model`."""
         with connections.connect(self.redis_url) as client:
             before = _num_cards(client, model)
-            self._start(role, [sys.executable, "-m", *command])
+            self.start(role, command)
             self._wait_for(role, lambda: _num_cards(client, model) > before)
+
+    def start(self, role: str, command: Sequence[str]) -> None:
+        """Start `python -m COMMAND...`."""
+        self._start(role, [sys.executable, "-m", *command])
 
     def stop(self, role: str) -> None:
         """End the processes of one role: SIGTERM, and SIGKILL for one that does not go."""
@@ -135,7 +139,7 @@ class Pool:
 
     def cpu_seconds(self) -> dict[str, float]:
         """User and system time that each role's processes have used so far, children included."""
-        return {role: sum(map(_cpu_seconds, self.pids(role))) for role in self._processes}
+        return {role: sum(map(cpu_seconds_of, self.pids(role))) for role in self._processes}
 
     def rss_bytes(self) -> dict[str, int]:
         """Memory that each role's processes hold."""
@@ -204,7 +208,7 @@ def _family(pid: int) -> list[psutil.Process]:
         return []
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds_of(pid: int) -> float:
     try:
         times = psutil.Process(pid).cpu_times()
     except psutil.NoSuchProcess:

@@ -58,6 +58,11 @@ class RawGenerator:
             stdout=subprocess.PIPE,
         )
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
     def __enter__(self) -> Self:
         return self
 

@@ -54,12 +54,16 @@ class SyntheticEngine:
     def num_rows(self) -> int:
         return len(self._rows)
 
-    def insert(self, job: GenerationJob, replay: list[int]) -> Inserted:
-        prompt_tokens = max(1, len(job.prompt.text.split())) if isinstance(job.prompt, TextPrompt) else 1
+    def encode(self, job: GenerationJob) -> list[int]:
+        return [0] * (max(1, len(job.prompt.text.split())) if isinstance(job.prompt, TextPrompt) else 1)
+
+    def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> Inserted:
         max_tokens = min(job.max_tokens or CONTEXT_LENGTH, CONTEXT_LENGTH)
+        if not self._rows:  # time in which there was nothing to do is not to be made good
+            self._next_step_at = self._clock()
         self._rows[job.job_id] = [len(replay), max_tokens]
         self._new.append(job.job_id)
-        return Inserted(prompt_tokens, max_tokens, replayed_texts=[f" {token_id}" for token_id in replay])
+        return Inserted(len(prompt), max_tokens, replayed_texts=[f" {token_id}" for token_id in replay])
 
     def remove(self, job_id: str) -> None:
         self._rows.pop(job_id, None)

@@ -73,7 +73,7 @@ def test_max_tokens_is_exact(engine: MLXEngine) -> None:
 
 def test_a_batch_equals_one_after_another(engine: MLXEngine) -> None:
     """Greedy rows together give what each gives alone (float32), whatever their lengths."""
-    jobs = [chat(str(i), f"Tell me about {'the number ' * i}{i}.", max_tokens=6 + i) for i in range(6)]
+    jobs = [chat(str(i), f"Tell me about {'the number ' * i}{i}.", max_tokens=5 + i) for i in range(4)]
     together = run(engine, *jobs)
     for job in jobs:
         assert ids(run(engine, job)[job.job_id]) == ids(together[job.job_id])

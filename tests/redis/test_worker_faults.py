@@ -1,0 +1,207 @@
+"""What is left to go wrong for a worker: cut connections, a Redis that goes away, sleep at a bad moment, doubled entries."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common import connections, names
+from common.protocol import Delta, Failed, Finished, Usage, encode
+from common.redis_server import arguments
+from common.rq import JsonJob, JsonQueue
+from tests.conftest import unused_port
+from tests.redis.pool_of_workers import LEASE_SECONDS, Workers, exact, wait_until
+
+
+@pytest.fixture
+def workers(redis_url: str) -> Iterator[Workers]:
+    with Workers(redis_url) as running:
+        yield running
+
+
+def keys_of(workers: Workers, *job_ids: str) -> dict[str, int]:
+    """Every key that has one of the ids in it, with its time to live (-1: for ever)."""
+    keys: Any = workers.client.keys("*")
+    return {
+        key.decode(): int(workers.client.ttl(key))  # type: ignore[call-overload]
+        for key in keys
+        if any(job_id.encode() in key for job_id in job_ids)
+    }
+
+
+def test_a_takeover_is_one_execution(workers: Workers) -> None:
+    """RQ's books of a job that moved on name the worker that has it now, and no trace of the other one stays for ever."""
+    victim = workers.start()
+    job = workers.submit(max_tokens=150)
+    wait_until(lambda: workers.has_token(job))
+    victim.send(signal.SIGKILL)
+    workers.start()
+    heard = len(workers.events[job])
+    wait_until(lambda: workers.has_token(job, n=heard + 20))
+    [execution] = JsonJob.fetch(job, connection=workers.client).get_executions()
+    assert [execution.worker_name] == [card[b"worker"].decode() for card in workers.cards()]
+    wait_until(lambda: workers.has_ended(job))
+    wait_until(lambda: workers.status(job) == "finished")
+    assert not workers.client.exists(f"rq:executions:{job}")
+    assert all(0 < ttl <= 3700 for ttl in keys_of(workers, job).values())
+
+
+def test_only_the_books_are_missing(workers: Workers) -> None:
+    """A worker died between the last token and RQ's books: another one writes them, and nothing else."""
+    job = workers.submit(max_tokens=1)
+    queue = JsonQueue("m", connection=workers.client)
+    workers.client.lrem(queue.key, 1, job)
+    terminal = Finished(2, "length", Usage(1, 1))
+    for n, event in ((1, Delta(1, 1, " 1")), (2, terminal)):
+        workers.client.xadd(names.journal(job), {"x": "another", "d": encode(event)}, id=f"{n}-0")
+    workers.client.hset(JsonJob.key_for(job), "status", "started")
+    workers.client.zadd(queue.started_job_registry.key, {f"{job}:gone": time.time() + 3600})
+    workers.start()
+    wait_until(lambda: workers.status(job) == "finished")
+    kept = JsonJob.fetch(job, connection=workers.client)
+    assert kept.return_value()["finish_reason"] == "length"
+    assert kept.retries_left == 3
+    assert workers.journal(job) == [Delta(1, 1, " 1"), terminal]
+    workers.listen()
+    assert workers.events[job] == []
+
+
+def test_a_job_falls_to_a_worker_that_sleeps(workers: Workers) -> None:
+    """A worker that is asleep while Redis hands it a job: another one answers, and the sleeper spoils nothing later."""
+    sleeper = workers.start()
+    queue = JsonQueue("m", connection=workers.client)
+    job = ""
+
+    def falls() -> bool:
+        nonlocal job
+        sleeper.send(signal.SIGSTOP)
+        job = workers.submit()
+        time.sleep(0.05)
+        if queue.job_ids:  # it was not waiting at that moment
+            sleeper.send(signal.SIGCONT)
+            wait_until(lambda: workers.has_ended(job))
+            return False
+        return True
+
+    wait_until(falls)
+    awake = workers.start()
+    wait_until(lambda: workers.has_ended(job))
+    wait_until(lambda: workers.status(job) == "finished")
+    sleeper.send(signal.SIGCONT)
+    other = workers.submit()
+    wait_until(lambda: workers.has_ended(other))
+    wait_until(lambda: workers.free_slots() == [32, 32])
+    assert workers.text(job) == exact(20)
+    assert workers.status(job) == "finished"
+    assert JsonJob.fetch(job, connection=workers.client).worker_name.split(".")[2] == str(awake.process.pid)
+    assert int(workers.client.ttl(JsonJob.key_for(job))) <= 60  # type: ignore[arg-type]
+
+
+def test_every_connection_is_cut(workers: Workers) -> None:
+    """All of a worker's connections are cut in mid-stream: no token is lost, and it still hears its clients leave."""
+    workers.start()
+    job, left = workers.submit(max_tokens=150), workers.submit(max_tokens=5000)
+    wait_until(lambda: workers.has_token(job, left))
+    for _ in range(3):
+        for kind in ("normal", "pubsub"):
+            own = workers.client.client_id() if kind == "normal" else workers._pubsub.connection.client_id
+            for each in workers.client.client_list(_type=kind):
+                if each["id"] != str(own):
+                    workers.client.client_kill_filter(_id=each["id"])
+        time.sleep(0.3)
+    wait_until(lambda: len(workers.journal(job)) == 151)
+    assert "".join(event.text for event in workers.journal(job)[:-1] if isinstance(event, Delta)) == exact(150)
+    wait_until(lambda: workers.client.pubsub_numsub(names.control_channel("m"))[0][1] == 1)
+    workers.cancel(left)
+    wait_until(lambda: isinstance(workers.journal(left)[-1], Finished), seconds=3)
+    wait_until(lambda: workers.free_slots() == [32])
+
+
+class Server:
+    """A Redis of the test's own, which can go away and come back with its data."""
+
+    def __init__(self, binary: str, folder: Path) -> None:
+        self.port = unused_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._command = arguments(binary, folder, self.port)
+        self.start()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        with connections.connect(self.url) as client:
+            connections.check(client)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@contextmanager
+def own_server(binary: str, folder: Path) -> Iterator[Server]:
+    server = Server(binary, folder)
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+def test_redis_goes_and_comes_back(server_binary: str, tmp_path: Path) -> None:
+    """Away for longer than a lease, then back with its data: the same worker goes on, with every token once."""
+    with own_server(server_binary, tmp_path) as server, Workers(server.url) as workers:
+        worker = workers.start()
+        jobs = [workers.submit(max_tokens=150) for _ in range(3)]
+        wait_until(lambda: workers.has_token(*jobs, n=10))
+        server.kill()
+        time.sleep(1.5 * LEASE_SECONDS)
+        server.start()
+        wait_until(lambda: all(len(workers.journal(job)) == 151 for job in jobs), seconds=30)
+        for job in jobs:
+            *tokens, last = workers.journal(job)
+            assert "".join(event.text for event in tokens if isinstance(event, Delta)) == exact(150)
+            assert isinstance(last, Finished)
+            wait_until(lambda each=job: workers.status(each) == "finished")
+        wait_until(lambda: workers.free_slots() == [32])
+        assert worker.end() == 0
+
+
+def test_sigterm_while_redis_is_away(server_binary: str, tmp_path: Path) -> None:
+    """A worker that is asked to end does so in a few seconds, though it has rows and nobody to tell."""
+    with own_server(server_binary, tmp_path) as server, Workers(server.url) as workers:
+        worker = workers.start()
+        job = workers.submit(max_tokens=5000)
+        wait_until(lambda: workers.has_token(job))
+        server.kill()
+        worker.send(signal.SIGTERM)
+        worker.process.wait(15)
+
+
+def test_an_id_twice_in_the_queue(workers: Workers) -> None:
+    """Whoever put it there: the answer is written once, nothing is tried again, and all slots come back."""
+    job = workers.submit(max_tokens=100)
+    workers.client.rpush(JsonQueue("m", connection=workers.client).key, job)
+    workers.start()
+    wait_until(lambda: workers.has_ended(job))
+    time.sleep(1.5 * LEASE_SECONDS)
+    wait_until(lambda: workers.status(job) == "finished")
+    wait_until(lambda: workers.free_slots() == [32])
+    assert len(workers.journal(job)) == 101
+    assert JsonJob.fetch(job, connection=workers.client).retries_left == 3
+
+
+def test_the_last_try_of_a_job_that_runs_elsewhere(workers: Workers) -> None:
+    """A dead entry beside a live execution of the same job is dropped: it is no reason to fail the job."""
+    workers.start()
+    job = workers.submit(max_tokens=100, retries=0)
+    wait_until(lambda: workers.has_token(job))
+    workers.client.zadd("rq:wip:m", {f"{job}:dead": time.time() + 3600})
+    wait_until(lambda: workers.client.zscore("rq:wip:m", f"{job}:dead") is None)
+    wait_until(lambda: workers.has_ended(job))
+    assert not isinstance(workers.terminal(job), Failed)
+    assert workers.text(job) == exact(100)
