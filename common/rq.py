@@ -70,9 +70,15 @@ class JsonJob(Job):
             ForeignJobError: Some other program wrote this job.
         """
         try:
-            return msgspec.convert(self.kwargs, GenerationJob, str_keys=True)
+            request = msgspec.convert(self.kwargs, GenerationJob, str_keys=True)
         except Exception as error:
             raise ForeignJobError(f"not a job of mlx-pool ({type(error).__name__}: {error})") from error
+        if request.job_id != self.id:
+            raise ForeignJobError("not a job of mlx-pool (its request has another id)")
+        return request
+
+    def send_webhooks(self, *_args: Any, **_options: Any) -> None:
+        """Nothing: an address read from Redis is not called."""
 
     def get_call_string(self) -> str:
         """What tools show of a job: never its arguments, which hold the prompt."""

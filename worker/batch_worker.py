@@ -13,8 +13,8 @@ import secrets
 import socket
 import time
 from collections.abc import Callable
-from queue import SimpleQueue
-from threading import Event as Flag
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -95,8 +95,9 @@ class BatchWorker(BaseWorker):
         self._inbox: SimpleQueue[Message] = SimpleQueue()
         self._settlements: SimpleQueue[Settlement | None] = SimpleQueue()
         self._slots: SimpleQueue[None] = SimpleQueue()
-        self._wake = Flag()
-        self._draining = Flag()
+        # NOTE: signal handlers touch these two. SimpleQueue.put may be called in one; the lock of a threading.Event may not.
+        self._wake: SimpleQueue[None] = SimpleQueue()
+        self._is_draining = False
         self._drain_seconds = settings.drain_seconds
         self._drain_began_at: float | None = None
         self._redis_away_since: float | None = None
@@ -129,7 +130,7 @@ class BatchWorker(BaseWorker):
                 slots=self._slots,
                 encode=engine.encode,
                 admit=self._inbox.put,
-                draining=self._draining,
+                draining=lambda: self._is_draining,
                 suspended=lambda: self._heartbeat.is_suspended,
                 num_workers=lambda: self._heartbeat.num_workers,
             )
@@ -138,8 +139,7 @@ class BatchWorker(BaseWorker):
             log.info("%s serves %s, %d at a time", self.name, self.queue.name, info.max_batch)
             while not self._is_done():
                 self._beat()
-                self._wake.wait(self._beat_seconds)
-                self._wake.clear()
+                self._sleep()
         finally:
             self._shut_down()
         return all(thread.is_alive() is False for thread in self._threads)
@@ -182,9 +182,16 @@ class BatchWorker(BaseWorker):
         finally:
             journal.close()
 
+    def _sleep(self) -> None:
+        """Until the next heartbeat, or until there is something to look at now."""
+        with suppress(Empty):
+            self._wake.get(timeout=self._beat_seconds)
+        while not self._wake.empty():
+            self._wake.get()
+
     def _is_done(self) -> bool:
         """Whether draining is over; hands over what did not end in time."""
-        if not self._draining.is_set():
+        if not self._is_draining:
             return False
         if self._drain_began_at is None:
             self._drain_began_at = time.monotonic()
@@ -200,7 +207,7 @@ class BatchWorker(BaseWorker):
 
     def _shut_down(self) -> None:
         """End the threads, then leave RQ's books; each in its time, also when Redis is gone."""
-        self._draining.set()
+        self._is_draining = True
         self._inbox.put(Quit())
         self._threads[0].join(_SHUTDOWN_PATIENCE_SECONDS * 2)
         self._settlements.put(None)
@@ -217,30 +224,28 @@ class BatchWorker(BaseWorker):
 
     def request_stop(self, signum: int, frame: Any) -> None:  # noqa: ARG002 (a signal handler's signature)
         """SIGTERM or SIGINT: drain; the second one hands over at once. Stock raises out of the handler."""
-        if self._draining.is_set():
+        if self._is_draining:
             self._drain_seconds = 0.0
         self._shutdown_requested_date = now()
         self._stop_requested = True
-        self._draining.set()
-        self._wake.set()
+        self._is_draining = True
+        self._wake.put(None)
 
     def _gave_up(self) -> bool:
         """Whether a Redis that is away is not worth waiting for: this worker is ending."""
         since = self._redis_away_since
         return (
-            self._draining.is_set()
-            and since is not None
-            and time.monotonic() - since > _SHUTDOWN_PATIENCE_SECONDS
+            self._is_draining and since is not None and time.monotonic() - since > _SHUTDOWN_PATIENCE_SECONDS
         )
 
     # -- heartbeats --------------------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
         try:
-            for execution in self._heartbeat.beat(draining=self._draining.is_set()):
+            for execution in self._heartbeat.beat(draining=self._is_draining):
                 self._inbox.put(Withdraw(execution.job_id, Withdrawal.FENCED, execution.id))
             self._show_state()
-            if not self._draining.is_set():
+            if not self._is_draining:
                 self._takeover.run()
             self._maintain()
         except redis.RedisError as error:
@@ -330,8 +335,8 @@ class BatchWorker(BaseWorker):
     def forget_execution(self, execution_id: str) -> None:
         """Renew its lease no more."""
         self.executions.pop(execution_id, None)
-        if not self.executions and self._draining.is_set():
-            self._wake.set()
+        if not self.executions and self._is_draining:
+            self._wake.put(None)
 
     def drop_execution(self, job: Job, execution: Execution) -> None:
         """Take back a registration: the job was another's by then."""
@@ -356,16 +361,18 @@ class BatchWorker(BaseWorker):
     def hand_over(self, job: Job, execution: Execution) -> None:
         """Back to the front of the queue, once: not if the execution has gone meanwhile."""
         with self.connection.pipeline() as pipe:
-            pipe.watch(execution.key)
-            if not pipe.exists(execution.key):
+            while True:
+                pipe.watch(execution.key)
+                if not pipe.exists(execution.key):
+                    return
+                pipe.multi()
+                execution.delete(job=job, pipeline=pipe)
+                self.queue._enqueue_job(job, pipeline=pipe, at_front=True)  # noqa: SLF001 (as Job.retry does)
+                try:
+                    pipe.execute()
+                except WatchError:  # our own heartbeat renewed the lease, or it has gone
+                    continue
                 return
-            pipe.multi()
-            execution.delete(job=job, pipeline=pipe)
-            self.queue._enqueue_job(job, pipeline=pipe, at_front=True)  # noqa: SLF001 (as Job.retry does)
-            try:
-                pipe.execute()
-            except WatchError:
-                log.info("job %s was taken over while it was handed over", job.id)
 
     def get_heartbeat_ttl(self, job: Any, working_time: float = 0.0) -> int:  # noqa: ARG002 (RQ's signature)
         """What RQ's registries are told; see `BACKSTOP_SECONDS`."""

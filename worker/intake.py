@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from threading import Event as Flag
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import redis
@@ -22,9 +21,11 @@ from common.errors import RequestError
 from common.protocol import Event, GenerationJob
 from common.rq import ForeignJobError, JsonJob, JsonQueue
 from worker.generation_loop import Admit
-from worker.records import read_journal, restore
+from worker.records import read_journal, restored
 
 if TYPE_CHECKING:
+    from redis.client import Pipeline
+
     from worker.batch_worker import BatchWorker
 
 log = logging.getLogger(__name__)
@@ -49,12 +50,24 @@ return ids
 
 
 class Found(NamedTuple):
-    """What was read of a job that was taken."""
+    """What was read of a job that was taken.
+
+    Attributes:
+        fields: Its hash.
+        is_cancelled: Whether its client left.
+        entries: What others generated of it: its journal.
+        place: Where it lies in the intermediate queue; None: it does not any more.
+    """
 
     raw_id: bytes
     fields: dict[bytes, bytes]
     is_cancelled: int
     entries: list[Any]
+    place: int | None
+
+
+_NUM_READ = len(Found._fields) - 1
+"""Answers for each job."""
 
 
 class Taken(NamedTuple):
@@ -74,7 +87,7 @@ class Intake:
         slots: One permit a free slot.
         encode: Makes token ids of a request's prompt, `Engine.encode`.
         admit: Where admitted jobs go: the generation loop's inbox.
-        draining: Set when nothing more is to be taken.
+        draining: Says whether nothing more is to be taken.
         suspended: Says whether `rq suspend` is in force.
         num_workers: Says how many workers the queue has.
     """
@@ -86,7 +99,7 @@ class Intake:
         slots: SimpleQueue[None],
         encode: Callable[[GenerationJob], list[int]],
         admit: Callable[[Admit], None],
-        draining: Flag,
+        draining: Callable[[], bool],
         suspended: Callable[[], bool],
         num_workers: Callable[[], int],
     ) -> None:
@@ -104,8 +117,8 @@ class Intake:
         self._workers_key = f"{RQ_KEY_PREFIX}:workers:{self._queue.name}"
 
     def run(self) -> None:
-        """Take jobs until `draining` is set; after the return, none is half-taken by this worker."""
-        while not self._draining.is_set():
+        """Take jobs until the worker drains; after the return, none is half-taken by it."""
+        while not self._draining():
             if self._suspended():
                 time.sleep(_SUSPENDED_POLL_SECONDS)
                 continue
@@ -157,85 +170,101 @@ class Intake:
                 self._take(keys=keys, args=(num_slots - 1,), client=pipe)
             answers = pipe.execute(raise_on_error=False)
         raise_other_than_wrong_type(answers)
-        more: list[bytes] = answers[3] if num_slots > 1 else []
+        more: list[bytes] = answers[_NUM_READ] if num_slots > 1 else []
         if more:
             with self._redis.pipeline(transaction=False) as pipe:
                 for raw_id in more:
                     self._read(pipe, raw_id)
-                del answers[3:]
+                del answers[_NUM_READ:]
                 answers += pipe.execute(raise_on_error=False)
             raise_other_than_wrong_type(answers)
         return self._register(
-            [Found(raw_id, *answers[3 * i : 3 * i + 3]) for i, raw_id in enumerate([first, *more])]
+            [
+                Found(raw_id, *answers[_NUM_READ * i : _NUM_READ * (i + 1)])
+                for i, raw_id in enumerate([first, *more])
+            ]
         )
 
     def _read(self, pipe: Any, raw_id: bytes) -> None:
-        """What is to be known of a job: its hash, whether its client left, what others generated of it."""
+        """What is to be known of a job: see `Found`."""
         job_id = raw_id.decode(errors="replace")
         pipe.hgetall(JsonJob.key_for(job_id))
         pipe.exists(names.cancelled(job_id))
         pipe.xrange(names.journal(job_id))
+        pipe.lpos(self._queue.intermediate_queue_key, raw_id)
 
     def _register(self, found: list[Found]) -> int:
-        """Make executions of what was taken, all in one MULTI; how many slots are in use now.
-
-        1. A job without a hash ran out of time in the queue, or is no job at all: its watchers know.
-        2. A job whose client left is deleted.
-        3. A job that is none of ours fails, with the reason in RQ's books.
-        4. The others become executions with a lease. One that was put back in the queue meanwhile (`LREM` says 0: this
-           worker slept, and another one rescued it) is given up again.
-        """
+        """Make executions of what was taken, all in one MULTI; how many slots are in use now."""
         taken: list[Taken] = []
-        strangers: list[tuple[JsonJob, str]] = []
+        strangers: list[tuple[str, str]] = []
         with self._redis.pipeline(transaction=True) as pipe:
             for each in found:
                 pipe.lrem(self._queue.intermediate_queue_key, 1, each.raw_id)  # type: ignore[arg-type]  # bytes are fine
-            for each in found:
-                if not each.fields:
-                    continue
-                job = JsonJob(each.raw_id.decode(errors="replace"), connection=self._redis)
-                if each.is_cancelled:
-                    pipe.delete(job.key)
-                    continue
-                try:
-                    restore(job, each.fields)
-                    request, journal = job.request(), read_journal(each.entries)
-                except ForeignJobError as error:
-                    strangers.append((job, str(error)))
-                    continue
-                execution = self._worker.start_execution(job, pipe)
-                taken.append(Taken(each.raw_id, job, execution, request, journal))
             try:
+                for each in found:
+                    try:
+                        taken += self._begin(each, pipe)
+                    except ForeignJobError as error:
+                        strangers.append((each.raw_id.decode(errors="replace"), str(error)))
                 removed = pipe.execute()[: len(found)]
-            except redis.RedisError:
+            except Exception:
                 # Registered or not, nobody knows: without renewals their leases run out, and the jobs go on elsewhere.
                 for registered in taken:
                     self._worker.forget_execution(registered.execution.id)
                 raise
         lost = {each.raw_id for each, count in zip(found, removed, strict=True) if count == 0}
-        for job, reason in strangers:
-            log.error("job %s: %s", job.id, reason)
-            self._fail(job, reason)
-        return self._hand_on(taken, lost)
+        num_used = self._hand_on(taken, lost)
+        for job_id, reason in strangers:
+            log.error("job %s: %s", job_id, reason)
+            self._fail(job_id, reason)
+        return num_used
 
-    def _fail(self, job: JsonJob, reason: str) -> None:
+    def _begin(self, found: Found, pipe: Pipeline) -> list[Taken]:
+        """Record on `pipe` what becomes of a job that was taken; it, if it becomes an execution.
+
+        1. A job that another worker has put back meanwhile is not ours: this one slept. (Where it happens from here on,
+           `LREM` says 0, and the execution is given up again.)
+        2. A job without a hash ran out of time in the queue, or is no job at all: its watchers know.
+        3. A job whose client left is deleted.
+        4. A job that is none of ours fails, with the reason in RQ's books.
+        5. The others become executions with a lease.
+
+        Raises:
+            ForeignJobError: 4.
+        """
+        if found.place is None or not found.fields:
+            return []
+        job_id = found.raw_id.decode(errors="replace")
+        if found.is_cancelled:
+            pipe.delete(JsonJob.key_for(job_id))
+            return []
+        job = restored(job_id, found.fields, self._redis)
+        request, journal = job.request(), read_journal(found.entries)
+        return [Taken(found.raw_id, job, self._worker.start_execution(job, pipe), request, journal)]
+
+    def _fail(self, job_id: str, reason: str) -> None:
         """In RQ's books, if RQ can make sense of the job; else there is nothing to be written."""
         try:
-            self._worker.fail_job(job, None, reason)
-        except redis.RedisError:
-            raise
-        except Exception:
-            log.exception("job %s cannot be failed either", job.id)
+            self._worker.fail_job(JsonJob.fetch(job_id, connection=self._redis), None, reason)
+        except Exception as error:  # noqa: BLE001 (as many kinds as there are ways to be no job)
+            log.warning("job %s cannot be failed either: %s", job_id, error)
 
     def _hand_on(self, taken: list[Taken], lost: set[bytes]) -> int:
         """To the generation loop, with their prompts encoded: the short ones first, since a long one takes its time."""
-        for each in taken:
-            if each.raw_id in lost:
-                self._worker.drop_execution(each.job, each.execution)
         kept = [each for each in taken if each.raw_id not in lost]
         for each in sorted(kept, key=lambda each: len(each.job.data)):
             self._admit(Admit(each.request, each.execution.id, self._encoded(each.request), each.journal))
+        for each in taken:
+            if each.raw_id in lost:
+                self._drop(each)
         return len(kept)
+
+    def _drop(self, taken: Taken) -> None:
+        try:
+            self._worker.drop_execution(taken.job, taken.execution)
+        except redis.RedisError as error:
+            log.warning("job %s is another worker's, but stands in our books: %s", taken.job.id, error)
+            self._worker.forget_execution(taken.execution.id)  # until its lease runs out
 
     def _encoded(self, request: GenerationJob) -> list[int] | RequestError:
         try:

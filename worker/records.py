@@ -8,21 +8,24 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import redis
 
 from common.protocol import Event, Failed, Finished, decode_event
 from common.rq import ForeignJobError, JsonJob
 
 
-def restore(job: JsonJob, fields: dict[bytes, bytes]) -> None:
-    """Fill in `job` from its hash.
+def restored(job_id: str, fields: dict[bytes, bytes], connection: redis.Redis) -> JsonJob:
+    """The job of a hash.
 
     Raises:
-        ForeignJobError: It is not the hash of a job.
+        ForeignJobError: It is not the hash of a job, or not under the id of one.
     """
     try:
+        job = JsonJob(job_id, connection=connection)
         job.restore(fields)
     except Exception as error:
         raise ForeignJobError(f"its hash cannot be read ({type(error).__name__}: {error})") from error
+    return job
 
 
 def read_journal(entries: list[Any]) -> list[Event]:

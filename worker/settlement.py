@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import redis
 from rq.exceptions import NoSuchJobError
+from rq.executions import Execution
 
 from common.protocol import Failed, Finished
 from common.rq import JsonJob
@@ -63,9 +64,12 @@ class Settler:
 
     def _settle(self, settlement: Settlement) -> None:
         """Write the books; while Redis is away, again and again. Each of these is one transaction."""
+        execution = self._worker.executions.get(settlement.execution_id)
+        if execution is None:
+            return
         while True:
             try:
-                self._write(settlement)
+                self._write(settlement, execution)
             except (redis.ConnectionError, redis.TimeoutError) as error:
                 log.warning("job %s cannot be settled: %s", settlement.job_id, error)
                 if self._given_up():
@@ -75,7 +79,7 @@ class Settler:
                 self._worker.forget_execution(settlement.execution_id)
                 return
 
-    def _write(self, settlement: Settlement) -> None:
+    def _write(self, settlement: Settlement, execution: Execution) -> None:
         """RQ's books for a job that ended here; may be called again after a lost connection.
 
         1. Fenced: another worker has the job; only our own list forgets it.
@@ -88,9 +92,6 @@ class Settler:
             redis.ConnectionError: Redis is away; nothing or all of it was written.
         """
         worker = self._worker
-        execution = worker.executions.get(settlement.execution_id)
-        if execution is None:
-            return
         if settlement.outcome is Outcome.FENCED or not worker.connection.exists(execution.key):
             worker.connection.srem(worker.executions_key, execution.composite_key)
             return

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 import redis
 from redis.exceptions import WatchError
 from rq.defaults import RQ_KEY_PREFIX
+from rq.executions import Execution, ExecutionRegistry
 from rq.job import JobStatus
-from rq.utils import parse_composite_key
 
 from common import names
 from common.errors import RequestError
 from common.protocol import encode
 from common.rq import ForeignJobError, JsonJob, JsonQueue
-from worker.records import has_ended, read_journal, restore
+from worker.records import has_ended, read_journal, restored
 from worker.sequence import failed_event
 
 if TYPE_CHECKING:
@@ -101,32 +101,44 @@ class Takeover:
                 return
 
     def _try_put_back(self, pipe: Pipeline, registry_key: str, composite: str) -> bool:
+        """See `_put_back`; whether the job is to go on.
+
+        1. The entry leaves RQ's registries.
+        2. A job that goes on under another execution, or has ended, is left alone: somebody took it twice.
+        3. Its journal has a terminal event: only RQ's books are left to be written, which whoever takes it does.
+        4. Else it is tried again, as often as its retries allow.
+        """
         try:
-            job_id, _ = parse_composite_key(composite)
+            dead = Execution.from_composite_key(composite, self._redis)
         except ValueError as error:
             raise ForeignJobError(str(error)) from error
-        key, journal_key = JsonJob.key_for(job_id), names.journal(job_id)
-        pipe.watch(_execution_key(composite), key, registry_key, journal_key)
-        if pipe.exists(_execution_key(composite)) or pipe.zscore(registry_key, composite) is None:
+        key, journal_key = JsonJob.key_for(dead.job_id), names.journal(dead.job_id)
+        runs = ExecutionRegistry(dead.job_id, self._redis)
+        pipe.watch(dead.key, key, registry_key, journal_key, runs.key)
+        if pipe.exists(dead.key) or pipe.zscore(registry_key, composite) is None:
             return False
         fields: Any = pipe.hgetall(key)
         num_events = pipe.xlen(journal_key)
         last: Any = pipe.xrevrange(journal_key, count=1)
         is_whole = has_ended(read_journal(last))
+        job = restored(dead.job_id, fields, self._redis) if fields else None
+        goes_on = (
+            job is not None
+            and job.get_status(refresh=False) == JobStatus.STARTED
+            and not _runs_elsewhere(pipe, runs)
+        )
         pipe.multi()
         pipe.zrem(registry_key, composite)
-        if fields:
-            job = JsonJob(job_id, connection=self._redis)
-            restore(job, fields)
-            if job.get_status(refresh=False) == JobStatus.STARTED:
-                if is_whole:  # only RQ's books are left to be written, which whoever takes it does
-                    self._queue._enqueue_job(job, pipeline=pipe, at_front=True)  # noqa: SLF001 (as below)
-                elif job.should_retry:
-                    job.retry(self._queue, pipe)
-                else:
-                    self._give_up(pipe, job, num_events)
+        runs.remove(dead, pipe)
+        if goes_on and job is not None:
+            if is_whole:
+                self._queue._enqueue_job(job, pipeline=pipe, at_front=True)  # noqa: SLF001 (as Job.retry does)
+            elif job.should_retry:
+                job.retry(self._queue, pipe)
+            else:
+                self._give_up(pipe, job, num_events)
         pipe.execute()
-        return True
+        return goes_on
 
     def _give_up(self, pipe: Pipeline, job: JsonJob, num_events: int) -> None:
         """No tries left: RQ's books say failed, and the client hears it."""
@@ -154,6 +166,13 @@ class Takeover:
                 continue
             if self._rescue_script(keys=(intermediate.key, self._queue.key), args=(job_id,)):
                 log.warning("job %s was taken and never begun; it is back in front of the queue", job_id)
+
+
+def _runs_elsewhere(pipe: Pipeline, runs: ExecutionRegistry) -> bool:
+    """Whether one of a job's executions holds its lease."""
+    ids: Any = pipe.zrange(runs.key, 0, -1)
+    composites = [f"{runs.job_id}:{execution_id.decode(errors='replace')}" for execution_id in ids]
+    return any(pipe.exists(_execution_key(composite)) for composite in composites)
 
 
 def _execution_key(composite: str) -> str:
