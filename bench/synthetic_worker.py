@@ -54,6 +54,10 @@ class SyntheticEngine:
     def num_rows(self) -> int:
         return len(self._rows)
 
+    @property
+    def gather_seconds(self) -> float:
+        return 0.0
+
     def encode(self, job: GenerationJob) -> list[int]:
         return [0] * (max(1, len(job.prompt.text.split())) if isinstance(job.prompt, TextPrompt) else 1)
 

@@ -73,6 +73,10 @@ class Engine(Protocol):
     def num_rows(self) -> int:
         """Jobs inserted and neither finished nor removed."""
 
+    @property
+    def gather_seconds(self) -> float:
+        """How long an idle engine's first job is worth waiting for others of the same burst; they start together then."""
+
     def encode(self, job: GenerationJob) -> list[int]:
         """The job's prompt as token ids. Called on another thread: a long one is not to hold up the others' tokens.
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from common.errors import RequestError
 from common.protocol import Delta, Event, Failed, Finished, GenerationJob, encode
@@ -178,8 +178,18 @@ class GenerationLoop:
     def _read_inbox(self) -> None:
         if self._is_idle() and not self._quitting:
             self._handle(self._inbox.get())
+            self._gather()
         while not self._inbox.empty():
             self._handle(self._inbox.get())
+
+    def _gather(self) -> None:
+        """After a rest: requests of one moment come one by one, and whoever misses the first prompt's step waits for it."""
+        deadline = self._clock() + self._engine.gather_seconds
+        while (left_seconds := deadline - self._clock()) > 0:
+            try:
+                self._handle(self._inbox.get(timeout=left_seconds))
+            except Empty:
+                return
 
     def _handle(self, message: Message) -> None:
         match message:

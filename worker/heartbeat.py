@@ -30,7 +30,7 @@ BACKSTOP_SECONDS = 3600
 """What RQ's registries believe an execution lives: so far away that stock cleaners, which go by local clocks, never
 declare one abandoned. The real lease is the time to live of the execution's key."""
 
-_BACKSTOP_RENEWAL_SECONDS = 600.0
+_LONGEST_RENEWAL_SECONDS = 600.0
 
 
 class Heartbeat:
@@ -61,7 +61,8 @@ class Heartbeat:
         self._info = info
         self._lease_ms = lease_ms
         self._live_ttl_seconds = live_ttl_seconds
-        self._backstops_renewed_at = time.monotonic()
+        self._renewal_seconds = min(_LONGEST_RENEWAL_SECONDS, live_ttl_seconds / 4)
+        self._books_renewed_at = time.monotonic()
         self._created_at = int(time.time())
         self._rate = (time.monotonic(), 0, 0.0)  # when, tokens by then, tokens/s before
 
@@ -84,10 +85,6 @@ class Heartbeat:
             for execution in executions:
                 # NOTE: never anything that creates the key: 0 means that the lease ran out, and it stays so.
                 pipe.pexpire(execution.key, self._lease_ms)
-            for execution in executions:
-                pipe.expire(names.journal(execution.job_id), self._live_ttl_seconds)
-                pipe.expire(JsonJob.key_for(execution.job_id), self._live_ttl_seconds)
-            self._renew_backstops(pipe, executions)
             if draining:
                 self.withdraw_card(pipe)
             else:
@@ -96,12 +93,10 @@ class Heartbeat:
         if answers[0] == 1:  # HSET made RQ's hash anew: it had run out while we were away
             self._register_again()
         self.num_workers, self.is_suspended = int(answers[num_before - 2]), bool(answers[num_before - 1])
-        renewed = answers[num_before : num_before + len(executions)]
-        return [
-            e
-            for e, is_ours in zip(executions, renewed, strict=True)
-            if not is_ours and e.id in worker.executions
-        ]
+        renewed = dict(zip(executions, answers[num_before : num_before + len(executions)], strict=True))
+        if time.monotonic() - self._books_renewed_at >= self._renewal_seconds:
+            self._renew_books([e for e in executions if renewed[e]])
+        return [e for e in executions if not renewed[e] and e.id in worker.executions]
 
     def withdraw_card(self, pipe: Pipeline) -> None:
         """Record on `pipe` that this worker takes no more requests."""
@@ -117,15 +112,18 @@ class Heartbeat:
             pipe.sadd(f"{RQ_KEY_PREFIX}:workers:{worker.queue.name}", worker.key)
             pipe.execute()
 
-    def _renew_backstops(self, pipe: Pipeline, executions: list[Execution]) -> None:
-        if time.monotonic() - self._backstops_renewed_at < _BACKSTOP_RENEWAL_SECONDS:
-            return
-        self._backstops_renewed_at = time.monotonic()
+    def _renew_books(self, executions: list[Execution]) -> None:
+        """What lives long without a worker: the backstops, the journals and the jobs, of executions that are ours."""
         registry = self._worker.queue.started_job_registry
-        for execution in executions:
-            registry.add_execution(execution, pipeline=pipe, ttl=BACKSTOP_SECONDS, xx=True)
-            of_job = ExecutionRegistry(job_id=execution.job_id, connection=self._worker.connection)
-            of_job.add(execution=execution, ttl=BACKSTOP_SECONDS, pipeline=pipe, xx=True)
+        with self._worker.connection.pipeline(transaction=False) as pipe:
+            for execution in executions:
+                registry.add_execution(execution, pipeline=pipe, ttl=BACKSTOP_SECONDS, xx=True)
+                of_job = ExecutionRegistry(job_id=execution.job_id, connection=self._worker.connection)
+                of_job.add(execution=execution, ttl=BACKSTOP_SECONDS, pipeline=pipe, xx=True)
+                pipe.expire(names.journal(execution.job_id), self._live_ttl_seconds)
+                pipe.expire(JsonJob.key_for(execution.job_id), self._live_ttl_seconds)
+            pipe.execute()
+        self._books_renewed_at = time.monotonic()
 
     def _show_card(self, pipe: Pipeline) -> None:
         name, model, unix_now = self._worker.name, self._worker.queue.name, time.time()

@@ -36,6 +36,7 @@ class ScriptedEngine:
         self.refused: dict[str, Exception] = {}
         self.step_error: Exception | None = None
         self.is_reading = False
+        self.gather_seconds = 0.0
 
     @property
     def num_rows(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,6 +45,24 @@ def test_started_does_not_wait_for_a_long_prompt() -> None:
     bench.turn(admit("a"), times=2)
     assert [decode_event(row.event) for row in bench.journal.published] == [Started(0, 1, 0)]
     assert bench.journal.events("a") == []
+
+
+def test_a_burst_starts_together() -> None:
+    """After a rest, what comes within the engine's gathering time is in its first step, and it waits no longer."""
+    bench = Bench()
+    bench.engine.gather_seconds = 1.0
+
+    def get(timeout: float) -> Any:
+        assert timeout <= 1.0 - bench.now
+        bench.now += 0.6
+        return admit(f"after {bench.now}")
+
+    inbox = SimpleNamespace(
+        get=lambda timeout=None: get(timeout) if timeout else admit("first"), empty=lambda: True
+    )
+    bench.loop._inbox = inbox  # type: ignore[assignment]  # the clock is ours too
+    bench.turn()
+    assert list(bench.engine.rows) == ["first", "after 0.6", "after 1.2"]
 
 
 def test_a_stop_string_ends_a_job() -> None:
