@@ -69,7 +69,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     )
     max_batch: Annotated[int, _about("requests that a worker generates together", ge=1, le=1024)] = 32
     prefill_step_tokens: Annotated[int, _about("most prompt tokens read between two decode steps", ge=16)] = (
-        512
+        2048
     )
     adapter_path: Annotated[str | None, _about("LoRA adapter folder for the model")] = None
     chat_template: Annotated[str | None, _about("Jinja chat template, or a file that holds one")] = None

@@ -8,7 +8,6 @@ and `mlx_model` are what changes then.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from common.protocol import ChatPrompt, GenerationJob, SamplingParams, TokenLogp
 from worker import mlx_model, prompts
 from worker.detokenizer import Detokenizer, TokenBytes
 from worker.engine import Inserted, ModelInfo, StepToken
+from worker.prefill import MOST_PROMPTS, PrefillBudget
 
 if TYPE_CHECKING:
     from common.settings import Settings
@@ -154,12 +154,15 @@ class _Batch:
             model,
             stop_tokens=[[token_id] for token_id in eos_token_ids],
             completion_batch_size=max_batch,
-            prefill_batch_size=min(max_batch, 8),
+            prefill_batch_size=min(max_batch, MOST_PROMPTS),
             prefill_step_size=step_tokens,
             stream=mx.default_stream(mx.default_device()),
         )
         self._budget = PrefillBudget(step_tokens)
-        self._reading: set[int] = set()  # rows without a token yet
+        self._reading: dict[
+            int, int
+        ] = {}  # by row without a token yet: prompt tokens left to read; oldest first
+        self._begun: set[int] = set()  # those of them that mlx-lm has in its prompt batch
         if not wire:
             # It wires all of a Mac's recommended memory on its own; whole-machine panics came with it (mlx #3186).
             self._generator.close()
@@ -174,54 +177,46 @@ class _Batch:
         (uid,) = self._generator.insert(
             [prompt], max_tokens=[max_tokens], samplers=[sampler], logits_processors=[logits_processors]
         )
-        self._reading.add(uid)
+        self._reading[uid] = len(prompt) - 1  # mlx-lm reads the last one in the first decode step
         return int(uid)
 
     def remove(self, uid: int) -> None:
         self._generator.remove([uid])
-        self._reading.discard(uid)
+        self._reading.pop(uid, None)
+        self._begun.discard(uid)
 
     def next(self) -> list[Any]:
-        if not self._reading:
-            return list(self._generator.next()[1])
-        # mlx-lm gives each of the prompts that it reads at once a step of this size.
-        num_read = min(len(self._reading), self._generator.prefill_batch_size)
-        self._generator.prefill_step_size = max(1, self._budget.num_tokens // num_read)
-        began_at = time.monotonic()
-        _, responses = self._generator.next()
-        self._budget.took(time.monotonic() - began_at)
-        self._reading.difference_update(response.uid for response in responses)
+        return list(self._read_and_decode() if self._reading else self._generator.next()[1])
+
+    def _read_and_decode(self) -> list[Any]:
+        left_before = dict(self._reading)
+        self._plan()
+        with self._generator.stats() as stats:
+            prompts, responses = self._generator.next()
+        num_read = []
+        for prompt in prompts:
+            self._begun.add(prompt.uid)
+            if prompt.end_of_prompt:
+                del self._reading[prompt.uid]
+                self._begun.discard(prompt.uid)
+            else:
+                num_done, num_all = prompt.progress
+                self._reading[prompt.uid] = num_all - num_done - 1
+                num_read.append(left_before[prompt.uid] - self._reading[prompt.uid])
+        if num_read:
+            self._budget.took(len(num_read) * max(num_read), stats.prompt_time)
         return list(responses)
 
-
-class PrefillBudget:
-    """How many prompt tokens are read between two decode steps, so that running streams are not held up for long.
-
-    A GPU reads the most in milliseconds; a CPU behind a long context takes seconds for as many.
-
-    Attributes:
-        num_tokens: Of all prompts together; at most what the setting says.
-        gather_seconds: A small part of what a step takes, in which the rest of a burst comes.
-    """
-
-    TARGET_SECONDS = 0.5
-    LEAST_TOKENS = 32
-    GATHER_SECONDS = 0.02
-    GATHER_SHARE = 0.05
-
-    def __init__(self, most_tokens: int) -> None:
-        self._most_tokens = most_tokens
-        self.num_tokens = most_tokens
-        self.gather_seconds = 0.0
-
-    def took(self, seconds: float) -> None:
-        """Learn from a step that read prompts."""
-        self.gather_seconds = min(self.GATHER_SECONDS, self.GATHER_SHARE * seconds)
-        if seconds > self.TARGET_SECONDS:
-            smaller = int(self.num_tokens * self.TARGET_SECONDS / seconds)
-            self.num_tokens = max(min(self.LEAST_TOKENS, self._most_tokens), smaller)
-        elif seconds < self.TARGET_SECONDS / 2:
-            self.num_tokens = min(self._most_tokens, self.num_tokens * 2)
+    def _plan(self) -> None:
+        """Tell mlx-lm how many prompts to read in the next step, and how much of each."""
+        begun = [num_left for uid, num_left in self._reading.items() if uid in self._begun]
+        waiting = [num_left for uid, num_left in self._reading.items() if uid not in self._begun]
+        unread = [num_left for num_left in begun if num_left]
+        if len(unread) < len(begun):
+            waiting = []  # whoever joined now would be put together with rows that leave in this very step
+        plan = self._budget.plan(unread, waiting)
+        self._generator.prefill_batch_size = max(len(begun), plan.num_prompts)
+        self._generator.prefill_step_size = plan.num_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from common.protocol import ChatPrompt, GenerationJob, SamplingParams, TextPromp
 from common.settings import Settings
 from worker import mlx_engine, mlx_model
 from worker.engine import StepToken
-from worker.mlx_engine import MLXEngine, PrefillBudget
+from worker.mlx_engine import MLXEngine
 
 GREEDY = SamplingParams(temperature=0)
 QUESTION = "What is the capital of France?"
@@ -206,16 +206,3 @@ def test_a_model_that_cannot_batch(
     single.step()
     single.remove("b")
     assert text(run(single, chat("a"))["a"]) == "The capital of France is Paris."
-
-
-def test_prefill_budget() -> None:
-    """Steps that take long get smaller, fast ones grow again, up to the setting and down to a few tokens."""
-    budget = PrefillBudget(512)
-    budget.took(2.0)
-    assert budget.num_tokens == 128
-    budget.took(100.0)
-    assert budget.num_tokens == PrefillBudget.LEAST_TOKENS
-    for _ in range(10):
-        budget.took(0.01)
-    assert budget.num_tokens == 512
-    assert PrefillBudget(16).num_tokens == 16
