@@ -10,7 +10,6 @@ from api import chat_request, request_fields
 from api.answer import Answer, fingerprint
 from api.body import read_json, report_ignored
 from api.chat_rendering import ChatRendering
-from api.disconnect import CLIENT
 from api.generation import Generations
 from api.model_directory import ModelDirectory
 from common.settings import Settings
@@ -30,7 +29,7 @@ class ChatCompletions:
         report_ignored(req, resp, request.ignored, strict=self._settings.strict_parameters)
         model = await self._directory.resolve(request.model)
         request_fields.check_logit_bias(request.sampling, model)
-        generation = await self._generations.begin(request, model.id, req.scope[CLIENT], len(body))
+        generation = await self._generations.begin(req, request, model, len(body))
         answer = Answer(
             id=f"chatcmpl-{generation.job.job_id}",
             created=int(time.time()),

@@ -10,7 +10,6 @@ from api import completion_request, request_fields
 from api.answer import Answer, fingerprint
 from api.body import read_json, report_ignored
 from api.completion_rendering import CompletionRendering
-from api.disconnect import CLIENT
 from api.generation import Generations
 from api.model_directory import ModelDirectory
 from common.settings import Settings
@@ -31,7 +30,7 @@ class Completions:
         model = await self._directory.resolve(request.model)
         request_fields.check_logit_bias(request.sampling, model)
         completion_request.check_prompt(request, model)
-        generation = await self._generations.begin(request, model.id, req.scope[CLIENT], len(body))
+        generation = await self._generations.begin(req, request, model, len(body))
         answer = Answer(
             id=f"cmpl-{generation.job.job_id}",
             created=int(time.time()),

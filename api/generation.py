@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import AsyncIterator
 
 import falcon.asgi
 
-from api import errors
+from api import errors, overload
 from api.answer import COMMENT, Rendering
-from api.disconnect import Client
+from api.disconnect import CLIENT, Client
 from api.generation_request import GenerationRequest
-from api.job_queue import JobQueue
+from api.headers import timeout_seconds
+from api.job_queue import JobQueue, QueueFullError
+from api.model_directory import ServedModel
 from api.relay import Relay
 from api.subscription import Subscription
+from common import names
 from common.errors import RequestError
 from common.protocol import Delta, Event, Failed, Finished, GenerationJob
 from common.settings import Settings
@@ -44,20 +46,20 @@ class Generations:
         self._job_queue = job_queue
 
     async def begin(
-        self, request: GenerationRequest, model: str, client: Client, num_bytes: int
+        self, req: falcon.asgi.Request, request: GenerationRequest, model: ServedModel, num_bytes: int
     ) -> Generation:
         """Subscribe, then submit.
 
         Args:
-            model: The model's id, checked.
             num_bytes: The size of the request's body.
 
         Raises:
-            RequestError: 503; Redis is away.
+            RequestError: 400, a header is wrong; 429, too much waits; 503, Redis is away.
         """
+        seconds = timeout_seconds(req, self._settings.request_seconds)
         job = GenerationJob(
-            job_id=secrets.token_hex(12),
-            model=model,
+            job_id=names.new_job_id(overload.estimated_tokens(request, model, num_bytes)),
+            model=model.id,
             channel=self._relay.channel,
             prompt=request.prompt,
             max_tokens=request.max_tokens,
@@ -66,23 +68,36 @@ class Generations:
             sampling=request.sampling,
             submitted_at=time.time(),
         )
-        generation = Generation(job, self._settings, self._relay, self._job_queue)
+        generation = Generation(job, self._settings, self._relay, self._job_queue, seconds)
+        client: Client = req.scope[CLIENT]
         client.at_end(generation.release)
         client.watch()
-        await generation.submit(num_bytes)
+        try:
+            await generation.submit(num_bytes)
+        except QueueFullError as full:
+            raise overload.refusal(model, full.num_requests, is_tokens=full.is_tokens) from None
         return generation
 
 
 class Generation:
-    """See the module. Its methods raise what a client is to be told only before the first byte went out."""
+    """See the module. Its methods raise what a client is to be told only before the first byte went out.
 
-    def __init__(self, job: GenerationJob, settings: Settings, relay: Relay, job_queue: JobQueue) -> None:
+    Args:
+        seconds: From now to its deadline.
+    """
+
+    def __init__(
+        self, job: GenerationJob, settings: Settings, relay: Relay, job_queue: JobQueue, seconds: float
+    ) -> None:
         self.job = job
         self._settings = settings
         self._relay = relay
         self._job_queue = job_queue
         self._subscription: Subscription = relay.subscribe(job.job_id)
         self._is_submitted = False
+        self._deadline = asyncio.get_running_loop().call_later(
+            seconds, self._subscription.give_up, _too_late(seconds)
+        )
         self._began_at = time.monotonic()
         self._first_token_at: float | None = None
         self._terminal: Finished | Failed | None = None
@@ -91,16 +106,22 @@ class Generation:
         """Put the job into its queue.
 
         Raises:
+            QueueFullError: It is not in its queue, because too much is.
             RequestError: 503; Redis is away.
         """
         if not self._relay.is_connected:
             raise errors.queue_unavailable()
         self._is_submitted = True
-        await self._job_queue.submit(self.job, num_bytes)
+        try:
+            await self._job_queue.submit(self.job, num_bytes)
+        except QueueFullError:
+            self._is_submitted = False
+            raise
         self._subscription.heard_at = asyncio.get_running_loop().time()
 
     def release(self) -> None:
         """Let go of everything; called exactly once, when the request has ended in whatever way."""
+        self._deadline.cancel()
         self._relay.unsubscribe(self._subscription)
         if self._is_submitted and (self._terminal is None or self._subscription.is_given_up):
             self._job_queue.cancel(self.job.job_id, self.job.model)
@@ -178,7 +199,7 @@ class Generation:
         terminal = self._terminal
         prompt_tokens = cached_tokens = 0
         completion_tokens = self._subscription.num_tokens
-        outcome, status = ("client left", "499") if self._is_submitted else ("not queued", "503")
+        outcome, status = ("client left", "499") if self._is_submitted else ("not queued", "429 or 503")
         if isinstance(terminal, Finished):
             outcome, status = str(terminal.finish_reason), "200"
             usage = terminal.usage
@@ -204,6 +225,15 @@ class Generation:
             outcome,
             status,
         )
+
+
+def _too_late(seconds: float) -> Failed:
+    return Failed(
+        0,
+        f"The answer was not whole {seconds:g} seconds after the request, which was its deadline.",
+        status=504,
+        code="deadline_exceeded",
+    )
 
 
 def _finished(terminal: Finished | Failed) -> Finished:

@@ -13,12 +13,14 @@ import falcon
 import falcon.asgi
 
 from api.disconnect import CLIENT
+from common.errors import invalid
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+_SANE_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 _SANE_HEADER_LIST = re.compile(r"[A-Za-z0-9_, -]{1,2048}")
 
 EXPOSED = "x-request-id, x-ignored-parameters, x-should-retry, retry-after"
-ALLOWED = "authorization, content-type, x-request-id"
+ALLOWED = "authorization, content-type, x-request-id, x-request-timeout"
 """By name: a browser does not take `*` for authorization."""
 
 PREFLIGHT_SECONDS = "3600"
@@ -27,6 +29,24 @@ PREFLIGHT_SECONDS = "3600"
 def new_request_id() -> str:
     """An id for a request whose client gave none."""
     return "req_" + secrets.token_hex(12)
+
+
+def timeout_seconds(req: falcon.asgi.Request, most_seconds: float) -> float:
+    """The request's deadline: `x-request-timeout` in seconds, else `most_seconds`.
+
+    Raises:
+        RequestError: 400; the header says something else.
+    """
+    given = req.get_header("x-request-timeout")
+    if given is None:
+        return most_seconds
+    seconds = float(given) if _SANE_SECONDS.fullmatch(given) else 0.0
+    if not 0.0 < seconds <= most_seconds:
+        raise invalid(
+            f"The header X-Request-Timeout takes seconds, above 0 and at most {most_seconds:g}, not '{given[:40]}'.",
+            "X-Request-Timeout",
+        )
+    return seconds
 
 
 class RequestIds:

@@ -18,6 +18,7 @@ from rq.job import Retry
 from api import errors
 from api.command_batch import Command, CommandBatch
 from common import connections, names
+from common.errors import MLXPoolError
 from common.protocol import Cancel, GenerationJob, encode
 from common.rq import JsonJob, JsonQueue
 from common.settings import Settings
@@ -33,6 +34,42 @@ MAX_CANCELS = 256
 
 _LARGE_JOB_BYTES = 64 * 1024
 """RQ compresses a job; one larger than this is compressed in a thread, since others wait behind it."""
+
+
+# ARGV: queue, most requests and most tokens that may wait in it, the new job's tokens; then RQ's commands, each as its
+# number of words and its words. A queue's ids say how many tokens each job is (`names.new_job_id`). What finds the queue
+# empty is never too much. Answer: whether the job was put into the queue, and how many requests and tokens wait.
+_SUBMIT = """
+local queue, most, most_tokens, own = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
+local num, tokens, i = redis.call('LLEN', queue), 0, 5
+if num >= most then return {0, num, 0} end
+if num > 0 then
+  for _, id in ipairs(redis.call('LRANGE', queue, 0, -1)) do
+    tokens = tokens + (tonumber(string.sub(id, -6), 16) or 0)
+  end
+  if tokens + own > most_tokens then return {0, num, tokens} end
+end
+while i <= #ARGV do
+  local last = i + ARGV[i]
+  redis.call(unpack(ARGV, i + 1, last))
+  i = last + 1
+end
+return {1, num, tokens}
+"""
+
+
+class QueueFullError(MLXPoolError):
+    """As many requests, or as many tokens, wait for the model as may.
+
+    Attributes:
+        num_requests: That wait.
+        is_tokens: Whether it is the tokens.
+    """
+
+    def __init__(self, num_requests: int, *, is_tokens: bool) -> None:
+        super().__init__("the queue is full")
+        self.num_requests = num_requests
+        self.is_tokens = is_tokens
 
 
 class JobQueue:
@@ -57,6 +94,7 @@ class JobQueue:
             num_bytes: About how large the request is.
 
         Raises:
+            QueueFullError: It is not in the queue, because too much is.
             RequestError: 503; Redis is away. The job may be in the queue nevertheless: `cancel` it.
         """
         if num_bytes > _LARGE_JOB_BYTES:
@@ -64,10 +102,21 @@ class JobQueue:
         else:
             commands = self._record(job)
         try:
-            await self._writes.execute(commands)
+            [[is_queued, num_requests, num_tokens]] = await self._writes.execute(
+                [self._guarded(job, commands)]
+            )
         except (redis.RedisError, OSError) as error:
             log.warning("job %s cannot be queued: %s", job.job_id, error)
             raise errors.queue_unavailable() from error
+        if not is_queued:
+            raise QueueFullError(num_requests, is_tokens=num_tokens > 0)
+
+    def _guarded(self, job: GenerationJob, commands: list[Command]) -> Command:
+        """RQ's commands as one script, which does nothing if the queue is full: one trip, and no process can be too late."""
+        limits = (self._settings.max_queued_requests, self._settings.max_queued_tokens)
+        own = names.estimated_tokens(job.job_id)
+        words = [word for command in commands for word in (len(command), *command)]
+        return ("EVAL", _SUBMIT, 0, self._queue(job.model).key, *limits, own, *words)
 
     def cancel(self, job_id: str, model: str) -> None:
         """Nobody waits for this job any more; one that has ended is fine. Sent soon, and again until Redis takes it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -45,6 +46,8 @@ class ServedModel(msgspec.Struct, frozen=True):
         context_length: In tokens; the least of its workers'.
         vocab_size: Token ids are below it; the least of its workers'.
         num_workers: Live ones.
+        tokens_per_second: Of all of them, while they were busy lately; 0: not known.
+        mean_tokens: Of their answers lately; 0: not known.
     """
 
     id: str
@@ -54,6 +57,14 @@ class ServedModel(msgspec.Struct, frozen=True):
     num_workers: int
     free_slots: int
     quantization: str
+    tokens_per_second: float = 0.0
+    mean_tokens: float = 0.0
+
+    def seconds_for(self, num_requests: int) -> float | None:
+        """How long its workers take to answer so many requests like those before; None: not known."""
+        if not (self.tokens_per_second and self.mean_tokens):
+            return None
+        return num_requests * self.mean_tokens / self.tokens_per_second
 
 
 class ModelDirectory:
@@ -203,6 +214,7 @@ class ModelDirectory:
 
 
 def _merge(cards: list[ModelCard]) -> ServedModel:
+    means = [card.mean_tokens for card in cards if card.mean_tokens]
     return ServedModel(
         id=cards[0].id,
         created=min(card.created for card in cards),
@@ -211,4 +223,6 @@ def _merge(cards: list[ModelCard]) -> ServedModel:
         num_workers=len(cards),
         free_slots=sum(card.free_slots for card in cards),
         quantization=cards[0].quantization,
+        tokens_per_second=sum(card.tokens_per_second for card in cards),
+        mean_tokens=statistics.fmean(means) if means else 0.0,
     )

@@ -14,7 +14,7 @@ from common.errors import StartupError
 from common.protocol import GenerationJob, TextPrompt
 from common.settings import Settings
 from worker.__main__ import WorkerFlags, run
-from worker.engine import Inserted, ModelInfo, StepToken
+from worker.engine import Inserted, ModelInfo, RowFailure, StepToken
 
 CONTEXT_LENGTH = 1_000_000
 VOCAB_SIZE = 1_000_000
@@ -61,6 +61,13 @@ class SyntheticEngine:
     def encode(self, job: GenerationJob) -> list[int]:
         return [0] * (max(1, len(job.prompt.text.split())) if isinstance(job.prompt, TextPrompt) else 1)
 
+    @property
+    def is_over_memory(self) -> bool:
+        return False
+
+    def has_room(self, job: GenerationJob, prompt: list[int]) -> bool:  # noqa: ARG002 (the seam's signature)
+        return True
+
     def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> Inserted:
         max_tokens = min(job.max_tokens or CONTEXT_LENGTH, CONTEXT_LENGTH)
         if not self._rows:  # time in which there was nothing to do is not to be made good
@@ -72,7 +79,7 @@ class SyntheticEngine:
     def remove(self, job_id: str) -> None:
         self._rows.pop(job_id, None)
 
-    def step(self) -> list[StepToken]:
+    def step(self) -> list[StepToken | RowFailure]:
         new, self._new = [job_id for job_id in self._new if job_id in self._rows], []
         if new and self._first_token_at_once:
             return self._next_tokens(new)
@@ -86,7 +93,7 @@ class SyntheticEngine:
             self._next_step_at = max(self._next_step_at + self._period_seconds, self._clock() - 0.05)
         return self._next_tokens(list(self._rows))
 
-    def _next_tokens(self, job_ids: list[str]) -> list[StepToken]:
+    def _next_tokens(self, job_ids: list[str]) -> list[StepToken | RowFailure]:
         mark = f"@{time.time_ns() // 1000}" if self._timestamps else ""
         return [self._next_token(job_id, mark) for job_id in job_ids]
 

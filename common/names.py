@@ -13,6 +13,8 @@
 
 from __future__ import annotations
 
+import secrets
+
 PREFIX = "mlxpool"
 
 CARD_SECONDS = 5
@@ -33,6 +35,24 @@ JOURNAL_PREFIX = f"{PREFIX}:journal:"
 
 JOB_FUNCTION = "mlxpool.generate"
 """The function name that every RQ job of ours carries. Data for `rq` tools to show: nobody imports it."""
+
+
+_ID_TOKENS_DIGITS = 6
+MOST_ID_TOKENS = 16**_ID_TOKENS_DIGITS - 1
+
+
+def new_job_id(num_tokens: int) -> str:
+    """A fresh job id, whose last six hexadecimal digits say how many tokens the job is estimated to be.
+
+    So a queue, which is a list of ids, says by itself how much waits in it: a counter would have to be kept true through
+    every crash.
+    """
+    return f"{secrets.token_hex(12)}{min(max(num_tokens, 0), MOST_ID_TOKENS):0{_ID_TOKENS_DIGITS}x}"
+
+
+def estimated_tokens(job_id: str) -> int:
+    """What `new_job_id` was told."""
+    return int(job_id[-_ID_TOKENS_DIGITS:], 16)
 
 
 def journal(job_id: str) -> str:

@@ -182,7 +182,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         free_slots: Of those, free now.
         quantization: Such as ``4-bit, group 32``, or the weights' type.
         has_chat_template: Whether messages are rendered by the model's own template.
-        tokens_per_second: Generated, over the last heartbeats.
+        tokens_per_second: Generated, while it was busy lately.
+        mean_tokens: Of the answers that were whole lately; 0: none yet.
         step: Counts decode and prefill steps; stands still only when idle or stuck.
     """
 
@@ -196,6 +197,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     quantization: str = ""
     has_chat_template: bool = True
     tokens_per_second: float = 0.0
+    mean_tokens: float = 0.0
     step: int = 0
 
     def to_hash(self) -> dict[Any, Any]:

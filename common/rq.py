@@ -104,6 +104,11 @@ class JsonQueue(Queue):
     def __init__(self, name: str = "default", connection: Redis | None = None, **options: Any) -> None:
         super().__init__(name, connection, **(options | {"serializer": JSONSerializer, "job_class": JsonJob}))
 
+    def put_back(self, job: Job, pipeline: Any, ttl_seconds: int) -> None:
+        """Record on `pipeline` that a job that was begun is in front of the queue again, for at most so long."""
+        self._enqueue_job(job, pipeline=pipeline, at_front=True)  # as Job.retry does
+        pipeline.expire(job.key, ttl_seconds)  # RQ gives it only as long as a new one
+
     @property
     def intermediate_queue(self) -> IntermediateQueue:
         return _UncleanedIntermediateQueue(self.key, connection=self.connection)

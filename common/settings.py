@@ -58,6 +58,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     stream_buffer_events: Annotated[
         int, _about("events kept for a slow client; beyond, they are read from the journal", ge=16)
     ] = 1024
+    request_seconds: Annotated[
+        float, _about("deadline of a request; the header X-Request-Timeout may ask for less", gt=0)
+    ] = 1800.0
+    max_queued_requests: Annotated[int, _about("requests that may wait for a model", ge=1)] = 512
+    max_queued_tokens: Annotated[
+        int, _about("prompt and answer tokens, estimated, that may wait for a model", ge=1)
+    ] = 1_000_000
     queue_seconds: Annotated[int, _about("longest wait of a request in the queue", ge=1)] = 600
     max_takeovers: Annotated[int, _about("how often a job moves on after its worker died", ge=0)] = 3
 
@@ -80,10 +87,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     cache_limit_gb: Annotated[Annotated[float, Meta(ge=0)] | None, _about("limit of MLX's buffer cache")] = (
         None
     )
+    memory_limit_gb: Annotated[
+        Annotated[float, Meta(gt=0)] | None,
+        _about("memory of a worker; unset: what MLX recommends for a GPU, or 3/4 of a CPU's"),
+    ] = None
     wired_limit: Annotated[
         bool, _about("wire the model's memory (Mac only; linked to panics, mlx #3186)")
     ] = False
 
+    stall_seconds: Annotated[
+        float, _about("a worker whose step takes this long ends itself; others take over", ge=1)
+    ] = 60.0
     lease_seconds: Annotated[
         float, _about("a worker that is silent this long loses its jobs to another", ge=0.5)
     ] = 3.0

@@ -1,4 +1,4 @@
-"""`make up`: everything on this machine, until Ctrl-C. Runs the Procfile's processes under honcho.
+"""`make up`: everything on this machine, until Ctrl-C. Runs the Procfile's processes under honcho, each supervised.
 
 `python -m common.up` checks what can be checked, starts them, and says so when the pool answers. It runs the API and the
 workers as commands: it imports neither.
@@ -188,7 +188,8 @@ def add_processes(pool: Manager, workers: list[Settings], num_each: int, environ
         "PYTHONUNBUFFERED": "1",
     }
     commands = parse_procfile((ROOT / "Procfile").read_text()).processes
-    for name, command in commands.items():
+    for name, plain in commands.items():
+        command = f"exec python -m common.supervise {plain.removeprefix('exec ')}"
         if name == "redis" and workers[0].redis_url != EMBEDDED_REDIS_URL:
             continue
         if name != "worker":

@@ -8,6 +8,7 @@ moves, and this file is what changes then.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import socket
@@ -33,12 +34,14 @@ from rq.worker.base import BaseWorker
 from common import names
 from common.protocol import decode_control
 from common.rq import JsonJob, JsonQueue
-from worker.generation_loop import GenerationLoop, Message, Quit, Settlement, Withdraw, Withdrawal
+from worker.generation_loop import GenerationLoop
 from worker.heartbeat import BACKSTOP_SECONDS, Heartbeat
 from worker.intake import Intake
 from worker.journal import RedisJournal
+from worker.messages import Message, Quit, Settlement, Withdraw, Withdrawal
 from worker.settlement import Settler
 from worker.takeover import Takeover
+from worker.watchdog import end_if_stuck
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
@@ -51,6 +54,8 @@ log = logging.getLogger(__name__)
 _BEATS_PER_LEASE = 4
 _DEAF_SECONDS = 0.5
 """Pause of the pub/sub thread after a lost connection; it subscribes again by itself."""
+
+EXIT_THREAD_FAILED = 3
 
 _SHUTDOWN_PATIENCE_SECONDS = 2.0
 """How long a worker that ends waits for a Redis that is gone."""
@@ -91,7 +96,8 @@ class BatchWorker(BaseWorker):
         self._make_engine = make_engine
         self._beat_seconds = settings.lease_seconds / _BEATS_PER_LEASE
         self._lease_ms = int(settings.lease_seconds * 1000)
-        self._live_ttl_seconds = settings.queue_seconds + settings.journal_ttl_seconds
+        longest_seconds = max(settings.queue_seconds, math.ceil(settings.request_seconds))
+        self._live_ttl_seconds = longest_seconds + settings.journal_ttl_seconds
         self._inbox: SimpleQueue[Message] = SimpleQueue()
         self._settlements: SimpleQueue[Settlement | None] = SimpleQueue()
         self._slots: SimpleQueue[None] = SimpleQueue()
@@ -101,7 +107,11 @@ class BatchWorker(BaseWorker):
         self._drain_seconds = settings.drain_seconds
         self._drain_began_at: float | None = None
         self._redis_away_since: float | None = None
-        self._takeover = Takeover(self.queue, settings.journal_ttl_seconds)
+        self._takeover = Takeover(
+            self.queue,
+            live_ttl_seconds=self._live_ttl_seconds,
+            final_ttl_seconds=settings.journal_ttl_seconds,
+        )
         self._ready: SimpleQueue[tuple[GenerationLoop, Engine] | BaseException] = SimpleQueue()
         self._threads: list[Thread] = []
 
@@ -131,13 +141,14 @@ class BatchWorker(BaseWorker):
                 encode=engine.encode,
                 admit=self._inbox.put,
                 draining=lambda: self._is_draining,
-                suspended=lambda: self._heartbeat.is_suspended,
+                holding_off=lambda: self._heartbeat.is_suspended or loop.num_waiting > 0,
                 num_workers=lambda: self._heartbeat.num_workers,
             )
             self._start_thread("settlement", settler.run)
             self._intake_thread = self._start_thread("intake", intake.run)
             log.info("%s serves %s, %d at a time", self.name, self.queue.name, info.max_batch)
             while not self._is_done():
+                end_if_stuck(loop.step_began_at, self._settings.stall_seconds)
                 self._beat()
                 self._sleep()
         finally:
@@ -151,7 +162,7 @@ class BatchWorker(BaseWorker):
             except BaseException as error:
                 # A worker with a thread less is worse than none: others take its jobs over.
                 log.critical("the %s thread failed", name, exc_info=error)
-                os._exit(3)
+                os._exit(EXIT_THREAD_FAILED)
 
         thread = Thread(target=run, name=name, daemon=True)
         thread.start()
@@ -367,7 +378,7 @@ class BatchWorker(BaseWorker):
                     return
                 pipe.multi()
                 execution.delete(job=job, pipeline=pipe)
-                self.queue._enqueue_job(job, pipeline=pipe, at_front=True)  # noqa: SLF001 (as Job.retry does)
+                self.queue.put_back(job, pipe, self._live_ttl_seconds)
                 try:
                     pipe.execute()
                 except WatchError:  # our own heartbeat renewed the lease, or it has gone

@@ -51,6 +51,13 @@ class StepToken(msgspec.Struct, frozen=True):  # a dataclass would cost a micros
     top: list[TokenLogprob] = []
 
 
+class RowFailure(msgspec.Struct, frozen=True):
+    """One job cannot go on (its sampler or a logits processor raised); the engine has let go of its row."""
+
+    job_id: str
+    error: Exception
+
+
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What the model card says that only the engine knows; see `common.protocol.ModelCard`."""
@@ -84,6 +91,13 @@ class Engine(Protocol):
             RequestError: There are none, or too many for the context.
         """
 
+    @property
+    def is_over_memory(self) -> bool:
+        """Whether the rows that are there have outgrown the memory that they may take."""
+
+    def has_room(self, job: GenerationJob, prompt: list[int]) -> bool:
+        """Whether what the job is expected to need fits into memory beside the rows that are there."""
+
     def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> Inserted:
         """Take a job; its first token comes with a later `step`.
 
@@ -99,9 +113,12 @@ class Engine(Protocol):
     def remove(self, job_id: str) -> None:
         """Let go of a row; one that is not there is fine."""
 
-    def step(self) -> list[StepToken]:
+    def step(self) -> list[StepToken | RowFailure]:
         """Decode one token for each row that is ready, or read on in the prompts; at least one row is there.
 
         Returns:
-            At most one token a row, in no particular order; empty while prompts are read.
+            At most one token or failure a row, in no particular order; empty while prompts are read.
+
+        Raises:
+            Exception: The step failed as a whole. No row is left.
         """

@@ -10,14 +10,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 
 from common.errors import RequestError
-from common.protocol import Delta, Event, Failed, Finished, GenerationJob, encode
-from worker.engine import Engine, StepToken
+from common.protocol import Event, Failed, Finished, GenerationJob, encode
+from worker.admission import Admission
+from worker.engine import Engine, Inserted, RowFailure, StepToken
 from worker.journal import Journal, Receipt, Row
+from worker.messages import Admit, Message, Outcome, Quit, Settlement, Withdraw, Withdrawal
 from worker.sequence import Sequence, failed_event
 
 log = logging.getLogger(__name__)
@@ -26,77 +27,13 @@ EARLY_WITHDRAWAL_SECONDS = 30.0
 """How long a withdrawal is kept for a job that is still on its way from intake."""
 
 
-class Withdrawal(Enum):
-    """Why a job leaves before its answer is whole."""
-
-    CANCELLED = "cancelled"
-    """Its client left."""
-    STOPPED = "stopped"
-    """An operator stopped it, with RQ's stop-job."""
-    FENCED = "fenced"
-    """Its lease is lost: it is another worker's now, and nothing more may be written."""
-    HANDED_OVER = "handed over"
-    """This worker drains: another one is to go on."""
-
-
-class Outcome(Enum):
-    """What becomes of a job's RQ execution."""
-
-    FINISHED = "finished"
-    FAILED = "failed"
-    STOPPED = "stopped"
-    FENCED = "fenced"
-    HANDED_OVER = "handed over"
-
-
-@dataclass(frozen=True, slots=True)
-class Admit:
-    """To the loop: a job that this worker holds a lease for.
-
-    Attributes:
-        prompt: Its token ids, or why there are none.
-        journal: What other workers wrote of it, in order; empty for a fresh job.
-    """
-
-    job: GenerationJob
-    execution_id: str
-    prompt: list[int] | RequestError
-    journal: list[Event] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Withdraw:
-    """To the loop: a job is to leave (or only one run of it). One that is not here (yet) is fine."""
-
-    job_id: str
-    why: Withdrawal
-    execution_id: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Quit:
-    """To the loop: return, once nothing is in flight."""
-
-
-@dataclass(frozen=True, slots=True)
-class Settlement:
-    """From the loop: a job has ended here, and everything of it is in the journal.
-
-    Attributes:
-        terminal: Its terminal event; None where another worker goes on.
-    """
-
-    job_id: str
-    execution_id: str
-    outcome: Outcome
-    terminal: Finished | Failed | None = None
-    sequence: Sequence | None = None
-
+_STEPS_PER_MEMORY_CHECK = 16
+_MEAN_NEW_SHARE = 0.1
 
 _STOPPED = RequestError(
     "The request was stopped by an operator.", status=503, type="server_error", code="stopped"
 )
-_STEP_FAILED = RequestError(
+_ROW_FAILED = RequestError(
     "The model failed while it generated this answer.", status=500, type="server_error"
 )
 _OUTCOMES = {
@@ -106,11 +43,15 @@ _OUTCOMES = {
     Withdrawal.HANDED_OVER: Outcome.HANDED_OVER,
 }
 
-Message = Admit | Withdraw | Quit
-
 
 class GenerationLoop:
     """See the module.
+
+    Attributes:
+        num_steps: Decode and prefill steps so far.
+        num_tokens: Generated so far.
+        mean_tokens: Of the answers that were whole lately; 0: none yet.
+        step_began_at: `clock` when the step under way began; None between steps, also while Redis is waited for.
 
     Args:
         settle: Called on the loop's thread with each job's end, exactly once for each `Admit`.
@@ -140,6 +81,7 @@ class GenerationLoop:
         self._final_ttl_seconds = final_ttl_seconds
         self._orphan_seconds = orphan_seconds
         self._clock = clock
+        self._admission = Admission(engine.has_room)
         self._running: dict[str, Sequence] = {}
         self._rows: list[Row] = []
         self._endings: list[Settlement] = []  # their terminal events are among `_rows`
@@ -150,6 +92,13 @@ class GenerationLoop:
         self._quitting = False
         self.num_steps = 0
         self.num_tokens = 0
+        self.mean_tokens = 0.0
+        self.step_began_at: float | None = None
+
+    @property
+    def num_waiting(self) -> int:
+        """Jobs that came and have not started; read by other threads."""
+        return len(self._admission)
 
     def run(self) -> None:
         """Turn until `Quit` came and everything is settled."""
@@ -162,18 +111,21 @@ class GenerationLoop:
         Blocks only when there is nothing to generate and nothing in flight.
         """
         self._read_inbox()
+        self._start_waiting()
         if self._rows or self._endings:  # these are not to wait for a step that may read a long prompt
             self._flush()
         if self._running:
             for token in self._step():
                 self._take(token)
+            if self.num_steps % _STEPS_PER_MEMORY_CHECK == 0:
+                self._give_back_memory()
         if self._rows or self._endings or self._in_flight:
             self._flush()
 
     # -- the inbox ---------------------------------------------------------------------------------------------------
 
     def _is_idle(self) -> bool:
-        return not (self._running or self._rows or self._endings or self._in_flight)
+        return not (self._running or len(self._admission) or self._rows or self._endings or self._in_flight)
 
     def _read_inbox(self) -> None:
         if self._is_idle() and not self._quitting:
@@ -203,43 +155,54 @@ class GenerationLoop:
     def _admit(self, message: Admit) -> None:
         """Take a job, where its journal ends.
 
-        1. A row of the same job under a lease that was lost is given up: its job has come back to this worker.
+        1. A run of the same job under a lease that was lost is given up: its job has come back to this worker.
         2. A journal with a terminal event: the worker before died between that and RQ's books; only they are left.
-        3. A job that the engine refuses ends as failed, alone.
+        3. A job without a prompt ends as failed.
         4. A withdrawal that came before the job did: it ends as if it had come after.
+        5. Else it starts as soon as `Admission` says so.
         """
-        job, execution_id = message.job, message.execution_id
-        if job.job_id in self._running:
-            self._withdraw(Withdraw(job.job_id, Withdrawal.FENCED))
+        job_id = message.job.job_id
+        self._withdraw(Withdraw(job_id, Withdrawal.FENCED))
         terminal = message.journal[-1] if message.journal else None
         if isinstance(terminal, Finished | Failed):
             outcome = Outcome.FINISHED if isinstance(terminal, Finished) else Outcome.FAILED
-            self._settle(Settlement(job.job_id, execution_id, outcome, terminal))
+            self._settle(Settlement(job_id, message.execution_id, outcome, terminal))
             return
-        replay = [event.token_id for event in message.journal if isinstance(event, Delta)]
-        try:
-            inserted = self._engine.insert(job, prompt_of(message), replay)
-        except Exception as error:  # noqa: BLE001 (whatever one request does to the engine is its own failure)
-            self._refuse(message, len(replay) + 1, error)
+        if isinstance(message.prompt, RequestError):
+            self._refuse(message, message.prompt)
             return
-        sequence = Sequence(job, execution_id, inserted, n=len(replay))
-        self._running[job.job_id] = sequence
-        self._append(sequence, sequence.started())
-        if job.job_id in self._early:
-            self._withdraw(Withdraw(job.job_id, self._early.pop(job.job_id)[0]))
+        self._admission.add(message)
+        if job_id in self._early:
+            self._withdraw(Withdraw(job_id, self._early.pop(job_id)[0]))
 
-    def _refuse(self, message: Admit, n: int, error: Exception) -> None:
+    def _start_waiting(self) -> None:
+        while (message := self._admission.next(len(self._running))) is not None:
+            self._start(message)
+
+    def _start(self, message: Admit) -> None:
+        """Make a job a row; one that the engine refuses ends as failed, alone."""
+        try:
+            inserted = self._engine.insert(message.job, message.token_ids, message.replay)
+        except Exception as error:  # noqa: BLE001 (whatever one request does to the engine is its own failure)
+            self._admission.acquit(message.job.job_id)
+            self._refuse(message, error)
+            return
+        sequence = Sequence(message.job, message.execution_id, inserted, n=len(message.replay))
+        self._running[message.job.job_id] = sequence
+        self._append(sequence, sequence.started())
+
+    def _refuse(self, message: Admit, error: Exception) -> None:
         if not isinstance(error, RequestError):
             log.error("job %s could not be taken", message.job.job_id, exc_info=error)
             error = RequestError("The model could not take this request.", status=500, type="server_error")
-        failed = failed_event(n, error)
+        failed = failed_event(len(message.replay) + 1, error)
         self._rows.append(self._row(message.job, message.execution_id, failed))
         self._endings.append(Settlement(message.job.job_id, message.execution_id, Outcome.FAILED, failed))
 
     def _withdraw(self, message: Withdraw) -> None:
         job_id, why = message.job_id, message.why
-        sequence = self._running.get(job_id)
-        if sequence is None or message.execution_id not in (None, sequence.execution_id):
+        sequence = self._found(job_id, message.execution_id)
+        if sequence is None:
             self._remember_early(job_id, why)
             return
         terminal: Finished | Failed | None = None
@@ -248,6 +211,17 @@ class GenerationLoop:
         elif why is Withdrawal.STOPPED:
             terminal = sequence.failed(_STOPPED)
         self._end(sequence, _OUTCOMES[why], terminal)
+
+    def _found(self, job_id: str, execution_id: str | None) -> Sequence | None:
+        """A job's run, or what would have become of it if it still waits to start; it waits no more then."""
+        sequence = self._running.get(job_id)
+        if sequence is not None and execution_id in (None, sequence.execution_id):
+            return sequence
+        waiting = self._admission.remove(job_id, execution_id)
+        if waiting is None:
+            return None
+        inserted = Inserted(len(waiting.token_ids), max_tokens=0)
+        return Sequence(waiting.job, waiting.execution_id, inserted, n=len(waiting.replay))
 
     def _remember_early(self, job_id: str, why: Withdrawal) -> None:
         """Every worker of the model hears of every job: most of these are another's, and are forgotten soon."""
@@ -259,33 +233,52 @@ class GenerationLoop:
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
-    def _step(self) -> list[StepToken]:
-        """One step of the engine; one that raises fails the rows it had, and the loop goes on."""
+    def _step(self) -> list[StepToken | RowFailure]:
+        """One step of the engine. One that raises may be any of its rows' fault: they go back to the queue, and what
+        comes of it is the same as when the worker dies.
+        """
         self.num_steps += 1
+        self.step_began_at = self._clock()
         try:
-            tokens = self._engine.step()
+            return self._engine.step()
         except Exception:
-            log.exception("a step failed with %d rows", len(self._running))
+            log.exception("a step failed with %d rows; they are tried again", len(self._running))
             for sequence in list(self._running.values()):
-                self._end(sequence, Outcome.FAILED, sequence.failed(_STEP_FAILED))
+                self._end(sequence, Outcome.CRASHED, None)
             return []
-        self.num_tokens += len(tokens)
-        return tokens
+        finally:
+            self.step_began_at = None
 
-    def _take(self, token: StepToken) -> None:
+    def _give_back_memory(self) -> None:
+        """Answers that grew longer than expected: the youngest rows go back to the queue, until the others have room."""
+        while len(self._running) > 1 and self._engine.is_over_memory:
+            youngest = next(reversed(self._running.values()))
+            log.warning("job %s goes back to the queue: memory is short", youngest.job.job_id)
+            self._end(youngest, Outcome.HANDED_OVER, None)
+
+    def _take(self, token: StepToken | RowFailure) -> None:
         sequence = self._running.get(token.job_id)
         if sequence is None:  # ended earlier in this step
             return
+        if isinstance(token, RowFailure):
+            log.error("job %s failed", token.job_id, exc_info=token.error)
+            self._end(sequence, Outcome.FAILED, sequence.failed(_ROW_FAILED))
+            return
+        self.num_tokens += 1
+        self._admission.acquit(token.job_id)
         delta, reason = sequence.take(token)
         self._append(sequence, delta)
         if reason is not None:
+            share = _MEAN_NEW_SHARE if self.mean_tokens else 1.0
+            self.mean_tokens += (sequence.n - self.mean_tokens) * share
             self._end(sequence, Outcome.FINISHED, sequence.finished(reason))
 
     def _end(self, sequence: Sequence, outcome: Outcome, terminal: Finished | Failed | None) -> None:
-        """Let go of a row; the end is settled once everything of it is answered for."""
+        """Let go of a job; the end is settled once everything of it is answered for."""
         job_id = sequence.job.job_id
-        del self._running[job_id]
-        self._engine.remove(job_id)
+        if self._running.pop(job_id, None) is not None:
+            self._engine.remove(job_id)
+            self._admission.acquit(job_id)
         if terminal is not None:
             self._append(sequence, terminal)
         self._endings.append(Settlement(job_id, sequence.execution_id, outcome, terminal, sequence))
@@ -343,14 +336,3 @@ class GenerationLoop:
         if self._unheard_since:  # silence counts while there is something to hear
             channels = {sequence.job.channel for sequence in self._running.values()}
             self._unheard_since = {k: v for k, v in self._unheard_since.items() if k in channels}
-
-
-def prompt_of(message: Admit) -> list[int]:
-    """The prompt's token ids.
-
-    Raises:
-        RequestError: There are none.
-    """
-    if isinstance(message.prompt, RequestError):
-        raise message.prompt
-    return message.prompt

@@ -64,7 +64,7 @@ class Heartbeat:
         self._renewal_seconds = min(_LONGEST_RENEWAL_SECONDS, live_ttl_seconds / 4)
         self._books_renewed_at = time.monotonic()
         self._created_at = int(time.time())
-        self._rate = (time.monotonic(), 0, 0.0)  # when, tokens by then, tokens/s before
+        self._rate = BusyRate()
 
     def beat(self, *, draining: bool) -> list[Execution]:
         """Renew everything; a worker that drains shows no card, since it takes nothing more.
@@ -135,12 +135,8 @@ class Heartbeat:
         pipe.zremrangebyscore(names.KNOWN_MODELS, 0, unix_now - names.KNOWN_MODEL_SECONDS)
 
     def _card(self) -> ModelCard:
-        at, num_before, rate = self._rate
-        seconds = time.monotonic() - at
-        if seconds >= 1.0:
-            num_tokens = self._loop.num_tokens
-            rate = (num_tokens - num_before) / seconds
-            self._rate = (at + seconds, num_tokens, rate)
+        num_executions = len(self._worker.executions)
+        self._rate.look(time.monotonic(), self._loop.num_tokens, is_busy=num_executions > 0)
         return ModelCard(
             id=self._worker.queue.name,
             worker=self._worker.name,
@@ -148,9 +144,37 @@ class Heartbeat:
             context_length=self._info.context_length,
             vocab_size=self._info.vocab_size,
             max_batch=self._info.max_batch,
-            free_slots=max(0, self._info.max_batch - len(self._worker.executions)),
+            free_slots=max(0, self._info.max_batch - num_executions),
             quantization=self._info.quantization,
             has_chat_template=self._info.has_chat_template,
-            tokens_per_second=round(rate, 1),
+            tokens_per_second=round(self._rate.per_second, 1),
+            mean_tokens=round(self._loop.mean_tokens, 1),
             step=self._loop.num_steps,
         )
+
+
+class BusyRate:
+    """Tokens per second while there was something to do; what is idle says nothing of how fast it could be.
+
+    Attributes:
+        per_second: Smoothed over some seconds; 0: not known.
+    """
+
+    LEAST_SECONDS = 1.0
+    NEW_SHARE = 0.3
+
+    def __init__(self) -> None:
+        self.per_second = 0.0
+        self._since: tuple[float, int] | None = None  # when, and tokens by then
+
+    def look(self, now: float, num_tokens: int, *, is_busy: bool) -> None:
+        """Once a heartbeat; `now` in monotonic seconds."""
+        if self._since is None or not is_busy:
+            self._since = (now, num_tokens) if is_busy else None
+            return
+        at, num_before = self._since
+        if now - at < self.LEAST_SECONDS:
+            return
+        rate = (num_tokens - num_before) / (now - at)
+        self.per_second += (rate - self.per_second) * (self.NEW_SHARE if self.per_second else 1.0)
+        self._since = (now, num_tokens)

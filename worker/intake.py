@@ -20,8 +20,8 @@ from common import names
 from common.errors import RequestError
 from common.protocol import Event, GenerationJob
 from common.rq import ForeignJobError, JsonJob, JsonQueue
-from worker.generation_loop import Admit
-from worker.records import read_journal, restored
+from worker.messages import Admit
+from worker.records import read_journal, read_strikes, restored
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
@@ -36,7 +36,7 @@ _DEFERENCE_SECONDS = 0.004
 # A worker that sleeps (a closed lid) while it blocks would still be handed a job: it blocks no longer than this.
 BLOCK_SECONDS = 1
 _RETRY_SECONDS = 0.5
-_SUSPENDED_POLL_SECONDS = 0.2
+_HOLD_OFF_SECONDS = 0.05
 
 # KEYS: queue, intermediate queue, the set of RQ's workers of the queue. ARGV: how many at most.
 # A burst is shared out: a worker takes its part of what waits, not all that it has room for.
@@ -78,6 +78,7 @@ class Taken(NamedTuple):
     execution: Execution
     request: GenerationJob
     journal: list[Event]
+    is_suspect: bool
 
 
 class Intake:
@@ -88,7 +89,8 @@ class Intake:
         encode: Makes token ids of a request's prompt, `Engine.encode`.
         admit: Where admitted jobs go: the generation loop's inbox.
         draining: Says whether nothing more is to be taken.
-        suspended: Says whether `rq suspend` is in force.
+        holding_off: Says whether nothing is to be taken now: `rq suspend` is in force, or what was taken before still
+            waits to start.
         num_workers: Says how many workers the queue has.
     """
 
@@ -100,7 +102,7 @@ class Intake:
         encode: Callable[[GenerationJob], list[int]],
         admit: Callable[[Admit], None],
         draining: Callable[[], bool],
-        suspended: Callable[[], bool],
+        holding_off: Callable[[], bool],
         num_workers: Callable[[], int],
     ) -> None:
         self._worker = worker
@@ -110,7 +112,7 @@ class Intake:
         self._encode = encode
         self._admit = admit
         self._draining = draining
-        self._suspended = suspended
+        self._holding_off = holding_off
         self._num_workers = num_workers
         self._max_batch = slots.qsize()
         self._take = self._redis.register_script(_TAKE)
@@ -119,8 +121,8 @@ class Intake:
     def run(self) -> None:
         """Take jobs until the worker drains; after the return, none is half-taken by it."""
         while not self._draining():
-            if self._suspended():
-                time.sleep(_SUSPENDED_POLL_SECONDS)
+            if self._holding_off():
+                time.sleep(_HOLD_OFF_SECONDS)
                 continue
             num_slots = self._hold_slots()
             num_used = 0
@@ -240,7 +242,9 @@ class Intake:
             return []
         job = restored(job_id, found.fields, self._redis)
         request, journal = job.request(), read_journal(found.entries)
-        return [Taken(found.raw_id, job, self._worker.start_execution(job, pipe), request, journal)]
+        is_suspect = read_strikes(found.fields).is_suspect
+        execution = self._worker.start_execution(job, pipe)
+        return [Taken(found.raw_id, job, execution, request, journal, is_suspect)]
 
     def _fail(self, job_id: str, reason: str) -> None:
         """In RQ's books, if RQ can make sense of the job; else there is nothing to be written."""
@@ -253,7 +257,8 @@ class Intake:
         """To the generation loop, with their prompts encoded: the short ones first, since a long one takes its time."""
         kept = [each for each in taken if each.raw_id not in lost]
         for each in sorted(kept, key=lambda each: len(each.job.data)):
-            self._admit(Admit(each.request, each.execution.id, self._encoded(each.request), each.journal))
+            prompt = self._encoded(each.request)
+            self._admit(Admit(each.request, each.execution.id, prompt, each.journal, each.is_suspect))
         for each in taken:
             if each.raw_id in lost:
                 self._drop(each)

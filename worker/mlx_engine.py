@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from common.protocol import ChatPrompt, GenerationJob, SamplingParams, TokenLogprob
 from worker import mlx_model, prompts
+from worker.cache_memory import expected_tokens
 from worker.detokenizer import Detokenizer, TokenBytes
-from worker.engine import Inserted, ModelInfo, StepToken
+from worker.engine import Inserted, ModelInfo, RowFailure, StepToken
 from worker.prefill import MOST_PROMPTS, PrefillBudget
 
 if TYPE_CHECKING:
@@ -36,6 +37,13 @@ class _Row:
     uid: int
     job: GenerationJob
     detokenizer: Detokenizer
+    num_prompt: int
+    num_done: int
+    max_tokens: int
+
+    @property
+    def expected_tokens(self) -> int:
+        return expected_tokens(self.num_prompt, self.num_done, self.max_tokens)
 
 
 class MLXEngine:
@@ -53,6 +61,10 @@ class MLXEngine:
         self._token_bytes = TokenBytes(self._tokenizer)
         self._rows: dict[str, _Row] = {}
         self._by_uid: dict[int, _Row] = {}
+        self._failures: dict[str, Exception] = {}  # of this step, by job id
+        self._memory = mlx_model.cache_memory(loaded, settings.memory_limit_gb)
+        # A prompt that can never fit is refused like one that is longer than the model's context.
+        self._info = replace(self._info, context_length=self._memory.longest_row(self._info.context_length))
         self._generator = self._new_generator()
 
     @property
@@ -71,19 +83,50 @@ class MLXEngine:
         # Rust's tokenizers let go of the interpreter meanwhile (tokenizers 0.23).
         return prompts.tokenize(job, self._tokenizer, self._info.context_length)
 
-    def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> Inserted:
+    def has_room(self, job: GenerationJob, prompt: list[int]) -> bool:
+        new = expected_tokens(len(prompt), 0, self._max_tokens(job, prompt))
+        return self._memory.fits([new, *(row.expected_tokens for row in self._rows.values())])
+
+    @property
+    def is_over_memory(self) -> bool:
+        return not self._memory.fits([row.num_prompt + row.num_done for row in self._rows.values()])
+
+    def _max_tokens(self, job: GenerationJob, prompt: list[int]) -> int:
         room = self._info.context_length - len(prompt)
-        max_tokens = min(job.max_tokens or room, room)
+        return min(job.max_tokens or room, room)
+
+    def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> Inserted:
+        max_tokens = self._max_tokens(job, prompt)
         detokenizer = self._token_bytes.detokenizer(after_template=isinstance(job.prompt, ChatPrompt))
         replayed_texts = [detokenizer.add(token_id) for token_id in replay]
         uid = self._generator.insert(
             prompt + replay,
             max_tokens=max_tokens - len(replay),
-            sampler=_sampler(job.sampling, num_drawn=len(replay)),
-            logits_processors=_logits_processors(job.sampling),
+            sampler=self._alone(job.job_id, _sampler(job.sampling, num_drawn=len(replay)), _any_token),
+            logits_processors=[
+                self._alone(job.job_id, processor, _unchanged)
+                for processor in _logits_processors(job.sampling)
+            ],
         )
-        self._rows[job.job_id] = self._by_uid[uid] = _Row(uid, job, detokenizer)
+        self._rows[job.job_id] = self._by_uid[uid] = _Row(
+            uid, job, detokenizer, len(prompt), len(replay), max_tokens
+        )
         return Inserted(len(prompt), max_tokens, replayed_texts=replayed_texts)
+
+    def _alone(self, job_id: str, function: Any, instead: Callable[..., Any]) -> Any:
+        """A row's sampler or processor whose error ends this row and no other; `instead` gets the step to its end."""
+        if function is None:
+            return None
+
+        def guarded(*arguments: Any) -> Any:
+            if job_id not in self._failures:
+                try:
+                    return function(*arguments)
+                except Exception as error:  # noqa: BLE001 (told by `step`)
+                    self._failures[job_id] = error
+            return instead(*arguments)
+
+        return guarded
 
     def remove(self, job_id: str) -> None:
         row = self._rows.pop(job_id, None)
@@ -91,18 +134,31 @@ class MLXEngine:
             del self._by_uid[row.uid]
             self._generator.remove(row.uid)
 
-    def step(self) -> list[StepToken]:
+    def step(self) -> list[StepToken | RowFailure]:
         try:
             responses = self._generator.next()
         except Exception:
             # What a failed step left half-done is not to be built upon.
             self._rows, self._by_uid, self._generator = {}, {}, self._new_generator()
             raise
-        return [self._token(response) for response in responses]
+        tokens: list[StepToken | RowFailure] = [self._token(response) for response in responses]
+        if self._failures:
+            tokens = self._with_failures(tokens)
+        return tokens
+
+    def _with_failures(self, tokens: list[StepToken | RowFailure]) -> list[StepToken | RowFailure]:
+        """A row that failed is let go of; what the step drew for it is worth nothing."""
+        failures = [RowFailure(job_id, error) for job_id, error in self._failures.items()]
+        for failure in failures:
+            self.remove(failure.job_id)
+        kept = [token for token in tokens if token.job_id not in self._failures]
+        self._failures.clear()
+        return kept + failures
 
     def _token(self, response: Any) -> StepToken:
         row = self._by_uid[response.uid]
         token_id, reason = int(response.token), response.finish_reason
+        row.num_done += 1
         text = "" if reason == "stop" else row.detokenizer.add(token_id)  # an end-of-text token is not text
         if reason is not None:
             text += row.detokenizer.flush()
@@ -271,6 +327,16 @@ class _OneAtATime:
         if reason is not None:
             self._steps = iter(())
         return [_Response(self._uid, token, logprobs, reason)]
+
+
+def _any_token(logprobs: Any) -> Any:
+    import mlx.core as mx
+
+    return mx.argmax(logprobs, axis=-1)
+
+
+def _unchanged(_token_ids: Any, logits: Any) -> Any:
+    return logits
 
 
 def _as_float32(logprobs: Any) -> Any:

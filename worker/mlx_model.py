@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -18,7 +18,9 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from common.errors import StartupError
-from common.settings import DEMO_MODEL, Settings
+from common.settings import Settings
+from worker import model_folder
+from worker.cache_memory import CacheCost, CacheMemory
 from worker.engine import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,13 @@ _CONTEXT_KEYS = (
 )
 _UNKNOWN_CONTEXT_TOKENS = 32_768
 """For a model that names no limit, such as one with a recurrent state instead of a cache."""
+
+_MACHINE_SHARE = 0.75
+_WORKING_SHARE = 0.05
+_WORKING_BYTES = 256 * 2**20
+"""What a step needs beside weights and caches, at least."""
+
+_LEAST_CONTEXT_TOKENS = 512
 
 _LARGEST_BELIEVED_CONTEXT = 10**9
 """transformers writes 10**30 where a tokenizer knows no limit."""
@@ -92,9 +101,11 @@ def load_model(settings: Settings) -> LoadedModel:
     Raises:
         StartupError: There is no such model, it cannot be fetched, or mlx-lm cannot load it.
     """
-    folder = _model_folder(settings)
     mx = _mlx()
     import mlx_lm
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+
+    folder = model_folder.find(settings, DEFAULT_ALLOW_PATTERNS)
 
     if settings.cache_limit_gb is not None:
         mx.set_cache_limit(int(settings.cache_limit_gb * 2**30))
@@ -112,7 +123,9 @@ def load_model(settings: Settings) -> LoadedModel:
         )
     except Exception as error:  # mlx-lm and transformers raise whatever a bad file made them trip over
         logger.debug("loading %s failed", folder, exc_info=True)
-        raise StartupError(f"the model in {folder} cannot be loaded: {_one_line(error)}") from None
+        raise StartupError(
+            f"the model in {folder} cannot be loaded: {model_folder.one_line(error)}"
+        ) from None
     model, tokenizer, config = loaded
     if settings.use_default_chat_template:
         _use_default_chat_template(tokenizer)
@@ -128,6 +141,76 @@ def describe(loaded: LoadedModel, max_batch: int) -> ModelInfo:
         quantization=quantization(loaded.config) or weight_type(loaded.model),
         has_chat_template=bool(loaded.tokenizer.has_chat_template),
     )
+
+
+def cache_memory(loaded: LoadedModel, limit_gb: float | None) -> CacheMemory:
+    """What is left for the rows' caches, of `limit_gb` or of what the machine has.
+
+    Raises:
+        StartupError: The weights leave no room.
+    """
+    mx = _mlx()
+    from mlx.utils import tree_flatten
+
+    cost = _cache_cost(loaded.model)
+    limit_bytes = _machine_limit_bytes(mx) if limit_gb is None else limit_gb * 2**30
+    if limit_gb is not None:
+        mx.set_memory_limit(int(limit_bytes))
+    parameters: Any = tree_flatten(loaded.model.parameters())
+    weight_bytes = sum(weight.nbytes for _, weight in parameters)
+    room_bytes = limit_bytes - weight_bytes - max(_WORKING_BYTES, _WORKING_SHARE * limit_bytes)
+    memory = CacheMemory(cost, room_bytes)
+    if not memory.longest_row(_LEAST_CONTEXT_TOKENS):
+        raise StartupError(
+            f"the model's weights are {weight_bytes / 2**30:.1f} GB, which leaves no room for requests in "
+            f"{limit_bytes / 2**30:.1f} GB; take a smaller model, or give more with --memory-limit-gb"
+        )
+    return memory
+
+
+def _machine_limit_bytes(mx: ModuleType) -> float:
+    """What MLX recommends for a Mac's GPU; elsewhere a part of the memory that computes."""
+    if has_gpu(mx):
+        about = mx.device_info()
+        recommended = about.get("max_recommended_working_set_size")
+        return float(recommended or _MACHINE_SHARE * about.get("memory_size", _main_memory_bytes()))
+    return _MACHINE_SHARE * _main_memory_bytes()
+
+
+def _main_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cache_cost(model: Any) -> CacheCost:
+    """Measured with one token: models differ in what their layers keep."""
+    mx = _mlx()
+    from mlx_lm.models.cache import make_prompt_cache
+
+    caches = make_prompt_cache(model)
+    model(mx.array([[0]]), cache=caches)
+    mx.eval([cache.state for cache in caches])
+    per_token, per_row, windows = 0.0, 0, []
+    for cache in _flat(caches):
+        keys = getattr(cache, "keys", None)
+        if keys is None or not hasattr(keys, "shape"):
+            per_row += int(getattr(cache, "nbytes", 0))
+            continue
+        each = cache.nbytes / keys.shape[2]
+        window = getattr(cache, "max_size", None)
+        if isinstance(window, int) and window > 0:
+            windows.append((each, window))
+        else:
+            per_token += each
+    return CacheCost(per_token, per_row, tuple(windows))
+
+
+def _flat(caches: Any) -> list[Any]:
+    """Caches in lists of caches (`CacheList`), one after the other."""
+    flat: list[Any] = []
+    for cache in caches:
+        inner = getattr(cache, "caches", None)
+        flat += _flat(inner) if inner is not None else [cache]
+    return flat
 
 
 def can_batch(model: Any) -> bool:
@@ -221,73 +304,6 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return inner if isinstance(inner, dict) else config
 
 
-def _model_folder(settings: Settings) -> Path:
-    """The local folder of `settings.model`: the demo's, one given by its path, or a hub repository's."""
-    name = settings.model
-    if name == DEMO_MODEL:
-        from worker.demo_model import ensure_demo_model  # which converts through this module
-
-        return ensure_demo_model(settings.cache_dir)
-    folder = Path(name).expanduser()
-    if folder.exists():
-        return _checked(folder)
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
-        raise StartupError(f"the model folder {name} does not exist")
-    return _checked(_from_hub(name))
-
-
-def _checked(folder: Path) -> Path:
-    """Make sure that a folder holds an MLX model.
-
-    Raises:
-        StartupError: It does not; says what is missing.
-    """
-    if not folder.is_dir():
-        raise StartupError(
-            f"{folder} is a file; --model takes a folder with a model in MLX's format, or a repository"
-        )
-    config = folder / "config.json"
-    try:
-        is_model = "model_type" in json.loads(config.read_text())
-    except FileNotFoundError:
-        raise StartupError(f"{folder} holds no model: there is no config.json in it") from None
-    except (OSError, ValueError) as error:
-        raise StartupError(f"{config} cannot be read: {_one_line(error)}") from None
-    if not is_model:
-        raise StartupError(f"{config} names no model_type, so this is no model that mlx-lm can load")
-    if not any(folder.glob("model*.safetensors")):
-        raise StartupError(f"{folder} holds no weights: there is no model*.safetensors in it")
-    return folder
-
-
-def _from_hub(repository: str) -> Path:
-    """Download a repository, or take it from the hub's cache.
-
-    Raises:
-        StartupError: There is no such repository, it may not be read, or the hub cannot be reached.
-    """
-    from huggingface_hub import errors, snapshot_download
-    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
-
-    logger.info("model %s: looking it up on the hub", repository)
-    try:
-        return Path(snapshot_download(repository, allow_patterns=DEFAULT_ALLOW_PATTERNS))
-    except errors.GatedRepoError:
-        raise StartupError(
-            f"the hub lets only some accounts read {repository}; log in with `hf auth login`"
-        ) from None
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise StartupError(
-            f"there is no folder {repository} here and no repository of that name on the hub"
-        ) from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        raise StartupError(
-            f"there is no folder {repository} here, and the hub cannot be reached to download a repository of that name"
-        ) from None
-    except OSError as error:  # HTTP errors of the hub are OSErrors too, as is a full disk
-        raise StartupError(f"{repository} cannot be downloaded from the hub: {_one_line(error)}") from None
-
-
 def _chat_template(text_or_path: str) -> str:
     """The template itself, where `--chat-template` names a file that holds it.
 
@@ -300,7 +316,7 @@ def _chat_template(text_or_path: str) -> str:
         return Path(text_or_path).expanduser().read_text()
     except OSError as error:
         raise StartupError(
-            f"--chat-template is neither a Jinja template nor a file that can be read: {_one_line(error)}"
+            f"--chat-template is neither a Jinja template nor a file that can be read: {model_folder.one_line(error)}"
         ) from None
 
 
@@ -315,9 +331,3 @@ def _use_default_chat_template(tokenizer: Any) -> None:
         )
     tokenizer.chat_template = template
     tokenizer.has_chat_template = True
-
-
-def _one_line(error: BaseException) -> str:
-    """An exception as the end of a sentence."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

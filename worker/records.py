@@ -5,13 +5,45 @@ Used by intake and takeover. What cannot be read is a `ForeignJobError`, whateve
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import redis
 
 from common.protocol import Event, Failed, Finished, decode_event
 from common.rq import ForeignJobError, JsonJob
+
+STRIKES = "mlxpool_strikes"
+"""A field beside RQ's in a job's hash: how many workers in a row died with it without a new token of it."""
+
+LAST_N = "mlxpool_last_n"
+"""Another: the last n of its journal when it was last taken over."""
+
+SUSPECT_STRIKES = 2
+
+
+class Strikes(NamedTuple):
+    """What stands against a job: see STRIKES and LAST_N."""
+
+    num: int = 0
+    last_n: int = 0
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it is tried alone. Once may be anything, such as a power cut."""
+        return self.num >= SUSPECT_STRIKES
+
+    def after_death(self, last_n: int) -> Strikes:
+        """One more, unless the job had got on: what kills a worker at once is not the one that has run for minutes."""
+        return Strikes(1 if last_n > self.last_n else self.num + 1, last_n)
+
+
+def read_strikes(fields: dict[bytes, bytes]) -> Strikes:
+    """From a job's hash; nothing stands against one that was never taken over, or whose fields are no numbers."""
+    try:
+        return Strikes(int(fields.get(STRIKES.encode(), 0)), int(fields.get(LAST_N.encode(), 0)))
+    except ValueError:
+        return Strikes()
 
 
 def restored(job_id: str, fields: dict[bytes, bytes], connection: redis.Redis) -> JsonJob:

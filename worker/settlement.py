@@ -18,7 +18,7 @@ from rq.executions import Execution
 
 from common.protocol import Failed, Finished
 from common.rq import JsonJob
-from worker.generation_loop import Outcome, Settlement
+from worker.messages import Outcome, Settlement
 
 if TYPE_CHECKING:
     from worker.batch_worker import BatchWorker
@@ -86,7 +86,8 @@ class Settler:
         2. The lease is gone: another worker has found, or will find, the job's end in its journal and write the books.
            After a lost connection it may also be that we have written them.
         3. The job is gone: somebody deleted it (`rq empty`, `Job.delete`); what is left of the execution goes too.
-        4. Else RQ's own handling of a success or a failure, or back to the front of the queue.
+        4. A step failed with it: its lease is given up, and the next heartbeat's takeover does as if its worker had died.
+        5. Else RQ's own handling of a success or a failure, or back to the front of the queue.
 
         Raises:
             redis.ConnectionError: Redis is away; nothing or all of it was written.
@@ -94,6 +95,9 @@ class Settler:
         worker = self._worker
         if settlement.outcome is Outcome.FENCED or not worker.connection.exists(execution.key):
             worker.connection.srem(worker.executions_key, execution.composite_key)
+            return
+        if settlement.outcome is Outcome.CRASHED:
+            worker.connection.delete(execution.key)
             return
         try:
             job = JsonJob.fetch(settlement.job_id, connection=worker.connection)
@@ -126,7 +130,7 @@ def _result(terminal: Finished | Failed | None) -> dict[str, Any]:
 def log_end(settlement: Settlement) -> None:
     """One INFO line a request that ended here; never its text."""
     sequence, terminal = settlement.sequence, settlement.terminal
-    if sequence is None or settlement.outcome in (Outcome.FENCED, Outcome.HANDED_OVER):
+    if sequence is None or settlement.outcome in (Outcome.FENCED, Outcome.HANDED_OVER, Outcome.CRASHED):
         reason = terminal.message if isinstance(terminal, Failed) else ""
         log.info("job %s: %s here %s", settlement.job_id, settlement.outcome.value, reason)
         return

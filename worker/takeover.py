@@ -20,7 +20,7 @@ from common import names
 from common.errors import RequestError
 from common.protocol import encode
 from common.rq import ForeignJobError, JsonJob, JsonQueue
-from worker.records import has_ended, read_journal, restored
+from worker.records import LAST_N, STRIKES, Strikes, has_ended, read_journal, read_strikes, restored
 from worker.sequence import failed_event
 
 if TYPE_CHECKING:
@@ -49,12 +49,14 @@ class Takeover:
     """See the module.
 
     Args:
+        live_ttl_seconds: What a job has to live until it is taken.
         final_ttl_seconds: What a journal has to live after a terminal event.
     """
 
-    def __init__(self, queue: JsonQueue, final_ttl_seconds: int) -> None:
+    def __init__(self, queue: JsonQueue, *, live_ttl_seconds: int, final_ttl_seconds: int) -> None:
         self._queue = queue
         self._redis: redis.Redis = queue.connection
+        self._live_ttl_seconds = live_ttl_seconds
         self._final_ttl_seconds = final_ttl_seconds
         self._rescue_script = self._redis.register_script(_RESCUE)
         self._first_seen: dict[bytes, float] = {}
@@ -106,7 +108,8 @@ class Takeover:
         1. The entry leaves RQ's registries.
         2. A job that goes on under another execution, or has ended, is left alone: somebody took it twice.
         3. Its journal has a terminal event: only RQ's books are left to be written, which whoever takes it does.
-        4. Else it is tried again, as often as its retries allow.
+        4. Else it is tried again, as often in a row as its retries allow. A run that brought a new token starts the count
+           again: it was not this job that killed its worker.
         """
         try:
             dead = Execution.from_composite_key(composite, self._redis)
@@ -131,14 +134,23 @@ class Takeover:
         pipe.zrem(registry_key, composite)
         runs.remove(dead, pipe)
         if goes_on and job is not None:
-            if is_whole:
-                self._queue._enqueue_job(job, pipeline=pipe, at_front=True)  # noqa: SLF001 (as Job.retry does)
-            elif job.should_retry:
-                job.retry(self._queue, pipe)
-            else:
+            if not is_whole and not self._count_strike(pipe, job, read_strikes(fields), num_events):
                 self._give_up(pipe, job, num_events)
+            else:
+                self._queue.put_back(job, pipe, self._live_ttl_seconds)
         pipe.execute()
         return goes_on
+
+    @staticmethod
+    def _count_strike(pipe: Pipeline, job: JsonJob, strikes: Strikes, num_events: int) -> bool:
+        """Record on `pipe` what stands against a job now, in RQ's retries too; whether it may be tried again."""
+        allowed = (job.retries_left or 0) + strikes.num
+        now = strikes.after_death(num_events)
+        if now.num > allowed:
+            return False
+        job.retries_left = allowed - now.num
+        pipe.hset(job.key, mapping={STRIKES: now.num, LAST_N: now.last_n})
+        return True
 
     def _give_up(self, pipe: Pipeline, job: JsonJob, num_events: int) -> None:
         """No tries left: RQ's books say failed, and the client hears it."""

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from common.errors import RequestError
+from common.errors import RequestError, StartupError
 from common.protocol import ChatPrompt, GenerationJob, SamplingParams, TextPrompt, TokenPrompt
 from common.settings import Settings
 from worker import mlx_engine, mlx_model
-from worker.engine import StepToken
+from worker.engine import RowFailure, StepToken
 from worker.mlx_engine import MLXEngine
 
 GREEDY = SamplingParams(temperature=0)
@@ -173,20 +173,74 @@ def test_a_step_that_fails_does_not_poison_the_engine(
 ) -> None:
     """After a step that raised, its rows are gone and the next request is answered as ever."""
 
-    def broken(sampling: SamplingParams) -> list[Any]:
-        def processor(_tokens: Any, _logits: Any) -> Any:
-            raise ValueError("bad row")
+    def broken() -> list[Any]:
+        raise RuntimeError("out of memory")
 
-        return [processor]
-
+    job = chat("a")
+    engine.insert(job, engine.encode(job), [])
+    engine.step()
     with monkeypatch.context() as patched:
-        patched.setattr(mlx_engine, "_logits_processors", broken)
-        job = chat("a")
-        engine.insert(job, engine.encode(job), [])
-        with pytest.raises(ValueError, match="bad row"):
-            run_on(engine)
+        patched.setattr(engine._generator, "next", broken)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.step()
     assert engine.num_rows == 0
     assert text(run(engine, chat("a"))["a"]) == "The capital of France is Paris."
+
+
+@pytest.mark.parametrize("part", ["processor", "sampler"])
+def test_a_bad_row_fails_alone(engine: MLXEngine, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """A sampler or a logits processor that raises in the middle ends its own row; its neighbour's text is whole."""
+    import mlx.core as mx  # not before the engine has loaded a BLAS
+
+    num_calls = 0
+
+    def broken(*_arguments: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls > 2:
+            raise ValueError("bad row")
+        return _arguments[1] if part == "processor" else mx.argmax(_arguments[0], axis=-1)
+
+    good, bad = chat("good"), chat("bad", max_tokens=50)
+    engine.insert(good, engine.encode(good), [])
+    with monkeypatch.context() as patched:
+        if part == "processor":
+            patched.setattr(mlx_engine, "_logits_processors", lambda _sampling: [broken])
+        else:
+            patched.setattr(mlx_engine, "_sampler", lambda _sampling, **_: broken)
+        engine.insert(bad, engine.encode(bad), [])
+    steps = [engine.step() for _ in range(20)]
+    tokens = [token for step in steps for token in step]
+    failures = [token for token in tokens if isinstance(token, RowFailure)]
+    assert [(f.job_id, str(f.error)) for f in failures] == [("bad", "bad row")]
+    assert text([t for t in tokens if t.job_id == "good"]) == "The capital of France is Paris."
+    assert engine.num_rows == 0
+
+
+def test_memory(demo_folder: Path) -> None:
+    """Rows are admitted while their caches have room together; the context is what one row may fill; too little is told."""
+    engine = MLXEngine(Settings(model=str(demo_folder), max_batch=8, memory_limit_gb=1.0))
+    # 30 layers × 3 heads × 64 × (key and value) × 4 bytes a token (the model's config.json).
+    room_tokens = engine._memory.room_bytes / (30 * 3 * 64 * 2 * 4)
+    assert engine.info.context_length == pytest.approx(room_tokens, abs=256)
+    large = chat("a", max_tokens=int(room_tokens * 0.6))
+    prompt = engine.encode(large)
+    assert engine.has_room(large, prompt)
+    engine.insert(large, prompt, [])
+    assert engine.has_room(chat("b", max_tokens=10), prompt)
+    for row in engine._rows.values():
+        row.num_done = int(room_tokens * 0.6)
+    assert not engine.has_room(chat("b", max_tokens=10), prompt)
+    assert not engine.is_over_memory
+    for row in engine._rows.values():
+        row.num_done = int(room_tokens) + 256
+    assert engine.is_over_memory
+    with pytest.raises(RequestError, match="maximum context length"):
+        engine.encode(
+            GenerationJob(job_id="c", model="m", channel="c", prompt=TokenPrompt([5] * int(room_tokens + 1)))
+        )
+    with pytest.raises(StartupError, match="no room for requests"):
+        MLXEngine(Settings(model=str(demo_folder), memory_limit_gb=0.6))
 
 
 def test_a_model_that_cannot_batch(

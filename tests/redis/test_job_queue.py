@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from api.command_batch import CommandBatch
-from api.job_queue import JobQueue
+from api.job_queue import JobQueue, QueueFullError
 from common import connections, names
 from common.errors import RequestError
 from common.protocol import Cancel, ChatPrompt, GenerationJob, SamplingParams, decode_control
@@ -169,3 +169,55 @@ def test_a_cancellation_outlasts_an_outage(redis_url: str, client: redis.Redis) 
     with client:
         run(redis_url, test)
         assert JsonQueue(MODEL, connection=client).job_ids == []
+
+
+def test_a_full_queue(redis_url: str, client: redis.Redis) -> None:
+    """What is too much, in requests or in tokens, is not in the queue, and leaves nothing; a free place is taken again."""
+
+    async def test(queue: JobQueue) -> None:
+        ids = [names.new_job_id(100) for _ in range(4)]
+        await queue.submit(job(ids[0]))
+        await queue.submit(job(ids[1]))
+        with pytest.raises(QueueFullError) as full:
+            await queue.submit(job(ids[2]))
+        assert (full.value.num_requests, full.value.is_tokens) == (2, False)
+        client.lpop(JsonQueue(MODEL, connection=client).key)
+        with pytest.raises(QueueFullError) as full:
+            await queue.submit(job(names.new_job_id(450)))
+        assert (full.value.num_requests, full.value.is_tokens) == (1, True)
+        await queue.submit(job(ids[3]))
+        assert JsonQueue(MODEL, connection=client).job_ids == [ids[1], ids[3]]
+        assert not client.exists(JsonJob.key_for(ids[2]))
+
+    with client:
+        run(redis_url, test, max_queued_requests=2, max_queued_tokens=500)
+
+
+def test_what_finds_the_queue_empty_is_never_too_much(redis_url: str, client: redis.Redis) -> None:
+    """A request that is larger than the bound would otherwise be refused for ever; a foreign id weighs nothing."""
+
+    async def test(queue: JobQueue) -> None:
+        await queue.submit(job(names.new_job_id(10_000)))
+
+    with client:
+        run(redis_url, test, max_queued_tokens=500)
+        queued = JsonQueue(MODEL, connection=client)
+        assert queued.count == 1
+        client.delete(queued.key)
+        client.rpush(queued.key, "not one of ours")
+        with pytest.raises(QueueFullError):
+            run(redis_url, test, max_queued_tokens=500)
+
+
+def test_many_at_the_last_place(redis_url: str, client: redis.Redis) -> None:
+    """Of requests of one moment, exactly as many get in as there is room for."""
+
+    async def test(queue: JobQueue) -> None:
+        submits = [queue.submit(job(names.new_job_id(1))) for _ in range(50)]
+        answers = await asyncio.gather(*submits, return_exceptions=True)
+        assert sum(answer is None for answer in answers) == 7
+        assert sum(isinstance(answer, QueueFullError) for answer in answers) == 43
+
+    with client:
+        run(redis_url, test, max_queued_requests=7)
+        assert JsonQueue(MODEL, connection=client).count == 7

@@ -7,9 +7,10 @@ from queue import SimpleQueue
 
 from common.errors import RequestError
 from common.protocol import GenerationJob, SamplingParams, TextPrompt, decode_event
-from worker.engine import Inserted, ModelInfo, StepToken
-from worker.generation_loop import GenerationLoop, Message, Settlement
+from worker.engine import Inserted, ModelInfo, RowFailure, StepToken
+from worker.generation_loop import GenerationLoop
 from worker.journal import Receipt, Row
+from worker.messages import Message, Settlement
 
 
 def make_job(
@@ -37,6 +38,9 @@ class ScriptedEngine:
         self.step_error: Exception | None = None
         self.is_reading = False
         self.gather_seconds = 0.0
+        self.is_full = False
+        self.max_rows = 99
+        self.row_error: tuple[str, Exception] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -44,6 +48,13 @@ class ScriptedEngine:
 
     def encode(self, job: GenerationJob) -> list[int]:
         return [0]
+
+    @property
+    def is_over_memory(self) -> bool:
+        return len(self.rows) > self.max_rows
+
+    def has_room(self, job: GenerationJob, prompt: list[int]) -> bool:
+        return not self.is_full
 
     def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> Inserted:
         if job.job_id in self.refused:
@@ -56,14 +67,17 @@ class ScriptedEngine:
     def remove(self, job_id: str) -> None:
         self.rows.pop(job_id, None)
 
-    def step(self) -> list[StepToken]:
+    def step(self) -> list[StepToken | RowFailure]:
         assert self.rows, "nothing to do"
         if self.step_error is not None:
             error, self.step_error, self.rows = self.step_error, None, {}
             raise error
         if self.is_reading:
             return []
-        tokens = []
+        tokens: list[StepToken | RowFailure] = []
+        if self.row_error is not None and self.rows.pop(self.row_error[0], None):
+            tokens.append(RowFailure(*self.row_error))
+            self.row_error = None
         for job_id, row in list(self.rows.items()):
             row[0] += 1
             is_last = row[0] >= row[1]

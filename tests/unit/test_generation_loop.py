@@ -11,13 +11,18 @@ from hypothesis import strategies as st
 
 from common.protocol import Delta, Failed, Finished, Started, Usage, decode_event
 from tests.unit.scripted import Bench, make_job, refusal
-from worker.generation_loop import Admit, Outcome, Quit, Withdraw, Withdrawal
+from worker.messages import Admit, Outcome, Quit, Withdraw, Withdrawal
 
 
 def admit(
-    job_id: str, execution_id: str | None = None, journal: list[Any] | None = None, **job: Any
+    job_id: str,
+    execution_id: str | None = None,
+    journal: list[Any] | None = None,
+    *,
+    is_suspect: bool = False,
+    **job: Any,
 ) -> Admit:
-    return Admit(make_job(job_id, **job), execution_id or f"{job_id}-1", [0], journal or [])
+    return Admit(make_job(job_id, **job), execution_id or f"{job_id}-1", [0], journal or [], is_suspect)
 
 
 def texts(bench: Bench, job_id: str) -> str:
@@ -204,16 +209,121 @@ def test_a_refused_request_fails_alone() -> None:
     assert texts(bench, "c") == " 1 2 3"
 
 
-def test_a_step_that_raises_fails_its_rows_and_the_loop_goes_on() -> None:
-    """Each row gets one error; a job that comes later is served."""
+def test_a_step_that_raises_sends_its_rows_back() -> None:
+    """Any of its rows may be the reason: none is told anything, each is tried again; a job that comes later is served."""
     bench = Bench()
     bench.turn(admit("a", max_tokens=9), admit("b", max_tokens=9), times=2)
     bench.engine.step_error = RuntimeError("boom")
-    bench.turn(times=2)
+    bench.turn()
+    assert [(s.job_id, s.outcome, s.terminal) for s in bench.settled] == [
+        ("a", Outcome.CRASHED, None),
+        ("b", Outcome.CRASHED, None),
+    ]
     bench.turn(admit("c"))
     bench.turn_until(lambda: len(bench.settled) == 3)
-    assert [s.outcome for s in bench.settled] == [Outcome.FAILED, Outcome.FAILED, Outcome.FINISHED]
-    assert isinstance(bench.journal.events("a")[-1], Failed)
+    assert bench.settled[2].outcome is Outcome.FINISHED
+    assert not any(isinstance(event, Failed) for event in bench.journal.events("a"))
+
+
+def test_a_row_that_fails_fails_alone() -> None:
+    """Its client gets one error without internals; its neighbour misses nothing."""
+    bench = Bench()
+    bench.turn(admit("a", max_tokens=9), admit("b", max_tokens=5), times=2)
+    bench.engine.row_error = ("a", ValueError("secret"))
+    bench.turn_until(lambda: len(bench.settled) == 2)
+    failed = bench.journal.events("a")[-1]
+    assert isinstance(failed, Failed)
+    assert failed.status == 500
+    assert "secret" not in failed.message
+    assert texts(bench, "b") == " 1 2 3 4 5"
+
+
+def test_what_has_no_room_waits() -> None:
+    """It starts when there is room, in its turn; it can be withdrawn meanwhile, with its own run only."""
+    bench = Bench()
+    bench.turn(admit("a", max_tokens=5))
+    bench.engine.is_full = True
+    bench.journal.entries["d"] = [None]  # type: ignore[list-item]  # written by another worker
+    bench.turn(admit("b"), admit("c"), admit("d", journal=[Delta(1, 1, " 1")]))
+    assert list(bench.engine.rows) == ["a"]
+    assert bench.loop.num_waiting == 3
+    bench.turn(Withdraw("b", Withdrawal.FENCED, "another run"), Withdraw("d", Withdrawal.CANCELLED), times=2)
+    assert bench.loop.num_waiting == 2
+    assert bench.settled[0].terminal == Finished(2, "cancelled", Usage(1, 1))
+    bench.engine.is_full = False
+    bench.turn()
+    assert list(bench.engine.rows)[-2:] == ["b", "c"]
+
+
+def test_no_room_at_all_is_no_reason_to_wait() -> None:
+    """A job that is alone always starts: waiting for others would be for ever."""
+    bench = Bench()
+    bench.engine.is_full = True
+    bench.turn(admit("a"), admit("b"))
+    bench.turn_until(lambda: len(bench.settled) == 2)
+    assert [s.outcome for s in bench.settled] == [Outcome.FINISHED] * 2
+
+
+def test_a_suspect_is_tried_alone() -> None:
+    """It waits until nobody is there whom it could harm; the others wait until it has a new token, then join."""
+    bench = Bench()
+    bench.turn(admit("a", max_tokens=2))
+    bench.turn(admit("b", is_suspect=True, max_tokens=9), admit("c", max_tokens=9))
+    assert list(bench.engine.rows) == []
+    bench.engine.is_reading = True
+    bench.turn(times=3)
+    assert list(bench.engine.rows) == ["b"]
+    bench.engine.is_reading = False
+    bench.turn(times=2)
+    assert list(bench.engine.rows) == ["b", "c"]
+
+
+@pytest.mark.parametrize("end", ["refused", "crashed", "withdrawn"])
+def test_a_suspect_that_ends_lets_others_start(end: str) -> None:
+    """Whatever becomes of it, whoever waited behind it is served."""
+    bench = Bench()
+    bench.engine.is_reading = end == "withdrawn"
+    if end == "refused":
+        bench.engine.refused["a"] = refusal()
+    elif end == "crashed":
+        bench.engine.step_error = RuntimeError("boom")
+    bench.turn(admit("a", is_suspect=True), admit("b"))
+    if end == "withdrawn":
+        bench.turn(Withdraw("a", Withdrawal.CANCELLED))
+    bench.turn()
+    assert "b" in bench.engine.rows
+
+
+def test_memory_that_runs_short() -> None:
+    """The youngest rows go back to the queue; the oldest stays, even if there is no room for it."""
+    bench = Bench()
+    bench.turn(*(admit(job_id, max_tokens=99) for job_id in "abc"))
+    bench.engine.max_rows = 1
+    bench.turn_until(lambda: len(bench.settled) == 2)
+    assert [(s.job_id, s.outcome) for s in bench.settled] == [
+        ("c", Outcome.HANDED_OVER),
+        ("b", Outcome.HANDED_OVER),
+    ]
+    bench.engine.max_rows = 0
+    bench.turn(times=40)
+    assert list(bench.engine.rows) == ["a"]
+
+
+def test_the_clock_of_a_step() -> None:
+    """It runs while the engine steps and at no other time: the watchdog goes by it."""
+    bench = Bench()
+    seen: list[float | None] = []
+    step = bench.engine.step
+
+    def watched() -> Any:
+        seen.append(bench.loop.step_began_at)
+        return step()
+
+    bench.engine.step = watched  # type: ignore[method-assign]
+    bench.now = 7.0
+    bench.turn(admit("a"))
+    assert seen == [7.0]
+    assert bench.loop.step_began_at is None
 
 
 def test_jobs_that_nobody_listens_to_are_cancelled() -> None:
@@ -241,11 +351,14 @@ def test_quit_lets_running_jobs_end() -> None:
 
 JOBS = st.sampled_from("abcd")
 ACTIONS = st.one_of(
-    st.tuples(st.just("admit"), JOBS, st.integers(1, 6)),
+    st.tuples(st.just("admit"), JOBS, st.integers(1, 40)),
     st.tuples(st.just("withdraw"), JOBS, st.sampled_from(list(Withdrawal))),
     st.tuples(st.just("lose"), JOBS, st.just(0)),
     st.tuples(st.just("poison"), JOBS, st.booleans()),
     st.tuples(st.just("crash"), JOBS, st.just(0)),
+    st.tuples(st.just("fail_row"), JOBS, st.just(0)),
+    st.tuples(st.just("fill"), JOBS, st.booleans()),
+    st.tuples(st.just("shrink"), JOBS, st.integers(0, 3)),
     st.tuples(st.just("turn"), JOBS, st.integers(1, 3)),
 )
 
@@ -259,13 +372,32 @@ class Play:
         self.current: dict[str, str] = {}
 
     def admit(self, job_id: str, max_tokens: int) -> None:
-        """A job comes; again only when the lease before is lost, with what is in its journal by then."""
-        if job_id in self.current and self.current[job_id] not in self.bench.journal.refused:
+        """A job comes; again only when another worker may have it, with what is in its journal by then."""
+        if job_id in self.current and not self._has_moved_on(self.current[job_id]):
             return
         self.current[job_id] = f"{job_id}-{len(self.executions)}"
         self.executions.append(self.current[job_id])
         journal = self.bench.journal.events(job_id)
-        self.bench.inbox.put(admit(job_id, self.current[job_id], journal, max_tokens=max_tokens))
+        is_suspect = max_tokens % 3 == 0
+        self.bench.inbox.put(
+            admit(job_id, self.current[job_id], journal, max_tokens=max_tokens, is_suspect=is_suspect)
+        )
+
+    def _has_moved_on(self, execution_id: str) -> bool:
+        """Whether the lease is lost, or was given up: what is left of the run in the loop is refused by the journal."""
+        given_up = {
+            s.execution_id for s in self.bench.settled if s.outcome in (Outcome.CRASHED, Outcome.HANDED_OVER)
+        }
+        return execution_id in self.bench.journal.refused or execution_id in given_up
+
+    def fail_row(self, job_id: str, _: int) -> None:
+        self.bench.engine.row_error = (job_id, ValueError("odd"))
+
+    def fill(self, _job_id: str, is_full: bool) -> None:
+        self.bench.engine.is_full = is_full
+
+    def shrink(self, _job_id: str, max_rows: int) -> None:
+        self.bench.engine.max_rows = max_rows
 
     def withdraw(self, job_id: str, why: Withdrawal) -> None:
         self.bench.inbox.put(Withdraw(job_id, why))

@@ -1,0 +1,111 @@
+"""Starts a command again when it dies: `python -m common.supervise COMMAND...`, around each process of `make up`.
+
+A Mac's own supervisor (launchd) does the same for a pool that is installed for good. A command that cannot start at all
+is not tried again: its message says what to do.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from types import FrameType
+
+CANNOT_START = 1
+"""The exit status of our commands that end with a sentence."""
+
+STARTING_SECONDS = 900.0
+"""A first run that says so within this time (it may download and load a model before) was never up."""
+
+FIRST_PAUSE_SECONDS = 1.0
+LAST_PAUSE_SECONDS = 30.0
+WELL_AFTER_SECONDS = 60.0
+"""A run this long starts the pauses from the beginning again."""
+
+
+class Pauses:
+    """How long to wait before each next start: twice as long each time, until a run was a good one."""
+
+    def __init__(self) -> None:
+        self._next_seconds = FIRST_PAUSE_SECONDS
+
+    def after(self, run_seconds: float) -> float:
+        """The pause after a run of so many seconds."""
+        if run_seconds >= WELL_AFTER_SECONDS:
+            self._next_seconds = FIRST_PAUSE_SECONDS
+        pause = self._next_seconds
+        self._next_seconds = min(2 * pause, LAST_PAUSE_SECONDS)
+        return pause
+
+
+class Supervisor:
+    """See the module.
+
+    Args:
+        say: Takes a line for the operator.
+    """
+
+    def __init__(self, command: list[str], say: Callable[[str], object]) -> None:
+        self._command = command
+        self._say = say
+        self._is_stopping = False
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def stop(self, signum: int, _frame: FrameType | None) -> None:
+        """A signal handler: pass it on, and start nothing more."""
+        self._is_stopping = True
+        if self._process is not None:
+            self._process.send_signal(signum)
+
+    def run(self) -> int:
+        """Until the command ends well, is told to stop, or cannot start; its exit status."""
+        pauses, is_first = Pauses(), True
+        while True:
+            began_at = time.monotonic()
+            status = self._run_once()
+            run_seconds = time.monotonic() - began_at
+            never_up = is_first and status == CANNOT_START and run_seconds < STARTING_SECONDS
+            if self._is_stopping or status == 0 or never_up:
+                return status
+            is_first = False
+            pause = pauses.after(run_seconds)
+            how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+            self._say(f"{' '.join(self._command)} {how}; it is started again in {pause:g} s\n")
+            self._sleep(pause)
+            if self._is_stopping:
+                return 0
+
+    def _run_once(self) -> int:
+        self._process = subprocess.Popen(self._command)
+        if self._is_stopping:  # a signal that came before there was a process to pass it to
+            self._process.terminate()
+        return self._process.wait()
+
+    def _sleep(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not self._is_stopping and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Supervise; the exit status, 128 + N for signal N as a shell says it."""
+    command = sys.argv[1:] if argv is None else argv
+    if not command:
+        sys.stderr.write("python -m common.supervise COMMAND...: there is no command\n")
+        return 2
+
+    def say(line: str) -> None:
+        sys.stderr.write(f"mlx-pool: {line}")
+        sys.stderr.flush()
+
+    supervisor = Supervisor(command, say)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, supervisor.stop)
+    status = supervisor.run()
+    return status if status >= 0 else 128 - status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

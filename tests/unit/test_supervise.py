@@ -1,0 +1,80 @@
+"""The supervisor around each process of `make up`: what it starts again, and when."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from common import supervise
+from common.supervise import LAST_PAUSE_SECONDS, Pauses, Supervisor
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def counting(folder: Path, *statuses: int) -> list[str]:
+    """A command that ends with each status in turn; a negative one is a signal that kills it."""
+    code = (
+        "import os, pathlib, sys\n"
+        f"runs = pathlib.Path({str(folder / 'runs')!r})\n"
+        "n = len(runs.read_text()) if runs.exists() else 0\n"
+        "runs.write_text('x' * (n + 1))\n"
+        f"status = {list(statuses)}[n]\n"
+        "os.kill(os.getpid(), -status) if status < 0 else sys.exit(status)\n"
+    )
+    return [sys.executable, "-c", code]
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "FIRST_PAUSE_SECONDS", 0.01)
+
+
+def test_it_is_started_again_until_it_ends_well(tmp_path: Path) -> None:
+    """A crash, a kill and, once it has run, also a failed start: each is said, and followed by another run."""
+    said: list[str] = []
+    assert Supervisor(counting(tmp_path, 3, -9, 1, 0), said.append).run() == 0
+    assert (tmp_path / "runs").read_text() == "xxxx"
+    assert ["ended with status 3" in said[0], "killed by signal 9" in said[1], "status 1" in said[2]] == [
+        True
+    ] * 3
+
+
+def test_what_cannot_start_is_not_tried_again(tmp_path: Path) -> None:
+    """Its sentence says what to do, and is not repeated for ever."""
+    said: list[str] = []
+    assert Supervisor(counting(tmp_path, 1, 0), said.append).run() == 1
+    assert said == []
+
+
+def test_pauses() -> None:
+    """Twice as long each time, up to a limit; a run that went well starts again from the first."""
+    pauses = Pauses()
+    lengths = [pauses.after(1.0) for _ in range(20)]
+    assert lengths[:3] == [0.01, 0.02, 0.04]
+    assert lengths[-1] == LAST_PAUSE_SECONDS
+    assert pauses.after(3600.0) == 0.01
+
+
+def test_a_signal_ends_both() -> None:
+    """SIGTERM reaches the command, and nothing is started after it."""
+    sleeper = [sys.executable, "-m", "common.supervise", "sleep", "60"]
+    process = subprocess.Popen(sleeper, cwd=ROOT)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 10
+    child = ""
+    while not child and time.monotonic() < deadline:
+        found = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False
+        )
+        child = children.read_text().strip() if children.exists() else found.stdout.strip()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(child), 0)

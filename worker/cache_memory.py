@@ -1,0 +1,73 @@
+"""How much memory the caches of running rows may take, and whether one more row fits. Pure arithmetic.
+
+mlx-lm keeps the caches of a batch in arrays that are as long as its longest row: what counts is rows times longest. Made
+by `mlx_model`, asked by `mlx_engine`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_GROWS_BY_TOKENS = 256
+"""mlx-lm 0.32 makes caches longer in steps of this (`KVCache.step`)."""
+
+EXPECTED_TOKENS = 512
+"""What is set aside for an answer without a limit, or with a larger one: few are longer, and to keep room for a whole
+context for each would leave most of the memory empty. A batch that grows past its room gives a row back."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheCost:
+    """What one row's cache takes.
+
+    Attributes:
+        bytes_per_token: Of layers that keep every token.
+        bytes_per_row: Of layers with a state of a fixed size.
+        windows: (bytes per token, most tokens) of layers that keep the last tokens only.
+    """
+
+    bytes_per_token: float
+    bytes_per_row: int = 0
+    windows: tuple[tuple[float, int], ...] = ()
+
+    def row_bytes(self, num_tokens: int) -> float:
+        """For a row of so many tokens, prompt and answer together."""
+        num_tokens = -(-(num_tokens + 1) // _GROWS_BY_TOKENS) * _GROWS_BY_TOKENS
+        windows = sum(each * min(num_tokens, most) for each, most in self.windows)
+        return self.bytes_per_row + self.bytes_per_token * num_tokens + windows
+
+
+@dataclass(frozen=True, slots=True)
+class CacheMemory:
+    """See the module.
+
+    Attributes:
+        room_bytes: For all rows together.
+    """
+
+    cost: CacheCost
+    room_bytes: float
+
+    def fits(self, num_tokens_by_row: list[int]) -> bool:
+        """Whether these rows, with so many tokens each, have room together."""
+        if not num_tokens_by_row:
+            return True
+        return len(num_tokens_by_row) * self.cost.row_bytes(max(num_tokens_by_row)) <= self.room_bytes
+
+    def longest_row(self, most_tokens: int) -> int:
+        """The longest row that has room alone, up to `most_tokens`."""
+        low, high = 0, most_tokens
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.fits([middle]) else (low, middle - 1)
+        return low
+
+
+def expected_tokens(num_prompt: int, num_done: int, max_tokens: int) -> int:
+    """How long a row is expected to become.
+
+    Args:
+        num_done: Tokens of its answer that are there.
+        max_tokens: Of its answer.
+    """
+    return num_prompt + min(max_tokens, max(num_done, EXPECTED_TOKENS))
