@@ -73,11 +73,7 @@ class Pool:
         # A benchmark that is told to end leaves nothing running.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
-            data = Path(self._folder.name) / "redis"
-            data.mkdir()
-            self._start("redis", arguments(find_server(), data, self.redis_port))
-            with connections.connect(self.redis_url) as client:
-                connections.check(client)
+            self.start_redis()
         except BaseException:
             self.close()
             raise
@@ -90,6 +86,14 @@ class Pool:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def start_redis(self) -> None:
+        """Start Redis, with the data that it had if it ran before, and wait until it answers."""
+        data = Path(self._folder.name) / "redis"
+        data.mkdir(exist_ok=True)
+        self._start("redis", arguments(find_server(), data, self.redis_port))
+        with connections.connect(self.redis_url) as client:
+            connections.check(client)
 
     def start_api(self, num_processes: int = 1) -> None:
         """Start gunicorn and wait until it answers; before the first request there must be a worker."""

@@ -41,7 +41,7 @@ from worker.journal import RedisJournal
 from worker.messages import Message, Quit, Settlement, Withdraw, Withdrawal
 from worker.settlement import Settler
 from worker.takeover import Takeover
-from worker.watchdog import end_if_stuck
+from worker.watchdog import end_if_stuck, start_thread
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
@@ -52,10 +52,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _BEATS_PER_LEASE = 4
+_LEASE_MARGIN_SECONDS = 0.01
 _DEAF_SECONDS = 0.5
 """Pause of the pub/sub thread after a lost connection; it subscribes again by itself."""
 
-EXIT_THREAD_FAILED = 3
 
 _SHUTDOWN_PATIENCE_SECONDS = 2.0
 """How long a worker that ends waits for a Redis that is gone."""
@@ -107,6 +107,7 @@ class BatchWorker(BaseWorker):
         self._drain_seconds = settings.drain_seconds
         self._drain_began_at: float | None = None
         self._redis_away_since: float | None = None
+        self._next_lease_seconds = math.inf
         self._takeover = Takeover(
             self.queue,
             live_ttl_seconds=self._live_ttl_seconds,
@@ -156,16 +157,7 @@ class BatchWorker(BaseWorker):
         return all(thread.is_alive() is False for thread in self._threads)
 
     def _start_thread(self, name: str, target: Callable[[], None]) -> Thread:
-        def run() -> None:
-            try:
-                target()
-            except BaseException as error:
-                # A worker with a thread less is worse than none: others take its jobs over.
-                log.critical("the %s thread failed", name, exc_info=error)
-                os._exit(EXIT_THREAD_FAILED)
-
-        thread = Thread(target=run, name=name, daemon=True)
-        thread.start()
+        thread = start_thread(name, target)
         self._threads.append(thread)
         return thread
 
@@ -196,7 +188,7 @@ class BatchWorker(BaseWorker):
     def _sleep(self) -> None:
         """Until the next heartbeat, or until there is something to look at now."""
         with suppress(Empty):
-            self._wake.get(timeout=self._beat_seconds)
+            self._wake.get(timeout=min(self._beat_seconds, self._next_lease_seconds + _LEASE_MARGIN_SECONDS))
         while not self._wake.empty():
             self._wake.get()
 
@@ -252,12 +244,13 @@ class BatchWorker(BaseWorker):
     # -- heartbeats --------------------------------------------------------------------------------------------------
 
     def _beat(self) -> None:
+        self._next_lease_seconds = math.inf
         try:
             for execution in self._heartbeat.beat(draining=self._is_draining):
                 self._inbox.put(Withdraw(execution.job_id, Withdrawal.FENCED, execution.id))
             self._show_state()
             if not self._is_draining:
-                self._takeover.run()
+                self._next_lease_seconds = self._takeover.run()
             self._maintain()
         except redis.RedisError as error:
             if self._redis_away_since is None:

@@ -7,6 +7,7 @@ clock; RQ's own cleaners go by local clocks and run twice at once, so their dead
 from __future__ import annotations
 
 import logging
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 
 RESCUE_AFTER_SECONDS = 2.0
 """How long an id may lie in the intermediate queue; a live worker needs milliseconds."""
+
+_NO_SUCH_KEY = -2
+"""PTTL's answer."""
 
 # KEYS: intermediate queue, queue. ARGV: a job id.
 _RESCUE = """
@@ -61,25 +65,31 @@ class Takeover:
         self._rescue_script = self._redis.register_script(_RESCUE)
         self._first_seen: dict[bytes, float] = {}
 
-    def run(self) -> None:
-        """Look once for jobs without a worker and put them back."""
-        self._reap()
-        self._rescue()
+    def run(self) -> float:
+        """Look once for jobs without a worker and put them back.
 
-    def _reap(self) -> None:
-        """Put back the executions whose lease ran out."""
+        Returns:
+            Seconds until the next lease runs out, if it is not renewed: looking again just then loses no time.
+        """
+        next_seconds = self._reap()
+        self._rescue()
+        return next_seconds
+
+    def _reap(self) -> float:
+        """Put back the executions whose lease ran out; as `run`."""
         registry = self._queue.started_job_registry
         entries: Any = self._redis.zrange(registry.key, 0, -1)
         composites = [entry.decode() for entry in entries if entry.isascii()]  # what is not, is none of RQ's
         if not composites:
-            return
+            return math.inf
         with self._redis.pipeline(transaction=False) as pipe:
             for composite in composites:
-                pipe.exists(_execution_key(composite))
-            alive = pipe.execute()
-        for composite, is_alive in zip(composites, alive, strict=True):
-            if not is_alive:
+                pipe.pttl(_execution_key(composite))
+            leases_ms = pipe.execute()
+        for composite, lease_ms in zip(composites, leases_ms, strict=True):
+            if lease_ms == _NO_SUCH_KEY:
                 self._put_back(registry.key, composite)
+        return min((ms / 1000 for ms in leases_ms if ms >= 0), default=math.inf)
 
     def _put_back(self, registry_key: str, composite: str) -> None:
         """One execution, exactly once: whoever commits first, the others' WATCH fails or the entry is gone.

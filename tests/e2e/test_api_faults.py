@@ -7,15 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.pool import ROOT, Pool
-from common import connections
 from common.protocol import Delta, Event, Finished, GenerationJob, Started, Usage
-from common.redis_server import arguments, find_server
 from tests.conftest import unused_port
 from tests.e2e.api_pool import MODEL, ApiPool, api_pool, chat_body, read_response, request
 from tests.fake_worker import FakeWorker
@@ -74,7 +71,7 @@ def test_redis_that_is_not_there_yet() -> None:
         assert int(refused.headers["retry-after"]) >= 1
         assert "Traceback" not in pool.log("api")
         assert pool.log("api").count("Redis is away") == 1
-        restart_redis(pool)
+        pool.start_redis()
         wait_for(lambda: api.ask("GET", "/readyz").json["reason"] == "no model has a live worker")
         assert api.ask("GET", "/readyz").status == 503
         assert api.ask("GET", "/v1/models").json == {"object": "list", "data": []}
@@ -90,13 +87,6 @@ def answers(api: ApiPool) -> bool:
         return api.ask("GET", "/livez").status == 200
     except OSError:
         return False
-
-
-def restart_redis(pool: Pool) -> None:
-    """The same server again, with the data that it had."""
-    pool._start("redis", arguments(find_server(), Path(pool._folder.name) / "redis", pool.redis_port))
-    with connections.connect(pool.redis_url) as client:
-        connections.check(client)
 
 
 def test_redis_that_goes_and_comes_back() -> None:
@@ -129,7 +119,7 @@ def test_redis_that_goes_and_comes_back() -> None:
         assert (refused.status, refused.error["code"]) == (503, "queue_unavailable")
         assert time.monotonic() - began_at < 1
         time.sleep(1.2)
-        restart_redis(api.pool)
+        api.pool.start_redis()
         state["away"] = False
         answer = read_response(connection)
         connection.close()
