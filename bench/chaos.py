@@ -13,11 +13,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-
-import psutil
 
 from bench.load import Load, Stream, errors
 from bench.pool import Pool
@@ -70,36 +68,38 @@ class Outcome:
 class Workers:
     """Synthetic workers of one pool, that can be hit.
 
+    Attributes:
+        roles: What the pool calls those that live, oldest first.
+
     Args:
-        steps_per_second: Of each.
+        flags: More of each one's command line.
     """
 
-    def __init__(self, pool: Pool, steps_per_second: float = STEPS_PER_SECOND) -> None:
-        self._pool = pool
-        self._steps_per_second = steps_per_second
-        self._num_started = 0
+    def __init__(self, pool: Pool, flags: Sequence[str] = ()) -> None:
+        self.pool = pool
         self.roles: list[str] = []
+        self._flags = flags
+        self._num_started = 0
 
     def start(self) -> str:
         """One more; returns when it shows its card."""
         self._num_started += 1
         role = f"worker {self._num_started}"
         command = ["bench.synthetic_worker", "--name", MODEL, "--log-level", "WARNING"]
-        command += ["--steps-per-second", str(self._steps_per_second)]
-        self._pool.start_worker(command, MODEL, role)
+        command += ["--steps-per-second", str(STEPS_PER_SECOND), *self._flags]
+        self.pool.start_worker(command, MODEL, role)
         self.roles.append(role)
         return role
 
     def send(self, role: str, signum: int) -> None:
         """A signal to one."""
-        for pid in self._pool.pids(role)[:1]:
-            psutil.Process(pid).send_signal(signum)
+        self.pool.process(role).send_signal(signum)
 
     def kill(self, role: str) -> None:
         """SIGKILL, and it is gone from the list."""
         self.send(role, signal.SIGKILL)
         self.roles.remove(role)
-        self._pool.stop(role)
+        self.pool.stop(role)
 
 
 @contextmanager
@@ -131,11 +131,9 @@ def wait_until(is_true: Callable[[], object], seconds: float = 60.0) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def kills(pool: Pool, num_kills: int, num_streams: int = 16) -> Outcome:
+def kills(workers: Workers, num_kills: int, num_streams: int = 16) -> Outcome:
     """The worker with all the streams dies, another one waits beside it; then that one is the next victim."""
-    workers, outcome = Workers(pool), Outcome()
-    load = Load(pool.url, MODEL)
-    workers.start()
+    outcome, load = Outcome(), Load(workers.pool.url, MODEL)
     for _ in range(num_kills):
         victim = workers.roles[0]
         with running(load, num_streams, 4 * STEPS_PER_SECOND, outcome):
@@ -145,23 +143,22 @@ def kills(pool: Pool, num_kills: int, num_streams: int = 16) -> Outcome:
     return outcome
 
 
-def mixed(pool: Pool, num_blows: int, *, seed: int = 1, num_streams: int = 24) -> Outcome:
+def mixed(workers: Workers, num_blows: int, *, seed: int = 1, num_streams: int = 24) -> Outcome:
     """Every two and a half seconds one of three workers is killed, stopped and woken, ended, or all connections are cut."""
     chance = random.Random(seed)  # noqa: S311 (to repeat a run)
-    workers, outcome = Workers(pool), Outcome()
-    load = Load(pool.url, MODEL)
-    for _ in range(3):
+    outcome, load = Outcome(), Load(workers.pool.url, MODEL)
+    while len(workers.roles) < 3:  # noqa: PLR2004
         workers.start()
     num_tokens = int(STEPS_PER_SECOND * (2.5 * num_blows + 3.0))
     with running(load, num_streams, num_tokens, outcome, _TIMEOUT_SECONDS + num_tokens):
         for _ in range(num_blows):
-            _strike(pool, workers, chance)
+            _strike(workers, chance)
             outcome.num_blows += 1
             time.sleep(2.5)
     return outcome
 
 
-def _strike(pool: Pool, workers: Workers, chance: random.Random) -> None:
+def _strike(workers: Workers, chance: random.Random) -> None:
     role = chance.choice(workers.roles)
     match chance.choice(["kill", "kill", "pause", "end", "cut"]):
         case "kill":
@@ -176,16 +173,14 @@ def _strike(pool: Pool, workers: Workers, chance: random.Random) -> None:
             workers.roles.remove(role)
             workers.start()
         case "cut":
-            with connections.connect(pool.redis_url) as client:
+            with connections.connect(workers.pool.redis_url) as client:
                 client.client_kill_filter(_type="normal", skipme=True)
                 client.client_kill_filter(_type="pubsub", skipme=True)
 
 
-def redis_away(pool: Pool, seconds: float, num_streams: int = 16) -> Outcome:
+def redis_away(workers: Workers, seconds: float, num_streams: int = 16) -> Outcome:
     """Redis is stopped, stays away, and is started again with what it had written."""
-    workers, outcome = Workers(pool), Outcome()
-    load = Load(pool.url, MODEL)
-    workers.start()
+    outcome, load, pool = Outcome(), Load(workers.pool.url, MODEL), workers.pool
     workers.start()
     with running(load, num_streams, 6 * STEPS_PER_SECOND, outcome):
         time.sleep(1.0)
@@ -200,7 +195,7 @@ def leftovers(pool: Pool) -> list[str]:
     """What a pool that has come to rest still has in its books: nothing, if all is well."""
     found: list[str] = []
     with connections.connect(pool.redis_url) as client:
-        books = (f"rq:queue:{MODEL}", f"rq:queue:intermediate:{MODEL}", f"rq:wip:{MODEL}")
+        books = (f"rq:queue:{MODEL}", f"rq:queue:{MODEL}:intermediate", f"rq:wip:{MODEL}")
         found += [key for key in books if client.exists(key)]
         found += [key.decode() for key in client.keys("rq:execution*")]
         found += [f"{key.decode()} lives for ever" for key in _immortal(client)]
@@ -223,18 +218,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--away", type=float, default=30.0, metavar="SECONDS")
     parser.add_argument("--seed", type=int, default=1, metavar="N")
     options = parser.parse_args(argv)
-    scenarios: dict[str, Callable[[Pool], Outcome]] = {
-        "kills": lambda pool: kills(pool, options.kills),
-        "mixed": lambda pool: mixed(pool, options.blows, seed=options.seed),
-        "redis": lambda pool: redis_away(pool, options.away),
+    scenarios: dict[str, Callable[[Workers], Outcome]] = {
+        "kills": lambda workers: kills(workers, options.kills),
+        "mixed": lambda workers: mixed(workers, options.blows, seed=options.seed),
+        "redis": lambda workers: redis_away(workers, options.away),
     }
     is_well = True
     for part in options.parts:
         with Pool() as pool:
-            Workers(pool).start()  # the API answers only with a model
+            workers = Workers(pool)
+            workers.start()
             pool.start_api()
-            pool.stop("worker 1")
-            outcome = scenarios[part](pool)
+            outcome = scenarios[part](workers)
             time.sleep(5.0)
             left = leftovers(pool)
         say(f"{part}: {outcome.describe()}")

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import errno
+import re
 import selectors
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit
@@ -54,6 +56,8 @@ class Stream:
 
     Attributes:
         began_at: Monotonic seconds before the connection was made.
+        answered_at: When the head of the answer had come.
+        retry_after_seconds: What a refusal said.
         first_at: When the first text came; 0 where none did.
         last_at: When the last text came.
         num_chunks: Chunks with text: tokens, for a server that sends each in its own.
@@ -71,7 +75,8 @@ class Stream:
     def __init__(self, request: bytes, *, check: bool = False, keep_text: bool = False) -> None:
         self.request = request
         self.status = 0
-        self.began_at = self.first_at = self.last_at = 0.0
+        self.began_at = self.answered_at = self.first_at = self.last_at = 0.0
+        self.retry_after_seconds: int | None = None
         self.num_chunks = 0
         self.num_checked = 0
         self.completion_tokens = 0
@@ -106,6 +111,9 @@ class Stream:
         if not separator:
             return False
         self.status = int(head[9:12])
+        self.answered_at = time.monotonic()
+        if retry_after := re.search(rb"\r\nretry-after: (\d+)", head, re.IGNORECASE):
+            self.retry_after_seconds = int(retry_after[1])
         self._is_chunked = b"transfer-encoding: chunked" in head.lower()
         self._raw = rest
         return True
@@ -201,16 +209,26 @@ class Load:
         )
         return head.encode() + body
 
-    def run(self, streams: Iterable[Stream], timeout_seconds: float = 120.0) -> list[Stream]:
-        """Send all of them at once, each on a connection of its own; returns when each has ended."""
+    def run(
+        self, streams: Iterable[Stream], timeout_seconds: float = 120.0, *, apart_seconds: float = 0.0
+    ) -> list[Stream]:
+        """Send all of them, each on a connection of its own; returns when each has ended.
+
+        Args:
+            apart_seconds: From one to the next, whatever the server does meanwhile; 0: all at once.
+        """
         streams = list(streams)
-        deadline = time.monotonic() + timeout_seconds
+        began_at = time.monotonic()
+        deadline = began_at + timeout_seconds
+        coming = deque(enumerate(streams))
         with selectors.DefaultSelector() as selector:
-            for stream in streams:
-                self._connect(stream, selector)
             num_open = len(streams)
-            while num_open and time.monotonic() < deadline:
-                for key, _ in selector.select(_SELECT_SECONDS):
+            while num_open and (now := time.monotonic()) < deadline:
+                while coming and coming[0][0] * apart_seconds <= now - began_at:
+                    self._connect(coming.popleft()[1], selector)
+                for key, _ in selector.select(
+                    min(_SELECT_SECONDS, apart_seconds) if coming else _SELECT_SECONDS
+                ):
                     stream = key.data
                     self._on_ready(stream, key, selector)
                     if stream.is_done:

@@ -89,7 +89,7 @@ class Pool:
 
     def start_redis(self) -> None:
         """Start Redis, with the data that it had if it ran before, and wait until it answers."""
-        data = Path(self._folder.name) / "redis"
+        data = self.folder / "redis"
         data.mkdir(exist_ok=True)
         self._start("redis", arguments(find_server(), data, self.redis_port))
         with connections.connect(self.redis_url) as client:
@@ -107,9 +107,9 @@ class Pool:
     def start_worker(self, command: Sequence[str], model: str, role: str = "worker") -> None:
         """Start `python -m COMMAND...` and wait until it shows a card for `model`."""
         with connections.connect(self.redis_url) as client:
-            before = _num_cards(client, model)
+            before = _cards(client, model)
             self.start(role, command)
-            self._wait_for(role, lambda: _num_cards(client, model) > before)
+            self._wait_for(role, lambda: _cards(client, model) - before)
 
     def start(self, role: str, command: Sequence[str]) -> None:
         """Start `python -m COMMAND...`."""
@@ -136,6 +136,15 @@ class Pool:
             self.stop(role)
         self.stop("redis")
         self._folder.cleanup()
+
+    @property
+    def folder(self) -> Path:
+        """Where its logs and Redis's data are, while it lasts."""
+        return Path(self._folder.name)
+
+    def process(self, role: str) -> subprocess.Popen[bytes]:
+        """A role's first process."""
+        return self._processes[role][0]
 
     def pids(self, role: str) -> list[int]:
         """The ids of a role's processes, children included."""
@@ -196,11 +205,10 @@ class Pool:
             return False
 
 
-def _num_cards(client: redis.Redis, model: str) -> int:
-    """How many live workers show a card for the model."""
+def _cards(client: redis.Redis, model: str) -> set[bytes]:
+    """The workers that show a card for the model; one that was killed does for a while."""
     workers: list[bytes] = client.zrange(names.WORKER_CARDS, 0, -1)  # type: ignore[assignment]
-    cards = [client.hget(names.worker_card(worker.decode()), "id") for worker in workers]
-    return cards.count(model.encode())
+    return {w for w in workers if client.hget(names.worker_card(w.decode()), "id") == model.encode()}
 
 
 def _family(pid: int) -> list[psutil.Process]:

@@ -121,36 +121,44 @@ class Contest:
 def compare(
     contest: Contest, num_streams: int, num_rounds: int, table: Table, patience_seconds: float
 ) -> None:
-    """Interleaved rounds at one number of streams, and the medians of their ratios."""
+    """Interleaved rounds at one number of streams, and the medians of their ratios.
+
+    Who is first changes from round to round: a machine that was busy for long may have become slower. For the same reason
+    the one that takes its time, one job after another, comes after all rounds.
+    """
     ratios: list[float] = []
     cpu_ratios: list[float] = []
-    speedups: list[float] = []
+    rates: list[float] = []
     for number in range(1, num_rounds + 1):
-        raw, raw_usage = in_quiet(lambda: contest.raw(num_streams), patience_seconds)
-        pool, pool_usage = in_quiet(lambda: contest.pool(num_streams), patience_seconds)
+        kinds = [contest.raw, contest.pool]
+        measured = {}
+        for kind in kinds if number % 2 else reversed(kinds):
+            measured[kind] = in_quiet(lambda kind=kind: kind(num_streams), patience_seconds)  # type: ignore[misc]
+        (raw, raw_usage), (pool, pool_usage) = measured[contest.raw], measured[contest.pool]
         ratios.append(pool.tokens_per_second / raw.tokens_per_second)
         cpu_ratios.append(raw.cpu_seconds / pool.cpu_seconds)
-        single = "-"
-        if num_streams == ONE_AT_A_TIME_STREAMS:
-            alone, _ = in_quiet(lambda: contest.one_at_a_time(num_streams), patience_seconds)
-            speedups.append(pool.tokens_per_second / alone.tokens_per_second)
-            single = f"{alone.tokens_per_second:.1f}"
+        rates.append(pool.tokens_per_second)
         table.add(
             [
                 f"{num_streams}, round {number}",
                 f"{raw.tokens_per_second:.1f}",
                 f"{pool.tokens_per_second:.1f}",
-                single,
                 f"{ratios[-1]:.3f}",
                 f"{cpu_ratios[-1]:.3f}",
-                f"{speedups[-1]:.1f}" if speedups else "-",
+                "",
                 f"{1000 * (pool.first_token_seconds - raw.first_token_seconds):+.0f}",
                 f"{raw_usage.others:.2f}, {pool_usage.others:.2f}",
             ]
         )
-    medians = [f"{statistics.median(values):.3f}" for values in (ratios, cpu_ratios)]
-    speedup = f"**{statistics.median(speedups):.1f}**" if speedups else "-"
-    table.add([f"**{num_streams}, median**", "", "", "", *(f"**{m}**" for m in medians), speedup, "", ""])
+    medians = [f"**{statistics.median(values):.3f}**" for values in (ratios, cpu_ratios)]
+    table.add(
+        [f"**{num_streams}, median**", "", f"{statistics.median(rates):.1f}", *medians, "", "", ""],
+    )
+    if num_streams == ONE_AT_A_TIME_STREAMS:
+        alone, usage = in_quiet(lambda: contest.one_at_a_time(num_streams), patience_seconds)
+        rate = alone.tokens_per_second
+        speedup = f"{rate:.1f}, pool ÷ it **{statistics.median(rates) / rate:.1f}**"
+        table.add([f"{num_streams}, one after another", "", "", "", "", speedup, "", f"{usage.others:.2f}"])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -169,10 +177,9 @@ def main(argv: list[str] | None = None) -> int:
             "streams",
             "alone, tokens/s",
             "pool",
-            "one at a time",
             "pool ÷ alone",
             "the same in CPU time",
-            "pool ÷ one at a time",
+            "one at a time",
             "first token, ms later than alone",
             "CPUs others used",
         ]

@@ -1,17 +1,22 @@
 """A worker without a model: `python -m bench.synthetic_worker --name MODEL_ID --steps-per-second R`.
 
 For benchmarks, capacity planning and tests: everything is the real worker but the engine. Token k of a stream has the text
-" k" (k from 1), so that a reader can see that none is missing, doubled or out of order.
+" k" (k from 1), so that a reader can see that none is missing, doubled or out of order. With `--obey`, a request's last
+words can ask for misfortune: "crash 5" kills the worker before that row's fifth token, "hang 5" has the step hang,
+"raise 5" has it raise, "fail 5" fails that row.
 """
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import sys
 import time
 from collections.abc import Callable
 
 from common.errors import StartupError
-from common.protocol import GenerationJob, TextPrompt
+from common.protocol import ChatPrompt, GenerationJob, TextPrompt
 from common.settings import Settings
 from worker.__main__ import WorkerFlags, run
 from worker.engine import Inserted, ModelInfo, RowFailure, StepToken
@@ -29,6 +34,7 @@ class SyntheticEngine:
             the transport alone.
         timestamps: The k-th token's text is " k@T", T the microseconds since 1970 when its step ended: a reader on the
             same machine knows how long it was on its way.
+        obey: Misfortunes are to be had; see the module.
     """
 
     def __init__(
@@ -38,6 +44,7 @@ class SyntheticEngine:
         *,
         first_token_at_once: bool = False,
         timestamps: bool = False,
+        obey: bool = False,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -45,6 +52,8 @@ class SyntheticEngine:
         self._period_seconds = 1.0 / steps_per_second if steps_per_second else 0.0
         self._first_token_at_once = first_token_at_once
         self._timestamps = timestamps
+        self._obey = obey
+        self._misfortunes: dict[str, tuple[str, int]] = {}  # by job id: what, and before which token
         self._clock, self._sleep = clock, sleep
         self._next_step_at = 0.0
         self._rows: dict[str, list[int]] = {}  # job id: tokens so far, tokens in all
@@ -74,10 +83,13 @@ class SyntheticEngine:
             self._next_step_at = self._clock()
         self._rows[job.job_id] = [len(replay), max_tokens]
         self._new.append(job.job_id)
+        if self._obey and (asked := _misfortune(job)):
+            self._misfortunes[job.job_id] = asked
         return Inserted(len(prompt), max_tokens, replayed_texts=[f" {token_id}" for token_id in replay])
 
     def remove(self, job_id: str) -> None:
         self._rows.pop(job_id, None)
+        self._misfortunes.pop(job_id, None)
 
     def step(self) -> list[StepToken | RowFailure]:
         new, self._new = [job_id for job_id in self._new if job_id in self._rows], []
@@ -95,7 +107,29 @@ class SyntheticEngine:
 
     def _next_tokens(self, job_ids: list[str]) -> list[StepToken | RowFailure]:
         mark = f"@{time.time_ns() // 1000}" if self._timestamps else ""
-        return [self._next_token(job_id, mark) for job_id in job_ids]
+        failures = self._suffer(job_ids) if self._misfortunes else []
+        return [self._next_token(job_id, mark) for job_id in job_ids if job_id in self._rows] + failures
+
+    def _suffer(self, job_ids: list[str]) -> list[StepToken | RowFailure]:
+        """Do what rows of this step asked for."""
+        failures: list[StepToken | RowFailure] = []
+        for job_id in job_ids:
+            what, at = self._misfortunes.get(job_id, ("", 0))
+            if not what or self._rows[job_id][0] + 1 < at:
+                continue
+            match what:
+                case "crash":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "hang":
+                    self._sleep(3600)
+                case "raise":
+                    self._rows.clear()
+                    self._misfortunes.clear()
+                    raise RuntimeError("as asked")
+                case _:
+                    self.remove(job_id)
+                    failures.append(RowFailure(job_id, RuntimeError("as asked")))
+        return failures
 
     def _next_token(self, job_id: str, mark: str) -> StepToken:
         row = self._rows[job_id]
@@ -104,6 +138,15 @@ class SyntheticEngine:
         if done:
             del self._rows[job_id]
         return StepToken(job_id, row[0], f" {row[0]}{mark}", "length" if done else None)
+
+
+def _misfortune(job: GenerationJob) -> tuple[str, int] | None:
+    """What a request's last two words ask for."""
+    prompt = job.prompt
+    text = str(prompt.messages[-1].get("content")) if isinstance(prompt, ChatPrompt) else ""
+    text = prompt.text if isinstance(prompt, TextPrompt) else text
+    asked = re.search(r"\b(crash|hang|raise|fail) (\d+)$", text)
+    return (asked[1], int(asked[2])) if asked else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,6 +164,10 @@ def main(argv: list[str] | None = None) -> int:
         help="each token's text says when its step ended (Unix microseconds)",
     )
 
+    flags.parser.add_argument(
+        "--obey", action="store_true", help="requests can ask for misfortune; see the module"
+    )
+
     def make_engine(settings: Settings) -> SyntheticEngine:
         options = flags.arguments
         if options.steps_per_second < 0:
@@ -130,6 +177,7 @@ def main(argv: list[str] | None = None) -> int:
             options.steps_per_second,
             first_token_at_once=options.first_token_at_once,
             timestamps=options.timestamps,
+            obey=options.obey,
         )
 
     return run(flags, make_engine, argv)

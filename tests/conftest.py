@@ -18,6 +18,9 @@ from pathlib import Path
 import pytest
 import redis
 
+from common.settings import Settings
+from worker import demo_model
+
 LAYERS = ("unit", "redis", "model", "e2e", "chaos")
 SERVERS = ("redis", "valkey")
 
@@ -120,3 +123,9 @@ def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
                 time.sleep(0.02)
             else:
                 return
+
+
+@pytest.fixture(scope="session")
+def demo_folder() -> Path:
+    """The demo model's folder: from the user's cache, or fetched and converted now."""
+    return demo_model.ensure_demo_model(Settings.load().cache_dir)

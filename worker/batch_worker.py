@@ -142,7 +142,7 @@ class BatchWorker(BaseWorker):
                 encode=engine.encode,
                 admit=self._inbox.put,
                 draining=lambda: self._is_draining,
-                holding_off=lambda: self._heartbeat.is_suspended or loop.num_waiting > 0,
+                holding_off=lambda: self._heartbeat.is_suspended or loop.is_full,
                 num_workers=lambda: self._heartbeat.num_workers,
             )
             self._start_thread("settlement", settler.run)

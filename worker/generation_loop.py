@@ -96,9 +96,9 @@ class GenerationLoop:
         self.step_began_at: float | None = None
 
     @property
-    def num_waiting(self) -> int:
-        """Jobs that came and have not started; read by other threads."""
-        return len(self._admission)
+    def is_full(self) -> bool:
+        """Whether nothing more is to come now: a job waits to start, or one is tried alone. Read by other threads."""
+        return len(self._admission) > 0 or self._admission.suspect is not None
 
     def run(self) -> None:
         """Turn until `Quit` came and everything is settled."""

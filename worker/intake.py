@@ -49,6 +49,13 @@ return ids
 """
 
 
+# KEYS: intermediate queue, queue. ARGV: a job id. To the front of the queue, unless somebody else did it.
+GIVE_BACK = """
+if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 1 then return redis.call('LPUSH', KEYS[2], ARGV[1]) end
+return 0
+"""
+
+
 class Found(NamedTuple):
     """What was read of a job that was taken.
 
@@ -64,6 +71,11 @@ class Found(NamedTuple):
     is_cancelled: int
     entries: list[Any]
     place: int | None
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it is to be tried alone."""
+        return read_strikes(self.fields).is_suspect
 
 
 _NUM_READ = len(Found._fields) - 1
@@ -116,6 +128,7 @@ class Intake:
         self._num_workers = num_workers
         self._max_batch = slots.qsize()
         self._take = self._redis.register_script(_TAKE)
+        self._give_back = self._redis.register_script(GIVE_BACK)
         self._workers_key = f"{RQ_KEY_PREFIX}:workers:{self._queue.name}"
 
     def run(self) -> None:
@@ -180,12 +193,30 @@ class Intake:
                 del answers[_NUM_READ:]
                 answers += pipe.execute(raise_on_error=False)
             raise_other_than_wrong_type(answers)
-        return self._register(
-            [
-                Found(raw_id, *answers[_NUM_READ * i : _NUM_READ * (i + 1)])
-                for i, raw_id in enumerate([first, *more])
-            ]
-        )
+        found = [
+            Found(raw_id, *answers[_NUM_READ * i : _NUM_READ * (i + 1)])
+            for i, raw_id in enumerate([first, *more])
+        ]
+        return self._register(self._sorted_out(found, is_idle=num_slots == self._max_batch))
+
+    def _sorted_out(self, found: list[Found], *, is_idle: bool) -> list[Found]:
+        """What is kept of what was taken; a suspect only alone, the others go back to the front of the queue.
+
+        A worker that dies leaves a mark on every job it holds: the jobs that only wait for a suspect are not to get one.
+        """
+        suspects = [each for each in found if each.is_suspect]
+        if not suspects:
+            return found
+        kept = suspects[:1] if is_idle else [each for each in found if not each.is_suspect]
+        with self._redis.pipeline(transaction=True) as pipe:
+            for each in reversed(found):
+                if each not in kept:
+                    keys = (self._queue.intermediate_queue_key, self._queue.key)
+                    self._give_back(keys=keys, args=(each.raw_id,), client=pipe)
+            pipe.execute()
+        if not kept:
+            time.sleep(_HOLD_OFF_SECONDS)
+        return kept
 
     def _read(self, pipe: Any, raw_id: bytes) -> None:
         """What is to be known of a job: see `Found`."""
@@ -242,9 +273,8 @@ class Intake:
             return []
         job = restored(job_id, found.fields, self._redis)
         request, journal = job.request(), read_journal(found.entries)
-        is_suspect = read_strikes(found.fields).is_suspect
         execution = self._worker.start_execution(job, pipe)
-        return [Taken(found.raw_id, job, execution, request, journal, is_suspect)]
+        return [Taken(found.raw_id, job, execution, request, journal, found.is_suspect)]
 
     def _fail(self, job_id: str, reason: str) -> None:
         """In RQ's books, if RQ can make sense of the job; else there is nothing to be written."""
@@ -259,6 +289,8 @@ class Intake:
         for each in sorted(kept, key=lambda each: len(each.job.data)):
             prompt = self._encoded(each.request)
             self._admit(Admit(each.request, each.execution.id, prompt, each.journal, each.is_suspect))
+            if each.is_suspect:
+                time.sleep(_HOLD_OFF_SECONDS)  # until the loop has it, and `holding_off` says so
         for each in taken:
             if each.raw_id in lost:
                 self._drop(each)

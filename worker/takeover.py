@@ -21,6 +21,7 @@ from common import names
 from common.errors import RequestError
 from common.protocol import encode
 from common.rq import ForeignJobError, JsonJob, JsonQueue
+from worker.intake import GIVE_BACK
 from worker.records import LAST_N, STRIKES, Strikes, has_ended, read_journal, read_strikes, restored
 from worker.sequence import failed_event
 
@@ -34,12 +35,6 @@ RESCUE_AFTER_SECONDS = 2.0
 
 _NO_SUCH_KEY = -2
 """PTTL's answer."""
-
-# KEYS: intermediate queue, queue. ARGV: a job id.
-_RESCUE = """
-if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 1 then return redis.call('LPUSH', KEYS[2], ARGV[1]) end
-return 0
-"""
 
 _LOST = RequestError(
     "The workers that tried to answer this request stopped one after another; it is not tried again.",
@@ -62,7 +57,7 @@ class Takeover:
         self._redis: redis.Redis = queue.connection
         self._live_ttl_seconds = live_ttl_seconds
         self._final_ttl_seconds = final_ttl_seconds
-        self._rescue_script = self._redis.register_script(_RESCUE)
+        self._rescue_script = self._redis.register_script(GIVE_BACK)
         self._first_seen: dict[bytes, float] = {}
 
     def run(self) -> float:

@@ -1,4 +1,4 @@
-"""The real small model of this layer: the demo model, from the user's cache, or fetched and converted now."""
+"""The real small model of this layer, loaded."""
 
 from __future__ import annotations
 
@@ -7,13 +7,7 @@ from pathlib import Path
 import pytest
 
 from common.settings import Settings
-from worker import demo_model, mlx_model
-
-
-@pytest.fixture(scope="session")
-def demo_folder() -> Path:
-    """The demo model's folder."""
-    return demo_model.ensure_demo_model(Settings.load().cache_dir)
+from worker import mlx_model
 
 
 @pytest.fixture(scope="session")

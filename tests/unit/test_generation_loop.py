@@ -246,13 +246,13 @@ def test_what_has_no_room_waits() -> None:
     bench.journal.entries["d"] = [None]  # type: ignore[list-item]  # written by another worker
     bench.turn(admit("b"), admit("c"), admit("d", journal=[Delta(1, 1, " 1")]))
     assert list(bench.engine.rows) == ["a"]
-    assert bench.loop.num_waiting == 3
+    assert bench.loop.is_full
     bench.turn(Withdraw("b", Withdrawal.FENCED, "another run"), Withdraw("d", Withdrawal.CANCELLED), times=2)
-    assert bench.loop.num_waiting == 2
     assert bench.settled[0].terminal == Finished(2, "cancelled", Usage(1, 1))
     bench.engine.is_full = False
     bench.turn()
     assert list(bench.engine.rows)[-2:] == ["b", "c"]
+    assert not bench.loop.is_full
 
 
 def test_no_room_at_all_is_no_reason_to_wait() -> None:
@@ -273,6 +273,7 @@ def test_a_suspect_is_tried_alone() -> None:
     bench.engine.is_reading = True
     bench.turn(times=3)
     assert list(bench.engine.rows) == ["b"]
+    assert bench.loop.is_full
     bench.engine.is_reading = False
     bench.turn(times=2)
     assert list(bench.engine.rows) == ["b", "c"]
