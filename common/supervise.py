@@ -1,4 +1,4 @@
-"""Starts a command again when it dies: `python -m common.supervise COMMAND...`, around each process of `make up`.
+"""Starts a command again when it dies: `python -m common.supervise [--group] COMMAND...`, around each process of `make up`.
 
 A Mac's own supervisor (launchd) does the same for a pool that is installed for good. A command that cannot start at all
 is not tried again: its message says what to do.
@@ -45,18 +45,23 @@ class Supervisor:
 
     Args:
         say: Takes a line for the operator.
+        is_group_told: Signals come to the whole process group, as a foreman sends them: they are not passed on, since a
+            second one has a meaning of its own.
     """
 
-    def __init__(self, command: list[str], say: Callable[[str], object]) -> None:
+    def __init__(
+        self, command: list[str], say: Callable[[str], object], *, is_group_told: bool = False
+    ) -> None:
         self._command = command
         self._say = say
+        self._is_group_told = is_group_told
         self._is_stopping = False
         self._process: subprocess.Popen[bytes] | None = None
 
     def stop(self, signum: int, _frame: FrameType | None) -> None:
-        """A signal handler: pass it on, and start nothing more."""
+        """A signal handler: start nothing more, and let the command know."""
         self._is_stopping = True
-        if self._process is not None:
+        if self._process is not None and not self._is_group_told:
             self._process.send_signal(signum)
 
     def run(self) -> int:
@@ -92,15 +97,17 @@ class Supervisor:
 def main(argv: list[str] | None = None) -> int:
     """Supervise; the exit status, 128 + N for signal N as a shell says it."""
     command = sys.argv[1:] if argv is None else argv
+    is_group_told = command[:1] == ["--group"]
+    command = command[is_group_told:]
     if not command:
-        sys.stderr.write("python -m common.supervise COMMAND...: there is no command\n")
+        sys.stderr.write("python -m common.supervise [--group] COMMAND...: there is no command\n")
         return 2
 
     def say(line: str) -> None:
         sys.stderr.write(f"mlx-pool: {line}")
         sys.stderr.flush()
 
-    supervisor = Supervisor(command, say)
+    supervisor = Supervisor(command, say, is_group_told=is_group_told)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, supervisor.stop)
     status = supervisor.run()

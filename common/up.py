@@ -189,7 +189,7 @@ def add_processes(pool: Manager, workers: list[Settings], num_each: int, environ
     }
     commands = parse_procfile((ROOT / "Procfile").read_text()).processes
     for name, plain in commands.items():
-        command = f"exec python -m common.supervise {plain.removeprefix('exec ')}"
+        command = f"exec python -m common.supervise --group {plain.removeprefix('exec ')}"
         if name == "redis" and workers[0].redis_url != EMBEDDED_REDIS_URL:
             continue
         if name != "worker":

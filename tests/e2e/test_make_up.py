@@ -167,7 +167,7 @@ def test_terminal_is_closed(up: Up) -> None:
     """Closing the window ends everything, too: nothing goes on unseen on the port."""
     up.wait_for("Stop it:")
     os.killpg(up.process.pid, signal.SIGHUP)
-    assert up.ended(10) != 0
+    assert up.ended(30) != 0
     deadline = time.monotonic() + 10
     while up.children() or _is_listening(6399):  # make may be gone before what it ran
         assert time.monotonic() < deadline

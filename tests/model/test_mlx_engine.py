@@ -260,3 +260,34 @@ def test_a_model_that_cannot_batch(
     single.step()
     single.remove("b")
     assert text(run(single, chat("a"))["a"]) == "The capital of France is Paris."
+
+
+def test_memory_stays_within_its_limit(demo_folder: Path) -> None:
+    """More rows than there is room for, admitted as the loop does it: what MLX ever held is below the limit."""
+    import mlx.core as mx  # not before an engine has loaded a BLAS
+
+    limit_gb = 0.9
+    engine = MLXEngine(Settings(model=str(demo_folder), max_batch=16, memory_limit_gb=limit_gb))
+    waiting = [
+        GenerationJob(
+            job_id=f"{i}",
+            model="m",
+            channel="c",
+            prompt=TokenPrompt([100 + i] * (200 + 20 * i)),
+            max_tokens=30,
+            sampling=GREEDY,
+        )
+        for i in range(12)
+    ]
+    mx.reset_peak_memory()
+    most_rows = num_ended = 0
+    while waiting or engine.num_rows:
+        while waiting and (not engine.num_rows or engine.has_room(waiting[-1], engine.encode(waiting[-1]))):
+            job = waiting.pop()
+            engine.insert(job, engine.encode(job), [])
+        most_rows = max(most_rows, engine.num_rows)
+        num_ended += sum(getattr(token, "finish_reason", None) is not None for token in engine.step())
+        assert not engine.is_over_memory
+    assert num_ended == 12
+    assert 1 < most_rows < 12
+    assert mx.get_peak_memory() < limit_gb * 2**30
