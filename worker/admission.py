@@ -14,7 +14,7 @@ from collections.abc import Callable
 from common.protocol import GenerationJob
 from worker.messages import Admit
 
-HasRoom = Callable[[GenerationJob, list[int]], bool]
+HasRoom = Callable[[GenerationJob, int, int], bool]
 
 
 class Admission:
@@ -24,7 +24,7 @@ class Admission:
         suspect: The job that runs and is not to have company yet.
 
     Args:
-        has_room: Whether a job's cache fits beside those that run, by its prompt.
+        has_room: As `worker.engine.Engine.has_room`.
     """
 
     def __init__(self, has_room: HasRoom) -> None:
@@ -45,7 +45,8 @@ class Admission:
         if not self._waiting or self.suspect is not None:
             return None
         first = self._waiting[0]
-        if num_running and (first.is_suspect or not self._has_room(first.job, first.token_ids)):
+        num_prompt, num_done = len(first.token_ids), len(first.replay)
+        if num_running and (first.is_suspect or not self._has_room(first.job, num_prompt, num_done)):
             return None
         if first.is_suspect:
             self.suspect = first.job.job_id

@@ -95,8 +95,13 @@ class Engine(Protocol):
     def is_over_memory(self) -> bool:
         """Whether the rows that are there have outgrown the memory that they may take."""
 
-    def has_room(self, job: GenerationJob, prompt: list[int]) -> bool:
-        """Whether what the job is expected to need fits into memory beside the rows that are there."""
+    def has_room(self, job: GenerationJob, num_prompt: int, num_done: int) -> bool:
+        """Whether what the job is expected to need fits into memory beside the rows that are there.
+
+        Args:
+            num_prompt: Tokens of its prompt.
+            num_done: Tokens of its answer that it has generated elsewhere.
+        """
 
     def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> Inserted:
         """Take a job; its first token comes with a later `step`.

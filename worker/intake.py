@@ -7,6 +7,7 @@ is in exactly one list at any instant: the queue, RQ's intermediate queue (taken
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
@@ -37,6 +38,7 @@ _DEFERENCE_SECONDS = 0.004
 BLOCK_SECONDS = 1
 _RETRY_SECONDS = 0.5
 _HOLD_OFF_SECONDS = 0.05
+_SUSPECT_PATIENCE_SECONDS = 5.0
 
 # KEYS: queue, intermediate queue, the set of RQ's workers of the queue. ARGV: how many at most.
 # A burst is shared out: a worker takes its part of what waits, not all that it has room for.
@@ -75,7 +77,7 @@ class Found(NamedTuple):
     @property
     def is_suspect(self) -> bool:
         """Whether it is to be tried alone."""
-        return read_strikes(self.fields).is_suspect
+        return not self.is_cancelled and read_strikes(self.fields).is_suspect
 
 
 _NUM_READ = len(Found._fields) - 1
@@ -127,6 +129,7 @@ class Intake:
         self._holding_off = holding_off
         self._num_workers = num_workers
         self._max_batch = slots.qsize()
+        self._suspects_since = math.inf
         self._take = self._redis.register_script(_TAKE)
         self._give_back = self._redis.register_script(GIVE_BACK)
         self._workers_key = f"{RQ_KEY_PREFIX}:workers:{self._queue.name}"
@@ -206,8 +209,12 @@ class Intake:
         """
         suspects = [each for each in found if each.is_suspect]
         if not suspects:
+            self._suspects_since = math.inf
             return found
-        kept = suspects[:1] if is_idle else [each for each in found if not each.is_suspect]
+        self._suspects_since = min(self._suspects_since, time.monotonic())
+        kept = [] if self._suspects_waited() else [each for each in found if not each.is_suspect]
+        if is_idle:
+            kept = suspects[:1]
         with self._redis.pipeline(transaction=True) as pipe:
             for each in reversed(found):
                 if each not in kept:
@@ -217,6 +224,10 @@ class Intake:
         if not kept:
             time.sleep(_HOLD_OFF_SECONDS)
         return kept
+
+    def _suspects_waited(self) -> bool:
+        """Whether they have met workers with rows for so long that this one takes nothing more until it is idle."""
+        return time.monotonic() - self._suspects_since > _SUSPECT_PATIENCE_SECONDS
 
     def _read(self, pipe: Any, raw_id: bytes) -> None:
         """What is to be known of a job: see `Found`."""

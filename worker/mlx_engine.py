@@ -83,20 +83,20 @@ class MLXEngine:
         # Rust's tokenizers let go of the interpreter meanwhile (tokenizers 0.23).
         return prompts.tokenize(job, self._tokenizer, self._info.context_length)
 
-    def has_room(self, job: GenerationJob, prompt: list[int]) -> bool:
-        new = expected_tokens(len(prompt), 0, self._max_tokens(job, prompt))
+    def has_room(self, job: GenerationJob, num_prompt: int, num_done: int) -> bool:
+        new = expected_tokens(num_prompt, num_done, self._max_tokens(job, num_prompt))
         return self._memory.fits([new, *(row.expected_tokens for row in self._rows.values())])
 
     @property
     def is_over_memory(self) -> bool:
         return not self._memory.fits([row.num_prompt + row.num_done for row in self._rows.values()])
 
-    def _max_tokens(self, job: GenerationJob, prompt: list[int]) -> int:
-        room = self._info.context_length - len(prompt)
+    def _max_tokens(self, job: GenerationJob, num_prompt: int) -> int:
+        room = self._info.context_length - num_prompt
         return min(job.max_tokens or room, room)
 
     def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> Inserted:
-        max_tokens = self._max_tokens(job, prompt)
+        max_tokens = self._max_tokens(job, len(prompt))
         detokenizer = self._token_bytes.detokenizer(after_template=isinstance(job.prompt, ChatPrompt))
         replayed_texts = [detokenizer.add(token_id) for token_id in replay]
         uid = self._generator.insert(

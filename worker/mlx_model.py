@@ -171,9 +171,13 @@ def cache_memory(loaded: LoadedModel, limit_gb: float | None) -> CacheMemory:
 def _machine_limit_bytes(mx: ModuleType) -> float:
     """What MLX recommends for a Mac's GPU; elsewhere a part of the memory that computes."""
     if has_gpu(mx):
-        about = mx.device_info()
-        recommended = about.get("max_recommended_working_set_size")
-        return float(recommended or _MACHINE_SHARE * about.get("memory_size", _main_memory_bytes()))
+        # Its keys differ between Metal and CUDA (mlx 0.32).
+        about: dict[str, Any] = getattr(mx, "device_info", dict)()
+        if recommended := about.get("max_recommended_working_set_size"):
+            return float(recommended)
+        return _MACHINE_SHARE * (
+            about.get("memory_size") or about.get("total_memory") or _main_memory_bytes()
+        )
     return _MACHINE_SHARE * _main_memory_bytes()
 
 

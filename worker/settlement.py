@@ -98,6 +98,7 @@ class Settler:
             return
         if settlement.outcome is Outcome.CRASHED:
             worker.connection.delete(execution.key)
+            worker.connection.srem(worker.executions_key, execution.composite_key)
             return
         try:
             job = JsonJob.fetch(settlement.job_id, connection=worker.connection)

@@ -96,7 +96,8 @@ class Takeover:
                 try:
                     if self._try_put_back(pipe, registry_key, composite):
                         log.warning(
-                            "job %s goes on here or on another worker: its own went silent", composite[:24]
+                            "job %s goes on here or on another worker: its own went silent",
+                            composite.partition(":")[0][:80],
                         )
                 except WatchError:
                     continue

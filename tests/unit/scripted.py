@@ -53,7 +53,7 @@ class ScriptedEngine:
     def is_over_memory(self) -> bool:
         return len(self.rows) > self.max_rows
 
-    def has_room(self, job: GenerationJob, prompt: list[int]) -> bool:
+    def has_room(self, job: GenerationJob, num_prompt: int, num_done: int) -> bool:
         return not self.is_full
 
     def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> Inserted:
