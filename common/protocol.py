@@ -1,8 +1,8 @@
 """The wire: what API processes and workers say to each other through Redis, and nothing else.
 
 `GenerationJob` travels as the keyword arguments of an RQ job (JSON). Events travel as JSON arrays, in the journal and in
-pub/sub: `Started`, then one `Delta` a token, then exactly one terminal event, `Finished` or `Failed`. New fields go last
-and have defaults, so that an old worker and a new API can share a queue during an upgrade.
+pub/sub: `Started`, perhaps an `Echo`, then one `Delta` a token, then exactly one terminal event, `Finished` or `Failed`.
+New fields go last and have defaults, so that an old worker and a new API can share a queue during an upgrade.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,6 +25,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         repetition_penalty: Factor > 0 on the logits of recent tokens (Keskar et al. 2019, CTRL); 1 is off.
         repetition_context_size: How many recent tokens that factor looks at.
         logit_bias: Added to the logit, by token id.
+        presence_penalty: Taken from the logit of each token that was generated before (OpenAI's range -2 to 2).
+        frequency_penalty: The same, times how often it was.
+        top_k: Only so many of the most likely tokens are drawn from; 0 is off.
+        min_p: Only tokens at least so likely as this share of the most likely one; 0 is off.
+        xtc_probability: How often all but the least likely of the tokens above `xtc_threshold` are left out (exclude
+            top choices, by p-e-w 2024); 0 is off.
+        xtc_threshold: 0 to 0.5.
     """
 
     temperature: float = 1.0
@@ -33,6 +40,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     repetition_penalty: float = 1.0
     repetition_context_size: int = 20
     logit_bias: dict[int, float] = {}
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    top_k: int = 0
+    min_p: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
 
 
 class ChatPrompt(msgspec.Struct, frozen=True, tag="chat"):
@@ -41,22 +54,46 @@ class ChatPrompt(msgspec.Struct, frozen=True, tag="chat"):
     Attributes:
         messages: In order; each has a role and text content, other keys go to the template as they are.
         role_mapping: Prefix by role, for a model without a chat template; None: the default mapping.
+        template_arguments: For the template beside the messages, such as ``enable_thinking``.
     """
 
     messages: list[dict[str, Any]]
     role_mapping: dict[str, str] | None = None
+    template_arguments: dict[str, Any] = {}
 
 
 class TextPrompt(msgspec.Struct, frozen=True, tag="text"):
-    """Raw text to go on from."""
+    """Raw text to go on from.
+
+    Attributes:
+        suffix: What follows the gap that is to be filled, for models that know how.
+    """
 
     text: str
+    suffix: str | None = None
 
 
 class TokenPrompt(msgspec.Struct, frozen=True, tag="tokens"):
     """Token ids to go on from, all inside the model's vocabulary."""
 
     token_ids: list[int]
+
+
+class ToolUse(msgspec.Struct, frozen=True, kw_only=True):
+    """Functions that the model may call.
+
+    Attributes:
+        tools: As in OpenAI's request: ``{"type": "function", "function": {"name", "description"?, "parameters"?,
+            "strict"?}}``, checked.
+        is_required: Whether the answer has to be a call.
+        function: The only one that may be called, by name; None: any.
+        is_parallel: Whether there may be several calls.
+    """
+
+    tools: list[dict[str, Any]]
+    is_required: bool = False
+    function: str | None = None
+    is_parallel: bool = True
 
 
 class GenerationJob(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,10 +103,13 @@ class GenerationJob(msgspec.Struct, frozen=True, kw_only=True):
         job_id: Ours and RQ's.
         model: Model id, which is also the RQ queue's name.
         channel: The API process's channel, where the events go.
-        max_tokens: At least 1; None: up to the context.
+        max_tokens: None: up to the context. 0: nothing is generated, which makes sense with `echo`.
         stop: Non-empty strings at which the text ends.
         top_logprobs: How many alternatives to report with each token; 0: the token's own only; None: no logprobs.
         submitted_at: Unix seconds.
+        grammar: What the answer's text has to match, for llguidance (`common.grammar`).
+        tool_use: Functions that may be called; of chats only.
+        echo: Whether an `Echo` of the prompt comes first, with log-probabilities where `top_logprobs` says so.
     """
 
     job_id: str
@@ -81,6 +121,9 @@ class GenerationJob(msgspec.Struct, frozen=True, kw_only=True):
     top_logprobs: int | None = None
     sampling: SamplingParams = SamplingParams()
     submitted_at: float = 0.0
+    grammar: str | None = None
+    tool_use: ToolUse | None = None
+    echo: bool = False
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -105,16 +148,60 @@ class Started(msgspec.Struct, frozen=True, array_like=True, tag="s"):
     cached_tokens: int = 0
 
 
+class Echo(msgspec.Struct, frozen=True, array_like=True, tag="e"):
+    """The prompt, before the first token; only where the job asks for it.
+
+    Attributes:
+        n: 1.
+        text: The prompt's.
+        tokens: Each of its tokens, if log-probabilities were asked for; the first one's is 0, since nothing came before.
+        tops: The most likely tokens in its place, best first; none for the first.
+    """
+
+    n: int
+    text: str
+    tokens: list[TokenLogprob] = []
+    tops: list[list[TokenLogprob]] = []
+
+
+class Reasoning(msgspec.Struct, frozen=True, array_like=True, tag="r"):
+    """Text of a model that thinks before it answers."""
+
+    text: str
+
+
+class ToolCall(msgspec.Struct, frozen=True, array_like=True, tag="t"):
+    """A call begins.
+
+    Attributes:
+        index: From 0.
+    """
+
+    index: int
+    name: str
+
+
+class ToolArguments(msgspec.Struct, frozen=True, array_like=True, tag="a"):
+    """A part of the arguments of a call that has begun: all parts together are one JSON object."""
+
+    index: int
+    text: str
+
+
+Piece = Reasoning | ToolCall | ToolArguments
+
+
 class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
     """One generated token.
 
     Attributes:
-        n: From 1, without a gap.
+        n: One more than the event before; the first event's is 1.
         token_id: What was sampled.
         text: What became certain with this token; may be empty (half a character, the possible start of a stop
             string) and may hold text of earlier tokens.
-        logprob: The sampled token's, if asked for.
+        logprob: The sampled token's, if asked for; None where the token belongs to `pieces`.
         top: The most likely tokens, best first, if asked for.
+        pieces: What became certain beside the answer's text, in order.
     """
 
     n: int
@@ -122,14 +209,16 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
     text: str = ""
     logprob: TokenLogprob | None = None
     top: list[TokenLogprob] = []
+    pieces: list[Piece] = []
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
-    """Token counts; `completion_tokens` counts every generated token, an end-of-text token too."""
+    """Token counts; `completion_tokens` counts every generated token, an end-of-text token and those of reasoning too."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True, tag="f"):
@@ -152,7 +241,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="x"):
     retry_after_seconds: float | None = None
 
 
-Event = Started | Delta | Finished | Failed
+Event = Started | Echo | Delta | Finished | Failed
 
 decode_event = msgspec.json.Decoder(Event).decode
 decode_step = msgspec.json.Decoder(list[tuple[str, Event]]).decode
@@ -185,6 +274,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         tokens_per_second: Generated, while it was busy lately.
         mean_tokens: Of the answers that were whole lately; 0: none yet.
         step: Counts decode and prefill steps; stands still only when idle or stuck.
+        can_fill: Whether the model fills a gap before a suffix.
     """
 
     id: Annotated[str, Meta(pattern=r"^[^,\x00-\x1f\x7f]+$")]
@@ -199,6 +289,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     tokens_per_second: float = 0.0
     mean_tokens: float = 0.0
     step: int = 0
+    can_fill: bool = False
 
     def to_hash(self) -> dict[Any, Any]:
         """As the fields of a Redis hash: text by name."""
