@@ -101,9 +101,13 @@ def parse(body: bytes) -> GenerationRequest:
     fields.check_stream_options(chat)
     return GenerationRequest(
         model=chat.model,
-        prompt=ChatPrompt(
-            [_message(m, f"messages[{i}]") for i, m in enumerate(chat.messages)], chat.role_mapping
-        ),
+        prompts=[
+            ChatPrompt(
+                [_message(m, f"messages[{i}]") for i, m in enumerate(chat.messages)], chat.role_mapping
+            )
+        ],
+        n=chat.n or 1,
+        best_of=chat.n or 1,
         max_tokens=_max_tokens(chat),
         stop=fields.stops(chat),
         top_logprobs=_top_logprobs(chat),

@@ -6,8 +6,8 @@ are chosen. mlx-lm 0.32 calls a shared sampler once for a whole batch, a sampler
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -27,6 +27,10 @@ class Response(Protocol):
     def logprobs(self) -> Any: ...
     @property
     def finish_reason(self) -> Literal["stop", "length"] | None: ...
+    @property
+    def prompt_cache(self) -> list[Any] | None: ...
+    @property
+    def all_tokens(self) -> list[int] | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +38,25 @@ class NewRow:
     """A row that is to be read and decoded.
 
     Attributes:
-        token_ids: What is to be read, at least one.
+        token_ids: What is to be read, at least one, behind `cached_ids`.
         max_tokens: To be generated, at least 1.
         processors: mlx-lm's logits processors of this row.
+        cached_ids: What is in `caches` already.
     """
 
     token_ids: list[int]
     max_tokens: int
     sampler: RowSampler
     processors: list[Any]
+    cached_ids: list[int] = field(default_factory=list)
+    caches: list[Any] | None = None
 
 
 class Batch:
     """See the module.
+
+    Attributes:
+        just_read: Rows whose prompts were whole with the last step.
 
     Args:
         eos_token_ids: Each ends a row.
@@ -85,6 +95,7 @@ class Batch:
         self._reading: dict[int, int] = {}
         self._begun: set[int] = set()  # those of them that mlx-lm has in its prompt batch
         self._has_decoded = False  # in the step under way
+        self.just_read: list[int] = []
         if not wire:
             # It wires all of a Mac's recommended memory on its own; whole-machine panics came with it (mlx #3186).
             self._generator.close()
@@ -94,10 +105,23 @@ class Batch:
         """See `worker.engine.Engine`."""
         return self._budget.gather_seconds
 
+    def is_reading(self, uid: int) -> bool:
+        """Whether a row's prompt is not whole yet."""
+        return uid in self._reading
+
+    def caches(self, uid: int) -> tuple[list[int], list[Any]]:
+        """What a row has read so far, and its caches, cut out of the batch's; not computed yet."""
+        caches, token_ids = self._generator.extract_cache([uid])[uid]
+        return list(token_ids), caches
+
     def insert(self, row: NewRow) -> int:
         """Take a row; its id."""
         (uid,) = self._generator.insert(
-            [row.token_ids], max_tokens=[row.max_tokens], logits_processors=[row.processors]
+            [row.token_ids],
+            max_tokens=[row.max_tokens],
+            caches=None if row.caches is None else [row.caches],
+            all_tokens=[list(row.cached_ids)],
+            logits_processors=[row.processors],
         )
         self._rows[uid] = row.sampler
         self._reading[uid] = len(row.token_ids) - 1  # mlx-lm reads the last one in the first decode step
@@ -113,6 +137,9 @@ class Batch:
     def next(self) -> list[Response]:
         """One step: a token of each row that is decoding, and some more of the prompts."""
         self._has_decoded = False
+        self.just_read = []
+        if not self._rows:
+            return []
         responses = self._read_and_decode() if self._reading else self._generator.next()[1]
         for response in responses:
             if response.finish_reason is not None:
@@ -144,6 +171,7 @@ class Batch:
             self._begun.add(prompt.uid)
             if prompt.end_of_prompt:
                 del self._reading[prompt.uid]
+                self.just_read.append(prompt.uid)
                 self._begun.discard(prompt.uid)
             else:
                 num_done, num_all = prompt.progress
@@ -173,12 +201,15 @@ class _Response:
     token: int
     logprobs: Any
     finish_reason: Literal["stop", "length"] | None
+    prompt_cache: None = None
+    all_tokens: None = None
 
 
 class OneAtATime:
-    """For models whose caches mlx-lm cannot put together: one row, with the same interface."""
+    """For models whose caches mlx-lm cannot put together: one row, with the same interface. Nothing is kept of it."""
 
     gather_seconds = 0.0
+    just_read: Sequence[int] = ()
 
     def __init__(
         self,
@@ -193,9 +224,16 @@ class OneAtATime:
         self._eos_token_ids = set(eos_token_ids)
         self._step_tokens = step_tokens
         self._sampler = _sampler(on_host=on_host, never_excluded=never_excluded)
-        self._uid = 0
-        self._left = 0
+        self._uid = self._left = 0
         self._steps: Iterator[tuple[Any, Any]] = iter(())
+
+    def is_reading(self, _uid: int) -> bool:
+        """Never between two steps."""
+        return False
+
+    def caches(self, uid: int) -> tuple[list[int], list[Any]]:
+        """As `Batch.caches`; never asked, since nothing was `just_read`."""
+        raise NotImplementedError(f"row {uid} has no caches to be kept")
 
     def insert(self, row: NewRow) -> int:
         """Take a row; its id."""
@@ -212,6 +250,7 @@ class OneAtATime:
             sampler=lambda logprobs: _sampled(self._sampler, [sampler], logprobs),
             logits_processors=row.processors,
             prefill_step_size=self._step_tokens,
+            prompt_cache=row.caches,
         )
         return self._uid
 
@@ -222,7 +261,9 @@ class OneAtATime:
 
     def next(self) -> list[Response]:
         """The row's next token; all of its prompt is read before the first."""
-        token, logprobs = next(self._steps)
+        token, logprobs = next(self._steps, (None, None))
+        if token is None:
+            return []
         self._left -= 1
         reason: Literal["stop", "length"] | None
         reason = "stop" if token in self._eos_token_ids else "length" if self._left == 0 else None

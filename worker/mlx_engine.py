@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.protocol import ChatPrompt, GenerationJob, SamplingParams, TokenLogprob
+from common.protocol import ChatPrompt, GenerationJob, SamplingParams, TextPrompt, TokenLogprob
 from worker import mlx_model, prompts
-from worker.cache_memory import expected_tokens
+from worker.cache_memory import CacheMemory, expected_tokens
 from worker.detokenizer import Detokenizer, TokenBytes
-from worker.engine import Inserted, ModelInfo, RowFailure, StepToken
+from worker.engine import Inserted, ModelInfo, PromptRead, RowFailure, StepEvent, StepToken
 from worker.mlx_batch import Batch, NewRow, OneAtATime, Response, alone
+from worker.mlx_prefix_cache import Found, PrefixCache, had_better_wait
+from worker.mlx_scoring import PromptScoring, most_likely
 from worker.sampler import RowSampler
 
 if TYPE_CHECKING:
@@ -29,13 +31,27 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Row:
-    uid: int
+    """One job.
+
+    Attributes:
+        token_ids: The prompt and what was generated elsewhere.
+        uid: None before it has begun to be read.
+        waits_for: Another row whose prompt begins as this one does, and is being read.
+        scoring: Where the prompt is echoed with log-probabilities.
+    """
+
     job: GenerationJob
     detokenizer: Detokenizer
     sampler: RowSampler
+    token_ids: list[int]
     num_prompt: int
     num_done: int
     max_tokens: int
+    inserted: Inserted
+    uid: int | None = None
+    waits_for: int | None = None
+    scoring: PromptScoring | None = None
+    is_echoed: bool = True
 
     @property
     def expected_tokens(self) -> int:
@@ -61,6 +77,7 @@ class MLXEngine:
         # A prompt that can never fit is refused like one that is longer than the model's context.
         self._info = replace(self._info, context_length=self._memory.longest_row(self._info.context_length))
         self._generator = self._new_generator()
+        self._prefixes = PrefixCache(_prompt_cache_bytes(settings, self._memory))
 
     @property
     def info(self) -> ModelInfo:
@@ -84,39 +101,121 @@ class MLXEngine:
 
     @property
     def is_over_memory(self) -> bool:
-        return not self._memory.fits([row.num_prompt + row.num_done for row in self._rows.values()])
+        left_bytes = self._memory.left_bytes([row.num_prompt + row.num_done for row in self._rows.values()])
+        self._prefixes.shrink_to(left_bytes)
+        return left_bytes < 0
 
     def _max_tokens(self, job: GenerationJob, num_prompt: int) -> int:
         room = self._info.context_length - num_prompt
-        return min(job.max_tokens or room, room)
+        return room if job.max_tokens is None else min(job.max_tokens, room)
 
     def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> Inserted:
         max_tokens = self._max_tokens(job, len(prompt))
         detokenizer = self._token_bytes.detokenizer(after_template=isinstance(job.prompt, ChatPrompt))
-        replayed_texts = [detokenizer.add(token_id) for token_id in replay]
+        inserted = Inserted(len(prompt), max_tokens, replayed_texts=[detokenizer.add(i) for i in replay])
         sampler = RowSampler(job.sampling, num_drawn=len(replay), wants_logprobs=job.top_logprobs is not None)
         sampler.took(replay)
-        processors = _logits_processors(job.sampling, sampler)
-        uid = self._generator.insert(NewRow(prompt + replay, max_tokens - len(replay), sampler, processors))
-        self._rows[job.job_id] = self._by_uid[uid] = _Row(
-            uid, job, detokenizer, sampler, len(prompt), len(replay), max_tokens
+        num_prompt, num_done = len(prompt), len(replay)
+        row = _Row(job, detokenizer, sampler, prompt + replay, num_prompt, num_done, max_tokens, inserted)
+        if job.echo:
+            row.is_echoed = False
+            if job.top_logprobs is not None:
+                row.scoring = PromptScoring(self._model, prompt, job.top_logprobs, self._info.vocab_size)
+        elif max_tokens:
+            self._begin(row)
+        if job.echo or max_tokens:
+            self._rows[job.job_id] = row
+            self._prefixes.shrink_to(
+                self._memory.left_bytes([row.expected_tokens for row in self._rows.values()])
+            )
+        return inserted
+
+    def _begin(self, row: _Row) -> None:
+        """Read on where others have read before, or wait until one has."""
+        found = self._prefixes.find(row.token_ids)
+        if row.scoring is not None:
+            found = Found(row.scoring.caches, row.num_prompt - 1)
+        reading = [(uid, other) for uid, other in self._by_uid.items() if self._generator.is_reading(uid)]
+        place = had_better_wait(row.token_ids, found.num_cached, [other.token_ids for _, other in reading])
+        if place is not None:
+            row.waits_for = reading[place][0]
+            return
+        row.waits_for = None
+        row.inserted.cached_tokens = 0 if row.scoring else min(found.num_cached, row.num_prompt)
+        new = NewRow(
+            row.token_ids[found.num_cached :],
+            row.max_tokens - row.num_done,
+            row.sampler,
+            _logits_processors(row.job.sampling, row.sampler),
+            row.token_ids[: found.num_cached],
+            found.caches,
         )
-        return Inserted(len(prompt), max_tokens, replayed_texts=replayed_texts)
+        row.uid = self._generator.insert(new)
+        self._by_uid[row.uid] = row
 
     def remove(self, job_id: str) -> None:
         row = self._rows.pop(job_id, None)
-        if row is not None:
+        if row is not None and row.uid is not None:
             del self._by_uid[row.uid]
             self._generator.remove(row.uid)
 
-    def step(self) -> list[StepToken | RowFailure]:
+    def step(self) -> list[StepEvent]:
         try:
+            for row in self._rows.values():
+                if row.waits_for is not None and not self._generator.is_reading(row.waits_for):
+                    self._begin(row)
+            echoes = self._echo()
             responses = self._generator.next()
+            for uid in self._generator.just_read:
+                self._prefixes.put(*self._generator.caches(uid))
         except Exception:
             # What a failed step left half-done is not to be built upon.
             self._rows, self._by_uid, self._generator = {}, {}, self._new_generator()
             raise
-        tokens: list[StepToken | RowFailure] = [self._token(response) for response in responses]
+        return [*echoes, *self._tokens(responses)]
+
+    def _echo(self) -> list[PromptRead]:
+        """Go on with the first of the prompts that are echoed; it, when it is done."""
+        row = next((row for row in self._rows.values() if not row.is_echoed), None)
+        if row is None:
+            return []
+        if row.scoring is not None and not row.scoring.is_done:
+            row.scoring.step()
+            if not row.scoring.is_done:
+                return []
+        row.is_echoed = True
+        echo = self._prompt_read(row)
+        if row.max_tokens:
+            self._begin(row)
+        else:
+            del self._rows[row.job.job_id]
+        return [echo]
+
+    def _prompt_read(self, row: _Row) -> PromptRead:
+        token_ids, scores = row.token_ids[: row.num_prompt], row.scoring.scores if row.scoring else []
+        if isinstance(row.job.prompt, TextPrompt):
+            # What a tokenizer puts before a text, such as a begin-of-text token, is no part of it.
+            text, num_added = row.job.prompt.text, self._num_added(row.job.prompt.text, token_ids)
+            token_ids, scores = token_ids[num_added:], scores[num_added:]
+        else:
+            detokenizer = self._token_bytes.detokenizer(after_template=False)
+            text = "".join([*(detokenizer.add(i) for i in token_ids), detokenizer.flush()])
+        if row.scoring is None or not token_ids:
+            return PromptRead(row.job.job_id, text)
+        tokens = [self._logprob(token_ids[0], 0.0)]
+        tokens += [self._logprob(i, score.logprob) for i, score in zip(token_ids[1:], scores, strict=True)]
+        tops: list[list[TokenLogprob]] = [[], *([self._logprob(*b) for b in score.best] for score in scores)]
+        return PromptRead(row.job.job_id, text, tokens, tops)
+
+    def _num_added(self, text: str, token_ids: list[int]) -> int:
+        """How many tokens the tokenizer has put before the text's own."""
+        plain = self._tokenizer.encode(text, add_special_tokens=False)
+        if not plain:
+            return len(token_ids)
+        return next((k for k in range(len(token_ids)) if token_ids[k : k + len(plain)] == plain), 0)
+
+    def _tokens(self, responses: list[Response]) -> list[StepEvent]:
+        tokens: list[StepEvent] = [self._token(response) for response in responses]
         # What was drawn for a row that failed is worth nothing.
         failed = {job_id: row for job_id, row in self._rows.items() if row.sampler.error is not None}
         if not failed:
@@ -135,7 +234,9 @@ class MLXEngine:
         text = "" if reason == "stop" else row.detokenizer.add(token_id)  # an end-of-text token is not text
         if reason is not None:
             text += row.detokenizer.flush()
-            del self._rows[row.job.job_id], self._by_uid[row.uid]
+            del self._rows[row.job.job_id], self._by_uid[response.uid]
+            if response.prompt_cache is not None and response.all_tokens is not None:
+                self._prefixes.put(response.all_tokens, response.prompt_cache)
         if row.job.top_logprobs is None:
             return StepToken(row.job.job_id, token_id, text, reason)
         own, top = self._logprobs(logprobs, token_id, row.job.top_logprobs)
@@ -151,9 +252,7 @@ class MLXEngine:
         """
         # NumPy, not MLX: an operation of MLX would wait in its stream behind the step that is already under way.
         values = np.array(_as_float32(logprobs), copy=False)
-        num_top = min(num_top, len(values))
-        best: Any = np.argpartition(-values, num_top - 1)[:num_top] if num_top else []
-        ranked = sorted(((int(i), float(values[i])) for i in best), key=lambda item: -item[1])
+        ranked = most_likely(values, num_top)
         return self._logprob(token_id, float(values[token_id])), [self._logprob(*item) for item in ranked]
 
     def _logprob(self, token_id: int, logprob: float) -> TokenLogprob:
@@ -171,6 +270,13 @@ class MLXEngine:
             return OneAtATime(self._model, eos_token_ids, step_tokens, **how)
         max_batch, wire = self._info.max_batch, self._settings.wired_limit
         return Batch(self._model, eos_token_ids, max_batch, step_tokens, wire=wire, **how)
+
+
+def _prompt_cache_bytes(settings: Settings, memory: CacheMemory) -> int:
+    """Half of what rows have, unless it is said otherwise: rows that need it take it back."""
+    if settings.prompt_cache_gb is not None:
+        return int(settings.prompt_cache_gb * 2**30)
+    return int(memory.room_bytes / 2)
 
 
 def _as_float32(logprobs: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 from common.errors import RequestError, invalid
 from common.protocol import ChatPrompt, GenerationJob, TextPrompt, TokenPrompt
+from worker import filling
 
 # The mapping of mlx_lm.server 0.32, which its clients rely on.
 DEFAULT_ROLE_MAPPING: Mapping[str, str] = {
@@ -32,8 +33,10 @@ def tokenize(job: GenerationJob, tokenizer: Any, context_length: int) -> list[in
     match job.prompt:
         case ChatPrompt():
             param, token_ids = "messages", _chat(job.prompt, tokenizer)
-        case TextPrompt(text):
+        case TextPrompt(text, None):
             param, token_ids = "prompt", list(tokenizer.encode(text))
+        case TextPrompt(text, suffix):
+            param, token_ids = "suffix", _filling(text, str(suffix), tokenizer)
         case TokenPrompt(ids):
             param, token_ids = "prompt", list(ids)
     if not token_ids:
@@ -50,6 +53,13 @@ def tokenize(job: GenerationJob, tokenizer: Any, context_length: int) -> list[in
             "context_length_exceeded",
         )
     return token_ids
+
+
+def _filling(text: str, suffix: str, tokenizer: Any) -> list[int]:
+    found = filling.marks(tokenizer)
+    if found is None:
+        raise invalid("This model cannot fill a gap before a suffix.", "suffix")
+    return filling.token_ids(text, suffix, tokenizer, found)
 
 
 def _chat(prompt: ChatPrompt, tokenizer: Any) -> list[int]:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from common.errors import RequestError
-from common.protocol import Delta, Failed, Finished, FinishReason, GenerationJob, Started, Usage
-from worker.engine import Inserted, StepToken
+from common.protocol import Delta, Echo, Failed, Finished, FinishReason, GenerationJob, Started, Usage
+from worker.engine import Inserted, PromptRead, StepToken
 from worker.stop_strings import StopMatcher
 
 
@@ -22,18 +22,22 @@ class Sequence:
     Attributes:
         execution_id: RQ's id of this run of the job; its key in Redis is the lease.
         n: Of the last event that was made; the next one gets `n + 1`.
+        num_tokens: Generated so far, by other workers too.
     """
 
     job: GenerationJob
     execution_id: str
     inserted: Inserted
     n: int = 0
+    num_tokens: int = 0
     admitted_at: float = field(default_factory=time.time)
     first_token_at: float | None = None
     num_generated_here: int = 0
+    is_echoed: bool = field(init=False)
     _stops: StopMatcher = field(init=False)
 
     def __post_init__(self) -> None:
+        self.is_echoed = not self.job.echo
         self._stops = StopMatcher(self.job.stop)
         for text in self.inserted.replayed_texts:
             self._stops.feed(text)
@@ -41,6 +45,12 @@ class Sequence:
     def started(self) -> Started:
         """The event that says that the prompt was accepted."""
         return Started(0, self.inserted.prompt_tokens, self.inserted.cached_tokens)
+
+    def echo(self, read: PromptRead) -> Echo:
+        """The event with the prompt."""
+        self.is_echoed = True
+        self.n += 1
+        return Echo(self.n, read.text, read.tokens, read.tops)
 
     def take(
         self, token: StepToken, now: Callable[[], float] = time.time
@@ -54,11 +64,12 @@ class Sequence:
         if reason is not None and not stopped:
             text += self._stops.flush()
         self.n += 1
+        self.num_tokens += 1
         return Delta(self.n, token.token_id, text, token.logprob, token.top), reason
 
     def finished(self, reason: FinishReason) -> Finished:
         """The terminal event of an answer that is whole, or that nobody wants any more."""
-        usage = Usage(self.inserted.prompt_tokens, self.n, self.inserted.cached_tokens)
+        usage = Usage(self.inserted.prompt_tokens, self.num_tokens, self.inserted.cached_tokens)
         self.n += 1
         return Finished(self.n, reason, usage)
 
