@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.protocol import ChatPrompt, GenerationJob, SamplingParams, TokenLogprob
-from worker import mlx_model, prompts
+from worker import answer_format, answer_parser, mlx_model, prompts
 from worker.cache_memory import expected_tokens
 from worker.detokenizer import Detokenizer, TokenBytes
 from worker.engine import Inserted, ModelInfo, RowFailure, StepToken
@@ -59,6 +59,7 @@ class MLXEngine:
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         self._info = mlx_model.describe(loaded, settings.max_batch)
         self._token_bytes = TokenBytes(self._tokenizer)
+        self._format = answer_format.of_model(self._tokenizer)
         self._rows: dict[str, _Row] = {}
         self._by_uid: dict[int, _Row] = {}
         self._failures: dict[str, Exception] = {}  # of this step, by job id
@@ -81,7 +82,7 @@ class MLXEngine:
 
     def encode(self, job: GenerationJob) -> list[int]:
         # Rust's tokenizers let go of the interpreter meanwhile (tokenizers 0.23).
-        return prompts.tokenize(job, self._tokenizer, self._info.context_length)
+        return prompts.tokenize(job, self._tokenizer, self._info.context_length, self._format)
 
     def has_room(self, job: GenerationJob, num_prompt: int, num_done: int) -> bool:
         new = expected_tokens(num_prompt, num_done, self._max_tokens(job, num_prompt))
@@ -111,7 +112,8 @@ class MLXEngine:
         self._rows[job.job_id] = self._by_uid[uid] = _Row(
             uid, job, detokenizer, len(prompt), len(replay), max_tokens
         )
-        return Inserted(len(prompt), max_tokens, replayed_texts=replayed_texts)
+        parser = answer_parser.for_job(job, self._format, prompt, self._token_bytes)
+        return Inserted(len(prompt), max_tokens, replayed_texts=replayed_texts, parser=parser)
 
     def _alone(self, job_id: str, function: Any, instead: Callable[..., Any]) -> Any:
         """A row's sampler or processor whose error ends this row and no other; `instead` gets the step to its end."""
@@ -215,9 +217,8 @@ class _Batch:
             stream=mx.default_stream(mx.default_device()),
         )
         self._budget = PrefillBudget(step_tokens)
-        self._reading: dict[
-            int, int
-        ] = {}  # by row without a token yet: prompt tokens left to read; oldest first
+        # By row without a token yet: prompt tokens left to read; oldest first.
+        self._reading: dict[int, int] = {}
         self._begun: set[int] = set()  # those of them that mlx-lm has in its prompt batch
         if not wire:
             # It wires all of a Mac's recommended memory on its own; whole-machine panics came with it (mlx #3186).
