@@ -38,6 +38,9 @@ class ChatCompletions:
             service_tier=request.service_tier,
         )
         rendering = ChatRendering(
-            answer, with_logprobs=request.top_logprobs is not None, include_usage=request.include_usage
+            answer,
+            with_logprobs=request.top_logprobs is not None,
+            include_usage=request.include_usage,
+            answers_functions=request.answers_functions,
         )
         await generation.answer(resp, rendering, stream=request.stream)

@@ -12,7 +12,8 @@ import msgspec
 
 from api.answer import DONE, Answer, usage_object
 from api.logprobs import LogprobAligner, chat_items
-from common.protocol import Delta, Event, Finished
+from api.tool_rendering import ToolRendering
+from common.protocol import Delta, Event, Finished, Reasoning
 
 _encode = msgspec.json.encode
 
@@ -23,10 +24,14 @@ class ChatRendering:
     Args:
         with_logprobs: Whether the client asked for them.
         include_usage: Whether a stream ends with the counts.
+        answers_functions: Whether a call is told in the deprecated form, as `function_call`.
     """
 
-    def __init__(self, answer: Answer, *, with_logprobs: bool, include_usage: bool) -> None:
+    def __init__(
+        self, answer: Answer, *, with_logprobs: bool, include_usage: bool, answers_functions: bool = False
+    ) -> None:
         self._answer = answer
+        self._tools = ToolRendering(answer.id, answers_functions=answers_functions)
         self._include_usage = include_usage
         self._aligner = LogprobAligner() if with_logprobs else None
         self._texts: list[str] = []
@@ -50,13 +55,28 @@ class ChatRendering:
         before, after, aligner = self._before + b'"content":', self._after, self._aligner
         for event in events:
             if isinstance(event, Delta):
-                if aligner is not None:
+                if event.pieces:
+                    frames.append(self._delta_with_pieces(event, aligner))
+                elif aligner is not None:
                     frames.append(self._delta_with_logprobs(event, aligner))
                 elif event.text:
                     frames.append(before + _encode(event.text) + after)
             elif isinstance(event, Finished):
                 frames.append(self._closing(event))
         return b"".join(frames)
+
+    def _delta_with_pieces(self, delta: Delta, aligner: LogprobAligner | None) -> bytes:
+        """Thoughts come before content, calls behind it."""
+        items = chat_items(aligner.take(delta)) if aligner is not None else []
+        content = self._chunk({"content": delta.text}, items, None) if delta.text or items else b""
+        before, after = b"", b""
+        for piece in delta.pieces:
+            chunk = self._chunk(self._tools.delta(piece), [], None)
+            if isinstance(piece, Reasoning):
+                before += chunk
+            else:
+                after += chunk
+        return before + content + after
 
     def _delta_with_logprobs(self, delta: Delta, aligner: LogprobAligner) -> bytes:
         items = chat_items(aligner.take(delta))
@@ -67,7 +87,7 @@ class ChatRendering:
     def _closing(self, finished: Finished) -> bytes:
         items = chat_items(self._aligner.finish()) if self._aligner is not None else []
         frames = self._chunk({"content": ""}, items, None) if items else b""
-        frames += self._chunk({}, [], finished.finish_reason)
+        frames += self._chunk({}, [], self._tools.reason(finished.finish_reason))
         if self._include_usage:
             frames += self._no_choice + _encode(usage_object(finished.usage)) + b"}\n\n"
         return frames + DONE
@@ -83,6 +103,8 @@ class ChatRendering:
         for event in events:
             if isinstance(event, Delta):
                 self._texts.append(event.text)
+                for piece in event.pieces:
+                    self._tools.add(piece)
                 if self._aligner is not None:
                     self._items += chat_items(self._aligner.take(event))
 
@@ -92,9 +114,9 @@ class ChatRendering:
             self._items += chat_items(self._aligner.finish())
         choice = {
             "index": 0,
-            "message": {"role": "assistant", "content": "".join(self._texts), "refusal": None},
+            "message": self._tools.message("".join(self._texts)),
             "logprobs": _logprobs(self._items) if self._aligner is not None else None,
-            "finish_reason": finished.finish_reason,
+            "finish_reason": self._tools.reason(finished.finish_reason),
         }
         tail = _encode({"choices": [choice], "usage": usage_object(finished.usage)})
         return self._answer.head("chat.completion") + b"," + tail[1:]

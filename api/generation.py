@@ -67,6 +67,7 @@ class Generations:
             top_logprobs=request.top_logprobs,
             sampling=request.sampling,
             submitted_at=time.time(),
+            tool_use=request.tool_use,
         )
         generation = Generation(job, self._settings, self._relay, self._job_queue, seconds)
         client: Client = req.scope[CLIENT]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from common.protocol import ChatPrompt, SamplingParams, TextPrompt, TokenPrompt
+from common.protocol import ChatPrompt, SamplingParams, TextPrompt, TokenPrompt, ToolUse
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -17,6 +17,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         include_usage: Whether a stream ends with the counts.
         service_tier: What the answer says, where the client asked.
         ignored: Fields that nobody knows.
+        tool_use: As in `common.protocol.GenerationJob`.
+        answers_functions: Whether a call is told in the deprecated form, as `function_call`.
     """
 
     model: str | None
@@ -29,3 +31,5 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     include_usage: bool
     service_tier: str | None
     ignored: list[str]
+    tool_use: ToolUse | None = None
+    answers_functions: bool = False
