@@ -157,7 +157,7 @@ class UniversalCall:
 
     def _odd_parts(self, text: str, end: str) -> list[Part]:
         calls = self._known.read(_parse_json, text)
-        return [self._start + text + end] if calls is None else _as_parts(calls[:1], self._index)
+        return [self._start + text + end] if calls is None else _as_parts(calls, self._index)
 
 
 class _ObjectScanner:
