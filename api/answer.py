@@ -55,14 +55,17 @@ class Rendering(Protocol):
     def opening(self) -> bytes:
         """The first bytes of a stream; may be empty."""
 
-    def frames(self, events: list[Event]) -> bytes:
-        """What a stream's client gets for `events`; may be empty. None of them is `Failed`."""
+    def frames(self, index: int, events: list[Event]) -> bytes:
+        """What a stream's client gets for `events` of a choice; may be empty. None of them is `Failed`."""
 
-    def add(self, events: list[Event]) -> None:
-        """Keep what `events` say for `body`."""
+    def closing(self, finished: list[Finished]) -> bytes:
+        """The last bytes of a stream, when all choices are whole."""
 
-    def body(self, finished: Finished) -> bytes:
-        """The whole answer as one object."""
+    def add(self, index: int, events: list[Event]) -> None:
+        """Keep what `events` of a choice say for `body`."""
+
+    def body(self, finished: list[Finished]) -> bytes:
+        """The whole answer as one object; how each choice ended."""
 
 
 @lru_cache(maxsize=256)
@@ -73,6 +76,22 @@ def fingerprint(model: str, quantization: str) -> str:
     except importlib.metadata.PackageNotFoundError:
         version = "0"
     return "fp_" + hashlib.sha256(f"{model}\0{quantization}\0{version}".encode()).hexdigest()[:10]
+
+
+def total_usage(finished: list[Finished], num_choices: int) -> Usage:
+    """Of all choices of a request together; each prompt counts once.
+
+    Args:
+        num_choices: Of each prompt.
+    """
+    usages = [each.usage for each in finished]
+    firsts = usages[:: max(1, num_choices)]
+    return Usage(
+        prompt_tokens=sum(usage.prompt_tokens for usage in firsts),
+        completion_tokens=sum(usage.completion_tokens for usage in usages),
+        cached_tokens=sum(usage.cached_tokens for usage in firsts),
+        reasoning_tokens=sum(usage.reasoning_tokens for usage in usages),
+    )
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:

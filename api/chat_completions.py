@@ -31,7 +31,7 @@ class ChatCompletions:
         request_fields.check_logit_bias(request.sampling, model)
         generation = await self._generations.begin(req, request, model, len(body))
         answer = Answer(
-            id=f"chatcmpl-{generation.job.job_id}",
+            id=f"chatcmpl-{generation.job_id}",
             created=int(time.time()),
             model=request.model or model.id,
             fingerprint=fingerprint(model.id, model.quantization),
@@ -39,6 +39,7 @@ class ChatCompletions:
         )
         rendering = ChatRendering(
             answer,
+            request.num_jobs,
             with_logprobs=request.top_logprobs is not None,
             include_usage=request.include_usage,
             answers_functions=request.answers_functions,

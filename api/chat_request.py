@@ -81,11 +81,15 @@ def parse(body: bytes) -> GenerationRequest:
     fields.check_stream_options(chat)
     return GenerationRequest(
         model=chat.model,
-        prompt=ChatPrompt(
-            chat_messages.plain(chat.messages),
-            chat.role_mapping,
-            template_arguments(chat.reasoning_effort, chat.chat_template_kwargs),
-        ),
+        prompts=[
+            ChatPrompt(
+                chat_messages.plain(chat.messages),
+                chat.role_mapping,
+                template_arguments(chat.reasoning_effort, chat.chat_template_kwargs),
+            )
+        ],
+        n=chat.n or 1,
+        best_of=chat.n or 1,
         max_tokens=_max_tokens(chat),
         stop=fields.stops(chat),
         top_logprobs=_top_logprobs(chat),

@@ -5,8 +5,7 @@ https://platform.openai.com/docs/api-reference/completions/create; what is not s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
@@ -15,7 +14,7 @@ from api import request_fields as fields
 from api.generation_request import GenerationRequest
 from api.model_directory import ServedModel
 from common.errors import invalid
-from common.protocol import TextPrompt, TokenPrompt
+from common.protocol import ChatPrompt, TextPrompt, TokenPrompt
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -24,18 +23,12 @@ class CompletionBody(fields.Body, frozen=True, kw_only=True):
     """The fields of OpenAI's description."""
 
     prompt: str | list[str | int | list[int]] | None = None
+    max_tokens: Annotated[int, Meta(ge=0, le=fields.MAX_TOKENS)] | None = None
     logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
     best_of: Annotated[int, Meta(ge=1, le=20)] | None = None
     echo: bool | None = None
     suffix: str | None = None
 
-
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    **fields.NEUTRAL,
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": (),
-}
 
 _decoder = msgspec.json.Decoder(CompletionBody)
 
@@ -47,12 +40,16 @@ def parse(body: bytes) -> GenerationRequest:
         RequestError: 400, in `param` what is wrong or not supported.
     """
     completion, ignored = fields.decode(body, _decoder)
-    fields.check_neutral(completion, NEUTRAL)
+    fields.check_neutral(completion, fields.NEUTRAL)
     fields.check_stream_options(completion)
+    n = completion.n or 1
     return GenerationRequest(
         model=completion.model,
-        prompt=_prompt(completion.prompt),
-        max_tokens=completion.max_tokens or DEFAULT_MAX_TOKENS,
+        prompts=_with_suffix(_prompts(completion.prompt), completion),
+        n=n,
+        best_of=_best_of(completion, n),
+        echo=bool(completion.echo),
+        max_tokens=DEFAULT_MAX_TOKENS if completion.max_tokens is None else completion.max_tokens,
         stop=fields.stops(completion),
         top_logprobs=completion.logprobs,
         sampling=fields.sampling(completion),
@@ -63,40 +60,63 @@ def parse(body: bytes) -> GenerationRequest:
     )
 
 
-def _prompt(prompt: str | list[str | int | list[int]] | None) -> TextPrompt | TokenPrompt:
-    """One text or one list of token ids; OpenAI also takes a list of one of either."""
+def _best_of(completion: CompletionBody, n: int) -> int:
+    if completion.best_of is None:
+        return n
+    if completion.best_of < n:
+        raise invalid(f"`best_of` must be at least `n`, which is {n}.", "best_of")
+    if completion.stream and completion.best_of > n:
+        raise invalid("`best_of` cannot be streamed: the best is known in the end.", "best_of")
+    return completion.best_of
+
+
+def _prompts(prompt: str | list[str | int | list[int]] | None) -> list[TextPrompt | TokenPrompt]:
+    """A text, a list of token ids, or a list of several of either."""
     if isinstance(prompt, str):
-        return TextPrompt(prompt)
+        return [TextPrompt(prompt)]
     if not prompt:
         raise invalid("`prompt` must be a string, or a list that is not empty.", "prompt")
     kinds = {type(item) for item in prompt}
     if len(kinds) > 1:
         raise invalid("`prompt` mixes strings, token ids and lists of them.", "prompt")
     if kinds == {int}:
-        return TokenPrompt([item for item in prompt if isinstance(item, int)])
-    if len(prompt) > 1:
-        raise invalid(
-            f"Several prompts in one request ({len(prompt)} here) are not supported yet.",
-            "prompt",
-            "unsupported_parameter",
-        )
-    only = prompt[0]
-    if isinstance(only, str):
-        return TextPrompt(only)
-    if isinstance(only, list) and only:
-        return TokenPrompt(only)
-    raise invalid("`prompt[0]` is empty.", "prompt[0]")
+        return [TokenPrompt([item for item in prompt if isinstance(item, int)])]
+    return [_prompt(item, f"prompt[{i}]") for i, item in enumerate(prompt)]
 
 
-def check_prompt(request: GenerationRequest, model: ServedModel) -> None:
+def _prompt(prompt: str | int | list[int], place: str) -> TextPrompt | TokenPrompt:
+    if isinstance(prompt, str):
+        return TextPrompt(prompt)
+    if isinstance(prompt, list) and prompt:
+        return TokenPrompt(prompt)
+    raise invalid(f"`{place}` is empty.", place)
+
+
+def _with_suffix(
+    prompts: list[TextPrompt | TokenPrompt], completion: CompletionBody
+) -> list[ChatPrompt | TextPrompt | TokenPrompt]:
+    if not completion.suffix:
+        return [*prompts]
+    if completion.echo:
+        raise invalid("`echo` and `suffix` cannot go together.", "echo")
+    filled: list[ChatPrompt | TextPrompt | TokenPrompt] = []
+    for prompt in prompts:
+        if not isinstance(prompt, TextPrompt):
+            raise invalid("With `suffix`, `prompt` must be text.", "suffix")
+        filled.append(TextPrompt(prompt.text, completion.suffix))
+    return filled
+
+
+def check_prompts(request: GenerationRequest, model: ServedModel) -> None:
     """Raises:
-    RequestError: 400, a token id is outside of the model's vocabulary.
+    RequestError: 400, a token id is outside of the model's vocabulary, or it cannot fill a gap.
     """
-    if not isinstance(request.prompt, TokenPrompt):
-        return
-    for token_id in request.prompt.token_ids:
-        if not 0 <= token_id < model.vocab_size:
-            raise invalid(
-                f"`prompt` has the token id {token_id}, which is outside of the vocabulary of {model.vocab_size}.",
-                "prompt",
-            )
+    for prompt in request.prompts:
+        if isinstance(prompt, TextPrompt) and prompt.suffix is not None and not model.can_fill:
+            raise invalid(f"The model `{model.id}` cannot fill a gap before a suffix.", "suffix")
+        for token_id in prompt.token_ids if isinstance(prompt, TokenPrompt) else ():
+            if not 0 <= token_id < model.vocab_size:
+                raise invalid(
+                    f"`prompt` has the token id {token_id}, which is outside of the vocabulary of {model.vocab_size}.",
+                    "prompt",
+                )

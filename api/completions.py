@@ -29,16 +29,21 @@ class Completions:
         report_ignored(req, resp, request.ignored, strict=self._settings.strict_parameters)
         model = await self._directory.resolve(request.model)
         request_fields.check_logit_bias(request.sampling, model)
-        completion_request.check_prompt(request, model)
+        completion_request.check_prompts(request, model)
         generation = await self._generations.begin(req, request, model, len(body))
         answer = Answer(
-            id=f"cmpl-{generation.job.job_id}",
+            id=f"cmpl-{generation.job_id}",
             created=int(time.time()),
             model=request.model or model.id,
             fingerprint=fingerprint(model.id, model.quantization),
             service_tier=request.service_tier,
         )
         rendering = CompletionRendering(
-            answer, with_logprobs=request.top_logprobs is not None, include_usage=request.include_usage
+            answer,
+            request.num_jobs,
+            n=request.n,
+            best_of=request.best_of,
+            with_logprobs=request.top_logprobs is not None,
+            include_usage=request.include_usage,
         )
         await generation.answer(resp, rendering, stream=request.stream)

@@ -14,20 +14,22 @@ from collections.abc import AsyncIterator
 import falcon.asgi
 
 from api import errors, overload
-from api.answer import COMMENT, Rendering
+from api.answer import COMMENT, Rendering, total_usage
+from api.choices import Choices
 from api.disconnect import CLIENT, Client
-from api.generation_request import GenerationRequest
+from api.generation_request import GenerationRequest, check_size
 from api.headers import timeout_seconds
 from api.job_queue import JobQueue, QueueFullError
 from api.model_directory import ServedModel
 from api.relay import Relay
-from api.subscription import Subscription
-from common import names
 from common.errors import RequestError
 from common.protocol import Delta, Event, Failed, Finished, GenerationJob
 from common.settings import Settings
 
 log = logging.getLogger(__name__)
+
+Taken = list[tuple[int, list[Event]]]
+"""Events by the index of their choice; none of the lists is empty."""
 
 _CANCELLED = RequestError(
     "The request was cancelled before its answer was whole.",
@@ -57,19 +59,10 @@ class Generations:
             RequestError: 400, a header is wrong; 429, too much waits; 503, Redis is away.
         """
         seconds = timeout_seconds(req, self._settings.request_seconds)
-        job = GenerationJob(
-            job_id=names.new_job_id(overload.estimated_tokens(request, model, num_bytes)),
-            model=model.id,
-            channel=self._relay.channel,
-            prompt=request.prompt,
-            max_tokens=request.max_tokens,
-            stop=request.stop,
-            top_logprobs=request.top_logprobs,
-            sampling=request.sampling,
-            submitted_at=time.time(),
-            tool_use=request.tool_use,
-        )
-        generation = Generation(job, self._settings, self._relay, self._job_queue, seconds)
+        check_size(request, num_bytes)
+        tokens = [overload.estimated_tokens(request, prompt, model, num_bytes) for prompt in request.prompts]
+        jobs = request.jobs(model.id, self._relay.channel, tokens)
+        generation = Generation(jobs, self._settings, self._relay, self._job_queue, seconds)
         client: Client = req.scope[CLIENT]
         client.at_end(generation.release)
         client.watch()
@@ -84,48 +77,53 @@ class Generation:
     """See the module. Its methods raise what a client is to be told only before the first byte went out.
 
     Args:
+        jobs: In the order of the choices; at least one.
         seconds: From now to its deadline.
     """
 
     def __init__(
-        self, job: GenerationJob, settings: Settings, relay: Relay, job_queue: JobQueue, seconds: float
+        self,
+        jobs: list[GenerationJob],
+        settings: Settings,
+        relay: Relay,
+        job_queue: JobQueue,
+        seconds: float,
     ) -> None:
-        self.job = job
+        self.job_id = jobs[0].job_id
         self._settings = settings
         self._relay = relay
         self._job_queue = job_queue
-        self._subscription: Subscription = relay.subscribe(job.job_id)
+        self._choices = Choices(jobs, relay)
         self._is_submitted = False
         self._deadline = asyncio.get_running_loop().call_later(
-            seconds, self._subscription.give_up, _too_late(seconds)
+            seconds, self._choices.give_up, _too_late(seconds)
         )
         self._began_at = time.monotonic()
         self._first_token_at: float | None = None
-        self._terminal: Finished | Failed | None = None
 
     async def submit(self, num_bytes: int) -> None:
-        """Put the job into its queue.
+        """Put the jobs into their queue, all or none.
 
         Raises:
-            QueueFullError: It is not in its queue, because too much is.
+            QueueFullError: They are not in the queue, because too much is.
             RequestError: 503; Redis is away.
         """
         if not self._relay.is_connected:
             raise errors.queue_unavailable()
         self._is_submitted = True
         try:
-            await self._job_queue.submit(self.job, num_bytes)
+            await self._job_queue.submit(self._choices.jobs, num_bytes)
         except QueueFullError:
             self._is_submitted = False
             raise
-        self._subscription.heard_at = asyncio.get_running_loop().time()
+        self._choices.heard(asyncio.get_running_loop().time())
 
     def release(self) -> None:
         """Let go of everything; called exactly once, when the request has ended in whatever way."""
         self._deadline.cancel()
-        self._relay.unsubscribe(self._subscription)
-        if self._is_submitted and (self._terminal is None or self._subscription.is_given_up):
-            self._job_queue.cancel(self.job.job_id, self.job.model)
+        running = self._choices.release()
+        for job in running if self._is_submitted else ():
+            self._job_queue.cancel(job.job_id, job.model)
         self._log()
 
     async def answer(self, resp: falcon.asgi.Response, rendering: Rendering, *, stream: bool) -> None:
@@ -146,79 +144,94 @@ class Generation:
         resp.stream = self._frames(first, rendering)
 
     async def _whole(self, rendering: Rendering) -> bytes:
-        while self._terminal is None:
-            rendering.add(await self._take())
-        return rendering.body(_finished(self._terminal))
+        while not self._choices.is_done:
+            for index, events in await self._take():
+                rendering.add(index, events)
+        self._raise_failure()
+        return rendering.body(self._choices.finished)
 
-    async def _first_events(self) -> list[Event]:
+    async def _first_events(self) -> Taken:
         """Empty if nothing came in time; the status is still open, so that a request that fails at once says so in it."""
         try:
             async with asyncio.timeout(self._settings.sse_header_seconds):
-                while not (events := await self._take()):
+                while not (taken := await self._take()):
                     pass
         except TimeoutError:
             return []
-        if self._terminal is not None:
-            _finished(self._terminal)
-        return events
+        self._raise_failure()
+        return taken
 
-    async def _frames(self, events: list[Event], rendering: Rendering) -> AsyncIterator[bytes]:
+    async def _frames(self, taken: Taken, rendering: Rendering) -> AsyncIterator[bytes]:
         """The stream's bytes; ends with an error frame where it fails, never just so."""
-        # Not nothing: with these bytes the headers go out.
-        yield rendering.opening() + rendering.frames(events) or COMMENT
-        sent_at = time.monotonic()
         try:
-            while self._terminal is None:
-                events = await self._take()
-                if self._terminal is not None:
-                    if events[:-1]:
-                        yield rendering.frames(events[:-1])
-                    yield rendering.frames([_finished(self._terminal)])
-                    return
-                frames = rendering.frames(events) if events else b""
+            # Not nothing: with these bytes the headers go out.
+            frames = rendering.opening() + self._rendered(taken, rendering)
+            yield frames or COMMENT
+            sent_at = time.monotonic()
+            while not self._choices.is_done:
+                frames = self._rendered(await self._take(), rendering)
                 if not frames and time.monotonic() - sent_at >= self._settings.sse_comment_seconds:
                     frames = COMMENT
                 if frames:
                     yield frames
                     sent_at = time.monotonic()
+            self._raise_failure()
+            yield rendering.closing(self._choices.finished)
         except RequestError as error:
             yield errors.frame(error)
         except Exception:
-            log.exception("job %s: its stream failed", self.job.job_id)
+            log.exception("job %s: its stream failed", self.job_id)
             yield errors.frame(errors.internal())
 
-    async def _take(self) -> list[Event]:
-        events = await self._subscription.take()
-        self._terminal = self._subscription.terminal  # the last of `events`, if it is there
-        if self._first_token_at is None and any(isinstance(event, Delta) for event in events):
+    def _rendered(self, taken: Taken, rendering: Rendering) -> bytes:
+        """What comes before the end of an answer that is not whole is still told."""
+        return b"".join(
+            rendering.frames(index, events if _is_whole(events[-1]) else events[:-1])
+            for index, events in taken
+        )
+
+    async def _take(self) -> Taken:
+        taken = await self._choices.take()
+        if self._first_token_at is None and any(isinstance(e, Delta) for _, events in taken for e in events):
             self._first_token_at = time.monotonic()
-        return events
+        return taken
+
+    def _raise_failure(self) -> None:
+        """Raises:
+        RequestError: The answer is not whole and never will be.
+        """
+        if self._choices.failed is not None:
+            raise errors.from_event(self._choices.failed)
+        if any(finished.finish_reason == "cancelled" for finished in self._choices.finished):
+            raise _CANCELLED
 
     def _log(self) -> None:
         """One line a request; never its text."""
         now = time.monotonic()
-        terminal = self._terminal
-        prompt_tokens = cached_tokens = 0
-        completion_tokens = self._subscription.num_tokens
+        choices = self._choices
+        usage = total_usage(choices.finished, len(choices.jobs))
+        completion_tokens = choices.num_tokens
         outcome, status = ("client left", "499") if self._is_submitted else ("not queued", "429 or 503")
-        if isinstance(terminal, Finished):
-            outcome, status = str(terminal.finish_reason), "200"
-            usage = terminal.usage
-            prompt_tokens, cached_tokens = usage.prompt_tokens, usage.cached_tokens
+        if choices.failed is not None:
+            outcome, status = (
+                f"failed ({choices.failed.code or choices.failed.kind})",
+                str(choices.failed.status),
+            )
+        elif choices.is_done:
+            outcome, status = str(choices.finished[0].finish_reason), "200"
             completion_tokens = usage.completion_tokens
-        elif isinstance(terminal, Failed):
-            outcome, status = f"failed ({terminal.code or terminal.kind})", str(terminal.status)
         first = self._first_token_at
         rate = (completion_tokens - 1) / (now - first) if first is not None and now > first else 0.0
         # A worker logs each whole answer; what it cannot know, such as a client's view, is said here when it matters.
         log.log(
-            logging.DEBUG if isinstance(terminal, Finished) else logging.INFO,
-            "job %s: model %s, %d prompt tokens (%d cached), %d completion tokens, first token after %s, "
+            logging.DEBUG if status == "200" else logging.INFO,
+            "job %s: model %s, %d choices, %d prompt tokens (%d cached), %d completion tokens, first token after %s, "
             "%.3f s, %.1f tokens/s, %s, status %s",
-            self.job.job_id,
-            self.job.model,
-            prompt_tokens,
-            cached_tokens,
+            self.job_id,
+            choices.jobs[0].model,
+            len(choices.jobs),
+            usage.prompt_tokens,
+            usage.cached_tokens,
             completion_tokens,
             f"{first - self._began_at:.3f} s" if first is not None else "-",
             now - self._began_at,
@@ -237,14 +250,8 @@ def _too_late(seconds: float) -> Failed:
     )
 
 
-def _finished(terminal: Finished | Failed) -> Finished:
-    """The end of an answer that is whole.
-
-    Raises:
-        RequestError: It is not.
-    """
-    if isinstance(terminal, Failed):
-        raise errors.from_event(terminal)
-    if terminal.finish_reason == "cancelled":
-        raise _CANCELLED
-    return terminal
+def _is_whole(event: Event) -> bool:
+    """Whether an answer may be shown with this event as its last so far."""
+    return not (
+        isinstance(event, Failed) or (isinstance(event, Finished) and event.finish_reason == "cancelled")
+    )

@@ -36,14 +36,14 @@ _LARGE_JOB_BYTES = 64 * 1024
 """RQ compresses a job; one larger than this is compressed in a thread, since others wait behind it."""
 
 
-# ARGV: queue, most requests and most tokens that may wait in it, the new job's tokens; then RQ's commands, each as its
-# number of words and its words. A queue's ids say how many tokens each job is (`names.new_job_id`). What finds the queue
-# empty is never too much. Answer: whether the job was put into the queue, and how many requests and tokens wait.
+# ARGV: queue, most requests and most tokens that may wait in it, the new jobs' number and tokens; then RQ's commands, each
+# as its number of words and its words. A queue's ids say how many tokens each job is (`names.new_job_id`). What finds the
+# queue empty is never too much. Answer: whether the jobs were put into the queue, and how many requests and tokens wait.
 _SUBMIT = """
-local queue, most, most_tokens, own = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-local num, tokens, i = redis.call('LLEN', queue), 0, 5
-if num >= most then return {0, num, 0} end
+local queue, most, most_tokens, own = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[5])
+local num, tokens, i = redis.call('LLEN', queue), 0, 6
 if num > 0 then
+  if num + ARGV[4] > most then return {0, num, 0} end
   for _, id in ipairs(redis.call('LRANGE', queue, 0, -1)) do
     tokens = tokens + (tonumber(string.sub(id, -6), 16) or 0)
   end
@@ -87,36 +87,36 @@ class JobQueue:
         self._leaving: dict[str, str] = {}  # model by job id
         self._canceller: asyncio.Task[None] | None = None
 
-    async def submit(self, job: GenerationJob, num_bytes: int = 0) -> None:
-        """Put a job into its model's queue.
+    async def submit(self, jobs: list[GenerationJob], num_bytes: int = 0) -> None:
+        """Put the jobs of a request into their model's queue, all or none.
 
         Args:
             num_bytes: About how large the request is.
 
         Raises:
-            QueueFullError: It is not in the queue, because too much is.
-            RequestError: 503; Redis is away. The job may be in the queue nevertheless: `cancel` it.
+            QueueFullError: They are not in the queue, because too much is.
+            RequestError: 503; Redis is away. The jobs may be in the queue nevertheless: `cancel` them.
         """
-        if num_bytes > _LARGE_JOB_BYTES:
-            commands = await asyncio.to_thread(self._record, job)
+        if num_bytes * len(jobs) > _LARGE_JOB_BYTES:
+            commands = await asyncio.to_thread(self._record_all, jobs)
         else:
-            commands = self._record(job)
+            commands = self._record_all(jobs)
         try:
             [[is_queued, num_requests, num_tokens]] = await self._writes.execute(
-                [self._guarded(job, commands)]
+                [self._guarded(jobs, commands)]
             )
         except (redis.RedisError, OSError) as error:
-            log.warning("job %s cannot be queued: %s", job.job_id, error)
+            log.warning("job %s cannot be queued: %s", jobs[0].job_id, error)
             raise errors.queue_unavailable() from error
         if not is_queued:
             raise QueueFullError(num_requests, is_tokens=num_tokens > 0)
 
-    def _guarded(self, job: GenerationJob, commands: list[Command]) -> Command:
+    def _guarded(self, jobs: list[GenerationJob], commands: list[Command]) -> Command:
         """RQ's commands as one script, which does nothing if the queue is full: one trip, and no process can be too late."""
         limits = (self._settings.max_queued_requests, self._settings.max_queued_tokens)
-        own = names.estimated_tokens(job.job_id)
+        own = (len(jobs), sum(names.estimated_tokens(job.job_id) for job in jobs))
         words = [word for command in commands for word in (len(command), *command)]
-        return ("EVAL", _SUBMIT, 0, self._queue(job.model).key, *limits, own, *words)
+        return ("EVAL", _SUBMIT, 0, self._queue(jobs[0].model).key, *limits, *own, *words)
 
     def cancel(self, job_id: str, model: str) -> None:
         """Nobody waits for this job any more; one that has ended is fine. Sent soon, and again until Redis takes it."""
@@ -130,6 +130,9 @@ class JobQueue:
             await asyncio.wait([self._canceller], timeout=CLOSE_SECONDS)
             self._canceller.cancel()
         self._recorder.close()
+
+    def _record_all(self, jobs: list[GenerationJob]) -> list[Command]:
+        return [command for job in jobs for command in self._record(job)]
 
     def _record(self, job: GenerationJob) -> list[Command]:
         queue = self._queue(job.model)

@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from common.protocol import Delta, TokenLogprob
+from common.protocol import Delta, Echo, TokenLogprob
 
 LEAST_LOGPROB = -9999.0
 """OpenAI's number for "never"; JSON has no infinity."""
@@ -25,11 +25,12 @@ class Item:
     Attributes:
         text: May be empty: the token ends within a character.
         data: Items' bytes together are the text's UTF-8.
+        logprob: None where nothing came before it: the first token of an echoed prompt.
     """
 
     text: str
     data: bytes
-    logprob: float
+    logprob: float | None
     top: list[TokenLogprob]
 
 
@@ -54,9 +55,7 @@ class LogprobAligner:
         items: list[Item] = []
         if delta.text:
             self._drop_unsaid(delta.text)
-            if self._at_start:
-                self._drop_first_space(delta.text)
-            self._num_released += len(delta.text)
+            self.release(delta.text)
             while self._groups and (length := _length(self._groups[0])) <= self._num_released:
                 self._num_released -= length
                 items += self._groups.popleft()
@@ -81,6 +80,12 @@ class LogprobAligner:
                 num_unsaid -= len(group.pop(0).text)
             group[0].text, num_unsaid = group[0].text[num_unsaid:], 0
             group[0].data = group[0].text.encode()
+
+    def release(self, text: str) -> None:
+        """So much more of the text is out."""
+        if self._at_start:
+            self._drop_first_space(text)
+        self._num_released += len(text)
 
     def finish(self) -> list[Item]:
         """The items of what text is left; an item that a stop string has cut is cut, those behind are dropped."""
@@ -112,6 +117,18 @@ class LogprobAligner:
         if first is not None and first.text.startswith(" ") and not text.startswith(" "):
             first.text = first.text[1:]
             first.data = first.text.encode()
+
+
+def echoed_items(echo: Echo) -> list[Item]:
+    """The items of a prompt; none if its log-probabilities were not asked for."""
+    aligner, items = LogprobAligner(), []
+    for token, top in zip(echo.tokens, echo.tops, strict=True):
+        items += aligner.take(Delta(0, token.token_id, "", token, top))
+    aligner.release(echo.text)
+    items += aligner.finish()
+    if items:
+        items[0].logprob = None
+    return items
 
 
 def _length(group: list[Item]) -> int:
@@ -154,7 +171,9 @@ def legacy_arrays(items: list[Item], start: int) -> dict[str, list[Any]]:
         "token_logprobs": [item.logprob for item in items],
         # OpenAI: the sampled token is there too, also where it is not among the most likely.
         "top_logprobs": [
-            {_key(token.data): max(token.logprob, LEAST_LOGPROB) for token in item.top}
+            None
+            if item.logprob is None
+            else {_key(token.data): max(token.logprob, LEAST_LOGPROB) for token in item.top}
             | {item.text or _key(item.data): item.logprob}
             for item in items
         ],

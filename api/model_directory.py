@@ -48,6 +48,7 @@ class ServedModel(msgspec.Struct, frozen=True):
         num_workers: Live ones.
         tokens_per_second: Of all of them, while they were busy lately; 0: not known.
         mean_tokens: Of their answers lately; 0: not known.
+        can_fill: Whether each of them fills a gap before a suffix.
     """
 
     id: str
@@ -59,6 +60,7 @@ class ServedModel(msgspec.Struct, frozen=True):
     quantization: str
     tokens_per_second: float = 0.0
     mean_tokens: float = 0.0
+    can_fill: bool = False
 
     def seconds_for(self, num_requests: int) -> float | None:
         """How long its workers take to answer so many requests like those before; None: not known."""
@@ -224,5 +226,6 @@ def _merge(cards: list[ModelCard]) -> ServedModel:
         free_slots=sum(card.free_slots for card in cards),
         quantization=cards[0].quantization,
         tokens_per_second=sum(card.tokens_per_second for card in cards),
+        can_fill=all(card.can_fill for card in cards),
         mean_tokens=statistics.fmean(means) if means else 0.0,
     )

@@ -5,7 +5,7 @@ Pure; called by the generations. The API has no tokenizer: weights are estimates
 
 from __future__ import annotations
 
-from api.generation_request import GenerationRequest
+from api.generation_request import GenerationRequest, Prompt
 from api.model_directory import ServedModel
 from common.errors import RequestError
 from common.protocol import TokenPrompt
@@ -20,18 +20,18 @@ _RETRY_AFTER_SECONDS = 5.0
 """While nothing is known of the model's speed."""
 
 
-def estimated_tokens(request: GenerationRequest, model: ServedModel, num_bytes: int) -> int:
-    """Prompt and answer.
+def estimated_tokens(request: GenerationRequest, prompt: Prompt, model: ServedModel, num_bytes: int) -> int:
+    """One prompt of the request, and one answer.
 
     Args:
         num_bytes: The size of the request's body.
     """
-    prompt = request.prompt
-    num_prompt = (
-        len(prompt.token_ids) if isinstance(prompt, TokenPrompt) else 1 + num_bytes // _BYTES_PER_TOKEN
-    )
+    num_prompt = 1 + num_bytes // (_BYTES_PER_TOKEN * len(request.prompts))
+    if isinstance(prompt, TokenPrompt):
+        num_prompt = len(prompt.token_ids)
     usual = int(model.mean_tokens) or _ANSWER_TOKENS
-    return min(num_prompt, model.context_length) + min(request.max_tokens or usual, model.context_length)
+    num_answer = usual if request.max_tokens is None else request.max_tokens
+    return min(num_prompt, model.context_length) + min(num_answer, model.context_length)
 
 
 def refusal(model: ServedModel, num_waiting: int, *, is_tokens: bool) -> RequestError:

@@ -62,12 +62,13 @@ class Body(msgspec.Struct, frozen=True, kw_only=True):
     frequency_penalty: Penalty | None = None
     service_tier: str | None = None
     user: Any = None
+    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    xtc_probability: Annotated[float, Meta(ge=0, le=1)] | None = None
+    xtc_threshold: Annotated[float, Meta(ge=0, le=0.5)] | None = None
 
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "presence_penalty": (0.0,),
-    "frequency_penalty": (0.0,),
     "service_tier": ("auto", "default"),
 }
 """Values beside null that ask for what is done anyway, by field."""
@@ -179,6 +180,12 @@ def sampling(body: Body) -> SamplingParams:
         else body.repetition_penalty,
         repetition_context_size=body.repetition_context_size or defaults.repetition_context_size,
         logit_bias=body.logit_bias or {},
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        top_k=max(0, body.top_k or 0),  # -1 is off in vLLM, 0 in mlx_lm.server
+        min_p=body.min_p or 0.0,
+        xtc_probability=body.xtc_probability or 0.0,
+        xtc_threshold=defaults.xtc_threshold if body.xtc_threshold is None else body.xtc_threshold,
     )
 
 

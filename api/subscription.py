@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 import redis
 
-from common.protocol import Delta, Event, Failed, Finished, Started
+from common.protocol import Event, Failed, Finished, Started
 
 JournalReader = Callable[[str, int, int], Awaitable[list[Event]]]
 """(job id, first n, most entries) to the journal's events from that n on."""
@@ -141,8 +141,8 @@ class Subscription:
     def _accept(self, event: Event) -> None:
         self._events.append(event)
         self._next_n += 1
-        if not isinstance(event, Delta):
-            self.terminal = event  # type: ignore[assignment]  # Started never has the next n
+        if isinstance(event, Finished | Failed):
+            self.terminal = event
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

@@ -15,11 +15,11 @@ import sys
 import time
 from collections.abc import Callable
 
-from common.errors import StartupError
+from common.errors import StartupError, invalid
 from common.protocol import ChatPrompt, GenerationJob, TextPrompt
 from common.settings import Settings
 from worker.__main__ import WorkerFlags, run
-from worker.engine import Inserted, ModelInfo, RowFailure, StepToken
+from worker.engine import Inserted, ModelInfo, RowFailure, StepEvent, StepToken
 
 CONTEXT_LENGTH = 1_000_000
 VOCAB_SIZE = 1_000_000
@@ -68,6 +68,8 @@ class SyntheticEngine:
         return 0.0
 
     def encode(self, job: GenerationJob) -> list[int]:
+        if job.echo or job.grammar or job.tool_use:
+            raise invalid("The synthetic worker only counts: no echo, no grammar, no tools.")
         return [0] * (max(1, len(job.prompt.text.split())) if isinstance(job.prompt, TextPrompt) else 1)
 
     @property
@@ -78,20 +80,23 @@ class SyntheticEngine:
         return True
 
     def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> Inserted:
-        max_tokens = min(job.max_tokens or CONTEXT_LENGTH, CONTEXT_LENGTH)
+        max_tokens = CONTEXT_LENGTH if job.max_tokens is None else min(job.max_tokens, CONTEXT_LENGTH)
+        inserted = Inserted(len(prompt), max_tokens, replayed_texts=[f" {token_id}" for token_id in replay])
+        if not max_tokens:
+            return inserted
         if not self._rows:  # time in which there was nothing to do is not to be made good
             self._next_step_at = self._clock()
         self._rows[job.job_id] = [len(replay), max_tokens]
         self._new.append(job.job_id)
         if self._obey and (asked := _misfortune(job)):
             self._misfortunes[job.job_id] = asked
-        return Inserted(len(prompt), max_tokens, replayed_texts=[f" {token_id}" for token_id in replay])
+        return inserted
 
     def remove(self, job_id: str) -> None:
         self._rows.pop(job_id, None)
         self._misfortunes.pop(job_id, None)
 
-    def step(self) -> list[StepToken | RowFailure]:
+    def step(self) -> list[StepEvent]:
         new, self._new = [job_id for job_id in self._new if job_id in self._rows], []
         if new and self._first_token_at_once:
             return self._next_tokens(new)
@@ -105,14 +110,14 @@ class SyntheticEngine:
             self._next_step_at = max(self._next_step_at + self._period_seconds, self._clock() - 0.05)
         return self._next_tokens(list(self._rows))
 
-    def _next_tokens(self, job_ids: list[str]) -> list[StepToken | RowFailure]:
+    def _next_tokens(self, job_ids: list[str]) -> list[StepEvent]:
         mark = f"@{time.time_ns() // 1000}" if self._timestamps else ""
         failures = self._suffer(job_ids) if self._misfortunes else []
         return [self._next_token(job_id, mark) for job_id in job_ids if job_id in self._rows] + failures
 
-    def _suffer(self, job_ids: list[str]) -> list[StepToken | RowFailure]:
+    def _suffer(self, job_ids: list[str]) -> list[StepEvent]:
         """Do what rows of this step asked for."""
-        failures: list[StepToken | RowFailure] = []
+        failures: list[StepEvent] = []
         for job_id in job_ids:
             what, at = self._misfortunes.get(job_id, ("", 0))
             if not what or self._rows[job_id][0] + 1 < at:

@@ -91,6 +91,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Annotated[float, Meta(gt=0)] | None,
         _about("memory of a worker; unset: what MLX recommends for a GPU, or 3/4 of a CPU's"),
     ] = None
+    prompt_cache_gb: Annotated[
+        Annotated[float, Meta(ge=0)] | None,
+        _about("memory of it for prompts that were read before; unset: what rows leave, at most half"),
+    ] = None
     wired_limit: Annotated[
         bool, _about("wire the model's memory (Mac only; linked to panics, mlx #3186)")
     ] = False

@@ -19,10 +19,12 @@ import pytest
 import redis
 
 from common.settings import Settings
-from worker import demo_model
+from worker import demo_model, mlx_model
 
 LAYERS = ("unit", "redis", "model", "e2e", "chaos")
 SERVERS = ("redis", "valkey")
+
+mlx_model.preload_blas()  # before any test module imports MLX, which is five times slower without
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

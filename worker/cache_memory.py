@@ -50,9 +50,13 @@ class CacheMemory:
 
     def fits(self, num_tokens_by_row: list[int]) -> bool:
         """Whether these rows, with so many tokens each, have room together."""
+        return self.left_bytes(num_tokens_by_row) >= 0
+
+    def left_bytes(self, num_tokens_by_row: list[int]) -> float:
+        """What these rows leave of the room; below 0 where it is too small for them."""
         if not num_tokens_by_row:
-            return True
-        return len(num_tokens_by_row) * self.cost.row_bytes(max(num_tokens_by_row)) <= self.room_bytes
+            return self.room_bytes
+        return self.room_bytes - len(num_tokens_by_row) * self.cost.row_bytes(max(num_tokens_by_row))
 
     def longest_row(self, most_tokens: int) -> int:
         """The longest row that has room alone, up to `most_tokens`."""

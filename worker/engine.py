@@ -15,13 +15,13 @@ from common.protocol import GenerationJob, TokenLogprob
 from worker.answer_parser import AnswerParser
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Inserted:
     """What an engine says of a job that it took.
 
     Attributes:
         prompt_tokens: Length of the prompt.
-        cached_tokens: How many of those were not read again.
+        cached_tokens: How many of those were not read again; the engine knows it by the job's first token.
         max_tokens: How many tokens the job may generate, those replayed included: as asked, or what the context
             has room for.
         replayed_texts: The text of each replayed token, in order, before any stop string is looked for.
@@ -54,11 +54,29 @@ class StepToken(msgspec.Struct, frozen=True):  # a dataclass would cost a micros
     top: list[TokenLogprob] = []
 
 
+class PromptRead(msgspec.Struct, frozen=True):
+    """The prompt of a job that wants it echoed; comes before its first token.
+
+    Attributes:
+        text: The prompt's.
+        tokens: Its tokens, where log-probabilities were asked for, as in `common.protocol.Echo`.
+        tops: As there.
+    """
+
+    job_id: str
+    text: str
+    tokens: list[TokenLogprob] = []
+    tops: list[list[TokenLogprob]] = []
+
+
 class RowFailure(msgspec.Struct, frozen=True):
     """One job cannot go on (its sampler or a logits processor raised); the engine has let go of its row."""
 
     job_id: str
     error: Exception
+
+
+StepEvent = StepToken | PromptRead | RowFailure
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +88,7 @@ class ModelInfo:
     max_batch: int
     quantization: str = ""
     has_chat_template: bool = True
+    can_fill: bool = False
 
 
 class Engine(Protocol):
@@ -107,7 +126,7 @@ class Engine(Protocol):
         """
 
     def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> Inserted:
-        """Take a job; its first token comes with a later `step`.
+        """Take a job; its first token comes with a later `step`. One that may generate nothing is taken only for its echo.
 
         Args:
             job: At most `info.max_batch` at a time.
@@ -121,11 +140,11 @@ class Engine(Protocol):
     def remove(self, job_id: str) -> None:
         """Let go of a row; one that is not there is fine."""
 
-    def step(self) -> list[StepToken | RowFailure]:
+    def step(self) -> list[StepEvent]:
         """Decode one token for each row that is ready, or read on in the prompts; at least one row is there.
 
         Returns:
-            At most one token or failure a row, in no particular order; empty while prompts are read.
+            At most one event a row, in no particular order; empty while prompts are read.
 
         Raises:
             Exception: The step failed as a whole. No row is left.

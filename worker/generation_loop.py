@@ -16,7 +16,7 @@ from queue import Empty, SimpleQueue
 from common.errors import RequestError
 from common.protocol import Event, Failed, Finished, GenerationJob, encode
 from worker.admission import Admission
-from worker.engine import Engine, Inserted, RowFailure, StepToken
+from worker.engine import Engine, Inserted, PromptRead, RowFailure, StepEvent
 from worker.journal import Journal, Receipt, Row
 from worker.messages import Admit, Message, Outcome, Quit, Settlement, Withdraw, Withdrawal
 from worker.sequence import Sequence, failed_event
@@ -182,20 +182,21 @@ class GenerationLoop:
     def _start(self, message: Admit) -> None:
         """Make a job a row; one that the engine refuses ends as failed, alone."""
         try:
-            inserted = self._engine.insert(message.job, message.token_ids, message.replay)
+            inserted = self._engine.insert(message.unread_job, message.token_ids, message.replay)
         except Exception as error:  # noqa: BLE001 (whatever one request does to the engine is its own failure)
             self._admission.acquit(message.job.job_id)
             self._refuse(message, error)
             return
-        sequence = Sequence(message.job, message.execution_id, inserted, n=len(message.replay))
+        sequence = self._sequence(message, inserted)
         self._running[message.job.job_id] = sequence
         self._append(sequence, sequence.started())
+        self._end_if_whole(sequence)
 
     def _refuse(self, message: Admit, error: Exception) -> None:
         if not isinstance(error, RequestError):
             log.error("job %s could not be taken", message.job.job_id, exc_info=error)
             error = RequestError("The model could not take this request.", status=500, type="server_error")
-        failed = failed_event(len(message.replay) + 1, error)
+        failed = failed_event(message.last_n + 1, error)
         self._rows.append(self._row(message.job, message.execution_id, failed))
         self._endings.append(Settlement(message.job.job_id, message.execution_id, Outcome.FAILED, failed))
 
@@ -220,8 +221,11 @@ class GenerationLoop:
         waiting = self._admission.remove(job_id, execution_id)
         if waiting is None:
             return None
-        inserted = Inserted(len(waiting.token_ids), max_tokens=0)
-        return Sequence(waiting.job, waiting.execution_id, inserted, n=len(waiting.replay))
+        return self._sequence(waiting, Inserted(len(waiting.token_ids), max_tokens=0))
+
+    def _sequence(self, message: Admit, inserted: Inserted) -> Sequence:
+        n, num_tokens = message.last_n, len(message.replay)
+        return Sequence(message.unread_job, message.execution_id, inserted, n=n, num_tokens=num_tokens)
 
     def _remember_early(self, job_id: str, why: Withdrawal) -> None:
         """Every worker of the model hears of every job: most of these are another's, and are forgotten soon."""
@@ -233,7 +237,7 @@ class GenerationLoop:
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
-    def _step(self) -> list[StepToken | RowFailure]:
+    def _step(self) -> list[StepEvent]:
         """One step of the engine. One that raises may be any of its rows' fault: they go back to the queue, and what
         comes of it is the same as when the worker dies.
         """
@@ -256,7 +260,7 @@ class GenerationLoop:
             log.warning("job %s goes back to the queue: memory is short", youngest.job.job_id)
             self._end(youngest, Outcome.HANDED_OVER, None)
 
-    def _take(self, token: StepToken | RowFailure) -> None:
+    def _take(self, token: StepEvent) -> None:
         sequence = self._running.get(token.job_id)
         if sequence is None:  # ended earlier in this step
             return
@@ -264,14 +268,23 @@ class GenerationLoop:
             log.error("job %s failed", token.job_id, exc_info=token.error)
             self._end(sequence, Outcome.FAILED, sequence.failed(_ROW_FAILED))
             return
+        if isinstance(token, PromptRead):
+            self._append(sequence, sequence.echo(token))
+            self._end_if_whole(sequence)
+            return
         self.num_tokens += 1
         self._admission.acquit(token.job_id)
         delta, reason = sequence.take(token)
         self._append(sequence, delta)
         if reason is not None:
             share = _MEAN_NEW_SHARE if self.mean_tokens else 1.0
-            self.mean_tokens += (sequence.n - self.mean_tokens) * share
+            self.mean_tokens += (sequence.num_tokens - self.mean_tokens) * share
             self._end(sequence, Outcome.FINISHED, sequence.finished(reason))
+
+    def _end_if_whole(self, sequence: Sequence) -> None:
+        """A job that may generate nothing is whole once its prompt was accepted, and echoed where that is asked for."""
+        if sequence.inserted.max_tokens == 0 and sequence.is_echoed:
+            self._end(sequence, Outcome.FINISHED, sequence.finished("length"))
 
     def _end(self, sequence: Sequence, outcome: Outcome, terminal: Finished | Failed | None) -> None:
         """Let go of a job; the end is settled once everything of it is answered for."""

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from common.errors import RequestError
-from common.protocol import Delta, Event, Failed, Finished, GenerationJob
+from common.protocol import Delta, Echo, Event, Failed, Finished, GenerationJob
 
 if TYPE_CHECKING:
     from worker.sequence import Sequence
@@ -67,6 +69,18 @@ class Admit:
         if isinstance(self.prompt, RequestError):
             raise self.prompt
         return self.prompt
+
+    @property
+    def last_n(self) -> int:
+        """Of the last event in the journal; 0: none."""
+        return self.journal[-1].n if self.journal else 0
+
+    @property
+    def unread_job(self) -> GenerationJob:
+        """The job without what others have done of it beside tokens: the echo of its prompt."""
+        if any(isinstance(event, Echo) for event in self.journal):
+            return msgspec.structs.replace(self.job, echo=False)
+        return self.job
 
     @property
     def replay(self) -> list[int]:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from common.errors import StartupError
 from common.settings import Settings
-from worker import model_folder
+from worker import filling, model_folder
 from worker.cache_memory import CacheCost, CacheMemory
 from worker.engine import ModelInfo
 
@@ -140,6 +140,7 @@ def describe(loaded: LoadedModel, max_batch: int) -> ModelInfo:
         max_batch=max_batch if can_batch(loaded.model) else 1,
         quantization=quantization(loaded.config) or weight_type(loaded.model),
         has_chat_template=bool(loaded.tokenizer.has_chat_template),
+        can_fill=filling.marks(loaded.tokenizer) is not None,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from common.errors import RequestError, invalid
 from common.protocol import ChatPrompt, GenerationJob, TextPrompt, TokenPrompt
-from worker import answer_format, chat_template, tool_messages
+from worker import answer_format, chat_template, filling, tool_messages
 from worker.answer_format import CallForm, ModelFormat
 from worker.chat_template import Messages
 
@@ -43,8 +43,10 @@ def tokenize(
     match job.prompt:
         case ChatPrompt():
             param, token_ids = "messages", _chat(job, job.prompt, tokenizer, model or ModelFormat())
-        case TextPrompt(text):
+        case TextPrompt(text, None):
             param, token_ids = "prompt", list(tokenizer.encode(text))
+        case TextPrompt(text, suffix):
+            param, token_ids = "suffix", _filling(text, str(suffix), tokenizer)
         case TokenPrompt(ids):
             param, token_ids = "prompt", list(ids)
     if not token_ids:
@@ -61,6 +63,13 @@ def tokenize(
             "context_length_exceeded",
         )
     return token_ids
+
+
+def _filling(text: str, suffix: str, tokenizer: Any) -> list[int]:
+    found = filling.marks(tokenizer)
+    if found is None:
+        raise invalid("This model cannot fill a gap before a suffix.", "suffix")
+    return filling.token_ids(text, suffix, tokenizer, found)
 
 
 def _chat(job: GenerationJob, prompt: ChatPrompt, tokenizer: Any, model: ModelFormat) -> list[int]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from common.errors import RequestError
 from common.protocol import (
     Delta,
+    Echo,
     Failed,
     Finished,
     FinishReason,
@@ -22,7 +23,7 @@ from common.protocol import (
     Usage,
 )
 from worker.answer_parser import AnswerParser
-from worker.engine import Inserted, StepToken
+from worker.engine import Inserted, PromptRead, StepToken
 from worker.stop_strings import StopMatcher
 from worker.tool_calls import Part
 
@@ -34,19 +35,23 @@ class Sequence:
     Attributes:
         execution_id: RQ's id of this run of the job; its key in Redis is the lease.
         n: Of the last event that was made; the next one gets `n + 1`.
+        num_tokens: Generated so far, by other workers too.
     """
 
     job: GenerationJob
     execution_id: str
     inserted: Inserted
     n: int = 0
+    num_tokens: int = 0
     admitted_at: float = field(default_factory=time.time)
     first_token_at: float | None = None
     num_generated_here: int = 0
+    is_echoed: bool = field(init=False)
     _stops: StopMatcher = field(init=False)
     _num_reasoning: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
+        self.is_echoed = not self.job.echo
         self._stops = StopMatcher(self.job.stop)
         parser = self.inserted.parser
         for text in self.inserted.replayed_texts:
@@ -59,6 +64,12 @@ class Sequence:
         """The event that says that the prompt was accepted."""
         return Started(0, self.inserted.prompt_tokens, self.inserted.cached_tokens)
 
+    def echo(self, read: PromptRead) -> Echo:
+        """The event with the prompt."""
+        self.is_echoed = True
+        self.n += 1
+        return Echo(self.n, read.text, read.tokens, read.tops)
+
     def take(
         self, token: StepToken, now: Callable[[], float] = time.time
     ) -> tuple[Delta, FinishReason | None]:
@@ -66,6 +77,7 @@ class Sequence:
         if self.first_token_at is None:
             self.first_token_at = now()
         self.num_generated_here += 1
+        self.num_tokens += 1
         self.n += 1
         if self.inserted.parser is not None:
             return self._take_apart(self.inserted.parser, token)
@@ -121,7 +133,9 @@ class Sequence:
 
     def finished(self, reason: FinishReason) -> Finished:
         """The terminal event of an answer that is whole, or that nobody wants any more."""
-        usage = Usage(self.inserted.prompt_tokens, self.n, self.inserted.cached_tokens, self._num_reasoning)
+        usage = Usage(
+            self.inserted.prompt_tokens, self.num_tokens, self.inserted.cached_tokens, self._num_reasoning
+        )
         self.n += 1
         return Finished(self.n, reason, usage)
 

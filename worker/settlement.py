@@ -154,7 +154,7 @@ def log_end(settlement: Settlement) -> None:
         sequence.job.model,
         sequence.inserted.prompt_tokens,
         sequence.inserted.cached_tokens,
-        sequence.n - 1,
+        sequence.num_tokens,
         max(0.0, sequence.admitted_at - sequence.job.submitted_at),
         max(0.0, first - sequence.admitted_at),
         tokens_per_second,

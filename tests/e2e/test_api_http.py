@@ -252,10 +252,10 @@ def test_a_stream_on_the_wire(api: ApiPool) -> None:
 
 
 def slow(_job: GenerationJob) -> Iterator[Event | float]:
-    yield 1.0
+    yield 1.5
     yield Started(0, 5)
     yield Delta(1, 1, "a")
-    yield 1.3
+    yield 2.3
     yield Delta(2, 2, "b")
     yield Finished(3, "stop", Usage(5, 2))
 
@@ -290,7 +290,7 @@ def test_a_slow_answer_does_not_look_dead(api: ApiPool, path: str) -> None:
         (b'{"unknown":' + b"[" * 40_000 + b"]" * 40_000 + b"}", None),
         (chat_body(temperature="hot"), "temperature"),
         (chat_body(logit_bias={"1000": 1}), "logit_bias"),
-        (chat_body(n=2), "n"),
+        (chat_body(store=True), "store"),
     ],
     ids=["empty", "broken", "array", "bytes", "deep", "type", "vocabulary", "unsupported"],
 )

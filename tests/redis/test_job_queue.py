@@ -52,7 +52,7 @@ def test_rq_sees_the_job(redis_url: str, client: redis.Redis) -> None:
     """In its model's queue, with the whole request, our limits, and no prompt where people look."""
 
     async def test(queue: JobQueue) -> None:
-        await queue.submit(job())
+        await queue.submit([job()])
 
     run(redis_url, test, queue_seconds=77, result_ttl_seconds=5, failure_ttl_seconds=6, max_takeovers=2)
     with client:
@@ -71,7 +71,7 @@ def test_a_large_job(redis_url: str, client: redis.Redis) -> None:
     large = job(prompt=ChatPrompt([{"role": "user", "content": "é" * 500_000}]))
 
     async def test(queue: JobQueue) -> None:
-        await queue.submit(large, num_bytes=1_000_000)
+        await queue.submit([large], num_bytes=1_000_000)
 
     run(redis_url, test)
     with client:
@@ -84,7 +84,7 @@ def test_a_burst_is_few_round_trips(redis_url: str, client: redis.Redis) -> None
     ids = [f"{i:024x}" for i in range(200)]
 
     async def test(queue: JobQueue) -> None:
-        await asyncio.gather(*(queue.submit(job(job_id)) for job_id in ids))
+        await asyncio.gather(*(queue.submit([job(job_id)]) for job_id in ids))
 
     with client:
         before = client.info("commandstats").get("cmdstat_exec", {"calls": 0})["calls"]
@@ -99,7 +99,7 @@ def test_cancelling_a_queued_job(redis_url: str, client: redis.Redis) -> None:
     """It leaves the queue and its hash is gone; the workers are told, and a mark is left for who is just taking it."""
 
     async def test(queue: JobQueue) -> None:
-        await queue.submit(job())
+        await queue.submit([job()])
         queue.cancel(job().job_id, MODEL)
 
     with client, client.pubsub(ignore_subscribe_messages=True) as pubsub:
@@ -118,7 +118,7 @@ def test_cancelling_a_job_that_was_taken(redis_url: str, client: redis.Redis) ->
     """Its hash is its worker's to settle."""
 
     async def test(queue: JobQueue) -> None:
-        await queue.submit(job())
+        await queue.submit([job()])
         await asyncio.to_thread(client.lpop, JsonQueue(MODEL, connection=client).key)
         queue.cancel(job().job_id, MODEL)
 
@@ -133,7 +133,7 @@ def test_many_leave_at_once(redis_url: str, client: redis.Redis) -> None:
     ids = [f"{i:024x}" for i in range(300)]
 
     async def test(queue: JobQueue) -> None:
-        await asyncio.gather(*(queue.submit(job(job_id)) for job_id in ids))
+        await asyncio.gather(*(queue.submit([job(job_id)]) for job_id in ids))
         for job_id in ids:
             queue.cancel(job_id, MODEL)
 
@@ -148,7 +148,7 @@ def test_without_a_server() -> None:
 
     async def test(queue: JobQueue) -> None:
         with pytest.raises(RequestError) as raised:
-            await queue.submit(job())
+            await queue.submit([job()])
         assert (raised.value.status, raised.value.code) == (503, "queue_unavailable")
         assert raised.value.retry_after_seconds is not None
         queue.cancel(job().job_id, MODEL)
@@ -160,7 +160,7 @@ def test_a_cancellation_outlasts_an_outage(redis_url: str, client: redis.Redis) 
     """It is sent again until the server takes it."""
 
     async def test(queue: JobQueue) -> None:
-        await queue.submit(job())
+        await queue.submit([job()])
         await asyncio.to_thread(client.config_set, "maxmemory", 1)  # Redis refuses to write
         queue.cancel(job().job_id, MODEL)
         await asyncio.sleep(0.2)
@@ -176,16 +176,16 @@ def test_a_full_queue(redis_url: str, client: redis.Redis) -> None:
 
     async def test(queue: JobQueue) -> None:
         ids = [names.new_job_id(100) for _ in range(4)]
-        await queue.submit(job(ids[0]))
-        await queue.submit(job(ids[1]))
+        await queue.submit([job(ids[0])])
+        await queue.submit([job(ids[1])])
         with pytest.raises(QueueFullError) as full:
-            await queue.submit(job(ids[2]))
+            await queue.submit([job(ids[2])])
         assert (full.value.num_requests, full.value.is_tokens) == (2, False)
         client.lpop(JsonQueue(MODEL, connection=client).key)
         with pytest.raises(QueueFullError) as full:
-            await queue.submit(job(names.new_job_id(450)))
+            await queue.submit([job(names.new_job_id(450))])
         assert (full.value.num_requests, full.value.is_tokens) == (1, True)
-        await queue.submit(job(ids[3]))
+        await queue.submit([job(ids[3])])
         assert JsonQueue(MODEL, connection=client).job_ids == [ids[1], ids[3]]
         assert not client.exists(JsonJob.key_for(ids[2]))
 
@@ -193,11 +193,30 @@ def test_a_full_queue(redis_url: str, client: redis.Redis) -> None:
         run(redis_url, test, max_queued_requests=2, max_queued_tokens=500)
 
 
+def test_the_choices_of_a_request_are_queued_together(redis_url: str, client: redis.Redis) -> None:
+    """All of them in their order, or none; only where nothing waits may they be more than the bound."""
+
+    async def test(queue: JobQueue) -> None:
+        ids = [names.new_job_id(10) for _ in range(9)]
+        await queue.submit([job(each) for each in ids[:3]])
+        assert JsonQueue(MODEL, connection=client).job_ids == ids[:3]
+        with pytest.raises(QueueFullError):
+            await queue.submit([job(each) for each in ids[3:6]])
+        assert JsonQueue(MODEL, connection=client).job_ids == ids[:3]
+        await queue.submit([job(each) for each in ids[3:5]])
+        client.delete(JsonQueue(MODEL, connection=client).key)
+        await queue.submit([job(each) for each in ids[3:]])
+        assert JsonQueue(MODEL, connection=client).job_ids == ids[3:]
+
+    with client:
+        run(redis_url, test, max_queued_requests=5)
+
+
 def test_what_finds_the_queue_empty_is_never_too_much(redis_url: str, client: redis.Redis) -> None:
     """A request that is larger than the bound would otherwise be refused for ever; a foreign id weighs nothing."""
 
     async def test(queue: JobQueue) -> None:
-        await queue.submit(job(names.new_job_id(10_000)))
+        await queue.submit([job(names.new_job_id(10_000))])
 
     with client:
         run(redis_url, test, max_queued_tokens=500)
@@ -213,7 +232,7 @@ def test_many_at_the_last_place(redis_url: str, client: redis.Redis) -> None:
     """Of requests of one moment, exactly as many get in as there is room for."""
 
     async def test(queue: JobQueue) -> None:
-        submits = [queue.submit(job(names.new_job_id(1))) for _ in range(50)]
+        submits = [queue.submit([job(names.new_job_id(1))]) for _ in range(50)]
         answers = await asyncio.gather(*submits, return_exceptions=True)
         assert sum(answer is None for answer in answers) == 7
         assert sum(isinstance(answer, QueueFullError) for answer in answers) == 43

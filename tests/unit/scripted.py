@@ -7,7 +7,7 @@ from queue import SimpleQueue
 
 from common.errors import RequestError
 from common.protocol import GenerationJob, SamplingParams, TextPrompt, decode_event
-from worker.engine import Inserted, ModelInfo, RowFailure, StepToken
+from worker.engine import Inserted, ModelInfo, RowFailure, StepEvent, StepToken
 from worker.generation_loop import GenerationLoop
 from worker.journal import Receipt, Row
 from worker.messages import Message, Settlement
@@ -67,14 +67,14 @@ class ScriptedEngine:
     def remove(self, job_id: str) -> None:
         self.rows.pop(job_id, None)
 
-    def step(self) -> list[StepToken | RowFailure]:
+    def step(self) -> list[StepEvent]:
         assert self.rows, "nothing to do"
         if self.step_error is not None:
             error, self.step_error, self.rows = self.step_error, None, {}
             raise error
         if self.is_reading:
             return []
-        tokens: list[StepToken | RowFailure] = []
+        tokens: list[StepEvent] = []
         if self.row_error is not None and self.rows.pop(self.row_error[0], None):
             tokens.append(RowFailure(*self.row_error))
             self.row_error = None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
-from api import completion_request, request_fields
+from api import completion_request, generation_request, request_fields
 from api.generation_request import GenerationRequest
 from api.model_directory import ServedModel
 from common.errors import RequestError
@@ -35,7 +36,42 @@ def parse(**fields: Any) -> GenerationRequest:
 )
 def test_one_prompt_in_each_of_its_forms(prompt: Any, parsed: TextPrompt | TokenPrompt) -> None:
     """Text or token ids, alone or as the only one of a list."""
-    assert parse(prompt=prompt).prompt == parsed
+    assert parse(prompt=prompt).prompts == [parsed]
+
+
+def test_several_prompts_with_choices() -> None:
+    """A job for each choice of each prompt, in OpenAI's order; the first one of each draws as a single one would."""
+    request = parse(prompt=["a", "b"], n=2, best_of=3, seed=7)
+    jobs = request.jobs("m", "c", [10, 20])
+    assert [job.prompt for job in jobs] == [TextPrompt("a")] * 3 + [TextPrompt("b")] * 3
+    assert [job.sampling.seed == 7 for job in jobs] == [True, False, False] * 2
+    assert len({job.sampling.seed for job in jobs}) == 3
+    assert len({job.job_id for job in jobs}) == 6
+    assert {job.top_logprobs for job in jobs} == {0}  # to find the best
+    assert [job.sampling for job in jobs[:3]] == [job.sampling for job in jobs[3:]]
+
+
+def test_what_one_request_may_become() -> None:
+    """Choices are bounded, and so are the copies of a prompt; the parameter that multiplies is named."""
+    generation_request.check_size(parse(prompt=["a"] * 1024), 10_000)
+    for fields, num_bytes, param in (
+        ({"prompt": ["a"] * 1025}, 10_000, "prompt"),
+        ({"prompt": ["a"] * 9, "n": 128}, 10_000, "n"),
+        ({"n": 128}, 2**20, "n"),
+    ):
+        with pytest.raises(RequestError) as raised:
+            generation_request.check_size(parse(**fields), num_bytes)
+        assert (raised.value.status, raised.value.param) == (400, param)
+
+
+def test_gaps_are_filled_by_models_that_can() -> None:
+    """Others refuse a suffix by name."""
+    request = parse(suffix="x")
+    assert request.prompts == [TextPrompt("hi", "x")]
+    completion_request.check_prompts(request, msgspec.structs.replace(MODEL, can_fill=True))
+    with pytest.raises(RequestError) as raised:
+        completion_request.check_prompts(request, MODEL)
+    assert raised.value.param == "suffix"
 
 
 @pytest.mark.parametrize(
@@ -52,18 +88,20 @@ def test_one_prompt_in_each_of_its_forms(prompt: Any, parsed: TextPrompt | Token
         ({"prompt": [1, "a"]}, "prompt"),
         ({"prompt": [1, [2]]}, "prompt"),
         ({"prompt": [["a"]]}, "prompt[0][0]"),
-        ({"prompt": ["a", "b"]}, "prompt"),
-        ({"prompt": [[1], [2]]}, "prompt"),
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"prompt": [[1], []]}, "prompt[1]"),
+        ({"max_tokens": -1}, "max_tokens"),
         ({"logprobs": 6}, "logprobs"),
         ({"logprobs": -1}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
-        ({"best_of": 2}, "best_of"),
+        ({"best_of": 2, "stream": True}, "best_of"),
+        ({"best_of": 2, "n": 3}, "best_of"),
         ({"best_of": 0}, "best_of"),
-        ({"n": 2}, "n"),
-        ({"echo": True}, "echo"),
+        ({"best_of": 21}, "best_of"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
         ({"echo": 0}, "echo"),
-        ({"suffix": "x"}, "suffix"),
+        ({"echo": True, "suffix": "x"}, "echo"),
+        ({"prompt": [1], "suffix": "x"}, "suffix"),
         ({"stream_options": {}}, "stream_options"),
     ],
 )
@@ -79,6 +117,7 @@ def test_defaults() -> None:
     request = parse()
     assert (request.max_tokens, request.top_logprobs, request.stream) == (16, None, False)
     assert parse(logprobs=0).top_logprobs == 0
+    assert parse(max_tokens=0, echo=True).max_tokens == 0
 
 
 def test_neutral_values_are_accepted() -> None:
@@ -90,7 +129,7 @@ def test_neutral_values_are_accepted() -> None:
 def test_token_ids_are_inside_the_vocabulary(token_id: int) -> None:
     """Neither a prompt nor a bias may name a token that the model does not have."""
     with pytest.raises(RequestError) as raised:
-        completion_request.check_prompt(parse(prompt=[0, token_id]), MODEL)
+        completion_request.check_prompts(parse(prompt=[0, token_id]), MODEL)
     assert (raised.value.status, raised.value.param) == (400, "prompt")
     with pytest.raises(RequestError) as raised:
         request_fields.check_logit_bias(SamplingParams(logit_bias={token_id: 1.0}), MODEL)
@@ -99,5 +138,5 @@ def test_token_ids_are_inside_the_vocabulary(token_id: int) -> None:
 
 def test_the_last_token_id_is_fine() -> None:
     """The border belongs to the vocabulary."""
-    completion_request.check_prompt(parse(prompt=[0, 49]), MODEL)
+    completion_request.check_prompts(parse(prompt=[0, 49]), MODEL)
     request_fields.check_logit_bias(SamplingParams(logit_bias={0: 1.0, 49: 1.0}), MODEL)

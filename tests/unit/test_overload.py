@@ -19,7 +19,7 @@ def served(**fields: float) -> ServedModel:
 def request(prompt: TextPrompt | TokenPrompt, max_tokens: int | None) -> GenerationRequest:
     return GenerationRequest(
         model="m",
-        prompt=prompt,
+        prompts=[prompt],
         max_tokens=max_tokens,
         stop=[],
         top_logprobs=None,
@@ -31,13 +31,19 @@ def request(prompt: TextPrompt | TokenPrompt, max_tokens: int | None) -> Generat
     )
 
 
+def weight(
+    prompt: TextPrompt | TokenPrompt, max_tokens: int | None, model: ServedModel, num_bytes: int
+) -> int:
+    return estimated_tokens(request(prompt, max_tokens), prompt, model, num_bytes)
+
+
 def test_weights() -> None:
     """Token ids are counted, text is estimated; the answer is as long as asked, else as usual; neither beyond the context."""
-    assert estimated_tokens(request(TokenPrompt([1] * 30), 7), served(), 9999) == 37
-    assert estimated_tokens(request(TextPrompt("x"), 7), served(), 400) == 108
-    assert estimated_tokens(request(TextPrompt("x"), None), served(), 400) == 101 + 256
-    assert estimated_tokens(request(TextPrompt("x"), None), served(mean_tokens=50.4), 400) == 101 + 50
-    assert estimated_tokens(request(TextPrompt("x"), 10**9), served(), 10**9) == 2000
+    assert weight(TokenPrompt([1] * 30), 7, served(), 9999) == 37
+    assert weight(TextPrompt("x"), 7, served(), 400) == 108
+    assert weight(TextPrompt("x"), None, served(), 400) == 101 + 256
+    assert weight(TextPrompt("x"), None, served(mean_tokens=50.4), 400) == 101 + 50
+    assert weight(TextPrompt("x"), 10**9, served(), 10**9) == 2000
 
 
 def test_weight_in_an_id() -> None:

@@ -43,7 +43,7 @@ def test_events_round_trip(event: Any) -> None:
 
 def test_a_newer_version_says_more() -> None:
     """Fields that we do not know yet come last and are passed over."""
-    assert decode_event(b'["d",1,7,"x",null,[],"new",{}]') == Delta(1, 7, "x")
+    assert decode_event(b'["d",1,7,"x",null,[],[],"new",{}]') == Delta(1, 7, "x")
 
 
 def test_an_older_version_says_less() -> None:
