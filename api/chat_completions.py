@@ -42,5 +42,6 @@ class ChatCompletions:
             request.num_jobs,
             with_logprobs=request.top_logprobs is not None,
             include_usage=request.include_usage,
+            answers_functions=request.answers_functions,
         )
         await generation.answer(resp, rendering, stream=request.stream)

@@ -12,7 +12,8 @@ import msgspec
 
 from api.answer import DONE, Answer, total_usage, usage_object
 from api.logprobs import LogprobAligner, chat_items
-from common.protocol import Delta, Event, Finished
+from api.tool_rendering import ToolRendering
+from common.protocol import Delta, Event, Finished, Reasoning
 
 _encode = msgspec.json.encode
 
@@ -24,10 +25,17 @@ class ChatRendering:
         num_choices: At least 1.
         with_logprobs: Whether the client asked for them.
         include_usage: Whether a stream ends with the counts.
+        answers_functions: Whether a call is told in the deprecated form, as `function_call`.
     """
 
     def __init__(
-        self, answer: Answer, num_choices: int = 1, *, with_logprobs: bool, include_usage: bool
+        self,
+        answer: Answer,
+        num_choices: int = 1,
+        *,
+        with_logprobs: bool,
+        include_usage: bool,
+        answers_functions: bool = False,
     ) -> None:
         self._answer = answer
         self._include_usage = include_usage
@@ -35,7 +43,13 @@ class ChatRendering:
         self._no_choice = b"data: " + head + b',"choices":[],"usage":'
         usage = b',"usage":null}\n\n' if include_usage else b"}\n\n"
         self._choices = [
-            _Choice(index, head, usage, LogprobAligner() if with_logprobs else None)
+            _Choice(
+                index,
+                head,
+                usage,
+                LogprobAligner() if with_logprobs else None,
+                ToolRendering(f"{answer.id}/{index}", answers_functions=answers_functions),
+            )
             for index in range(num_choices)
         ]
 
@@ -74,9 +88,12 @@ class _Choice:
         usage: What it ends with.
     """
 
-    def __init__(self, index: int, head: bytes, usage: bytes, aligner: LogprobAligner | None) -> None:
+    def __init__(
+        self, index: int, head: bytes, usage: bytes, aligner: LogprobAligner | None, tools: ToolRendering
+    ) -> None:
         self._index = index
         self._aligner = aligner
+        self._tools = tools
         self._texts: list[str] = []
         self._items: list[dict[str, Any]] = []
         self._before = b"data: " + head + b',"choices":[{"index":%d,"delta":{' % index
@@ -93,13 +110,28 @@ class _Choice:
         before, after, aligner = self._before + b'"content":', self._after, self._aligner
         for event in events:
             if isinstance(event, Delta):
-                if aligner is not None:
+                if event.pieces:
+                    frames.append(self._delta_with_pieces(event, aligner))
+                elif aligner is not None:
                     frames.append(self._delta_with_logprobs(event, aligner))
                 elif event.text:
                     frames.append(before + _encode(event.text) + after)
             elif isinstance(event, Finished):
                 frames.append(self._last(event))
         return b"".join(frames)
+
+    def _delta_with_pieces(self, delta: Delta, aligner: LogprobAligner | None) -> bytes:
+        """Thoughts come before content, calls behind it."""
+        items = chat_items(aligner.take(delta)) if aligner is not None else []
+        content = self._chunk({"content": delta.text}, items, None) if delta.text or items else b""
+        before, after = b"", b""
+        for piece in delta.pieces:
+            chunk = self._chunk(self._tools.delta(piece), [], None)
+            if isinstance(piece, Reasoning):
+                before += chunk
+            else:
+                after += chunk
+        return before + content + after
 
     def _delta_with_logprobs(self, delta: Delta, aligner: LogprobAligner) -> bytes:
         items = chat_items(aligner.take(delta))
@@ -110,7 +142,7 @@ class _Choice:
     def _last(self, finished: Finished) -> bytes:
         items = chat_items(self._aligner.finish()) if self._aligner is not None else []
         frames = self._chunk({"content": ""}, items, None) if items else b""
-        return frames + self._chunk({}, [], finished.finish_reason)
+        return frames + self._chunk({}, [], self._tools.reason(finished.finish_reason))
 
     def _chunk(self, delta: dict[str, Any], items: list[dict[str, Any]], reason: str | None) -> bytes:
         rest = _encode(delta)[1:-1] + b'},"logprobs":' + _encode(_logprobs(items)) + b',"finish_reason":'
@@ -122,6 +154,8 @@ class _Choice:
         for event in events:
             if isinstance(event, Delta):
                 self._texts.append(event.text)
+                for piece in event.pieces:
+                    self._tools.add(piece)
                 if self._aligner is not None:
                     self._items += chat_items(self._aligner.take(event))
 
@@ -130,9 +164,9 @@ class _Choice:
             self._items += chat_items(self._aligner.finish())
         return {
             "index": self._index,
-            "message": {"role": "assistant", "content": "".join(self._texts), "refusal": None},
+            "message": self._tools.message("".join(self._texts)),
             "logprobs": _logprobs(self._items) if self._aligner is not None else None,
-            "finish_reason": finished.finish_reason,
+            "finish_reason": self._tools.reason(finished.finish_reason),
         }
 
 

@@ -6,37 +6,22 @@ https://platform.openai.com/docs/api-reference/chat/create; what is not supporte
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
+from api import chat_messages, tool_request
 from api import request_fields as fields
+from api.chat_messages import Message
 from api.generation_request import GenerationRequest
+from api.template_arguments import ReasoningEffort, template_arguments
 from common.errors import invalid
 from common.protocol import ChatPrompt
 
 
-class ContentPart(msgspec.Struct, frozen=True):
-    """One part of a message's content; only text can be read."""
-
-    type: str
-    text: str | None = None
-
-
-class Message(msgspec.Struct, frozen=True):
-    """One message; other keys that clients send back with an answer ask for nothing."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[ContentPart] | None = None
-    name: str | None = None
-    tool_calls: list[Any] | None = None
-    function_call: Any = None
-    audio: Any = None
-
-
 class ChatBody(fields.Body, frozen=True, kw_only=True):
-    """The fields of OpenAI's description, and `role_mapping` of mlx_lm.server."""
+    """The fields of OpenAI's description, and `role_mapping` and `chat_template_kwargs` of mlx_lm.server."""
 
     messages: list[Message] | None = None
     role_mapping: dict[str, str] | None = None
@@ -44,15 +29,16 @@ class ChatBody(fields.Body, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     response_format: fields.ResponseFormat | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    functions: list[Any] | None = None
-    function_call: Any = None
+    tools: list[tool_request.Tool] | None = None
+    tool_choice: str | tool_request.ToolChoice | None = None
+    functions: list[tool_request.FunctionDefinition] | None = None
+    function_call: str | tool_request.NamedFunction | None = None
     modalities: list[str] | None = None
     audio: Any = None
     prediction: Any = None
     web_search_options: Any = None
-    reasoning_effort: str | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     verbosity: str | None = None
     store: bool | None = None
     parallel_tool_calls: bool | None = None
@@ -65,21 +51,15 @@ class ChatBody(fields.Body, frozen=True, kw_only=True):
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     **fields.NEUTRAL,
     "response_format": (fields.ResponseFormat("text"),),
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "functions": ([],),
-    "function_call": ("none",),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
     "web_search_options": (),
-    "reasoning_effort": (),
     "verbosity": ("medium",),
     "store": (False,),
 }
 
 _RESPONSE_FORMATS = ("text", "json_object", "json_schema")
-_OTHER_PARTS = ("image_url", "input_audio", "file", "refusal", "audio", "video_url", "image")
 
 _decoder = msgspec.json.Decoder(ChatBody)
 
@@ -103,7 +83,9 @@ def parse(body: bytes) -> GenerationRequest:
         model=chat.model,
         prompts=[
             ChatPrompt(
-                [_message(m, f"messages[{i}]") for i, m in enumerate(chat.messages)], chat.role_mapping
+                chat_messages.plain(chat.messages),
+                chat.role_mapping,
+                template_arguments(chat.reasoning_effort, chat.chat_template_kwargs),
             )
         ],
         n=chat.n or 1,
@@ -116,6 +98,8 @@ def parse(body: bytes) -> GenerationRequest:
         include_usage=chat.stream_options is not None and bool(chat.stream_options.include_usage),
         service_tier="default" if chat.service_tier is not None else None,
         ignored=ignored,
+        tool_use=tool_request.tool_use(chat),
+        answers_functions=tool_request.answers_functions(chat),
     )
 
 
@@ -135,47 +119,3 @@ def _top_logprobs(chat: ChatBody) -> int | None:
     if chat.top_logprobs is not None:
         raise invalid("`top_logprobs` is only allowed with `logprobs: true`.", "top_logprobs")
     return None
-
-
-def _message(message: Message, place: str) -> dict[str, Any]:
-    """A message as the chat template reads it."""
-    if message.tool_calls:
-        raise fields.unsupported(f"{place}.tool_calls")
-    if message.function_call is not None:
-        raise fields.unsupported(f"{place}.function_call")
-    if message.audio is not None:
-        raise fields.unsupported(f"{place}.audio")
-    if message.role in ("tool", "function"):
-        raise invalid(
-            f"Messages of the role `{message.role}` are not supported yet.",
-            f"{place}.role",
-            "unsupported_parameter",
-        )
-    # The developer's messages are what a model knows as the system's.
-    role = "system" if message.role == "developer" else message.role
-    plain: dict[str, Any] = {"role": role, "content": _text(message.content, f"{place}.content")}
-    if message.name is not None:
-        plain["name"] = message.name
-    return plain
-
-
-def _text(content: str | list[ContentPart] | None, place: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not content:
-        raise invalid(f"`{place}` must be a string, or a list of at least one part.", place)
-    return "".join(_part(part, f"{place}[{i}]") for i, part in enumerate(content))
-
-
-def _part(part: ContentPart, place: str) -> str:
-    if part.type == "text":
-        if part.text is None:
-            raise invalid(f"`{place}.text` must be a string.", f"{place}.text")
-        return part.text
-    if part.type in _OTHER_PARTS:
-        raise invalid(
-            f"The models here read text only; a part of the type `{part.type}` is not supported.",
-            f"{place}.type",
-            "unsupported_content",
-        )
-    raise invalid(f"`{place}.type` must be `text`.", f"{place}.type")

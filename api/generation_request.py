@@ -37,6 +37,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         service_tier: What the answer says, where the client asked.
         grammar: As in `common.protocol.GenerationJob`, and the next two.
         ignored: Fields that nobody knows.
+        answers_functions: Whether a call is told in the deprecated form, as `function_call`.
     """
 
     model: str | None
@@ -54,6 +55,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     grammar: str | None = None
     tool_use: ToolUse | None = None
     echo: bool = False
+    answers_functions: bool = False
 
     @property
     def num_jobs(self) -> int:

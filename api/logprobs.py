@@ -52,14 +52,34 @@ class LogprobAligner:
             self._open.append(Item(text, own.data, max(own.logprob, LEAST_LOGPROB), delta.top))
             if text and not self._decoder.getstate()[0]:
                 self._close_group()
-        if not delta.text:
-            return []
-        self.release(delta.text)
         items: list[Item] = []
-        while self._groups and (length := _length(self._groups[0])) <= self._num_released:
-            self._num_released -= length
-            items += self._groups.popleft()
+        if delta.text:
+            self._drop_unsaid(delta.text)
+            self.release(delta.text)
+            while self._groups and (length := _length(self._groups[0])) <= self._num_released:
+                self._num_released -= length
+                items += self._groups.popleft()
+        if delta.pieces:  # what has not come out was never content: the markers of a call, say
+            items += self.finish()
+            self._num_released = 0
         return items
+
+    def _drop_unsaid(self, text: str) -> None:
+        """Tokens of markers, and white space around them, are no part of the text: what is said begins behind them."""
+        if self._num_released:
+            return
+        waiting = "".join(item.text for group in self._groups for item in group)
+        num_unsaid = waiting.find(text)
+        while num_unsaid > 0:
+            group = self._groups[0]
+            if (length := _length(group)) <= num_unsaid:
+                self._groups.popleft()
+                num_unsaid -= length
+                continue
+            while num_unsaid >= len(group[0].text):
+                num_unsaid -= len(group.pop(0).text)
+            group[0].text, num_unsaid = group[0].text[num_unsaid:], 0
+            group[0].data = group[0].text.encode()
 
     def release(self, text: str) -> None:
         """So much more of the text is out."""

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from common.protocol import GenerationJob, TokenLogprob
+from worker.answer_parser import AnswerParser
 
 
 @dataclass(slots=True)
@@ -24,12 +25,14 @@ class Inserted:
         max_tokens: How many tokens the job may generate, those replayed included: as asked, or what the context
             has room for.
         replayed_texts: The text of each replayed token, in order, before any stop string is looked for.
+        parser: Takes the text apart, fresh: `replayed_texts` are yet to be fed to it; None: all of it is content.
     """
 
     prompt_tokens: int
     max_tokens: int
     cached_tokens: int = 0
     replayed_texts: list[str] = field(default_factory=list)
+    parser: AnswerParser | None = None
 
 
 class StepToken(msgspec.Struct, frozen=True):  # a dataclass would cost a microsecond more a token

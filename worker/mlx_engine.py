@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.protocol import ChatPrompt, GenerationJob, SamplingParams, TextPrompt, TokenLogprob
-from worker import mlx_model, prompts
+from worker import answer_format, answer_parser, mlx_model, prompts
 from worker.cache_memory import CacheMemory, expected_tokens
 from worker.detokenizer import Detokenizer, TokenBytes
 from worker.engine import Inserted, ModelInfo, PromptRead, RowFailure, StepEvent, StepToken
@@ -71,6 +71,7 @@ class MLXEngine:
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         self._info = mlx_model.describe(loaded, settings.max_batch)
         self._token_bytes = TokenBytes(self._tokenizer)
+        self._format = answer_format.of_model(self._tokenizer)
         self._rows: dict[str, _Row] = {}
         self._by_uid: dict[int, _Row] = {}
         self._memory = mlx_model.cache_memory(loaded, settings.memory_limit_gb)
@@ -93,7 +94,7 @@ class MLXEngine:
 
     def encode(self, job: GenerationJob) -> list[int]:
         # Rust's tokenizers let go of the interpreter meanwhile (tokenizers 0.23).
-        return prompts.tokenize(job, self._tokenizer, self._info.context_length)
+        return prompts.tokenize(job, self._tokenizer, self._info.context_length, self._format)
 
     def has_room(self, job: GenerationJob, num_prompt: int, num_done: int) -> bool:
         new = expected_tokens(num_prompt, num_done, self._max_tokens(job, num_prompt))
@@ -112,7 +113,12 @@ class MLXEngine:
     def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> Inserted:
         max_tokens = self._max_tokens(job, len(prompt))
         detokenizer = self._token_bytes.detokenizer(after_template=isinstance(job.prompt, ChatPrompt))
-        inserted = Inserted(len(prompt), max_tokens, replayed_texts=[detokenizer.add(i) for i in replay])
+        inserted = Inserted(
+            len(prompt),
+            max_tokens,
+            replayed_texts=[detokenizer.add(token_id) for token_id in replay],
+            parser=answer_parser.for_job(job, self._format, prompt, self._token_bytes),
+        )
         sampler = RowSampler(job.sampling, num_drawn=len(replay), wants_logprobs=job.top_logprobs is not None)
         sampler.took(replay)
         num_prompt, num_done = len(prompt), len(replay)

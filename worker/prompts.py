@@ -1,6 +1,7 @@
 """Prompts to token ids: the model's chat template, the role mapping of models without one, plain text.
 
-Called by the engine when it takes a job; raises what the client is told. Knows nothing of MLX.
+Called by the engine when it takes a job; raises what the client is told. What a template does not know of functions,
+`worker.tool_messages` says in words. Knows nothing of MLX.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from typing import Any
 
 from common.errors import RequestError, invalid
 from common.protocol import ChatPrompt, GenerationJob, TextPrompt, TokenPrompt
-from worker import filling
+from worker import answer_format, chat_template, filling, tool_messages
+from worker.answer_format import CallForm, ModelFormat
+from worker.chat_template import Messages
 
 # The mapping of mlx_lm.server 0.32, which its clients rely on.
 DEFAULT_ROLE_MAPPING: Mapping[str, str] = {
@@ -21,18 +24,25 @@ DEFAULT_ROLE_MAPPING: Mapping[str, str] = {
 }
 
 
-def tokenize(job: GenerationJob, tokenizer: Any, context_length: int) -> list[int]:
+_FUNCTION_TEMPLATE_ARGUMENTS = ("enable_thinking", "thinking", "thinking_mode")
+"""Where mlx-lm brings the template as a function, it takes these; a Jinja template takes all."""
+
+
+def tokenize(
+    job: GenerationJob, tokenizer: Any, context_length: int, model: ModelFormat | None = None
+) -> list[int]:
     """The job's prompt as token ids, at least one and fewer than the context.
 
     Args:
         tokenizer: mlx-lm's `TokenizerWrapper`, or what looks like it.
+        model: What is known of the model's template; None: nothing.
 
     Raises:
         RequestError: 400; the template refuses the messages, or the prompt is too long.
     """
     match job.prompt:
         case ChatPrompt():
-            param, token_ids = "messages", _chat(job.prompt, tokenizer)
+            param, token_ids = "messages", _chat(job, job.prompt, tokenizer, model or ModelFormat())
         case TextPrompt(text, None):
             param, token_ids = "prompt", list(tokenizer.encode(text))
         case TextPrompt(text, suffix):
@@ -62,11 +72,17 @@ def _filling(text: str, suffix: str, tokenizer: Any) -> list[int]:
     return filling.token_ids(text, suffix, tokenizer, found)
 
 
-def _chat(prompt: ChatPrompt, tokenizer: Any) -> list[int]:
+def _chat(job: GenerationJob, prompt: ChatPrompt, tokenizer: Any, model: ModelFormat) -> list[int]:
+    form = answer_format.choose(job, model)
+    is_told_by_template = answer_format.is_told_by_template(form, model)
+    messages = _messages(job, prompt, form, model)
     if not tokenizer.has_chat_template:
-        return list(tokenizer.encode(_mapped(prompt)))
+        return list(tokenizer.encode(_mapped(messages, prompt.role_mapping)))
+    arguments = _template_arguments(prompt, tokenizer)
+    if is_told_by_template and job.tool_use is not None:
+        arguments["tools"] = job.tool_use.tools
     try:
-        return list(tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True))
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, **arguments))
     except RequestError:
         raise
     except Exception as error:
@@ -76,11 +92,45 @@ def _chat(prompt: ChatPrompt, tokenizer: Any) -> list[int]:
         ) from error
 
 
-def _mapped(prompt: ChatPrompt) -> str:
+def _messages(job: GenerationJob, prompt: ChatPrompt, form: CallForm, model: ModelFormat) -> Messages:
+    """The messages as the model can read them.
+
+    1. No function is given, none was called: as they are.
+    2. The template knows calls, and none but its own format is asked for: calls and results as it likes them.
+    3. Else they are put into words; functions too, if there are any, and the template is not to tell of them.
+    """
+    is_told_by_template = answer_format.is_told_by_template(form, model)
+    messages, style = prompt.messages, model.template.calls
+    if any(m.get("tool_calls") or m["role"] == "tool" for m in messages):
+        if style is not None and (form is CallForm.NONE or is_told_by_template):
+            messages = chat_template.in_style(messages, style)
+        else:
+            messages = tool_messages.in_words(messages)
+    if form is CallForm.NONE or is_told_by_template or job.tool_use is None:
+        return messages
+    return tool_messages.with_instructions(
+        messages, job.tool_use, renders_system=model.template.renders_system
+    )
+
+
+def _template_arguments(prompt: ChatPrompt, tokenizer: Any) -> dict[str, Any]:
+    given = dict(prompt.template_arguments)
+    if not given:
+        return given
+    if not isinstance(tokenizer.chat_template, str):
+        return {name: given[name] for name in _FUNCTION_TEMPLATE_ARGUMENTS if name in given}
+    # The same wish has two names: Qwen's and GLM's, and DeepSeek's and Kimi's.
+    for name, other in (("enable_thinking", "thinking"), ("thinking", "enable_thinking")):
+        if name in given:
+            given.setdefault(other, given[name])
+    return given
+
+
+def _mapped(messages: Messages, role_mapping: Mapping[str, str] | None) -> str:
     """The messages as one text, by prefix of role; what a base model can go on from."""
-    mapping = prompt.role_mapping or DEFAULT_ROLE_MAPPING
+    mapping = role_mapping or DEFAULT_ROLE_MAPPING
     end = mapping.get("stop", "")
-    lines = [f"{mapping.get(m['role'], '')}{m.get('content') or ''}{end}" for m in prompt.messages]
+    lines = [f"{mapping.get(m['role'], '')}{m.get('content') or ''}{end}" for m in messages]
     return ("".join(lines) + mapping.get("assistant", "")).rstrip()
 
 

@@ -7,6 +7,7 @@ from queue import SimpleQueue
 
 from common.errors import RequestError
 from common.protocol import GenerationJob, SamplingParams, TextPrompt, decode_event
+from worker.answer_parser import AnswerParser
 from worker.engine import Inserted, ModelInfo, RowFailure, StepEvent, StepToken
 from worker.generation_loop import GenerationLoop
 from worker.journal import Receipt, Row
@@ -41,6 +42,7 @@ class ScriptedEngine:
         self.is_full = False
         self.max_rows = 99
         self.row_error: tuple[str, Exception] | None = None
+        self.make_parser: Callable[[GenerationJob], AnswerParser] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -62,7 +64,8 @@ class ScriptedEngine:
         assert job.job_id not in self.rows
         self.rows[job.job_id] = [len(replay), job.max_tokens or 3]
         texts = [self._text(job.job_id, k) for k in replay]
-        return Inserted(prompt_tokens=1, max_tokens=job.max_tokens or 3, replayed_texts=texts)
+        parser = self.make_parser(job) if self.make_parser is not None else None
+        return Inserted(prompt_tokens=1, max_tokens=job.max_tokens or 3, replayed_texts=texts, parser=parser)
 
     def remove(self, job_id: str) -> None:
         self.rows.pop(job_id, None)
