@@ -6,7 +6,7 @@ import time
 
 import falcon.asgi
 
-from api import chat_request, request_fields
+from api import chat_request, request_fields, response_format
 from api.answer import Answer, fingerprint
 from api.body import read_json, report_ignored
 from api.chat_rendering import ChatRendering
@@ -29,6 +29,7 @@ class ChatCompletions:
         report_ignored(req, resp, request.ignored, strict=self._settings.strict_parameters)
         model = await self._directory.resolve(request.model)
         request_fields.check_logit_bias(request.sampling, model)
+        await response_format.check(request.grammar, request.tool_use, model)
         generation = await self._generations.begin(req, request, model, len(body))
         answer = Answer(
             id=f"chatcmpl-{generation.job_id}",

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from api import chat_messages, tool_request
+from api import chat_messages, response_format, tool_request
 from api import request_fields as fields
 from api.chat_messages import Message
 from api.generation_request import GenerationRequest
@@ -28,7 +28,7 @@ class ChatBody(fields.Body, frozen=True, kw_only=True):
     max_completion_tokens: fields.TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    response_format: fields.ResponseFormat | None = None
+    response_format: response_format.ResponseFormat | None = None
     tools: list[tool_request.Tool] | None = None
     tool_choice: str | tool_request.ToolChoice | None = None
     functions: list[tool_request.FunctionDefinition] | None = None
@@ -50,7 +50,6 @@ class ChatBody(fields.Body, frozen=True, kw_only=True):
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     **fields.NEUTRAL,
-    "response_format": (fields.ResponseFormat("text"),),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -58,8 +57,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "verbosity": ("medium",),
     "store": (False,),
 }
-
-_RESPONSE_FORMATS = ("text", "json_object", "json_schema")
 
 _decoder = msgspec.json.Decoder(ChatBody)
 
@@ -73,10 +70,6 @@ def parse(body: bytes) -> GenerationRequest:
     chat, ignored = fields.decode(body, _decoder)
     if not chat.messages:
         raise invalid("`messages` must be a list of at least one message.", "messages")
-    if chat.response_format is not None and chat.response_format.type not in _RESPONSE_FORMATS:
-        raise invalid(
-            f"`response_format.type` must be one of {', '.join(_RESPONSE_FORMATS)}.", "response_format.type"
-        )
     fields.check_neutral(chat, NEUTRAL)
     fields.check_stream_options(chat)
     return GenerationRequest(
@@ -98,6 +91,7 @@ def parse(body: bytes) -> GenerationRequest:
         include_usage=chat.stream_options is not None and bool(chat.stream_options.include_usage),
         service_tier="default" if chat.service_tier is not None else None,
         ignored=ignored,
+        grammar=response_format.grammar_of(chat.response_format),
         tool_use=tool_request.tool_use(chat),
         answers_functions=tool_request.answers_functions(chat),
     )

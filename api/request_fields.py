@@ -36,10 +36,6 @@ class StreamOptions(msgspec.Struct, frozen=True):
     include_obfuscation: bool | None = None
 
 
-class ResponseFormat(msgspec.Struct, frozen=True):
-    type: str
-
-
 class Body(msgspec.Struct, frozen=True, kw_only=True):
     """Fields of both kinds of requests; None is also an explicit null, which means the default.
 

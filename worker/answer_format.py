@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from common import grammar
 from common.protocol import ChatPrompt, GenerationJob
 from worker import chat_template
 from worker.chat_template import TemplateAbilities
@@ -135,6 +136,13 @@ def choose(job: GenerationJob, model: ModelFormat) -> CallForm:
     if job.grammar is not None or any(tool["function"].get("strict") for tool in use.tools):
         return CallForm.UNIVERSAL
     return CallForm.OWN if model.has_own_calls else CallForm.UNIVERSAL
+
+
+def grammar_text(job: GenerationJob, model: ModelFormat) -> str | None:
+    """What the job's answer is held to; None: nothing."""
+    if choose(job, model) is CallForm.UNIVERSAL and job.tool_use is not None:
+        return grammar.for_tool_calls(job.tool_use, answer=job.grammar)
+    return job.grammar
 
 
 def is_told_by_template(form: CallForm, model: ModelFormat) -> bool:

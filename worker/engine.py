@@ -89,6 +89,7 @@ class ModelInfo:
     quantization: str = ""
     has_chat_template: bool = True
     can_fill: bool = False
+    has_own_calls: bool = False
 
 
 class Engine(Protocol):

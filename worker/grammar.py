@@ -110,6 +110,11 @@ class Matcher:
         self._scratch: Words = np.empty(self._grammars.num_ll_words, np.uint32)
 
     @property
+    def eos_words(self) -> Words:
+        """The mask of the tokens that end an answer."""
+        return self._grammars.eos_words
+
+    @property
     def is_finished(self) -> bool:
         """Whether only an end-of-text token may come."""
         return self._is_ended or self._matcher.is_stopped()

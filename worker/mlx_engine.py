@@ -18,10 +18,12 @@ from worker import answer_format, answer_parser, mlx_model, prompts
 from worker.cache_memory import CacheMemory, expected_tokens
 from worker.detokenizer import Detokenizer, TokenBytes
 from worker.engine import Inserted, ModelInfo, PromptRead, RowFailure, StepEvent, StepToken
+from worker.grammar import Grammars, Matcher
 from worker.mlx_batch import Batch, NewRow, OneAtATime, Response, alone
 from worker.mlx_prefix_cache import Found, PrefixCache, had_better_wait
 from worker.mlx_scoring import PromptScoring, most_likely
 from worker.sampler import RowSampler
+from worker.thinking import after_thinking
 
 if TYPE_CHECKING:
     from common.settings import Settings
@@ -72,6 +74,8 @@ class MLXEngine:
         self._info = mlx_model.describe(loaded, settings.max_batch)
         self._token_bytes = TokenBytes(self._tokenizer)
         self._format = answer_format.of_model(self._tokenizer)
+        self._info = replace(self._info, has_own_calls=self._format.has_own_calls)
+        self._grammars = Grammars(self._tokenizer, self._info.vocab_size, list(self._tokenizer.eos_token_ids))
         self._rows: dict[str, _Row] = {}
         self._by_uid: dict[int, _Row] = {}
         self._memory = mlx_model.cache_memory(loaded, settings.memory_limit_gb)
@@ -93,7 +97,9 @@ class MLXEngine:
         return self._generator.gather_seconds
 
     def encode(self, job: GenerationJob) -> list[int]:
-        # Rust's tokenizers let go of the interpreter meanwhile (tokenizers 0.23).
+        # Rust's tokenizers let go of the interpreter meanwhile (tokenizers 0.23), and so does llguidance (1.9).
+        if (text := answer_format.grammar_text(job, self._format)) is not None:
+            self._grammars.compile(text)  # which keeps it for `insert`
         return prompts.tokenize(job, self._tokenizer, self._info.context_length, self._format)
 
     def has_room(self, job: GenerationJob, num_prompt: int, num_done: int) -> bool:
@@ -120,6 +126,7 @@ class MLXEngine:
             parser=answer_parser.for_job(job, self._format, prompt, self._token_bytes),
         )
         sampler = RowSampler(job.sampling, num_drawn=len(replay), wants_logprobs=job.top_logprobs is not None)
+        sampler.matcher = self._matcher(job, inserted)
         sampler.took(replay)
         num_prompt, num_done = len(prompt), len(replay)
         row = _Row(job, detokenizer, sampler, prompt + replay, num_prompt, num_done, max_tokens, inserted)
@@ -135,6 +142,14 @@ class MLXEngine:
                 self._memory.left_bytes([row.expected_tokens for row in self._rows.values()])
             )
         return inserted
+
+    def _matcher(self, job: GenerationJob, inserted: Inserted) -> Any:
+        text = answer_format.grammar_text(job, self._format)
+        if text is None:
+            return None
+        matcher = Matcher(self._grammars.compile(text))
+        is_thinking = inserted.parser is not None and inserted.parser.is_reasoning
+        return after_thinking(matcher, self._tokenizer, is_thinking=is_thinking)
 
     def _begin(self, row: _Row) -> None:
         """Read on where others have read before, or wait until one has."""

@@ -156,6 +156,16 @@ def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
         ({"response_format": {"type": "yaml"}}, "response_format.type"),
         ({"response_format": {}}, "response_format.type"),
         ({"response_format": "json_object"}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}}},
+            "response_format.json_schema.name",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": "x"}}},
+            "response_format.json_schema.schema",
+        ),
     ],
     ids=lambda value: json.dumps(value)[:80] if isinstance(value, dict) else None,
 )
@@ -167,8 +177,6 @@ def test_what_is_wrong_is_refused_by_name(fields: dict[str, Any], param: str) ->
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"prediction": {"type": "content"}}, "prediction"),
