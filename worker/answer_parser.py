@@ -27,8 +27,7 @@ def for_job(
     if answer_format.choose(job, model) is CallForm.NONE and not model.transitions:
         return None
     end = b"".join(token_bytes[token_id] for token_id in prompt[-answer_format.NUM_LAST_TOKENS :])
-    is_thinking = answer_format.is_thinking_open(end.decode(errors="replace"), model)
-    return AnswerParser(job, model, REASONING if is_thinking else model.initial_state)
+    return AnswerParser(job, model, answer_format.initial_state(job, model, end.decode(errors="replace")))
 
 
 class AnswerParser:
@@ -52,7 +51,7 @@ class AnswerParser:
             use.tools if use else [], use.function if use else None, is_parallel=self._is_parallel
         )
         self._transitions = {
-            state: dict(edges) for state, edges in answer_format.transitions(self._form, model).items()
+            each: dict(edges) for each, edges in answer_format.transitions(self._form, model, state).items()
         }
         self._num_calls = 0
         self._call: CallReader | None = None

@@ -184,7 +184,7 @@ def weather(index: int = 0, arguments: str = '{"city": "Bern"}') -> list[Any]:
 def test_qwen(make: Make) -> None:
     """Its own format is the universal one; thinking is a marker away, and can be switched off."""
     model = make(QWEN)
-    assert model.format.is_universal
+    assert model.format.template.is_universal
     assert answer_format.choose(job(), model.format) is CallForm.OWN
     assert "Says how the weather is." in model.prompt(job())
     assert "<|im_start|>system" not in model.prompt(job(tools=False))
