@@ -6,6 +6,7 @@ are chosen. mlx-lm 0.32 calls a shared sampler once for a whole batch, a sampler
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -93,7 +94,7 @@ class Batch:
         self._budget = PrefillBudget(step_tokens)
         # By row without a token yet: prompt tokens left to read; oldest first.
         self._reading: dict[int, int] = {}
-        self._begun: set[int] = set()  # those of them that mlx-lm has in its prompt batch
+        self._begun: list[int] = []  # those of them that mlx-lm has in its prompt batch, in its order
         self._has_decoded = False  # in the step under way
         self.just_read: list[int] = []
         if not wire:
@@ -130,8 +131,8 @@ class Batch:
     def remove(self, uid: int) -> None:
         """Let go of a row."""
         self._generator.remove([uid])
-        self._reading.pop(uid, None)
-        self._begun.discard(uid)
+        if self._reading.pop(uid, None) is not None and uid in self._begun:
+            self._begun.remove(uid)
         self._rows.pop(uid, None)
 
     def next(self) -> list[Response]:
@@ -151,11 +152,8 @@ class Batch:
         generator = self._generator
         uids = generator._generation_batch.uids  # noqa: SLF001 (nothing else tells the order of the rows)
         if self._has_decoded or not uids:
-            unread = {
-                *generator._prompt_batch.uids,  # noqa: SLF001
-                *(sequence[0] for sequence in generator._unprocessed_sequences),  # noqa: SLF001
-            }
-            uids = [uid for uid in self._reading if uid not in unread]
+            left = generator._prompt_batch.uids  # noqa: SLF001
+            uids = [uid for uid in self._begun if uid not in left]
         self._has_decoded = True
         if len(uids) != len(logprobs):
             raise RuntimeError(f"mlx-lm samples {len(logprobs)} rows where {len(uids)} are known")
@@ -168,11 +166,10 @@ class Batch:
             prompts, responses = self._generator.next()
         num_read = []
         for prompt in prompts:
-            self._begun.add(prompt.uid)
             if prompt.end_of_prompt:
                 del self._reading[prompt.uid]
+                self._begun.remove(prompt.uid)
                 self.just_read.append(prompt.uid)
-                self._begun.discard(prompt.uid)
             else:
                 num_done, num_all = prompt.progress
                 self._reading[prompt.uid] = num_all - num_done - 1
@@ -182,15 +179,21 @@ class Batch:
         return list(responses)
 
     def _plan(self) -> None:
-        """Tell mlx-lm how many prompts to read in the next step, and how much of each."""
-        begun = [num_left for uid, num_left in self._reading.items() if uid in self._begun]
-        waiting = [num_left for uid, num_left in self._reading.items() if uid not in self._begun]
+        """Tell mlx-lm which prompts to read in the next step, and how much of each."""
+        begun = [self._reading[uid] for uid in self._begun]
+        waiting = [uid for uid in self._reading if uid not in self._begun]
         unread = [num_left for num_left in begun if num_left]
         if len(unread) < len(begun):
             waiting = []  # whoever joined now would be put together with rows that leave in this very step
-        plan = self._budget.plan(unread, waiting)
-        self._generator.prefill_batch_size = max(len(begun), plan.num_prompts)
-        self._generator.prefill_step_size = plan.num_tokens
+        plan = self._budget.plan(unread, [self._reading[uid] for uid in waiting])
+        joining = [waiting[place] for place in plan.joining]
+        generator = self._generator
+        # mlx-lm takes the first ones of its line.
+        line = sorted(generator._unprocessed_sequences, key=lambda sequence: sequence[0] not in joining)  # noqa: SLF001
+        generator._unprocessed_sequences = deque(line)  # noqa: SLF001
+        self._begun += joining
+        generator.prefill_batch_size = max(1, len(self._begun))
+        generator.prefill_step_size = plan.num_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+_LEAST_CACHED_TOKENS = 16
+"""A shorter beginning is read again as soon as it is found and copied."""
+
 _LEAST_SHARED_TOKENS = 64
-"""A shorter beginning is read again sooner than it is copied and waited for."""
+"""A shorter beginning is not worth waiting for."""
 
 _MOST_ENTRIES = 4096
 
@@ -48,14 +51,14 @@ class PrefixCache:
 
     def find(self, token_ids: list[int]) -> Found:
         """The longest beginning of a row that was read before; at least one token is left to read."""
-        if not self._limit_bytes or len(token_ids) <= _LEAST_SHARED_TOKENS:
+        if not self._limit_bytes or len(token_ids) <= _LEAST_CACHED_TOKENS:
             return Found(None, 0)
         caches, rest = self._entries.fetch_nearest_cache(_MODEL, token_ids)
         if not rest:
             caches, rest = self._entries.fetch_nearest_cache(_MODEL, token_ids[:-1])
             rest = [*rest, token_ids[-1]]
         num_cached = len(token_ids) - len(rest)
-        if caches is None or num_cached < _LEAST_SHARED_TOKENS:
+        if caches is None or num_cached < _LEAST_CACHED_TOKENS:
             return Found(None, 0)
         return Found(caches, num_cached)
 
@@ -70,7 +73,7 @@ class PrefixCache:
             token_ids: What is in them.
             caches: Cut out of a batch's.
         """
-        if not self._limit_bytes or len(token_ids) < _LEAST_SHARED_TOKENS:
+        if not self._limit_bytes or len(token_ids) < _LEAST_CACHED_TOKENS:
             return
         import mlx.core as mx
 

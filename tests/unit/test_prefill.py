@@ -13,37 +13,53 @@ LENGTHS = st.lists(st.integers(1, 5000), max_size=12)
 
 def budget_of(num_tokens: int) -> PrefillBudget:
     budget = PrefillBudget(100_000)
-    budget.num_tokens = num_tokens
+    budget.num_tokens = budget.piece_tokens = num_tokens
     return budget
 
 
 @pytest.mark.parametrize(
     ("begun", "waiting", "plan"),
     [
-        ([], [37] * 16, PrefillPlan(4, 40)),  # whole ones, as many as there is room for
-        ([], [37, 37, 300, 37], PrefillPlan(2, 80)),  # a long one would have the first two read in pieces
-        ([], [300, 37, 37], PrefillPlan(3, 53)),  # short ones are read beside a long one
-        ([300], [37, 300, 37], PrefillPlan(2, 80)),  # but not a second long one
-        ([300, 300], [37], PrefillPlan(3, 53)),
-        ([], [5000], PrefillPlan(1, 160)),
-        ([5000], [], PrefillPlan(1, 160)),
-        ([], [], PrefillPlan(1, 160)),
-        ([], [0] * 20, PrefillPlan(MOST_PROMPTS, 20)),  # prompts of one token
+        ([], [37] * 16, PrefillPlan([0, 1, 2, 3], 40)),  # whole ones, as many as there is room for
+        (
+            [],
+            [37, 37, 300, 37],
+            PrefillPlan([0, 1], 80),
+        ),  # a long one would have the first two read in pieces
+        (
+            [],
+            [300, 37, 37],
+            PrefillPlan([0, 1, 2], 13),
+        ),  # short ones are read beside a long one, in its pieces
+        ([300], [37, 300, 37], PrefillPlan([0, 2], 13)),  # and overtake another long one that waits
+        ([300], [160, 150], PrefillPlan([1], 20)),  # if they are at most half as long
+        ([300, 300], [37], PrefillPlan([0], 13)),
+        ([], [5000], PrefillPlan([0], 40)),
+        ([5000], [], PrefillPlan([], 40)),
+        ([], [], PrefillPlan([], 160)),
+        ([], [0] * 20, PrefillPlan(list(range(MOST_PROMPTS)), 20)),  # prompts of one token
+        ([5000] * MOST_PROMPTS, [1], PrefillPlan([], 5)),
     ],
 )
 def test_plan(begun: list[int], waiting: list[int], plan: PrefillPlan) -> None:
-    """With room for 160 tokens: which prompts are read, and in what pieces."""
-    assert budget_of(160).plan(begun, waiting) == plan
+    """With room for 160 tokens, or 40 in pieces: which prompts are read, and how much of each."""
+    budget = budget_of(160)
+    budget.piece_tokens = 40
+    assert budget.plan(begun, waiting) == plan
 
 
 @given(begun=LENGTHS.map(lambda lengths: lengths[:MOST_PROMPTS]), waiting=LENGTHS, num=st.integers(1, 4096))
 def test_a_plan_keeps_to_the_budget(begun: list[int], waiting: list[int], num: int) -> None:
-    """Whatever waits: the tokens of all prompts together stay within it, and some are always read."""
+    """Whatever waits: the tokens of all prompts together stay within it, some are always read, and the first one joins."""
     plan = budget_of(num).plan(begun, waiting)
+    num_prompts = len(begun) + len(plan.joining)
     assert plan.num_tokens >= 1
-    assert plan.num_prompts >= max(1, len(begun))
-    assert plan.num_prompts <= max(1, len(begun) + len(waiting))
-    assert plan.num_prompts * plan.num_tokens <= max(num, plan.num_prompts)
+    assert num_prompts >= min(1, len(begun) + len(waiting))
+    assert num_prompts <= MOST_PROMPTS
+    assert plan.joining == sorted(set(plan.joining))
+    assert num_prompts * plan.num_tokens <= max(num, num_prompts)
+    if waiting and not begun:
+        assert plan.joining[0] == 0
 
 
 def test_learning() -> None:
@@ -52,6 +68,7 @@ def test_learning() -> None:
     budget.num_tokens = 512
     budget.took(512, 4 * TARGET_SECONDS)
     assert budget.num_tokens == 128
+    assert budget.piece_tokens == LEAST_TOKENS
     budget.took(128, 1000.0)
     assert budget.num_tokens == LEAST_TOKENS
     for _ in range(10):

@@ -1,0 +1,88 @@
+"""`response_format`: what an answer has to be, as a grammar; and the check of grammars before anything is queued.
+
+https://platform.openai.com/docs/guides/structured-outputs. Used by the chat request; a worker holds the answer to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import lru_cache
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from common import grammar
+from common.errors import invalid
+from common.protocol import ToolUse
+
+TYPES = ("text", "json_object", "json_schema")
+
+_CHECKS_KEPT = 512
+_MOST_NAME_CHARACTERS = 64
+
+
+class JsonSchema(msgspec.Struct, frozen=True):
+    """A schema with its name; without a schema, any JSON object.
+
+    `strict` asks for an answer that validates, which every answer here does; `description` is for a model that is told of
+    the format, and the ones here are not.
+    """
+
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]+$", max_length=_MOST_NAME_CHARACTERS)]
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+    description: str | None = None
+
+
+class ResponseFormat(msgspec.Struct, frozen=True):
+    """OpenAI's."""
+
+    type: str
+    json_schema: JsonSchema | None = None
+
+
+def grammar_of(response_format: ResponseFormat | None) -> str | None:
+    """What the answer's text has to match; None: anything.
+
+    Raises:
+        RequestError: 400.
+    """
+    if response_format is None or response_format.type == "text":
+        return None
+    if response_format.type == "json_object":
+        return grammar.for_json_object()
+    if response_format.type != "json_schema":
+        raise invalid(f"`response_format.type` must be one of {', '.join(TYPES)}.", "response_format.type")
+    if response_format.json_schema is None:
+        raise invalid(
+            "`response_format.json_schema` is missing; it has a name and a schema.",
+            "response_format.json_schema",
+        )
+    schema = response_format.json_schema.schema
+    return grammar.for_json_object() if schema is None else grammar.for_json_schema(schema)
+
+
+async def check(answer: str | None, tool_use: ToolUse | None) -> None:
+    """Compile what a worker is going to compile, beside the event loop: some schemas take a while.
+
+    Args:
+        answer: What `grammar_of` gave.
+
+    Raises:
+        RequestError: 400; it cannot be expressed, or nothing can match it.
+    """
+    if answer is not None and (wrong := await asyncio.to_thread(_wrong, answer)):
+        raise invalid(
+            f"`response_format.json_schema.schema` is not supported: {wrong}",
+            "response_format.json_schema.schema",
+        )
+    if tool_use is not None and tool_use.tools:
+        calls = grammar.for_tool_calls(tool_use, answer=answer)
+        if wrong := await asyncio.to_thread(_wrong, calls):
+            raise invalid(f"The parameters of a function are not supported: {wrong}", "tools")
+
+
+@lru_cache(maxsize=_CHECKS_KEPT)
+def _wrong(text: str) -> str | None:
+    return grammar.check(text)

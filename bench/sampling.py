@@ -1,0 +1,96 @@
+"""What it costs to choose tokens: rows of every kind of sampling, against as many greedy ones, on the same engine.
+
+`python -m bench.sampling` interleaves rounds of 32 rows in one process: all greedy; all drawn with a seed; all with top_p;
+a mixture of every kind; all under a grammar. Decode steps alone are timed, not the reading of the prompts. `--model` and
+`--rounds` as elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+from bench.meter import wait_until_quiet
+from bench.real_model import PROMPTS
+from bench.table import Table, say
+from common.protocol import ChatPrompt, GenerationJob, SamplingParams
+from common.settings import Settings
+from worker.engine import StepToken
+from worker.mlx_engine import MLXEngine
+
+NUM_ROWS = 32
+PATIENCE_SECONDS = 60.0
+
+_MIXTURE = (
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=0.8, top_p=0.9),
+    SamplingParams(temperature=0.8, top_k=40),
+    SamplingParams(temperature=1.0, min_p=0.05),
+    SamplingParams(temperature=0.7, frequency_penalty=0.5, presence_penalty=0.5),
+    SamplingParams(temperature=0.0, logit_bias={5: -100.0}),
+    SamplingParams(temperature=1.0, xtc_probability=0.5, xtc_threshold=0.1),
+)
+
+KINDS: dict[str, Callable[[int], SamplingParams]] = {
+    "greedy": lambda _i: SamplingParams(temperature=0.0),
+    "drawn": lambda i: SamplingParams(temperature=1.0, seed=i),
+    "top_p": lambda i: SamplingParams(temperature=1.0, top_p=0.9, seed=i),
+    "every kind": lambda i: _MIXTURE[i % len(_MIXTURE)],
+    "penalties": lambda i: SamplingParams(temperature=1.0, frequency_penalty=0.5, seed=i),
+}
+
+
+def step_seconds(engine: MLXEngine, kind: str, num_steps: int, num_rows: int) -> float:
+    """One decode step of a full batch, the median of many."""
+    for i, prompt in enumerate(PROMPTS[:num_rows]):
+        job = GenerationJob(
+            job_id=f"{i}",
+            model="m",
+            channel="c",
+            prompt=ChatPrompt([{"role": "user", "content": prompt}]),
+            max_tokens=num_steps + 500,
+            # Without an end, so that the batch stays full.
+            sampling=KINDS[kind](i),
+        )
+        engine.insert(job, engine.encode(job), [])
+    taken: list[float] = []
+    while len(taken) < num_steps:
+        began = time.perf_counter()
+        tokens = [token for token in engine.step() if isinstance(token, StepToken)]
+        if len(tokens) == num_rows:
+            taken.append(time.perf_counter() - began)
+        elif engine.num_rows < num_rows:
+            break  # a text has ended
+    for i in range(num_rows):
+        engine.remove(f"{i}")
+    return statistics.median(taken)
+
+
+def main() -> int:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rows", type=int, default=NUM_ROWS)
+    arguments = parser.parse_args()
+    engine = MLXEngine(Settings(model=arguments.model, max_batch=arguments.rows, prompt_cache_gb=0))
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    wait_until_quiet(PATIENCE_SECONDS)
+    for _ in range(arguments.rounds):
+        for kind, taken in seconds.items():
+            taken.append(step_seconds(engine, kind, arguments.steps, arguments.rows))
+    greedy = statistics.median(seconds["greedy"])
+    table = Table(["sampling", "ms a step", "÷ greedy"])
+    for kind, taken in seconds.items():
+        table.add([kind, f"{statistics.median(taken) * 1e3:.1f}", f"{statistics.median(taken) / greedy:.3f}"])
+    say(f"{arguments.rows} rows; medians of {arguments.rounds} interleaved rounds of {arguments.steps} steps")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
