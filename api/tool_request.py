@@ -19,6 +19,9 @@ from common.protocol import ToolUse
 
 MOST_TOOLS = 128
 
+_NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+"""Templates and grammars want to be told."""
+
 FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}\Z")]
 """`\\Z`, since `$` lets a line break through."""
 
@@ -192,7 +195,7 @@ def _checked(functions: list[FunctionDefinition], param: str, inside: str) -> li
 
 def _plain(function: FunctionDefinition, place: str) -> dict[str, Any]:
     """A definition as templates and grammars read it: parameters that were left out are none."""
-    parameters = function.parameters or {"type": "object", "properties": {}}
+    parameters = function.parameters or _NO_PARAMETERS
     if parameters.get("type", "object") != "object":
         raise invalid(f"`{place}` must be the schema of an object: `type` must be `object`.", place)
     if not isinstance(parameters.get("properties", {}), dict):

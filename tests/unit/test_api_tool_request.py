@@ -26,7 +26,11 @@ def tool(name: Any = "f", **more: Any) -> dict[str, Any]:
 
 def parsed(name: str, parameters: Any = None, **more: Any) -> dict[str, Any]:
     """A tool as it travels."""
-    return tool(name, parameters=parameters or {"type": "object", "properties": {}}, **more)
+    return tool(
+        name,
+        parameters=parameters or {"type": "object", "properties": {}, "additionalProperties": False},
+        **more,
+    )
 
 
 def named(name: str) -> dict[str, Any]:
