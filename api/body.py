@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
+from collections.abc import Callable
 
 import falcon.asgi
 
 from api.disconnect import CLIENT, Client
+from api.generation_request import GenerationRequest
 from common.errors import RequestError, invalid
 
 log = logging.getLogger(__name__)
 
 MAX_NAMED = 32
 """Fields named in a header."""
+
+_LARGE_BYTES = 32 * 1024
+_STRICT = b'"strict"'
+"""Schemas of strict functions are compiled, to see whether they can be."""
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
 
@@ -33,6 +40,17 @@ async def read_json(req: falcon.asgi.Request, max_bytes: int) -> bytes:
         )
     client: Client = req.scope[CLIENT]
     return await client.read_body(max_bytes)
+
+
+async def parsed(body: bytes, parse: Callable[[bytes], GenerationRequest]) -> GenerationRequest:
+    """The request; one that takes a while to read is read beside the event loop.
+
+    Raises:
+        RequestError: As `parse`.
+    """
+    if len(body) > _LARGE_BYTES or _STRICT in body:
+        return await asyncio.to_thread(parse, body)
+    return parse(body)
 
 
 def report_ignored(

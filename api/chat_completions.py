@@ -8,7 +8,7 @@ import falcon.asgi
 
 from api import chat_request, request_fields, response_format
 from api.answer import Answer, fingerprint
-from api.body import read_json, report_ignored
+from api.body import parsed, read_json, report_ignored
 from api.chat_rendering import ChatRendering
 from api.generation import Generations
 from api.model_directory import ModelDirectory
@@ -25,11 +25,11 @@ class ChatCompletions:
 
     async def on_post(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
         body = await read_json(req, self._settings.max_body_bytes)
-        request = chat_request.parse(body)
+        request = await parsed(body, chat_request.parse)
         report_ignored(req, resp, request.ignored, strict=self._settings.strict_parameters)
         model = await self._directory.resolve(request.model)
         request_fields.check_logit_bias(request.sampling, model)
-        await response_format.check(request.grammar, request.tool_use, model)
+        await response_format.check(request.grammar)
         generation = await self._generations.begin(req, request, model, len(body))
         answer = Answer(
             id=f"chatcmpl-{generation.job_id}",

@@ -8,7 +8,7 @@ import falcon.asgi
 
 from api import completion_request, request_fields
 from api.answer import Answer, fingerprint
-from api.body import read_json, report_ignored
+from api.body import parsed, read_json, report_ignored
 from api.completion_rendering import CompletionRendering
 from api.generation import Generations
 from api.model_directory import ModelDirectory
@@ -25,7 +25,7 @@ class Completions:
 
     async def on_post(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
         body = await read_json(req, self._settings.max_body_bytes)
-        request = completion_request.parse(body)
+        request = await parsed(body, completion_request.parse)
         report_ignored(req, resp, request.ignored, strict=self._settings.strict_parameters)
         model = await self._directory.resolve(request.model)
         request_fields.check_logit_bias(request.sampling, model)

@@ -49,7 +49,6 @@ class ServedModel(msgspec.Struct, frozen=True):
         tokens_per_second: Of all of them, while they were busy lately; 0: not known.
         mean_tokens: Of their answers lately; 0: not known.
         can_fill: Whether each of them fills a gap before a suffix.
-        has_own_calls: Whether each of them calls functions in the model's own format.
     """
 
     id: str
@@ -62,7 +61,6 @@ class ServedModel(msgspec.Struct, frozen=True):
     tokens_per_second: float = 0.0
     mean_tokens: float = 0.0
     can_fill: bool = False
-    has_own_calls: bool = False
 
     def seconds_for(self, num_requests: int) -> float | None:
         """How long its workers take to answer so many requests like those before; None: not known."""
@@ -229,6 +227,5 @@ def _merge(cards: list[ModelCard]) -> ServedModel:
         quantization=cards[0].quantization,
         tokens_per_second=sum(card.tokens_per_second for card in cards),
         can_fill=all(card.can_fill for card in cards),
-        has_own_calls=all(card.has_own_calls for card in cards),
         mean_tokens=statistics.fmean(means) if means else 0.0,
     )

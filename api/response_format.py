@@ -12,10 +12,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from api.model_directory import ServedModel
 from common import grammar
 from common.errors import invalid
-from common.protocol import ToolUse
 
 TYPES = ("text", "json_object", "json_schema")
 
@@ -64,12 +62,11 @@ def grammar_of(response_format: ResponseFormat | None) -> str | None:
     return grammar.for_json_object() if schema is None else grammar.for_json_schema(schema)
 
 
-async def check(answer: str | None, tool_use: ToolUse | None, model: ServedModel) -> None:
+async def check(answer: str | None) -> None:
     """Compile what a worker is going to compile, beside the event loop: some schemas take a while.
 
     Args:
         answer: What `grammar_of` gave.
-        tool_use: Held to a grammar unless the model writes calls as it likes.
 
     Raises:
         RequestError: 400; it cannot be expressed, or nothing can match it.
@@ -79,17 +76,6 @@ async def check(answer: str | None, tool_use: ToolUse | None, model: ServedModel
             f"`response_format.json_schema.schema` is not supported: {wrong}",
             "response_format.json_schema.schema",
         )
-    if tool_use is None or (model.has_own_calls and answer is None and not _is_held(tool_use)):
-        return
-    if tool_use.tools:
-        calls = grammar.for_tool_calls(tool_use, answer=answer)
-        if wrong := await asyncio.to_thread(_wrong, calls):
-            raise invalid(f"The parameters of a function are not supported: {wrong}", "tools")
-
-
-def _is_held(use: ToolUse) -> bool:
-    is_strict = any(tool["function"].get("strict") for tool in use.tools)
-    return use.is_required or use.function is not None or is_strict
 
 
 @lru_cache(maxsize=_CHECKS_KEPT)

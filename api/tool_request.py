@@ -13,10 +13,14 @@ from typing import Annotated, Any, Protocol
 import msgspec
 from msgspec import Meta
 
+from common import function_schema
 from common.errors import RequestError, invalid
 from common.protocol import ToolUse
 
 MOST_TOOLS = 128
+
+_NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
+"""Templates and grammars want to be told."""
 
 FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}\Z")]
 """`\\Z`, since `$` lets a line break through."""
@@ -170,7 +174,8 @@ def _checked(functions: list[FunctionDefinition], param: str, inside: str) -> li
         inside: Where a function is in an item of `param`.
 
     Raises:
-        RequestError: 400; there are too many, two have the same name, or arguments could not be an object.
+        RequestError: 400; there are too many, two have the same name, arguments could not be an object, or those of a
+            strict function are beyond what a grammar can say.
     """
     if len(functions) > MOST_TOOLS:
         raise invalid(f"`{param}` has {len(functions)} functions; at most {MOST_TOOLS} are allowed.", param)
@@ -181,13 +186,16 @@ def _checked(functions: list[FunctionDefinition], param: str, inside: str) -> li
         if function.name in names:
             raise invalid(f"`{param}` has two functions named `{function.name}`.", f"{place}.name")
         names.add(function.name)
-        tools.append({"type": "function", "function": _plain(function, f"{place}.parameters")})
+        plain = _plain(function, f"{place}.parameters")
+        if function.strict and (complaint := function_schema.refusal(plain)):
+            raise invalid(f"`{place}.parameters` cannot be made sure of: {complaint}", f"{place}.parameters")
+        tools.append({"type": "function", "function": plain})
     return tools
 
 
 def _plain(function: FunctionDefinition, place: str) -> dict[str, Any]:
     """A definition as templates and grammars read it: parameters that were left out are none."""
-    parameters = function.parameters or {"type": "object", "properties": {}}
+    parameters = function.parameters or _NO_PARAMETERS
     if parameters.get("type", "object") != "object":
         raise invalid(f"`{place}` must be the schema of an object: `type` must be `object`.", place)
     if not isinstance(parameters.get("properties", {}), dict):

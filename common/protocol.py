@@ -275,7 +275,6 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         mean_tokens: Of the answers that were whole lately; 0: none yet.
         step: Counts decode and prefill steps; stands still only when idle or stuck.
         can_fill: Whether the model fills a gap before a suffix.
-        has_own_calls: Whether it was made to call functions, in a format of its own.
     """
 
     id: Annotated[str, Meta(pattern=r"^[^,\x00-\x1f\x7f]+$")]
@@ -291,7 +290,6 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     mean_tokens: float = 0.0
     step: int = 0
     can_fill: bool = False
-    has_own_calls: bool = False
 
     def to_hash(self) -> dict[Any, Any]:
         """As the fields of a Redis hash: text by name."""

@@ -10,12 +10,15 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from common import grammar
+import msgspec
+
+from common import function_schema
+from common import grammar as grammars
+from common.grammar import CALL_BEGIN
 from common.protocol import ChatPrompt, GenerationJob
 from worker import chat_template
 from worker.chat_template import TemplateAbilities
 from worker.tool_calls import ParseCall
-from worker.tool_messages import CALL_END, CALL_START
 
 NORMAL = "normal"
 REASONING = "reasoning"
@@ -49,7 +52,7 @@ class ModelFormat:
         call_starts: By state: the markers that begin a call in the model's own format.
         call_ends: Those that end it, with the state behind each; none: the end of the answer does.
         parse_call: None: the model has no format of its own.
-        is_universal: Whether its own format is the universal one.
+        template: What its template knows.
     """
 
     transitions: Transitions = field(default_factory=dict)
@@ -58,7 +61,6 @@ class ModelFormat:
     call_starts: Mapping[str, list[str]] = field(default_factory=dict)
     call_ends: list[tuple[str, str | None]] = field(default_factory=list)
     parse_call: ParseCall | None = None
-    is_universal: bool = False
     template: TemplateAbilities = field(default_factory=TemplateAbilities)
 
     @property
@@ -102,19 +104,8 @@ def of_model(tokenizer: Any) -> ModelFormat:
         starts,
         ends + response.get(TOOL, []),
         tokenizer.tool_parser,
-        is_universal=_is_universal(tokenizer),
         template=chat_template.probe(tokenizer),
     )
-
-
-def _is_universal(tokenizer: Any) -> bool:
-    if (tokenizer.tool_call_start, tokenizer.tool_call_end) != (CALL_START, CALL_END):
-        return False
-    try:
-        call = tokenizer.tool_parser('{"name": "f", "arguments": {"a": 1}}', [])
-    except Exception:  # noqa: BLE001 (the same markers hold other things in other formats)
-        return False
-    return bool(call == {"name": "f", "arguments": {"a": 1}})
 
 
 def choose(job: GenerationJob, model: ModelFormat) -> CallForm:
@@ -138,16 +129,11 @@ def choose(job: GenerationJob, model: ModelFormat) -> CallForm:
     return CallForm.OWN if model.has_own_calls else CallForm.UNIVERSAL
 
 
-def grammar_text(job: GenerationJob, model: ModelFormat) -> str | None:
-    """What the job's answer is held to; None: nothing."""
-    if choose(job, model) is CallForm.UNIVERSAL and job.tool_use is not None:
-        return grammar.for_tool_calls(job.tool_use, answer=job.grammar)
-    return job.grammar
-
-
 def is_told_by_template(form: CallForm, model: ModelFormat) -> bool:
     """Whether the model's own template says what functions there are and how to call them: it says its own format."""
-    return form is CallForm.OWN or (form is CallForm.UNIVERSAL and model.is_universal and model.has_own_calls)
+    return form is CallForm.OWN or (
+        form is CallForm.UNIVERSAL and model.template.is_universal and model.has_own_calls
+    )
 
 
 def is_thinking_open(end: str, model: ModelFormat) -> bool:
@@ -161,14 +147,50 @@ def is_thinking_open(end: str, model: ModelFormat) -> bool:
     return model.think_start is not None and end.rstrip().endswith(model.think_start)
 
 
-def transitions(form: CallForm, model: ModelFormat) -> Transitions:
-    """The model's transitions, with those to calls."""
+def initial_state(job: GenerationJob, model: ModelFormat, end: str) -> str:
+    """Where an answer begins: in thinking that its prompt opened, in text that a grammar demands, or as the model likes it.
+
+    Args:
+        end: Of the prompt's text.
+    """
+    if is_thinking_open(end, model):
+        return REASONING
+    is_demanded = job.grammar is not None or (job.tool_use is not None and job.tool_use.is_required)
+    return NORMAL if is_demanded else model.initial_state
+
+
+def transitions(form: CallForm, model: ModelFormat, state: str) -> Transitions:
+    """The model's transitions, with those to calls.
+
+    Args:
+        state: Where the answer begins.
+    """
     starts: Mapping[str, list[str]] = {}
     if form is CallForm.OWN:
         starts = model.call_starts
     elif form is CallForm.UNIVERSAL:
-        starts = {NORMAL: [CALL_START]}
+        # In thoughts that the prompt opened there is no grammar yet, and a marker in them is but mentioned.
+        states = {NORMAL, state, REASONING} if state != REASONING else {NORMAL}
+        starts = {each: [CALL_BEGIN] for each in states if each == NORMAL or each in model.transitions}
     return {
         state: [*model.transitions.get(state, []), *((marker, TOOL) for marker in starts.get(state, []))]
         for state in {*model.transitions, *starts}
     }
+
+
+def grammar(job: GenerationJob, model: ModelFormat) -> str | None:
+    """What the answer has to match, calls included. Where thinking is open in the prompt, it holds behind its end.
+
+    A function whose schema is too much for a grammar gets an object as it likes, unless it is strict: that the API refuses.
+    """
+    if choose(job, model) is not CallForm.UNIVERSAL or job.tool_use is None:
+        return job.grammar
+    tools = [
+        tool if function_schema.refusal(tool["function"]) is None else _with_any_arguments(tool)
+        for tool in job.tool_use.tools
+    ]
+    return grammars.for_tool_calls(msgspec.structs.replace(job.tool_use, tools=tools), answer=job.grammar)
+
+
+def _with_any_arguments(tool: dict[str, Any]) -> dict[str, Any]:
+    return tool | {"function": tool["function"] | {"parameters": {"type": "object"}}}

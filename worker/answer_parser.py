@@ -27,8 +27,7 @@ def for_job(
     if answer_format.choose(job, model) is CallForm.NONE and not model.transitions:
         return None
     end = b"".join(token_bytes[token_id] for token_id in prompt[-answer_format.NUM_LAST_TOKENS :])
-    is_thinking = answer_format.is_thinking_open(end.decode(errors="replace"), model)
-    return AnswerParser(job, model, REASONING if is_thinking else model.initial_state)
+    return AnswerParser(job, model, answer_format.initial_state(job, model, end.decode(errors="replace")))
 
 
 class AnswerParser:
@@ -52,13 +51,14 @@ class AnswerParser:
             use.tools if use else [], use.function if use else None, is_parallel=self._is_parallel
         )
         self._transitions = {
-            state: dict(edges) for state, edges in answer_format.transitions(self._form, model).items()
+            each: dict(edges) for each, edges in answer_format.transitions(self._form, model, state).items()
         }
         self._num_calls = 0
         self._call: CallReader | None = None
         self._space = ""  # held back: of content at the beginning, of reasoning at its end
         self._is_first = True  # nothing but white space came yet
         self._has_reasoned = False
+        self._space_before_call = ""  # of an answer that begins with what looks like one
         self._is_at_edge = True  # only white space came in this state yet
         self._enter(state)
 
@@ -142,7 +142,7 @@ class AnswerParser:
         if target is None:
             self.is_finished = True
         elif target == TOOL:
-            self._space = ""
+            self._space_before_call, self._space = self._space, ""
             self._call = self._reader(marker)
         elif target != self._state:
             self._is_first = False
@@ -180,5 +180,8 @@ class AnswerParser:
             if isinstance(part, ToolCall):
                 self.has_call = True
                 self._num_calls += 1
+            elif isinstance(part, str) and self._space_before_call:
+                parts.append(self._space_before_call)
+            self._space_before_call = ""
         parts += read
         return any(isinstance(part, str) for part in read)

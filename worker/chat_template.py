@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -19,6 +20,9 @@ _TOOL = "probe_tool"
 _SYSTEM = "probe_system"
 _CALL = {"name": "probe_call", "arguments": {"probe_key": "probe_value"}}
 _RESULT = "probe_result"
+_UNIVERSAL_CALL = re.compile(
+    r'<tool_call>\s*\{"name": ?"probe_call", ?"arguments": ?\{"probe_key": ?"probe_value"\}\}\s*</tool_call>'
+)
 _SHORT_ID_CHARACTERS = 9
 
 
@@ -38,11 +42,13 @@ class TemplateAbilities:
         renders_tools: Whether the model is told of the functions that it is given.
         calls: None: calls and results are not what the template knows.
         renders_system: Whether it takes a system message.
+        is_universal: Whether it writes calls in the form that `worker.tool_messages` asks for.
     """
 
     renders_tools: bool = False
     calls: CallStyle | None = None
     renders_system: bool = True
+    is_universal: bool = False
 
 
 def probe(tokenizer: Any) -> TemplateAbilities:
@@ -71,13 +77,15 @@ def probe(tokenizer: Any) -> TemplateAbilities:
         {"role": "tool", "content": _RESULT, "tool_call_id": "call_0", "name": _CALL["name"]},
     ]
     known = ("probe_call", "probe_key", "probe_value", _RESULT)
-    styles = (
-        style
-        for style in CallStyle
-        if all(word in _rendered(tokenizer, in_style(history, style), **given) for word in known)
-    )
+    texts = {style: _rendered(tokenizer, in_style(history, style), **given) for style in CallStyle}
+    calls = next((style for style, text in texts.items() if all(word in text for word in known)), None)
     system = _rendered(tokenizer, [{"role": "system", "content": _SYSTEM}, hello])
-    return TemplateAbilities(renders_tools, next(styles, None), _SYSTEM in system)
+    return TemplateAbilities(
+        renders_tools,
+        calls,
+        _SYSTEM in system,
+        calls is not None and _UNIVERSAL_CALL.search(texts[calls]) is not None,
+    )
 
 
 def _rendered(tokenizer: Any, messages: Messages, **arguments: Any) -> str:

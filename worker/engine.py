@@ -89,7 +89,6 @@ class ModelInfo:
     quantization: str = ""
     has_chat_template: bool = True
     can_fill: bool = False
-    has_own_calls: bool = False
 
 
 class Engine(Protocol):

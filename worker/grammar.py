@@ -76,8 +76,11 @@ class Grammars:
         # Its own lock is C's: any thread may call. What fails is not kept.
         self.compile = functools.lru_cache(maxsize=_NUM_KEPT)(self._compile)
 
-    def _compile(self, grammar: str) -> Compiled:
+    def _compile(self, grammar: str, param: str) -> Compiled:
         """Make a grammar ready; milliseconds, without the interpreter's lock, and nothing the second time.
+
+        Args:
+            param: What a client has asked for it with.
 
         Raises:
             RequestError: 400; it cannot be compiled, or nothing can match it.
@@ -90,13 +93,11 @@ class Grammars:
                 # On a copy: the first mask is part of what is checked.
                 Matcher(compiled).allowed()
             except RowError as error:
-                raise invalid(
-                    f"The grammar cannot be used with this model: {error}", "response_format"
-                ) from None
+                raise invalid(f"The grammar cannot be used with this model: {error}", param) from None
             return compiled
         raise invalid(
             f"The grammar cannot be used with this model: {texts.line(compiled.start.get_error())}",
-            "response_format",
+            param,
         )
 
 

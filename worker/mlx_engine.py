@@ -18,7 +18,7 @@ from worker import answer_format, answer_parser, mlx_model, prompts
 from worker.cache_memory import CacheMemory, expected_tokens
 from worker.detokenizer import Detokenizer, TokenBytes
 from worker.engine import Inserted, ModelInfo, PromptRead, RowFailure, StepEvent, StepToken
-from worker.grammar import Grammars, Matcher
+from worker.grammar import Compiled, Grammars, Matcher
 from worker.mlx_batch import Batch, NewRow, OneAtATime, Response, alone
 from worker.mlx_prefix_cache import Found, PrefixCache, had_better_wait
 from worker.mlx_scoring import PromptScoring, most_likely
@@ -74,7 +74,6 @@ class MLXEngine:
         self._info = mlx_model.describe(loaded, settings.max_batch)
         self._token_bytes = TokenBytes(self._tokenizer)
         self._format = answer_format.of_model(self._tokenizer)
-        self._info = replace(self._info, has_own_calls=self._format.has_own_calls)
         self._grammars = Grammars(self._tokenizer, self._info.vocab_size, list(self._tokenizer.eos_token_ids))
         self._rows: dict[str, _Row] = {}
         self._by_uid: dict[int, _Row] = {}
@@ -98,8 +97,7 @@ class MLXEngine:
 
     def encode(self, job: GenerationJob) -> list[int]:
         # Rust's tokenizers let go of the interpreter meanwhile (tokenizers 0.23), and so does llguidance (1.9).
-        if (text := answer_format.grammar_text(job, self._format)) is not None:
-            self._grammars.compile(text)  # which keeps it for `insert`
+        self._compiled(job)  # which is kept for `insert`
         return prompts.tokenize(job, self._tokenizer, self._info.context_length, self._format)
 
     def has_room(self, job: GenerationJob, num_prompt: int, num_done: int) -> bool:
@@ -143,13 +141,23 @@ class MLXEngine:
             )
         return inserted
 
-    def _matcher(self, job: GenerationJob, inserted: Inserted) -> Any:
-        text = answer_format.grammar_text(job, self._format)
+    def _compiled(self, job: GenerationJob) -> Compiled | None:
+        """What the answer is held to.
+
+        Raises:
+            RequestError: 400; it cannot be compiled.
+        """
+        text = answer_format.grammar(job, self._format)
         if text is None:
             return None
-        matcher = Matcher(self._grammars.compile(text))
+        return self._grammars.compile(text, "response_format" if job.tool_use is None else "tools")
+
+    def _matcher(self, job: GenerationJob, inserted: Inserted) -> Any:
+        compiled = self._compiled(job)
+        if compiled is None:
+            return None
         is_thinking = inserted.parser is not None and inserted.parser.is_reasoning
-        return after_thinking(matcher, self._tokenizer, is_thinking=is_thinking)
+        return after_thinking(Matcher(compiled), self._tokenizer, is_thinking=is_thinking)
 
     def _begin(self, row: _Row) -> None:
         """Read on where others have read before, or wait until one has."""

@@ -13,9 +13,9 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from common.grammar import CALL_END
 from common.protocol import Piece, ToolArguments, ToolCall
 from worker.stop_strings import StopMatcher
-from worker.tool_messages import CALL_END
 
 Part = str | Piece
 """Of an answer: a string is content."""

@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from common.grammar import CALL_BEGIN, CALL_END
 from common.protocol import ToolUse
 from worker.chat_template import Messages
-
-CALL_START = "<tool_call>"
-CALL_END = "</tool_call>"
 
 
 def with_instructions(messages: Messages, tool_use: ToolUse, *, renders_system: bool) -> Messages:
@@ -45,7 +43,7 @@ def instructions(tool_use: ToolUse) -> str:
             "You can call functions. Each of these lines describes one:",
             *functions,
             "To call a function, write its name and its arguments as JSON, in this form:",
-            f'{CALL_START}{{"name": "the function\'s name", "arguments": {{"an argument": "its value"}}}}{CALL_END}',
+            f'{CALL_BEGIN}{{"name": "the function\'s name", "arguments": {{"an argument": "its value"}}}}{CALL_END}',
             f"{several} What a function returns is told to you between <tool_response> and </tool_response>.",
             when,
         ]
@@ -88,4 +86,4 @@ def _in_words(message: dict[str, Any]) -> dict[str, Any]:
 
 def _call_in_words(function: dict[str, Any]) -> str:
     call = {"name": function["name"], "arguments": function["arguments"]}
-    return f"{CALL_START}{json.dumps(call, ensure_ascii=False)}{CALL_END}"
+    return f"{CALL_BEGIN}{json.dumps(call, ensure_ascii=False)}{CALL_END}"

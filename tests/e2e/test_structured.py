@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator
 from enum import Enum
 from typing import Any
 
@@ -52,8 +53,9 @@ class Weather(BaseModel):
 
 
 @pytest.fixture
-def client(pool: Pool) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{pool.url}/v1", api_key="none", max_retries=0, timeout=120)
+def client(pool: Pool) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{pool.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        yield client
 
 
 def options(**more: Any) -> dict[str, Any]:

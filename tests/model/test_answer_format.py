@@ -152,7 +152,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    def made(template: str | None, markers: list[str] = MARKERS) -> Model:
+    def made(template: str | None, markers: list[str] = MARKERS, parser: str | None = None) -> Model:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -162,6 +162,9 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=markers[-1])
         fast.chat_template = template
         fast.save_pretrained(folder)
+        if parser is not None:
+            config = folder / "tokenizer_config.json"
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"tool_parser_type": parser}))
         return Model(tokenizer_utils.load(folder))
 
     return made
@@ -184,7 +187,7 @@ def weather(index: int = 0, arguments: str = '{"city": "Bern"}') -> list[Any]:
 def test_qwen(make: Make) -> None:
     """Its own format is the universal one; thinking is a marker away, and can be switched off."""
     model = make(QWEN)
-    assert model.format.is_universal
+    assert model.format.template.is_universal
     assert answer_format.choose(job(), model.format) is CallForm.OWN
     assert "Says how the weather is." in model.prompt(job())
     assert "<|im_start|>system" not in model.prompt(job(tools=False))
@@ -317,3 +320,73 @@ def test_a_model_without_a_template(make: Make) -> None:
     text = model.prompt(job(HISTORY))
     assert text.startswith("ASSISTANT's RULE: You can call functions.")
     assert "USER: <tool_response>\nsunny\n</tool_response>\nASSISTANT:" in text
+
+
+ARG_KEYS = (
+    "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Bern</arg_value>\n"
+    "<arg_key>days</arg_key>\n<arg_value>2</arg_value>\n</tool_call>"
+)
+
+
+@pytest.mark.parametrize(
+    ("parser", "text"),
+    [
+        ("glm47", ARG_KEYS),
+        ("laguna", ARG_KEYS),
+        ("longcat", ARG_KEYS.replace("tool_call", "longcat_tool_call").replace("arg_", "longcat_arg_")),
+        ("gemma4", '<|tool_call>call:get_weather{city:<|"|>Bern<|"|>,days:2}<tool_call|>'),
+        (
+            "function_gemma",
+            "<start_function_call>call:get_weather{city:<escape>Bern<escape>,days:2}<end_function_call>",
+        ),
+        (
+            "qwen3_coder",
+            (
+                "<tool_call>\n<function=get_weather>\n<parameter=city>\nBern\n</parameter>\n<parameter=days>\n2\n"
+                "</parameter>\n</function>\n</tool_call>"
+            ),
+        ),
+        (
+            "kimi_k2",
+            (
+                "<|tool_calls_section_begin|><|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>"
+                '{"city": "Bern", "days": 2}<|tool_call_end|><|tool_calls_section_end|>'
+            ),
+        ),
+        (
+            "kimi_k3",
+            (
+                '<|open|>tools<|sep|><|open|>call tool="get_weather" index="1"<|sep|><|open|>json type="object"<|sep|>'
+                '{"city": "Bern", "days": 2}<|close|>json<|sep|><|close|>call<|sep|><|close|>tools<|sep|>'
+            ),
+        ),
+        (
+            "minicpm5",
+            '<function name="get_weather"><param name="city">Bern</param><param name="days">2</param></function>',
+        ),
+        (
+            "minimax_m2",
+            (
+                '<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Bern</parameter>\n'
+                '<parameter name="days">2</parameter>\n</invoke>\n</minimax:tool_call>'
+            ),
+        ),
+        (
+            "muse_spark",
+            (
+                '<atem:function_calls><atem:invoke name="get_weather"><atem:parameter name="city">Bern</atem:parameter>'
+                '<atem:parameter name="days">2</atem:parameter></atem:invoke></atem:function_calls>'
+            ),
+        ),
+    ],
+)
+def test_every_format_of_mlx_lm(make: Make, parser: str, text: str) -> None:
+    """A call in each model's own writing, behind text and before some, beside one that no parser can read."""
+    model = make("{{ tools | tojson }}" + CHATML, parser=parser)
+    assert answer_format.choose(job(), model.format) is CallForm.OWN
+    # Its parser may take JSON as well, but its template does not ask for it.
+    assert not model.format.template.is_universal
+    both = '{"city": "Bern", "days": 2}'
+    assert model.read(job(), f"Look. {text} Wait.") == ["Look. ", *weather(0, both), "Wait."]
+    unknown = text.replace("get_weather", "get_lost")
+    assert model.read(job(), unknown) == [unknown]

@@ -2,107 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
-from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from common.protocol import ChatPrompt, GenerationJob, Reasoning, TextPrompt, ToolArguments, ToolCall, ToolUse
-from worker import answer_parser
-from worker.answer_format import NORMAL, REASONING, TOOL, CallForm, ModelFormat, choose
-from worker.answer_parser import AnswerParser
-from worker.chat_template import TemplateAbilities
+from common.protocol import Reasoning, ToolArguments, ToolCall
+from tests.unit.answers import (
+    ENDLESS,
+    HEADERS,
+    OWN,
+    PLAIN,
+    UNIVERSAL_ARGUMENTS,
+    UNIVERSAL_CALL,
+    call,
+    parser,
+    read,
+)
+from worker.answer_format import REASONING, ModelFormat
 from worker.tool_calls import Part
-
-TEMPLATE = TemplateAbilities(renders_tools=True)
-
-
-def tool(name: str, **more: Any) -> dict[str, Any]:
-    return {"type": "function", "function": {"name": name} | more}
-
-
-TOOLS = [tool("f"), tool("g_2")]
-
-
-def parse_own(text: str, tools: list[dict[str, Any]]) -> Any:
-    """A call is ``name args``, several are lines."""
-    assert tools == TOOLS
-    calls = []
-    for line in text.strip().splitlines():
-        name, _, arguments = line.partition(" ")
-        calls.append({"name": name, "arguments": json.loads(arguments)})
-    return calls[0] if len(calls) == 1 else calls
-
-
-THINKING = {NORMAL: [("<think>", REASONING)], REASONING: [("</think>", NORMAL)]}
-PLAIN = ModelFormat()
-OWN = ModelFormat(
-    THINKING,
-    call_starts={NORMAL: ["[CALL]"], REASONING: ["[CALL]"]},
-    call_ends=[("[/CALL]", NORMAL)],
-    parse_call=parse_own,
-    think_start="<think>",
-    template=TEMPLATE,
-)
-ENDLESS = ModelFormat(call_starts={NORMAL: ["[CALLS]"]}, parse_call=parse_own, template=TEMPLATE)
-HEADERS = ModelFormat(
-    {
-        "header": [("to=self|", REASONING), ("to=user|", NORMAL)],
-        REASONING: [("<eom>", "header")],
-        NORMAL: [("<eom>", "header"), ("<eot>", None)],
-    },
-    initial_state="header",
-    call_starts={"header": ["<calls>"]},
-    call_ends=[("</calls>", NORMAL)],
-    parse_call=parse_own,
-    template=TEMPLATE,
-)
-
-
-def job(*, tools: bool = True, **use: Any) -> GenerationJob:
-    return GenerationJob(
-        job_id="a",
-        model="m",
-        channel="c",
-        prompt=ChatPrompt([{"role": "user", "content": "hi"}]),
-        tool_use=ToolUse(tools=TOOLS, **use) if tools else None,
-    )
-
-
-def parser(model: ModelFormat, state: str | None = None, **use: Any) -> AnswerParser:
-    return AnswerParser(job(**use), model, state or model.initial_state)
-
-
-def merged(parts: list[Part]) -> list[Part]:
-    """Neighbors of a kind put together."""
-    whole: list[Any] = []
-    for part in parts:
-        last = whole[-1] if whole else None
-        if isinstance(part, str) and isinstance(last, str):
-            whole[-1] = last + part
-        elif isinstance(part, Reasoning) and isinstance(last, Reasoning):
-            whole[-1] = Reasoning(last.text + part.text)
-        elif isinstance(part, ToolArguments) and isinstance(last, ToolArguments) and part.index == last.index:
-            whole[-1] = ToolArguments(part.index, last.text + part.text)
-        else:
-            whole.append(part)
-    return whole
-
-
-def read(reader: AnswerParser, *texts: str, is_cut: bool = False) -> list[Part]:
-    parts = [part for text in texts for part in reader.feed(text)]
-    return merged(parts + reader.flush(is_cut=is_cut))
-
-
-def call(index: int, name: str, arguments: str) -> list[Part]:
-    return [ToolCall(index, name), ToolArguments(index, arguments)]
-
-
-UNIVERSAL_CALL = '<tool_call>{"name": "f", "arguments": {"a": "}]</tool_call>\\""}}</tool_call>'
-UNIVERSAL_ARGUMENTS = '{"a": "}]</tool_call>\\""}'
 
 
 @pytest.mark.parametrize(
@@ -369,49 +288,3 @@ def test_calls_are_well_formed(text: str, model: ModelFormat) -> None:
             assert part.name in ("f", "g_2")
         if isinstance(part, ToolCall | ToolArguments):
             assert part.index == index
-
-
-def test_who_needs_a_parser() -> None:
-    """Chats with functions or a model that thinks; plain prompts and plain models have only text."""
-    ids = [ord(char) for char in "<think>\n"]
-    letters: Any = [bytes([i]) for i in range(128)]
-    assert answer_parser.for_job(job(tools=False), PLAIN, ids, letters) is None
-    assert answer_parser.for_job(job(), PLAIN, ids, letters) is not None
-    thinking = answer_parser.for_job(job(tools=False), OWN, ids, letters)
-    assert thinking is not None
-    assert thinking.is_reasoning
-    closed = answer_parser.for_job(job(tools=False), OWN, [*ids, ord("x")], letters)
-    assert closed is not None
-    assert not closed.is_reasoning
-    text = GenerationJob(job_id="a", model="m", channel="c", prompt=TextPrompt("<think>"))
-    assert answer_parser.for_job(text, OWN, ids, letters) is None
-
-
-@pytest.mark.parametrize(
-    ("model", "use", "grammar", "expected"),
-    [
-        (OWN, None, None, CallForm.NONE),
-        (OWN, {"tools": []}, None, CallForm.NONE),
-        (OWN, {"tools": TOOLS, "is_required": True}, None, CallForm.UNIVERSAL),
-        (OWN, {"tools": TOOLS, "is_required": True, "function": "f"}, None, CallForm.UNIVERSAL),
-        (OWN, {"tools": [tool("f"), tool("g", strict=True)]}, None, CallForm.UNIVERSAL),
-        (OWN, {"tools": [tool("f", strict=False)]}, None, CallForm.OWN),
-        (OWN, {"tools": TOOLS}, "a grammar", CallForm.UNIVERSAL),
-        (OWN, {"tools": TOOLS}, None, CallForm.OWN),
-        (PLAIN, {"tools": TOOLS}, None, CallForm.UNIVERSAL),
-        (ModelFormat(OWN.transitions, parse_call=parse_own), {"tools": TOOLS}, None, CallForm.UNIVERSAL),
-        (ModelFormat(template=TEMPLATE), {"tools": TOOLS}, None, CallForm.UNIVERSAL),
-    ],
-)
-def test_the_form_of_calls(model: ModelFormat, use: Any, grammar: str | None, expected: CallForm) -> None:
-    """The model's own where it has one and nothing has to be made sure of; the universal one elsewhere."""
-    asked = GenerationJob(
-        job_id="a",
-        model="m",
-        channel="c",
-        prompt=ChatPrompt([]),
-        tool_use=use and ToolUse(**use),
-        grammar=grammar,
-    )
-    assert choose(asked, model) is expected
-    assert TOOL not in model.transitions
