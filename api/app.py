@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from pathlib import Path
 from typing import Any
 
 import falcon.asgi
 import redis.asyncio
 
 from api import errors
+from api.authentication import Authentication
 from api.chat_completions import ChatCompletions
 from api.command_batch import CommandBatch
 from api.completions import Completions
@@ -64,7 +66,7 @@ def create_app(settings: Settings) -> App:
     """The ASGI application.
 
     Raises:
-        StartupError: The settings name no Redis.
+        StartupError: The settings name no Redis, or a key file that cannot be read.
     """
     client = connections.connect_async(settings.redis_url)
     reads = CommandBatch(client, transaction=False)
@@ -81,6 +83,8 @@ def create_app(settings: Settings) -> App:
         KnownMethods(),
         CrossOrigin(settings.cors_origins),
     ]
+    if settings.api_keys_file is not None:
+        middleware.append(Authentication(Path(settings.api_keys_file).expanduser()))
     app: falcon.asgi.App[Any, Any] = falcon.asgi.App(media_type=falcon.MEDIA_JSON, middleware=middleware)
     errors.install(app)
     health = Health(directory, relay)

@@ -12,6 +12,7 @@ import falcon.asgi
 from api.disconnect import CLIENT, Client
 from api.generation_request import GenerationRequest
 from common.errors import RequestError, invalid
+from common.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ _STRICT = b'"strict"'
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
 
 
-async def read_json(req: falcon.asgi.Request, max_bytes: int) -> bytes:
+async def read_json(req: falcon.asgi.Request, settings: Settings) -> bytes:
     """The body of a request that says it is JSON, or says nothing of it.
 
     Raises:
@@ -39,7 +40,15 @@ async def read_json(req: falcon.asgi.Request, max_bytes: int) -> bytes:
             code="unsupported_media_type",
         )
     client: Client = req.scope[CLIENT]
-    return await client.read_body(max_bytes)
+    try:
+        async with asyncio.timeout(settings.body_seconds):
+            return await client.read_body(settings.max_body_bytes)
+    except TimeoutError:
+        raise RequestError(
+            f"The request body did not come within {settings.body_seconds:g} seconds.",
+            status=408,
+            code="request_timeout",
+        ) from None
 
 
 async def parsed(body: bytes, parse: Callable[[bytes], GenerationRequest]) -> GenerationRequest:

@@ -24,7 +24,7 @@ class Completions:
         self._generations = generations
 
     async def on_post(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
-        body = await read_json(req, self._settings.max_body_bytes)
+        body = await read_json(req, self._settings)
         request = await parsed(body, completion_request.parse)
         report_ignored(req, resp, request.ignored, strict=self._settings.strict_parameters)
         model = await self._directory.resolve(request.model)

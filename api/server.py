@@ -6,16 +6,14 @@ Read by `api/gunicorn.conf.py`, before anything is forked.
 from __future__ import annotations
 
 import functools
-import http
 import ipaddress
-from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from api import errors
-from api.headers import new_request_id
+from api import gunicorn_protocol, key_file
 from common import connections
 from common import logging as common_logging
-from common.errors import RequestError, StartupError
+from common.errors import StartupError
 from common.settings import PREFIX, Settings
 
 KEEP_ALIVE_SECONDS = 15
@@ -32,9 +30,11 @@ def options(settings: Settings) -> dict[str, Any]:
     """gunicorn's settings.
 
     Raises:
-        StartupError: The API may not listen there, or the settings name no Redis.
+        StartupError: The API may not listen there, its key file cannot be read, or the settings name no Redis.
     """
     check_host(settings)
+    if settings.api_keys_file is not None:
+        key_file.read(Path(settings.api_keys_file).expanduser())
     connections.connect(settings.redis_url).close()  # connects to nothing: it only reads the URL
 
     def post_fork(_arbiter: Any, _worker: Any) -> None:
@@ -48,10 +48,7 @@ def options(settings: Settings) -> dict[str, Any]:
         # cancel what still runs.
         worker.cfg.set("graceful_timeout", int(settings.drain_seconds))
 
-        from gunicorn.asgi.protocol import ASGIProtocol  # type: ignore[import-untyped]
-
-        # What is not HTTP is refused before the app; clients still want to see an error object.
-        ASGIProtocol._send_error_response = _send_error_response  # noqa: SLF001 (gunicorn 27 has no hook for it)
+        gunicorn_protocol.install(settings.header_seconds)
 
     def worker_int(worker: Any) -> None:
         # On SIGINT gunicorn leaves out the lifespan's end. Nothing is waited for then, but what runs is cancelled.
@@ -81,37 +78,18 @@ def options(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _send_error_response(
-    protocol: Any, status: int, message: str, extra_headers: Iterable[tuple[str, str]] = ()
-) -> None:
-    """In place of gunicorn's, which answers in plain text; its callers close the connection."""
-    kind = "invalid_request_error" if status < http.HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
-    body = errors.body(RequestError(message, status=status, type=kind))
-    headers = {
-        "Content-Type": "application/json",
-        "Content-Length": str(len(body)),
-        "Connection": "close",
-        "X-Request-Id": new_request_id(),
-        **dict(extra_headers),
-    }
-    lines = [
-        f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
-        *(f"{k}: {v}" for k, v in headers.items()),
-    ]
-    protocol._safe_write("\r\n".join([*lines, "", ""]).encode("latin-1") + body)  # noqa: SLF001
-
-
 def check_host(settings: Settings) -> None:
     """Make sure that nobody is served whom nobody meant to serve.
 
     Raises:
         StartupError: The API would listen beyond this machine, without keys.
     """
-    if settings.allow_unauthenticated or _is_loopback(settings.host):
+    has_keys = settings.api_keys_file is not None
+    if has_keys or settings.allow_unauthenticated or _is_loopback(settings.host):
         return
     raise StartupError(
-        f"{PREFIX}HOST={settings.host} would let everybody who reaches this machine use the API; "
-        f"set {PREFIX}ALLOW_UNAUTHENTICATED=1 if that is meant"
+        f"{PREFIX}HOST={settings.host} would let everybody who reaches this machine use the API; name a file of API keys "
+        f"with {PREFIX}API_KEYS_FILE, or set {PREFIX}ALLOW_UNAUTHENTICATED=1 if that is meant"
     )
 
 

@@ -39,6 +39,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     )
     host: Annotated[str, _about("address the API listens on", min_length=1)] = "127.0.0.1"
     port: Annotated[int, _about("port the API listens on", ge=1, le=65535)] = 8080
+    api_keys_file: Annotated[
+        str | None,
+        _about("file of API keys, made by `python -m api.keys add NAME`; unset: no key is asked for"),
+    ] = None
     allow_unauthenticated: Annotated[bool, _about("let the API listen beyond loopback without API keys")] = (
         False
     )
@@ -49,6 +53,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     cors_origins: Annotated[str, _about("origins that browsers may call from, separated by commas, or *")] = (
         "*"
     )
+    header_seconds: Annotated[
+        float, _about("a new connection has this long to send a request's head", gt=0)
+    ] = 10.0
+    body_seconds: Annotated[float, _about("a request's body has to come within this time", gt=0)] = 60.0
     max_body_bytes: Annotated[int, _about("largest request body", ge=1024)] = 10 * 1024 * 1024
     strict_parameters: Annotated[bool, _about("answer 400 to a request field that nobody knows")] = False
     sse_comment_seconds: Annotated[float, _about("silence in a stream before a comment line", gt=0)] = 10.0

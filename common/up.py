@@ -128,9 +128,10 @@ def banner(settings: Settings, models: list[str]) -> str:
     # A URL of the operator's own may hold a password.
     is_embedded = settings.redis_url == EMBEDDED_REDIS_URL
     redis_url = EMBEDDED_REDIS_URL if is_embedded else f'"${PREFIX}REDIS_URL"'
+    key = "" if settings.api_keys_file is None else " -H 'Authorization: Bearer YOUR_KEY'"
     return (
         f"\nmlx-pool is ready at {url}/v1 and serves {', '.join(models)}. Try it:\n\n"
-        f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}\n\n"
+        f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body))}\n\n"
         f"Look inside:  {rq} info --url {redis_url}\n"
         "Stop it:      Ctrl-C\n\n"
     )

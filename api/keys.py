@@ -1,0 +1,80 @@
+"""`python -m api.keys`: make, list and revoke API keys.
+
+A key is shown once, when it is made; the file keeps its hash. A running API sees a change within a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from api import key_file
+from api.key_file import Keys
+from common.errors import StartupError
+from common.settings import PREFIX, Settings
+
+
+def add(path: Path, name: str) -> str:
+    """Make a key; gives it.
+
+    Raises:
+        StartupError: The name is taken or is none, or the file cannot be read or written.
+    """
+    if not name.strip() or not name.isprintable():
+        raise StartupError("a key needs a name that can be printed, such as whose it is")
+    keys = key_file.read(path) if path.exists() else Keys()
+    if any(key.name == name for key in keys.keys):
+        raise StartupError(f"there is a key of the name {name!r} already; revoke it first, or choose another")
+    key, secret = key_file.new_key(name)
+    key_file.write(path, Keys([*keys.keys, key]))
+    return secret
+
+
+def revoke(path: Path, name: str) -> None:
+    """Take a key back.
+
+    Raises:
+        StartupError: There is none of that name, or the file cannot be read or written.
+    """
+    keys = key_file.read(path)
+    left = [key for key in keys.keys if key.name != name]
+    if len(left) == len(keys.keys):
+        raise StartupError(f"there is no key of the name {name!r} in {path}")
+    key_file.write(path, Keys(left))
+
+
+def _path(given: str | None) -> Path:
+    path = given or Settings.load().api_keys_file
+    if path is None:
+        raise StartupError(f"which file? Give one with --file or {PREFIX}API_KEYS_FILE")
+    return Path(path).expanduser()
+
+
+def main() -> int:
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(prog="python -m api.keys", description="Make, list and revoke API keys.")
+    parser.add_argument("--file", help=f"the key file (default: {PREFIX}API_KEYS_FILE)")
+    actions = parser.add_subparsers(dest="action", required=True)
+    actions.add_parser("add", help="make a key and show it, once").add_argument("name")
+    actions.add_parser("list", help="names and dates")
+    actions.add_parser("revoke", help="take a key back").add_argument("name")
+    arguments = parser.parse_args()
+    try:
+        path = _path(arguments.file)
+        match arguments.action:
+            case "add":
+                sys.stdout.write(f"{add(path, arguments.name)}\n")
+            case "list":
+                for key in key_file.read(path).keys:
+                    sys.stdout.write(f"{key.created}  {key.name}\n")
+            case _:
+                revoke(path, arguments.name)
+    except StartupError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
