@@ -100,7 +100,7 @@ def limits() -> LLParserLimits:
         max_items_in_row=10_000,
         initial_lexer_fuel=500_000,
         step_lexer_fuel=100_000,
-        step_max_items=40_000,
+        step_max_items=10_000,
         max_lexer_states=50_000,
         max_grammar_size=200_000,
         verbose_errors=False,

@@ -23,6 +23,7 @@ from common.schema_document import (
     as_dict,
     as_list,
     literal_values,
+    types,
 )
 
 MOST_BYTES = 128 * 1024
@@ -35,6 +36,8 @@ MOST_CHARACTERS = 5_000
 MOST_PATTERNS = 200
 MOST_PATTERNS_TOGETHER = 6
 """The time to intersect them is exponential: hard ones take 4 ms if they are eight, and 7 s if they are fourteen."""
+MOST_ALTERNATIVES = 300
+"""Objects and arrays that a parser has to follow at once. Thirty that are thirty arrays of each other: 1.5 s a mask."""
 MOST_PATTERN_PROPERTIES = 20
 MOST_MULTIPLE = 10_000
 """An automaton with a state a remainder."""
@@ -43,6 +46,7 @@ MOST_PATTERN_STEPS = 20_000
 _MOST_STEPS_OF_ONE = 1_000
 """A repetition of a single character is cheap, however long."""
 _MOST_VISITS = 20_000
+_COMPOSED = frozenset(("object", "array"))
 
 
 def refusal(schema: Schema) -> str | None:
@@ -122,10 +126,25 @@ def _complaints(document: Document) -> Iterator[str]:
         yield f"The schema's enums have more than {MOST_VALUES} values."
     if sum(len(_patterns(node)) + ("format" in node) for node in nodes) > MOST_PATTERNS:
         yield f"The schema has more than {MOST_PATTERNS} patterns."
+    if sum(_num_alternatives(node, document) for node in nodes) > MOST_ALTERNATIVES:
+        yield f"The schema has more than {MOST_ALTERNATIVES} alternatives that are objects or arrays."
     for node in nodes:
         yield from _complaints_of_one(node, document)
     yield from _complaints_of_multiples(nodes)
     yield from _complaints_of_intersections(document)
+
+
+def _num_alternatives(node: dict[str, Any], document: Document) -> int:
+    """How many options of a union are objects or arrays, beside the first."""
+    options = [
+        document.resolved(option) for option in as_list(node.get("anyOf")) + as_list(node.get("oneOf"))
+    ]
+    composed = [
+        option
+        for option in options
+        if option is True or (isinstance(option, dict) and types(option) & _COMPOSED)
+    ]
+    return max(0, len(composed) - 1)
 
 
 def _complaints_of_one(node: dict[str, Any], document: Document) -> Iterator[str]:

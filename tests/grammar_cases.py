@@ -18,7 +18,7 @@ _LEAF = {
 }
 
 
-def tagged(name: str, **properties: Any) -> dict[str, Any]:
+def tagged(name: str, /, **properties: Any) -> dict[str, Any]:
     """An object of a discriminated union, as pydantic writes it."""
     return {
         "type": "object",
@@ -66,7 +66,7 @@ SCHEMAS: dict[str, Any] = {
     "strings": closed(
         a={"type": "string", "minLength": 2, "maxLength": 5},
         b={"type": "string", "pattern": "^[A-Z]{2}-\\d{3}$"},
-        c={"type": "string", "pattern": "b+"},
+        c={"type": "string", "pattern": "[a-m]x?"},
     ),
     "formats": closed(
         at={"type": "string", "format": "date-time"},
@@ -163,7 +163,8 @@ SCHEMAS: dict[str, Any] = {
 }
 """By what they show; each is one that some client sends, or a corner of one."""
 
-_CLOSING = '}]"0123456789netabcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-: <>/'
+_CLOSING = b'"}]'
+_PLAIN = b",:-+. 0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ<>/"
 
 
 class Walk:
@@ -201,14 +202,22 @@ class Walk:
         raise AssertionError(f"no end in sight: {self.text!r}")
 
     def _draw(self, allowed: list[int]) -> int:
-        ends = [i for i in allowed if i in self.compiled.grammars.eos_token_ids]
         if len(self.token_ids) < self._num_free:
             return self._random.choice(allowed)
-        return ends[0] if ends else min(allowed, key=self._rank)
+        by_rank: dict[int, list[int]] = {}
+        for token_id in allowed:
+            by_rank.setdefault(self._rank(token_id), []).append(token_id)
+        # Now and then not the closing one: a string may still want something of its own.
+        best = by_rank[
+            3 if 3 in by_rank and min(by_rank) >= 0 and self._random.random() < 0.3 else min(by_rank)
+        ]
+        return self._random.choice([i for i in best if len(self._text_of(i)) == 1] or best)
 
-    def _rank(self, token_id: int) -> tuple[int, int]:
-        text = self._text_of(token_id).decode(errors="replace")
-        return _CLOSING.find(text[0]) if text[:1] and text[0] in _CLOSING else len(_CLOSING), len(text)
+    def _rank(self, token_id: int) -> int:
+        if token_id in self.compiled.grammars.eos_token_ids:
+            return -1
+        first = self._text_of(token_id)[:1]
+        return _CLOSING.find(first) if first in _CLOSING else 3 if first in _PLAIN else 4
 
 
 def allowed_ids(matcher: Matcher) -> list[int]:

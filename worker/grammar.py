@@ -20,7 +20,7 @@ from common.errors import MLXPoolError, invalid
 from worker.detokenizer import TokenBytes
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLMatcher
 
 Words = NDArray[np.uint32]
 
@@ -64,10 +64,15 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        from llguidance import LLTokenizer, TokenizerWrapper
+
         self.vocab_size = vocab_size
         self.num_words = num_words(vocab_size)
         self.eos_token_ids = frozenset(eos_token_ids)
-        self._tokenizer = _ll_tokenizer(tokenizer, vocab_size, sorted(self.eos_token_ids))
+        eos = sorted(self.eos_token_ids)
+        self._tokenizer = LLTokenizer(
+            TokenizerWrapper(_Vocabulary(tokenizer, vocab_size, eos)), eos_token=eos
+        )
         self.num_ll_words = num_words(int(self._tokenizer.vocab_size))
         self.eos_words: Words = np.zeros(self.num_words, np.uint32)
         for token_id in self.eos_token_ids:
@@ -194,48 +199,69 @@ def apply_mlx(mx: Any, words: Any, logits: Any) -> Any:
     return mx.where(mask.astype(mx.bool_), logits, -mx.inf)
 
 
-def _ll_tokenizer(tokenizer: Any, vocab_size: int, eos_token_ids: list[int]) -> LLTokenizer:
-    """llguidance's view of the vocabulary: from the tokenizer's own file where llguidance can read it, else from bytes."""
-    from llguidance import LLTokenizer, TokenizerWrapper
+class _Vocabulary:
+    """A tokenizer as `llguidance.TokenizerWrapper` wants it: what each token stands for, and how text becomes tokens.
 
-    backend = getattr(getattr(tokenizer, "_tokenizer", tokenizer), "backend_tokenizer", None)
-    if backend is not None:
-        size = max(vocab_size, int(backend.get_vocab_size(with_added_tokens=True)))
-        try:
-            return LLTokenizer(_as_json(backend), n_vocab=size, eos_token=eos_token_ids)
-        except ValueError:
-            pass  # a kind that it does not know: neither byte-level nor with bytes to fall back on
-    return LLTokenizer(
-        TokenizerWrapper(_ByteVocabulary(tokenizer, vocab_size, eos_token_ids)), eos_token=eos_token_ids
-    )
-
-
-def _as_json(backend: Any) -> str:
-    """The tokenizer's file, in which `_TEXT_MARKS` are plain text, and nothing is cut or padded."""
-    whole = json.loads(backend.to_str())
-    for added in whole.get("added_tokens", []):
-        if added["content"] in _TEXT_MARKS:
-            added["special"] = False
-    return json.dumps(whole | {"truncation": None, "padding": None})
-
-
-class _ByteVocabulary:
-    """A tokenizer as `llguidance.TokenizerWrapper` wants it: what each token stands for, and which do for nothing."""
+    llguidance's own way, from `tokenizer.json`, takes every added token for a special one, ``<tool_call>`` and runs of white
+    space too: its masks then allow what its parser refuses (1.9.1).
+    """
 
     bos_token_id = None
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: list[int]) -> None:
         token_bytes = TokenBytes(tokenizer)
-        self._tokenizer = tokenizer
-        num_known = len(tokenizer.get_vocab())
-        names = {i: str(token) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
-        self.special_token_ids = [
-            i
-            for i in {*getattr(tokenizer, "all_special_ids", []), *eos_token_ids}
-            if names.get(i) not in _TEXT_MARKS
-        ]
+        num_known = max(tokenizer.get_vocab().values()) + 1
+        added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
+        special = {i for i, token in added.items() if getattr(token, "special", True)}
+        special |= {*getattr(tokenizer, "all_special_ids", [])}
+        special = {i for i in special if token_bytes[i].decode(errors="replace") not in _TEXT_MARKS}
+        self.special_token_ids = sorted(special.union(eos_token_ids))
         self.eos_token_id = eos_token_ids[0]
         self.tokens = [token_bytes[i] if i < num_known else b"" for i in range(max(vocab_size, num_known))]
+        self._by_bytes = {data: i for i, data in enumerate(self.tokens) if data and i not in special}
+        self._longest = max(map(len, self._by_bytes))
+        backend = getattr(getattr(tokenizer, "_tokenizer", tokenizer), "backend_tokenizer", None)
+        self._encode = None if backend is None else _plain(backend)
 
     def __call__(self, text: bytes) -> list[int]:
-        return list(self._tokenizer.encode(text.decode(errors="replace"), add_special_tokens=False))
+        """As the model learnt to read it; for text that a grammar leaves no choice about."""
+        if self._encode is not None:
+            token_ids: list[int] = self._encode(text.decode(errors="replace")).ids
+            if b"".join(self.tokens[i] for i in token_ids) == text:
+                return token_ids
+        return self._greedy(text)
+
+    def _greedy(self, text: bytes) -> list[int]:
+        token_ids, start = [], 0
+        while start < len(text):
+            ends = range(min(len(text), start + self._longest), start, -1)
+            end = next((end for end in ends if text[start:end] in self._by_bytes), None)
+            if end is None:
+                break  # llguidance goes on without a choice of ours
+            token_ids.append(self._by_bytes[text[start:end]])
+            start = end
+        return token_ids
+
+
+def _plain(backend: Any) -> Any:
+    """A fast tokenizer's `encode` for text in the midst of other text: nothing special, no space in front, nothing cut."""
+    from tokenizers import Tokenizer
+
+    whole = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+    for added in whole.get("added_tokens", []):
+        if added["content"] in _TEXT_MARKS:
+            added["special"] = False
+    normalizer = whole.get("normalizer") or {}
+    parts = [
+        part
+        for part in normalizer.get("normalizers", [normalizer])
+        if part.get("type") not in (None, "Prepend")
+    ]
+    whole["normalizer"] = {"type": "Sequence", "normalizers": parts} if parts else None
+    splitter = whole.get("pre_tokenizer") or {}
+    for part in splitter.get("pretokenizers", [splitter]):
+        if part.get("type") == "Metaspace":
+            part["prepend_scheme"] = "never"
+    plain = Tokenizer.from_str(json.dumps(whole))
+    plain.encode_special_tokens = True
+    return functools.partial(plain.encode, add_special_tokens=False)

@@ -274,6 +274,7 @@ def test_a_process_lives_on(reports: dict[str, list[Any]], name: str) -> None:
         "properties, 10,000",
         "required, 10,000",
         "reference to itself",
+        "ambiguous",
         "multipleOf",
         "multipleOf, primes",
     ],

@@ -1,0 +1,101 @@
+"""Grammars over a real vocabulary: the demo model's 49,152 tokens, and MLX's way to apply a mask."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+from common import grammar
+from common.protocol import ToolUse
+from tests.grammar_cases import SCHEMAS, Walk
+from worker import mlx_model
+from worker.detokenizer import TokenBytes
+from worker.grammar import Grammars, Matcher, apply, apply_mlx, num_words
+
+VOCAB_SIZE = 49152
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": CITY}}]
+
+
+@pytest.fixture(scope="module")
+def grammars(demo: mlx_model.LoadedModel) -> Grammars:
+    """With the two tokens that end an answer of the demo model."""
+    return Grammars(demo.tokenizer, VOCAB_SIZE, [0, 2])
+
+
+@pytest.fixture(scope="module")
+def token_bytes(demo: mlx_model.LoadedModel) -> TokenBytes:
+    """What the answer's text is made of."""
+    return TokenBytes(demo.tokenizer)
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_whatever_is_drawn_validates(grammars: Grammars, token_bytes: TokenBytes, name: str) -> None:
+    """Tokens drawn blindly from what is allowed always come to an end, and make JSON that matches the client's schema."""
+    compiled = grammars.compile(grammar.for_json_schema(SCHEMAS[name]))
+    for seed in range(4):
+        walk = Walk(compiled, token_bytes.__getitem__, seed).run()
+        jsonschema.Draft202012Validator(SCHEMAS[name]).validate(json.loads(walk.text))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Paris is a city.",
+        '<tool_call>{"name": "get_weather", "arguments": {"city": "Paris"}}</tool_call>',
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": ""}}\n</tool_call>\n<tool_call>{"name":"get_weather","arguments":{"city":"日本"}}\n</tool_call>',
+        'Let me look.\n<tool_call>{"name": "get_weather", "arguments": {"city": "Paris"}}</tool_call>',
+    ],
+)
+def test_the_models_own_tokens_are_let_through(
+    grammars: Grammars, demo: mlx_model.LoadedModel, answer: str
+) -> None:
+    """An answer as the tokenizer writes it is allowed token by token, and may end there: borders of tokens and rules differ."""
+    row = Matcher(grammars.compile(grammar.for_tool_calls(ToolUse(tools=TOOLS))))
+    for token_id in demo.tokenizer.encode(answer, add_special_tokens=False):
+        assert row.allowed()[token_id // 32] >> token_id % 32 & 1
+        row.advance(token_id)
+    assert row.allowed()[0] & 0b101 == 0b101
+
+
+def test_a_small_model_calls_as_asked(grammars: Grammars, demo: mlx_model.LoadedModel) -> None:
+    """Greedily, a model that knows nothing of calls makes one that can be parsed."""
+    import mlx.core as mx
+
+    prompt = demo.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the weather in Paris?"}], add_generation_prompt=True
+    )
+    row = Matcher(
+        grammars.compile(grammar.for_tool_calls(ToolUse(tools=TOOLS, is_required=True, is_parallel=False)))
+    )
+    token_ids: list[int] = []
+    while not row.is_finished and len(token_ids) < 60:
+        logits = demo.model(mx.array([[*prompt, *token_ids]]))[:, -1, :]
+        token_ids.append(int(mx.argmax(apply_mlx(mx, mx.array(row.allowed()[None]), logits), axis=-1).item()))
+        row.advance(token_ids[-1])
+    text = demo.tokenizer.decode(token_ids)
+    assert text.startswith("<tool_call>")
+    call: dict[str, Any] = json.loads(text.removeprefix("<tool_call>").removesuffix("</tool_call>"))
+    assert call["name"] == "get_weather"
+    jsonschema.validate(call["arguments"], CITY)
+
+
+@pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, 49153, 40])
+def test_mlx_applies_a_mask_as_numpy_does(demo: mlx_model.LoadedModel, vocab_size: int) -> None:
+    """The same logits stay, bit by bit, also where the vocabulary is no multiple of 32."""
+    import mlx.core as mx
+
+    generator = np.random.default_rng(1)
+    words = generator.integers(0, 2**32, (3, num_words(vocab_size)), np.uint32)
+    logits = generator.standard_normal((3, vocab_size), np.float32)
+    got = np.array(apply_mlx(mx, mx.array(words), mx.array(logits)))
+    assert np.array_equal(got, apply(words, logits))
