@@ -81,7 +81,7 @@ class Grammars:
         # Its own lock is C's: any thread may call. What fails is not kept.
         self.compile = functools.lru_cache(maxsize=_NUM_KEPT)(self._compile)
 
-    def _compile(self, grammar: str, param: str) -> Compiled:
+    def _compile(self, grammar: str, param: str = "response_format") -> Compiled:
         """Make a grammar ready; milliseconds, without the interpreter's lock, and nothing the second time.
 
         Args:

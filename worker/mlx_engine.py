@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common.errors import invalid
 from common.protocol import ChatPrompt, GenerationJob, SamplingParams, TextPrompt, TokenLogprob
 from worker import answer_format, answer_parser, mlx_model, prompts
 from worker.cache_memory import CacheMemory, expected_tokens
@@ -74,7 +75,10 @@ class MLXEngine:
         self._info = mlx_model.describe(loaded, settings.max_batch)
         self._token_bytes = TokenBytes(self._tokenizer)
         self._format = answer_format.of_model(self._tokenizer)
-        self._grammars = Grammars(self._tokenizer, self._info.vocab_size, list(self._tokenizer.eos_token_ids))
+        eos_token_ids = list(self._tokenizer.eos_token_ids)
+        self._grammars = (
+            Grammars(self._tokenizer, self._info.vocab_size, eos_token_ids) if eos_token_ids else None
+        )
         self._rows: dict[str, _Row] = {}
         self._by_uid: dict[int, _Row] = {}
         self._memory = mlx_model.cache_memory(loaded, settings.memory_limit_gb)
@@ -150,7 +154,10 @@ class MLXEngine:
         text = answer_format.grammar(job, self._format)
         if text is None:
             return None
-        return self._grammars.compile(text, "response_format" if job.tool_use is None else "tools")
+        param = "response_format" if job.tool_use is None else "tools"
+        if self._grammars is None:
+            raise invalid("This model has no end-of-text token, without which no answer has a form.", param)
+        return self._grammars.compile(text, param)
 
     def _matcher(self, job: GenerationJob, inserted: Inserted) -> Any:
         compiled = self._compiled(job)
