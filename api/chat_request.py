@@ -38,7 +38,7 @@ class Message(msgspec.Struct, frozen=True):
 class ChatBody(fields.Body, frozen=True, kw_only=True):
     """The fields of OpenAI's description, and `role_mapping` of mlx_lm.server."""
 
-    messages: list[Message] | None = None
+    messages: Annotated[list[Message], Meta(min_length=1)]
     role_mapping: dict[str, str] | None = None
     max_completion_tokens: fields.TokenCount | None = None
     logprobs: bool | None = None
@@ -78,6 +78,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "store": (False,),
 }
 
+ONLY_WITH: Mapping[str, str] = {**fields.ONLY_WITH, "top_logprobs": "logprobs"}
+
 _RESPONSE_FORMATS = ("text", "json_object", "json_schema")
 _OTHER_PARTS = ("image_url", "input_audio", "file", "refusal", "audio", "video_url", "image")
 
@@ -91,14 +93,12 @@ def parse(body: bytes) -> GenerationRequest:
         RequestError: 400, in `param` what is wrong or not supported.
     """
     chat, ignored = fields.decode(body, _decoder)
-    if not chat.messages:
-        raise invalid("`messages` must be a list of at least one message.", "messages")
     if chat.response_format is not None and chat.response_format.type not in _RESPONSE_FORMATS:
         raise invalid(
             f"`response_format.type` must be one of {', '.join(_RESPONSE_FORMATS)}.", "response_format.type"
         )
     fields.check_neutral(chat, NEUTRAL)
-    fields.check_stream_options(chat)
+    fields.check_only_with(chat, ONLY_WITH)
     return GenerationRequest(
         model=chat.model,
         prompt=ChatPrompt(
@@ -106,7 +106,7 @@ def parse(body: bytes) -> GenerationRequest:
         ),
         max_tokens=_max_tokens(chat),
         stop=fields.stops(chat),
-        top_logprobs=_top_logprobs(chat),
+        top_logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
         sampling=fields.sampling(chat),
         stream=bool(chat.stream),
         include_usage=chat.stream_options is not None and bool(chat.stream_options.include_usage),
@@ -123,14 +123,6 @@ def _max_tokens(chat: ChatBody) -> int | None:
             "max_completion_tokens",
         )
     return both.pop() if both else None
-
-
-def _top_logprobs(chat: ChatBody) -> int | None:
-    if chat.logprobs:
-        return chat.top_logprobs or 0
-    if chat.top_logprobs is not None:
-        raise invalid("`top_logprobs` is only allowed with `logprobs: true`.", "top_logprobs")
-    return None
 
 
 def _message(message: Message, place: str) -> dict[str, Any]:

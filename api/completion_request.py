@@ -19,11 +19,22 @@ from common.protocol import TextPrompt, TokenPrompt
 
 DEFAULT_MAX_TOKENS = 16
 
+TokenId = Annotated[int, Meta(extra_json_schema={"minimum": 0})]  # checked with its model's vocabulary
+TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
+Prompts = Annotated[
+    list[str | TokenId | TokenIds],
+    Meta(
+        min_length=1,
+        # msgspec 0.22 takes one kind of list in a union
+        extra_json_schema={"oneOf": [{"items": {"type": kind}} for kind in ("string", "integer", "array")]},
+    ),
+]
+
 
 class CompletionBody(fields.Body, frozen=True, kw_only=True):
     """The fields of OpenAI's description."""
 
-    prompt: str | list[str | int | list[int]] | None = None
+    prompt: str | Prompts
     logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
     best_of: Annotated[int, Meta(ge=1, le=20)] | None = None
     echo: bool | None = None
@@ -37,6 +48,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "suffix": (),
 }
 
+ONLY_WITH = fields.ONLY_WITH
+
 _decoder = msgspec.json.Decoder(CompletionBody)
 
 
@@ -48,7 +61,7 @@ def parse(body: bytes) -> GenerationRequest:
     """
     completion, ignored = fields.decode(body, _decoder)
     fields.check_neutral(completion, NEUTRAL)
-    fields.check_stream_options(completion)
+    fields.check_only_with(completion, ONLY_WITH)
     return GenerationRequest(
         model=completion.model,
         prompt=_prompt(completion.prompt),
@@ -63,12 +76,10 @@ def parse(body: bytes) -> GenerationRequest:
     )
 
 
-def _prompt(prompt: str | list[str | int | list[int]] | None) -> TextPrompt | TokenPrompt:
+def _prompt(prompt: str | list[str | int | list[int]]) -> TextPrompt | TokenPrompt:
     """One text or one list of token ids; OpenAI also takes a list of one of either."""
     if isinstance(prompt, str):
         return TextPrompt(prompt)
-    if not prompt:
-        raise invalid("`prompt` must be a string, or a list that is not empty.", "prompt")
     kinds = {type(item) for item in prompt}
     if len(kinds) > 1:
         raise invalid("`prompt` mixes strings, token ids and lists of them.", "prompt")
@@ -83,9 +94,8 @@ def _prompt(prompt: str | list[str | int | list[int]] | None) -> TextPrompt | To
     only = prompt[0]
     if isinstance(only, str):
         return TextPrompt(only)
-    if isinstance(only, list) and only:
-        return TokenPrompt(only)
-    raise invalid("`prompt[0]` is empty.", "prompt[0]")
+    assert isinstance(only, list)
+    return TokenPrompt(only)
 
 
 def check_prompt(request: GenerationRequest, model: ServedModel) -> None:

@@ -132,7 +132,7 @@ def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
         ({"top_p": 1.1}, "top_p"),
         ({"stop": 5}, "stop"),
         ({"stop": ""}, "stop"),
-        ({"stop": [""]}, "stop"),
+        ({"stop": [""]}, "stop[0]"),
         ({"stop": [None]}, "stop[0]"),
         ({"stop": ["a", 5]}, "stop[1]"),
         ({"stop": list("abcde")}, "stop"),
