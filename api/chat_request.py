@@ -24,11 +24,37 @@ class ContentPart(msgspec.Struct, frozen=True):
     text: str | None = None
 
 
+_TEXT_PART = Meta(
+    extra_json_schema={
+        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+        "required": ["type", "text"],
+    }
+)
+_HAS_CONTENT = Meta(
+    extra_json_schema={
+        "anyOf": [
+            {
+                "properties": {"content": {"type": ["string", "array"], "minItems": 1}},
+                "required": ["content"],
+            },
+            {
+                "properties": {
+                    "role": {"const": "assistant"},
+                    "tool_calls": {"type": "array", "minItems": 1},
+                },
+                "required": ["tool_calls"],
+            },
+        ]
+    }
+)
+"""What `_message` checks, as far as a schema can say it."""
+
+
 class Message(msgspec.Struct, frozen=True):
     """One message; other keys that clients send back with an answer ask for nothing."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[ContentPart] | None = None
+    content: str | list[Annotated[ContentPart, _TEXT_PART]] | None = None
     name: str | None = None
     tool_calls: list[Any] | None = None
     function_call: Any = None
@@ -38,7 +64,7 @@ class Message(msgspec.Struct, frozen=True):
 class ChatBody(fields.Body, frozen=True, kw_only=True):
     """The fields of OpenAI's description, and `role_mapping` of mlx_lm.server."""
 
-    messages: Annotated[list[Message], Meta(min_length=1)]
+    messages: Annotated[list[Annotated[Message, _HAS_CONTENT]], Meta(min_length=1)]
     role_mapping: dict[str, str] | None = None
     max_completion_tokens: fields.TokenCount | None = None
     logprobs: bool | None = None

@@ -81,7 +81,9 @@ ONLY_WITH: Mapping[str, str] = {"stream_options": "stream"}
 B = TypeVar("B", bound=Body)
 
 _decode_names = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_PLACE = re.compile(r"^(?P<what>.*?) - at (?:`key` in )?`\$\.?(?P<where>.*)`$", re.DOTALL)
+_PLACE = re.compile(
+    r"^(?P<what>.*) - at (?:`key` in )?`\$\.?(?P<where>[^`]*)`$", re.DOTALL
+)  # the last: words may be quoted
 _BEYOND_RANGE = re.compile(r"^(Expected .* [<>]=? .*|.*out of range)$")
 
 
