@@ -154,12 +154,15 @@ def _with_field_faults(draw: st.DrawFn, valid: st.SearchStrategy[dict[str, Any]]
     """A body with some of its fields wrong, missing or unheard of."""
     body = copy.deepcopy(draw(valid))  # what a strategy gives again is not ours to change
     for _ in range(draw(st.integers(0, _MAX_FAULTS))):
-        match draw(st.sampled_from(["set", "set", "set", "inside", "drop", "unknown"])):
+        match draw(st.sampled_from(["set", "set", "inside", "text", "drop", "unknown"])):
             case "set":
                 body[draw(st.sampled_from(names))] = copy.deepcopy(draw(_ODD))
             case "inside":
                 place, key = draw(st.sampled_from(_places(body)))
                 place[key] = copy.deepcopy(draw(_ODD))
+            case "text":
+                place, key = draw(st.sampled_from(_places(body)))
+                place[key] = draw(_ODD_TEXTS)
             case "drop":
                 body.pop(draw(st.sampled_from(sorted(body) or [""])), None)
             case _:
