@@ -71,11 +71,15 @@ class Rendering(Protocol):
 @lru_cache(maxsize=256)
 def fingerprint(model: str, quantization: str) -> str:
     """OpenAI's system_fingerprint: changes when what computes the answer does."""
+    return "fp_" + hashlib.sha256(f"{model}\0{quantization}\0{version()}".encode()).hexdigest()[:10]
+
+
+def version() -> str:
+    """mlx-pool's; 0 where it runs without being installed."""
     try:
-        version = importlib.metadata.version("mlx-pool")
+        return importlib.metadata.version("mlx-pool")
     except importlib.metadata.PackageNotFoundError:
-        version = "0"
-    return "fp_" + hashlib.sha256(f"{model}\0{quantization}\0{version}".encode()).hexdigest()[:10]
+        return "0"
 
 
 def total_usage(finished: list[Finished], num_choices: int) -> Usage:

@@ -25,6 +25,8 @@ from api.health import Health
 from api.job_queue import JobQueue
 from api.model_directory import ModelDirectory
 from api.models import Model, Models
+from api.openapi import PATH as DESCRIPTION_PATH
+from api.openapi import Description
 from api.relay import Relay
 from common import connections
 from common.settings import Settings
@@ -91,6 +93,7 @@ def create_app(settings: Settings) -> App:
     app.add_route("/livez", health, suffix="live")
     app.add_route("/readyz", health, suffix="ready")
     app.add_route("/health", health)
+    app.add_route(DESCRIPTION_PATH, Description(settings))
     for prefix in ("/v1", ""):
         app.add_route(f"{prefix}/chat/completions", ChatCompletions(settings, directory, generations))
         app.add_route(f"{prefix}/completions", Completions(settings, directory, generations))

@@ -7,9 +7,10 @@ Checked here: who may say what. Calls that were made before have their arguments
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from api import request_fields as fields
 from common.errors import invalid
@@ -21,6 +22,19 @@ class ContentPart(msgspec.Struct, frozen=True):
     type: str
     text: str | None = None
     refusal: str | None = None
+
+
+_READABLE = Meta(
+    extra_json_schema={
+        "anyOf": [
+            {
+                "properties": {"type": {"const": kind}, kind: {"type": "string"}},
+                "required": ["type", kind],
+            }
+            for kind in ("text", "refusal")
+        ]
+    }
+)
 
 
 class FunctionCall(msgspec.Struct, frozen=True):
@@ -36,15 +50,23 @@ class ToolCall(msgspec.Struct, frozen=True):
     function: FunctionCall | None = None
 
 
+_OF_FUNCTION = Meta(
+    extra_json_schema={
+        "properties": {"type": {"const": "function"}, "function": {"type": "object"}},
+        "required": ["function"],
+    }
+)
+
+
 class Message(msgspec.Struct, frozen=True):
     """One message; other keys that clients send back with an answer ask for nothing."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[ContentPart] | None = None
+    content: str | list[Annotated[ContentPart, _READABLE]] | None = None
     name: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[Annotated[ToolCall, _OF_FUNCTION]] | None = None
     tool_call_id: str | None = None
     function_call: FunctionCall | None = None
     audio: Any = None

@@ -19,16 +19,61 @@ from api.template_arguments import ReasoningEffort, template_arguments
 from common.errors import invalid
 from common.protocol import ChatPrompt
 
+_HAS_CONTENT = Meta(
+    extra_json_schema={
+        "oneOf": [
+            {
+                "properties": {
+                    "role": {"enum": ["system", "developer", "user", "tool", "function"]},
+                    "content": {"type": ["string", "array"], "minItems": 1},
+                    "tool_calls": {"anyOf": [{"type": "null"}, {"maxItems": 0}]},
+                    "function_call": {"type": "null"},
+                },
+                "required": ["content"],
+                "allOf": [
+                    {
+                        "if": {"properties": {"role": {"const": "tool"}}},
+                        "then": {
+                            "properties": {"tool_call_id": {"type": "string"}},
+                            "required": ["tool_call_id"],
+                        },
+                    },
+                    {
+                        "if": {"properties": {"role": {"const": "function"}}},
+                        "then": {"properties": {"name": {"type": "string"}}, "required": ["name"]},
+                    },
+                ],
+            },
+            {
+                "properties": {"role": {"const": "assistant"}},
+                "anyOf": [
+                    {
+                        "properties": {"content": {"type": ["string", "array"], "minItems": 1}},
+                        "required": ["content"],
+                    },
+                    {
+                        "properties": {"tool_calls": {"type": "array", "minItems": 1}},
+                        "required": ["tool_calls"],
+                    },
+                    {"properties": {"function_call": {"type": "object"}}, "required": ["function_call"]},
+                    {"properties": {"refusal": {"type": "string"}}, "required": ["refusal"]},
+                ],
+            },
+        ]
+    }
+)
+"""What `chat_messages` checks, as far as a schema can say it."""
+
 
 class ChatBody(fields.Body, frozen=True, kw_only=True):
     """The fields of OpenAI's description, and `role_mapping` and `chat_template_kwargs` of mlx_lm.server."""
 
-    messages: list[Message] | None = None
+    messages: Annotated[list[Annotated[Message, _HAS_CONTENT]], Meta(min_length=1)]
     role_mapping: dict[str, str] | None = None
     max_completion_tokens: fields.TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    response_format: response_format.ResponseFormat | None = None
+    response_format: response_format.Wanted | None = None
     tools: list[tool_request.Tool] | None = None
     tool_choice: str | tool_request.ToolChoice | None = None
     functions: list[tool_request.FunctionDefinition] | None = None
@@ -58,6 +103,8 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "store": (False,),
 }
 
+ONLY_WITH: Mapping[str, str] = {**fields.ONLY_WITH, "top_logprobs": "logprobs"}
+
 _decoder = msgspec.json.Decoder(ChatBody)
 
 
@@ -68,10 +115,8 @@ def parse(body: bytes) -> GenerationRequest:
         RequestError: 400, in `param` what is wrong or not supported.
     """
     chat, ignored = fields.decode(body, _decoder)
-    if not chat.messages:
-        raise invalid("`messages` must be a list of at least one message.", "messages")
     fields.check_neutral(chat, NEUTRAL)
-    fields.check_stream_options(chat)
+    fields.check_only_with(chat, ONLY_WITH)
     return GenerationRequest(
         model=chat.model,
         prompts=[
@@ -85,7 +130,7 @@ def parse(body: bytes) -> GenerationRequest:
         best_of=chat.n or 1,
         max_tokens=_max_tokens(chat),
         stop=fields.stops(chat),
-        top_logprobs=_top_logprobs(chat),
+        top_logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
         sampling=fields.sampling(chat),
         stream=bool(chat.stream),
         include_usage=chat.stream_options is not None and bool(chat.stream_options.include_usage),
@@ -105,11 +150,3 @@ def _max_tokens(chat: ChatBody) -> int | None:
             "max_completion_tokens",
         )
     return both.pop() if both else None
-
-
-def _top_logprobs(chat: ChatBody) -> int | None:
-    if chat.logprobs:
-        return chat.top_logprobs or 0
-    if chat.top_logprobs is not None:
-        raise invalid("`top_logprobs` is only allowed with `logprobs: true`.", "top_logprobs")
-    return None

@@ -18,17 +18,31 @@ from common.protocol import ChatPrompt, TextPrompt, TokenPrompt
 
 DEFAULT_MAX_TOKENS = 16
 
+TokenId = Annotated[int, Meta(extra_json_schema={"minimum": 0})]  # checked with its model's vocabulary
+TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
+Prompts = Annotated[
+    list[str | TokenId | TokenIds],
+    Meta(
+        min_length=1,
+        # msgspec 0.22 takes one kind of list in a union
+        extra_json_schema={"oneOf": [{"items": {"type": kind}} for kind in ("string", "integer", "array")]},
+    ),
+]
+
 
 class CompletionBody(fields.Body, frozen=True, kw_only=True):
     """The fields of OpenAI's description."""
 
-    prompt: str | list[str | int | list[int]] | None = None
+    prompt: str | Prompts
     max_tokens: Annotated[int, Meta(ge=0, le=fields.MAX_TOKENS)] | None = None
     logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
     best_of: Annotated[int, Meta(ge=1, le=20)] | None = None
     echo: bool | None = None
     suffix: str | None = None
 
+
+NEUTRAL = fields.NEUTRAL
+ONLY_WITH = fields.ONLY_WITH
 
 _decoder = msgspec.json.Decoder(CompletionBody)
 
@@ -40,8 +54,8 @@ def parse(body: bytes) -> GenerationRequest:
         RequestError: 400, in `param` what is wrong or not supported.
     """
     completion, ignored = fields.decode(body, _decoder)
-    fields.check_neutral(completion, fields.NEUTRAL)
-    fields.check_stream_options(completion)
+    fields.check_neutral(completion, NEUTRAL)
+    fields.check_only_with(completion, ONLY_WITH)
     n = completion.n or 1
     return GenerationRequest(
         model=completion.model,
@@ -70,26 +84,23 @@ def _best_of(completion: CompletionBody, n: int) -> int:
     return completion.best_of
 
 
-def _prompts(prompt: str | list[str | int | list[int]] | None) -> list[TextPrompt | TokenPrompt]:
+def _prompts(prompt: str | list[str | int | list[int]]) -> list[TextPrompt | TokenPrompt]:
     """A text, a list of token ids, or a list of several of either."""
     if isinstance(prompt, str):
         return [TextPrompt(prompt)]
-    if not prompt:
-        raise invalid("`prompt` must be a string, or a list that is not empty.", "prompt")
     kinds = {type(item) for item in prompt}
     if len(kinds) > 1:
         raise invalid("`prompt` mixes strings, token ids and lists of them.", "prompt")
     if kinds == {int}:
         return [TokenPrompt([item for item in prompt if isinstance(item, int)])]
-    return [_prompt(item, f"prompt[{i}]") for i, item in enumerate(prompt)]
+    return [_prompt(item) for item in prompt]
 
 
-def _prompt(prompt: str | int | list[int], place: str) -> TextPrompt | TokenPrompt:
+def _prompt(prompt: str | int | list[int]) -> TextPrompt | TokenPrompt:
     if isinstance(prompt, str):
         return TextPrompt(prompt)
-    if isinstance(prompt, list) and prompt:
-        return TokenPrompt(prompt)
-    raise invalid(f"`{place}` is empty.", place)
+    assert isinstance(prompt, list)
+    return TokenPrompt(prompt)
 
 
 def _with_suffix(

@@ -24,18 +24,22 @@ _REPEATED_BY_SDKS = (408, 409, 429)
 _FIRST_SERVER_ERROR = 500
 
 
+class ErrorObject(msgspec.Struct, frozen=True):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """OpenAI's error, always with all four keys."""
+
+    error: ErrorObject
+
+
 def body(error: RequestError) -> bytes:
-    """The JSON body, all four keys in it."""
-    return msgspec.json.encode(
-        {
-            "error": {
-                "message": error.message,
-                "type": error.type,
-                "param": error.param,
-                "code": error.code,
-            }
-        }
-    )
+    """The JSON body."""
+    return msgspec.json.encode(ErrorBody(ErrorObject(error.message, error.type, error.param, error.code)))
 
 
 def frame(error: RequestError) -> bytes:

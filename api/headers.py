@@ -16,7 +16,7 @@ from api.disconnect import CLIENT
 from common.errors import invalid
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
-_SANE_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
+_SANE_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,18})?([eE][+-]?[0-9]{1,3})?")
 _SANE_HEADER_LIST = re.compile(r"[A-Za-z0-9_, -]{1,2048}")
 
 EXPOSED = "x-request-id, x-ignored-parameters, x-should-retry, retry-after"

@@ -10,6 +10,26 @@ from api.model_directory import ModelDirectory
 from api.relay import Relay
 
 
+class Alive(msgspec.Struct, frozen=True, tag_field="status", tag="ok"):
+    """All is well."""
+
+
+class Unready(msgspec.Struct, frozen=True, tag_field="status", tag="unavailable"):
+    """Requests would fail."""
+
+    reason: str
+
+
+class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="status", tag="ok"):
+    """What one API process sees."""
+
+    redis: bool
+    models: int
+    workers: int
+    free_slots: int
+    running_requests: int
+
+
 class Health:
     """See the module."""
 
@@ -19,7 +39,7 @@ class Health:
 
     async def on_get_live(self, _req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
         """This process runs."""
-        resp.data = b'{"status":"ok"}'
+        resp.data = msgspec.json.encode(Alive())
 
     async def on_get_ready(self, _req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
         """Redis answers, and at least one model has a worker."""
@@ -28,20 +48,19 @@ class Health:
         elif not self._directory.served:
             self._not_ready(resp, "no model has a live worker")
         else:
-            resp.data = b'{"status":"ok"}'
+            resp.data = msgspec.json.encode(Alive())
 
     async def on_get(self, _req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
         """This process runs, and what it sees."""
         models = self._directory.served
         resp.data = msgspec.json.encode(
-            {
-                "status": "ok",
-                "redis": self._relay.is_connected and self._directory.is_fresh,
-                "models": len(models),
-                "workers": sum(model.num_workers for model in models),
-                "free_slots": sum(model.free_slots for model in models),
-                "running_requests": self._relay.num_subscriptions,
-            }
+            HealthReport(
+                redis=self._relay.is_connected and self._directory.is_fresh,
+                models=len(models),
+                workers=sum(model.num_workers for model in models),
+                free_slots=sum(model.free_slots for model in models),
+                running_requests=self._relay.num_subscriptions,
+            )
         )
 
     on_head = on_get
@@ -52,4 +71,4 @@ class Health:
     def _not_ready(resp: falcon.asgi.Response, reason: str) -> None:
         resp.status = falcon.HTTP_503
         resp.set_header("retry-after", "1")
-        resp.data = msgspec.json.encode({"status": "unavailable", "reason": reason})
+        resp.data = msgspec.json.encode(Unready(reason))

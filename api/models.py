@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import falcon.asgi
 import msgspec
 
@@ -12,18 +10,34 @@ from api.model_directory import ModelDirectory, ServedModel
 OWNER = "mlx-pool"
 
 
-def _model_object(model: ServedModel, name: str) -> dict[str, Any]:
+class ModelObject(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="model"):
     """OpenAI's model object under the name that was asked for, and what else is good to know."""
-    return {
-        "id": name,
-        "object": "model",
-        "created": model.created,
-        "owned_by": OWNER,
-        "context_length": model.context_length,
-        "workers": model.num_workers,
-        "free_slots": model.free_slots,
-        "quantization": model.quantization,
-    }
+
+    id: str
+    created: int
+    owned_by: str
+    context_length: int
+    workers: int
+    free_slots: int
+    quantization: str
+
+
+class ModelList(msgspec.Struct, frozen=True, tag_field="object", tag="list"):
+    """The models that can be used now."""
+
+    data: list[ModelObject]
+
+
+def _model_object(model: ServedModel, name: str) -> ModelObject:
+    return ModelObject(
+        id=name,
+        created=model.created,
+        owned_by=OWNER,
+        context_length=model.context_length,
+        workers=model.num_workers,
+        free_slots=model.free_slots,
+        quantization=model.quantization,
+    )
 
 
 class Models:
@@ -34,7 +48,7 @@ class Models:
 
     async def on_get(self, _req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
         models = [_model_object(model, model.id) for model in self._directory.current()]
-        resp.data = msgspec.json.encode({"object": "list", "data": models})
+        resp.data = msgspec.json.encode(ModelList(models))
 
     on_head = on_get
 

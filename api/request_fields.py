@@ -27,6 +27,9 @@ GREEDY_TEMPERATURE = 0.0
 
 TokenCount = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+StopString = Annotated[str, Meta(min_length=1)]
+TokenIdKeys = Meta(extra_json_schema={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"}})
+"""Of a dict: msgspec 0.22 describes no keys but strings."""
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -48,11 +51,11 @@ class Body(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: TokenCount | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    stop: str | list[str] | None = None
+    stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
     repetition_context_size: TokenCount | None = None
-    logit_bias: dict[int, Annotated[float, Meta(ge=-100, le=100)]] | None = None
+    logit_bias: Annotated[dict[int, Annotated[float, Meta(ge=-100, le=100)]], TokenIdKeys] | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -69,10 +72,15 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 """Values beside null that ask for what is done anyway, by field."""
 
+ONLY_WITH: Mapping[str, str] = {"stream_options": "stream"}
+"""Fields that may be given only where another one is true."""
+
 B = TypeVar("B", bound=Body)
 
 _decode_names = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_PLACE = re.compile(r"^(?P<what>.*?) - at (?:`key` in )?`\$\.?(?P<where>.*)`$", re.DOTALL)
+_PLACE = re.compile(
+    r"^(?P<what>.*) - at (?:`key` in )?`\$\.?(?P<where>[^`]*)`$", re.DOTALL
+)  # the last: words may be quoted
 _BEYOND_RANGE = re.compile(r"^(Expected .* [<>]=? .*|.*out of range)$")
 
 
@@ -102,13 +110,13 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[B]) -> tuple[B, list[str]]
 def _refused(message: str) -> Exception:
     """msgspec's words with the field's name in OpenAI's place."""
     found = _PLACE.match(message)
-    if found is None:
-        return invalid(f"The request body is not what it should be: {message}.")
-    what = found["what"].replace(" | null", "")
-    param = found["where"].replace("[...]", "") or None
+    what = (found["what"] if found else message).replace(" | null", "")
+    param = found["where"].replace("[...]", "") or None if found else None
     missing = re.match(r"Object missing required field `(.*)`", what)
     if missing:
         param = f"{param}.{missing[1]}" if param else missing[1]
+    if param is None:
+        return invalid(f"The request body is not what it should be: {message}.")
     code = "value_out_of_range" if _BEYOND_RANGE.match(what) else None
     return invalid(f"Invalid value for `{param}`: {what[0].lower()}{what[1:MAX_SHOWN]}.", param, code)
 
@@ -138,26 +146,18 @@ def _shown(value: Any) -> str:
     return msgspec.json.encode(value).decode()
 
 
-def check_stream_options(body: Body) -> None:
+def check_only_with(body: Body, only_with: Mapping[str, str]) -> None:
     """Raises:
-    RequestError: 400, they are there without `stream`.
+    RequestError: 400, a field is there without the one that it goes with.
     """
-    if body.stream_options is not None and not body.stream:
-        raise invalid("`stream_options` is only allowed with `stream: true`.", "stream_options")
+    for name, other in only_with.items():
+        if getattr(body, name) is not None and not getattr(body, other):
+            raise invalid(f"`{name}` is only allowed with `{other}: true`.", name)
 
 
 def stops(body: Body) -> list[str]:
-    """The stop strings.
-
-    Raises:
-        RequestError: 400, there are too many or one is empty.
-    """
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    if len(stop) > MAX_STOPS:
-        raise invalid(f"`stop` has {len(stop)} strings; at most {MAX_STOPS} are allowed.", "stop")
-    if not all(stop):
-        raise invalid("A stop string must not be empty.", "stop")
-    return stop
+    """The stop strings; may be none."""
+    return [body.stop] if isinstance(body.stop, str) else body.stop or []
 
 
 def sampling(body: Body) -> SamplingParams:

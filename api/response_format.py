@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
 from common import grammar
 from common.errors import invalid
-
-TYPES = ("text", "json_object", "json_schema")
 
 _CHECKS_KEPT = 512
 _MOST_NAME_CHARACTERS = 64
@@ -37,8 +35,20 @@ class JsonSchema(msgspec.Struct, frozen=True):
 class ResponseFormat(msgspec.Struct, frozen=True):
     """OpenAI's."""
 
-    type: str
+    type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+
+
+Wanted = Annotated[
+    ResponseFormat,
+    Meta(
+        extra_json_schema={
+            "if": {"properties": {"type": {"const": "json_schema"}}},
+            "then": {"properties": {"json_schema": {"type": "object"}}, "required": ["json_schema"]},
+        }
+    ),
+]
+"""As a schema says it."""
 
 
 def grammar_of(response_format: ResponseFormat | None) -> str | None:
@@ -51,8 +61,6 @@ def grammar_of(response_format: ResponseFormat | None) -> str | None:
         return None
     if response_format.type == "json_object":
         return grammar.for_json_object()
-    if response_format.type != "json_schema":
-        raise invalid(f"`response_format.type` must be one of {', '.join(TYPES)}.", "response_format.type")
     if response_format.json_schema is None:
         raise invalid(
             "`response_format.json_schema` is missing; it has a name and a schema.",

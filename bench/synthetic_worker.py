@@ -45,10 +45,11 @@ class SyntheticEngine:
         first_token_at_once: bool = False,
         timestamps: bool = False,
         obey: bool = False,
+        context_length: int = CONTEXT_LENGTH,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.info = ModelInfo(CONTEXT_LENGTH, VOCAB_SIZE, max_batch, quantization="synthetic")
+        self.info = ModelInfo(context_length, VOCAB_SIZE, max_batch, quantization="synthetic")
         self._period_seconds = 1.0 / steps_per_second if steps_per_second else 0.0
         self._first_token_at_once = first_token_at_once
         self._timestamps = timestamps
@@ -80,7 +81,8 @@ class SyntheticEngine:
         return True
 
     def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> Inserted:
-        max_tokens = CONTEXT_LENGTH if job.max_tokens is None else min(job.max_tokens, CONTEXT_LENGTH)
+        most = self.info.context_length
+        max_tokens = most if job.max_tokens is None else min(job.max_tokens, most)
         inserted = Inserted(len(prompt), max_tokens, replayed_texts=[f" {token_id}" for token_id in replay])
         if not max_tokens:
             return inserted
@@ -173,6 +175,8 @@ def main(argv: list[str] | None = None) -> int:
         "--obey", action="store_true", help="requests can ask for misfortune; see the module"
     )
 
+    flags.parser.add_argument("--context-length", type=int, default=CONTEXT_LENGTH, metavar="N")
+
     def make_engine(settings: Settings) -> SyntheticEngine:
         options = flags.arguments
         if options.steps_per_second < 0:
@@ -183,6 +187,7 @@ def main(argv: list[str] | None = None) -> int:
             first_token_at_once=options.first_token_at_once,
             timestamps=options.timestamps,
             obey=options.obey,
+            context_length=options.context_length,
         )
 
     return run(flags, make_engine, argv)

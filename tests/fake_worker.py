@@ -64,7 +64,15 @@ class FakeWorker:
         cancelled: When which job was cancelled, in seconds of the monotonic clock.
     """
 
-    def __init__(self, url: str, model: str = "fake", script: Script = words, *, context: int = 4096) -> None:
+    def __init__(
+        self,
+        url: str,
+        model: str = "fake",
+        script: Script = words,
+        *,
+        context: int = 4096,
+        vocab_size: int = 1000,
+    ) -> None:
         self.model = model
         self.script = script
         self.jobs: list[GenerationJob] = []
@@ -76,7 +84,7 @@ class FakeWorker:
             worker=f"fake-{model}-{id(self):x}",
             created=1_700_000_000,
             context_length=context,
-            vocab_size=1000,
+            vocab_size=vocab_size,
             max_batch=8,
             free_slots=8,
             quantization="none",

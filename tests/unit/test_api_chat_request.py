@@ -122,7 +122,7 @@ def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
         ({"top_p": 1.1}, "top_p"),
         ({"stop": 5}, "stop"),
         ({"stop": ""}, "stop"),
-        ({"stop": [""]}, "stop"),
+        ({"stop": [""]}, "stop[0]"),
         ({"stop": [None]}, "stop[0]"),
         ({"stop": ["a", 5]}, "stop[1]"),
         ({"stop": list("abcde")}, "stop"),
@@ -315,3 +315,9 @@ def test_errors_do_not_repeat_all_that_came() -> None:
     """A value of a megabyte is no reason for an error of one."""
     error = refusal(json.dumps({"messages": [{"role": "x" * 1_000_000, "content": "hi"}]}).encode())
     assert len(error.message) < 500
+
+
+def test_words_of_the_client_do_not_pass_for_a_place() -> None:
+    """An error quotes what came; what came may look like the end of an error."""
+    body = json.dumps({"messages": [{"role": "x` - at `$.model", "content": "hi"}]}).encode()
+    assert refusal(body).param == "messages[0].role"
