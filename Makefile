@@ -15,10 +15,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(MLX)
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test check format
+.PHONY: help install up test test-clients check format
 
 help: ## say what there is
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 	@echo
 	@echo "Settings are make variables: make up MODEL=\"demo /path/to/model\" PORT=8080 WORKERS=2"
 	@echo "On Linux with an NVIDIA GPU, once: make install MLX=cuda12 (or cuda13)"
@@ -38,6 +38,9 @@ up: install ## run Redis, the API and a worker until Ctrl-C
 
 test: install ## run the tests, or some of them: make test ARGS=tests/unit
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-clients: install ## run unmodified clients of many kinds, which it installs into the cache folder
+	@$(BIN)/python -m pytest tests/clients $(ARGS)
 
 check: install ## lint, format, types, import rules
 	$(BIN)/ruff check

@@ -21,7 +21,7 @@ import redis
 from common.settings import Settings
 from worker import demo_model, mlx_model
 
-LAYERS = ("unit", "redis", "model", "e2e", "chaos")
+LAYERS = ("unit", "redis", "model", "e2e", "chaos", "clients")
 SERVERS = ("redis", "valkey")
 
 mlx_model.preload_blas()  # before any test module imports MLX, which is five times slower without
