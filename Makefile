@@ -37,7 +37,7 @@ up: install ## run Redis, the API and a worker until Ctrl-C
 	@$(BIN)/python -m common.up --workers $(WORKERS)
 
 test: install ## run the tests, or some of them: make test ARGS=tests/unit
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-clients: install ## run unmodified clients of many kinds, which it installs into the cache folder
 	@$(BIN)/python -m pytest tests/clients $(ARGS)

@@ -40,15 +40,7 @@ async def read_json(req: falcon.asgi.Request, settings: Settings) -> bytes:
             code="unsupported_media_type",
         )
     client: Client = req.scope[CLIENT]
-    try:
-        async with asyncio.timeout(settings.body_seconds):
-            return await client.read_body(settings.max_body_bytes)
-    except TimeoutError:
-        raise RequestError(
-            f"The request body did not come within {settings.body_seconds:g} seconds.",
-            status=408,
-            code="request_timeout",
-        ) from None
+    return await client.read_body(settings.max_body_bytes, settings.body_seconds)
 
 
 async def parsed(body: bytes, parse: Callable[[bytes], GenerationRequest]) -> GenerationRequest:

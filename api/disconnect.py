@@ -43,6 +43,7 @@ class Client:
         self._receive = receive
         self._task = asyncio.current_task()
         self._watcher: asyncio.Task[None] | None = None
+        self._end_timer: asyncio.TimerHandle | None = None
         self._at_end: list[Callable[[], None]] = []
 
     async def receive(self) -> dict[str, Any]:
@@ -54,23 +55,30 @@ class Client:
             self.body_is_read = True
         return event
 
-    async def read_body(self, max_bytes: int) -> bytes:
-        """The request's body; reading stops at the limit.
+    async def read_body(self, max_bytes: int, seconds: float) -> bytes:
+        """The request's body; reading stops at the limits.
 
         Raises:
-            RequestError: 413, it is longer than `max_bytes` or says so; 408, it did not come.
+            RequestError: 413, it is longer than `max_bytes` or says so; 408, it did not come within `seconds`.
         """
         too_large = RequestError(
             f"The request body is larger than {max_bytes} bytes.", status=413, code="request_too_large"
         )
         if (self.content_length or 0) > max_bytes:
             raise too_large
+        too_late = RequestError("The request body did not come in time.", status=408, code="request_timeout")
         chunks: list[bytes] = []
         num_bytes = 0
+        deadline = asyncio.get_running_loop().time() + seconds
         while not self.body_is_read:
-            event = await self.receive()
-            if self.has_left:
-                raise RequestError("The request body did not come.", status=408, code="request_timeout")
+            try:
+                async with asyncio.timeout_at(deadline):
+                    event = await self.receive()
+            except TimeoutError:
+                raise too_late from None
+            # Python 3.11's wait_for, in which gunicorn waits, may swallow the time-out when a piece comes that moment.
+            if self.has_left or asyncio.get_running_loop().time() >= deadline:
+                raise too_late
             chunk = event.get("body", b"")
             num_bytes += len(chunk)
             if num_bytes > max_bytes:
@@ -82,6 +90,11 @@ class Client:
         """From now on, with the body read, the handler is cancelled when the client leaves."""
         self._watcher = asyncio.create_task(self._watch())
 
+    def end_within(self, seconds: float) -> None:
+        """Cancel the handler then: one that writes to a client that reads nothing would never come to its end."""
+        if self._task is not None:
+            self._end_timer = asyncio.get_running_loop().call_later(seconds, self._task.cancel)
+
     def at_end(self, callback: Callable[[], None]) -> None:
         """Call this when the request has ended, in whatever way."""
         self._at_end.append(callback)
@@ -90,6 +103,8 @@ class Client:
         """The request has ended: run what was registered, and let the client finish what it was sending."""
         if self._watcher is not None:
             self._watcher.cancel()
+        if self._end_timer is not None:
+            self._end_timer.cancel()
         for callback in self._at_end:
             callback()
         if not self.body_is_read and not self.has_left:

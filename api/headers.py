@@ -23,6 +23,7 @@ EXPOSED = "x-request-id, x-ignored-parameters, x-should-retry, retry-after"
 ALLOWED = "authorization, content-type, x-request-id, x-request-timeout"
 """By name: a browser does not take `*` for authorization."""
 
+METHODS = "GET, HEAD, POST, OPTIONS"
 PREFLIGHT_SECONDS = "3600"
 
 
@@ -92,6 +93,11 @@ class CrossOrigin:
             origin.strip().rstrip("/") for origin in origins.split(",") if origin.strip()
         )
 
+    async def process_request(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
+        """A preflight is fine whatever it asks for: what comes behind it is then answered in words, 404 or 405 too."""
+        if req.method == "OPTIONS" and req.get_header("access-control-request-method") is not None:
+            resp.complete = True
+
     async def process_response(
         self, req: falcon.asgi.Request, resp: falcon.asgi.Response, _resource: Any, _succeeded: bool
     ) -> None:
@@ -108,10 +114,9 @@ class CrossOrigin:
             self._answer_preflight(req, resp)
 
     def _answer_preflight(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
-        methods = resp.get_header("allow") or "GET, HEAD, POST, OPTIONS"
         asked = req.get_header("access-control-request-headers") or ""
         more = [name.strip() for name in asked.split(",")] if _SANE_HEADER_LIST.fullmatch(asked) else []
         names = dict.fromkeys([*ALLOWED.split(", "), *(name.lower() for name in more if name)])
-        resp.set_header("access-control-allow-methods", methods)
+        resp.set_header("access-control-allow-methods", METHODS)
         resp.set_header("access-control-allow-headers", ", ".join(names))
         resp.set_header("access-control-max-age", PREFLIGHT_SECONDS)

@@ -101,7 +101,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = None
     prompt_cache_gb: Annotated[
         Annotated[float, Meta(ge=0)] | None,
-        _about("memory of it for prompts that were read before; unset: what rows leave, at most half"),
+        _about("memory of it for prompts that were read before; unset: an eighth of what rows may take"),
     ] = None
     wired_limit: Annotated[
         bool, _about("wire the model's memory (Mac only; linked to panics, mlx #3186)")

@@ -24,6 +24,9 @@ from worker import demo_model, mlx_model
 LAYERS = ("unit", "redis", "model", "e2e", "chaos", "clients")
 SERVERS = ("redis", "valkey")
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads of several processes that spin for each other on the same cores are many times slower than one each.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 mlx_model.preload_blas()  # before any test module imports MLX, which is five times slower without
 
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_PROMPT_CACHE_SHARE = 1 / 8
+
 
 @dataclass(slots=True)
 class _Row:
@@ -110,9 +112,7 @@ class MLXEngine:
 
     @property
     def is_over_memory(self) -> bool:
-        left_bytes = self._memory.left_bytes([row.num_prompt + row.num_done for row in self._rows.values()])
-        self._prefixes.shrink_to(left_bytes)
-        return left_bytes < 0
+        return not self._memory.fits([row.num_prompt + row.num_done for row in self._rows.values()])
 
     def _max_tokens(self, job: GenerationJob, num_prompt: int) -> int:
         room = self._info.context_length - num_prompt
@@ -140,10 +140,14 @@ class MLXEngine:
             self._begin(row)
         if job.echo or max_tokens:
             self._rows[job.job_id] = row
-            self._prefixes.shrink_to(
-                self._memory.left_bytes([row.expected_tokens for row in self._rows.values()])
-            )
+            self._make_room()
         return inserted
+
+    def _make_room(self) -> None:
+        """Rows come before what is kept of others."""
+        if self._prefixes.num_bytes:
+            rows = [row.expected_tokens for row in self._rows.values()]
+            self._prefixes.shrink_to(self._memory.left_bytes(rows))
 
     def _compiled(self, job: GenerationJob) -> Compiled | None:
         """What the answer is held to.
@@ -208,7 +212,9 @@ class MLXEngine:
             # What a failed step left half-done is not to be built upon.
             self._rows, self._by_uid, self._generator = {}, {}, self._new_generator()
             raise
-        return [*echoes, *self._tokens(responses)]
+        tokens = self._tokens(responses)
+        self._make_room()
+        return [*echoes, *tokens]
 
     def _echo(self) -> list[PromptRead]:
         """Go on with the first of the prompts that are echoed; it, when it is done."""
@@ -309,10 +315,10 @@ class MLXEngine:
 
 
 def _prompt_cache_bytes(settings: Settings, memory: CacheMemory) -> int:
-    """Half of what rows have, unless it is said otherwise: rows that need it take it back."""
+    """A part of what rows have, unless it is said otherwise: rows that need it take it back, other processes do not."""
     if settings.prompt_cache_gb is not None:
         return int(settings.prompt_cache_gb * 2**30)
-    return int(memory.room_bytes / 2)
+    return int(memory.room_bytes * _PROMPT_CACHE_SHARE)
 
 
 def _as_float32(logprobs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -13,8 +14,9 @@ QUESTION: Any = [{"role": "user", "content": "Name an animal."}]
 
 
 @pytest.fixture
-def client(pool: Pool) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{pool.url}/v1", api_key="none", max_retries=0, timeout=60)
+def client(pool: Pool) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{pool.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
 
 
 def options(**more: Any) -> dict[str, Any]:

@@ -167,7 +167,7 @@ def test_terminal_is_closed(up: Up) -> None:
     """Closing the window ends everything, too: nothing goes on unseen on the port."""
     up.wait_for("Stop it:")
     os.killpg(up.process.pid, signal.SIGHUP)
-    assert up.ended(30) != 0
+    assert up.ended(60) != 0
     deadline = time.monotonic() + 10
     while up.children() or _is_listening(6399):  # make may be gone before what it ran
         assert time.monotonic() < deadline
@@ -177,7 +177,7 @@ def test_terminal_is_closed(up: Up) -> None:
 @pytest.mark.parametrize("up", [("MODEL=/no/such/model",)], indirect=True)
 def test_model_that_is_not_there(up: Up) -> None:
     """The worker's one sentence is to be seen, and everything ends with a status other than 0."""
-    assert up.ended(30) != 0
+    assert up.ended(60) != 0
     assert "the model folder /no/such/model does not exist" in up.output
     assert "Traceback" not in up.output
     assert up.children() == []

@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ def greedy(**options: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def client(pool: Pool) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{pool.url}/v1", api_key="none", max_retries=0, timeout=60)
+def client(pool: Pool) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{pool.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
 
 
 def test_chat(client: openai.OpenAI) -> None:

@@ -108,7 +108,7 @@ def test_any_object(client: openai.OpenAI) -> None:
     """`json_object`: what is not cut by its length is an object; greedily it is so too."""
     for more in ({}, {"temperature": 0}):
         answer = client.chat.completions.create(
-            **options(response_format={"type": "json_object"}, max_tokens=200, **more)
+            **options(response_format={"type": "json_object"}, max_tokens=80, **more)
         ).choices[0]
         if answer.finish_reason == "stop":
             assert isinstance(json.loads(answer.message.content or ""), dict)
