@@ -48,15 +48,15 @@ class Behaviour(msgspec.Struct, frozen=True):
 
 
 class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Values of `param`, each answered with a 400 that names it.
+    """Values of `param`, each answered with a 400 that names it; without `param` it may name anything.
 
     Attributes:
         field: What the values are of, where `param` is a place in it.
         fields: More of the request, by name.
     """
 
-    param: str
     values: list[str]
+    param: str | None = None
     field: str | None = None
     path: str = CHAT
     fields: dict[str, str] = {}
@@ -141,15 +141,16 @@ def _behaviours(name: str, section: Section, *, with_key: bool) -> Iterator[Beha
 
 def _refusal(name: str, refused: Refused, value: str) -> Behaviour:
     """An id and a sentence are made of the data."""
-    field = refused.field or refused.param
+    field = refused.field or refused.param or ""
     endpoint = "chat" if "chat" in refused.path else "legacy"
     shown = (value if len(value) <= _SHOWN else value[: _SHOWN - 1] + "…") or "nothing"
     beside = "".join(f",{k}={v}" for k, v in refused.fields.items() if len(v) <= _SHOWN)
+    named = f" with param `{refused.param}`" if refused.param else ""
     why = f" ({refused.why})" if refused.why else ""
     return Behaviour(
         f"{name}.{endpoint}.{field}={shown}{beside}",
         name,
-        f"`{field}: {shown}` is a {refused.status} with param `{refused.param}`{why}",
+        f"`{field}: {shown}` is a {refused.status}{named}{why}",
         functools.partial(_check_refused, refused=refused, field=field, value=value),
     )
 
@@ -172,7 +173,7 @@ def _check_answered(server: Server, *, answered: Answered) -> None:
         sent = answered.body.encode()
     elif answered.method == "POST":
         sent = body(server, path, answered.fields)
-    answer = server.ask(answered.method, path, sent, answered.headers)
+    answer = server.ask_once(answered.method, path, sent, answered.headers)
     if answered.error is not None:
         judge.check_error(answer, answered.status, **answered.error)
     see(

@@ -118,6 +118,7 @@ class Server:
     learned: dict[str, Any] = field(default_factory=dict)
     complaints: list[str] = field(default_factory=list)
     deadline: float = 0.0
+    _answers: dict[tuple[Any, ...], Answer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.url = self.url.rstrip("/").removesuffix("/v1")
@@ -125,9 +126,7 @@ class Server:
             base_url=self.url,
             limits=httpx2.Limits(max_connections=_MOST_AT_ONCE),
             trust_env=False,
-            verify=self.url.startswith(
-                "https"
-            ),  # where there is no TLS, its certificates take a while to load
+            verify=self.url.startswith("https"),  # certificates take a while to load
         )
         self.give()
 
@@ -192,8 +191,22 @@ class Server:
         return self.post(LEGACY, fields)
 
     def post(self, path: str, fields: Mapping[str, Any]) -> Answer:
+        return self.ask("POST", path, self.body(path, fields))
+
+    def once(self, path: str, **fields: Any) -> Answer:
+        """As `post`, but what was asked before is not asked again: several behaviours look at one answer."""
+        return self.ask_once("POST", path, self.body(path, fields), {})
+
+    def ask_once(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> Answer:
+        """As `ask` and `once`."""
+        key = (method, path, body, *sorted(headers.items()))
+        if key not in self._answers:
+            self._answers[key] = self.ask(method, path, body, headers)
+        return self._answers[key]
+
+    def body(self, path: str, fields: Mapping[str, Any]) -> bytes:
         whole = self.fields(path) | dict(fields)
-        return self.ask("POST", path, json.dumps({k: v for k, v in whole.items() if v is not None}).encode())
+        return json.dumps({name: value for name, value in whole.items() if value is not None}).encode()
 
     def fields(self, path: str) -> dict[str, Any]:
         """What a request has where nothing else is said."""

@@ -206,7 +206,7 @@ def test_the_table_and_the_status(capsys: pytest.CaptureFixture[str]) -> None:
     with serving(400, json.dumps({"error": ERROR}).encode()) as server:
         arguments = ["--url", server.url, "--model", "m", "--only", "errors.chat.te"]
         assert (main(arguments), main([*arguments, "--strict"])) == (0, 0)
-        assert capsys.readouterr().out.endswith("8 of 8 behaviours are shown\n")
+        assert capsys.readouterr().out.endswith("9 of 9 behaviours are shown\n")
         arguments[-1] = "errors.chat.top_p="
         assert (main(arguments), main([*arguments, "--strict"])) == (0, 1)
         lines = capsys.readouterr().out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.conformance import probes
-from tests.conformance.server import Answer, Server, see
+from tests.conformance.server import CHAT, Answer, Server, see
 
 _CLOSE = 1e-3
 
@@ -19,7 +19,7 @@ def _items(answer: Answer, index: int = 0) -> list[dict[str, Any]]:
 
 
 def _asked(server: Server, **fields: Any) -> Answer:
-    return server.chat(**{"max_tokens": 4, "logprobs": True, "top_logprobs": 3} | fields)
+    return server.once(CHAT, **{"max_tokens": 4, "logprobs": True, "top_logprobs": 3} | fields)
 
 
 def items(server: Server) -> None:

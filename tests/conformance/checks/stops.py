@@ -56,7 +56,7 @@ def _said(server: Server, path: str, fields: dict[str, Any], *, stream: bool) ->
 
 def ends_before(server: Server, kind: str, *, stream: bool) -> None:
     path, fields, stop, first = _case(server, kind)
-    whole = server.post(path, fields).text()
+    whole = server.once(path, **fields).text()
     if first not in whole:
         raise NotShown(f"the model did not say {first!r}, so that nothing can be decided")
     wanted = whole[: whole.index(first)]

@@ -10,7 +10,7 @@ from tests.conformance.server import CHAT, LEGACY, Answer, Server, see
 
 
 def _stream(server: Server, **fields: Any) -> Answer:
-    return server.chat(**{"max_tokens": 5, "stream": True} | fields)
+    return server.once(CHAT, **{"max_tokens": 5, "stream": True} | fields)
 
 
 def content_type(server: Server) -> None:
@@ -105,7 +105,7 @@ def no_usage(server: Server, fields: dict[str, Any]) -> None:
 
 
 def equals_plain(server: Server, path: str, fields: dict[str, Any], num_choices: int = 1) -> None:
-    plain, stream = server.both(path, **fields)
+    plain, stream = server.once(path, **fields), server.post(path, fields | {"stream": True})
     for index in range(num_choices):
         text = "".join(stream.texts(index))
         see(text == plain.text(index), f"choice {index}: {text[:40]!r} is not {plain.text(index)[:40]!r}")

@@ -27,7 +27,7 @@ def _format(schema: dict[str, Any], *, strict: bool | None = True) -> dict[str, 
 
 
 def _ask(server: Server, schema: dict[str, Any] = _SCHEMA, **fields: Any) -> Answer:
-    return server.chat(**{"max_tokens": _MOST_TOKENS, "response_format": _format(schema)} | fields)
+    return server.once(CHAT, **{"max_tokens": _MOST_TOKENS, "response_format": _format(schema)} | fields)
 
 
 def _validate(text: str, schema: dict[str, Any] = _SCHEMA) -> None:

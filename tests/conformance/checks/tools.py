@@ -8,7 +8,7 @@ from typing import Any
 import jsonschema
 
 from tests.conformance import judge
-from tests.conformance.server import Answer, NotShown, Server, see
+from tests.conformance.server import CHAT, Answer, NotShown, Server, see
 
 _MOST_TOKENS = 60
 
@@ -37,7 +37,7 @@ def _ask(server: Server, **fields: Any) -> Answer:
         "tool_choice": "required",
         "parallel_tool_calls": False,
     }
-    return server.chat(**usual | fields)
+    return server.once(CHAT, **usual | fields)
 
 
 def _calls(answer: Answer, index: int = 0) -> list[Any]:
@@ -90,7 +90,7 @@ def finish_reason(server: Server) -> None:
 
 
 def ids(server: Server) -> None:
-    found = [call for _ in range(2) for call in _calls(_ask(server))]
+    found = [call for seed in range(2) for call in _calls(_ask(server, seed=seed))]
     see(all(isinstance(call["id"], str) and call["id"] for call in found), "a call has no id")
     see(len({call["id"] for call in found}) == len(found), "two have the same id")
     see({call["type"] for call in found} == {"function"}, "the type is another")
