@@ -224,6 +224,10 @@ class Server:
         with ThreadPoolExecutor(len(requests)) as threads:
             return list(threads.map(lambda request: self.post(*request), requests))
 
+    def chats(self, requests: list[dict[str, Any]]) -> list[Answer]:
+        """Several chats, side by side."""
+        return self.at_once([(CHAT, fields) for fields in requests])
+
     def lines(self, path: str, fields: Mapping[str, Any]) -> Iterator[str]:
         """The lines of a stream as they come; who stops reading, leaves.
 

@@ -27,17 +27,17 @@ def _function(name: str, parameter: str, *values: str, **more: Any) -> dict[str,
 
 
 _TOOLS = [_function("get_sky", "city", "Rome", "Oslo"), _function("set_lamp", "state", "on", "off")]
+_USUAL: dict[str, Any] = {
+    "max_tokens": _MOST_TOKENS,
+    "tools": _TOOLS,
+    "tool_choice": "required",
+    "parallel_tool_calls": False,
+}
 _PARAMETERS = {tool["function"]["name"]: tool["function"]["parameters"] for tool in _TOOLS}
 
 
 def _ask(server: Server, **fields: Any) -> Answer:
-    usual = {
-        "max_tokens": _MOST_TOKENS,
-        "tools": _TOOLS,
-        "tool_choice": "required",
-        "parallel_tool_calls": False,
-    }
-    return server.once(CHAT, **usual | fields)
+    return server.once(CHAT, **_USUAL | fields)
 
 
 def _calls(answer: Answer, index: int = 0) -> list[Any]:
@@ -69,8 +69,8 @@ def arguments(server: Server) -> None:
 
 
 def hot(server: Server) -> None:
-    for seed in range(3):
-        _validate(_calls(_ask(server, temperature=2, seed=seed)))
+    for answer in server.chats([_USUAL | {"temperature": 2, "seed": seed} for seed in range(3)]):
+        _validate(_calls(answer))
 
 
 def no_content(server: Server) -> None:
@@ -119,8 +119,8 @@ def auto(server: Server, fields: dict[str, Any]) -> None:
 
 
 def not_parallel(server: Server) -> None:
-    for seed in range(2):
-        calls = _calls(_ask(server, temperature=2, seed=seed))
+    for answer in (_ask(server), _ask(server, temperature=2, seed=1)):
+        calls = _calls(answer)
         see(len(calls) == 1, f"there are {len(calls)}")
 
 
