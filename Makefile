@@ -6,19 +6,22 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 MLX ?= $(or $(patsubst .venv/.installed-%,%,$(firstword $(wildcard .venv/.installed-*))),cpu)
 WORKERS ?= 1
 ARGS ?=
+URL ?= http://127.0.0.1:8080
+KEY ?=
+ONLY ?=
 
 given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v)))
-$(foreach v,$(filter-out PYTHON MLX WORKERS ARGS SHELL,$(given)),$(eval export MLXPOOL_$(v) = $$($(v))))
+$(foreach v,$(filter-out PYTHON MLX WORKERS ARGS URL KEY ONLY SHELL,$(given)),$(eval export MLXPOOL_$(v) = $$($(v))))
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(MLX)
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test test-clients check format
+.PHONY: help install up test test-clients conformance check format
 
 help: ## say what there is
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
 	@echo
 	@echo "Settings are make variables: make up MODEL=\"demo /path/to/model\" PORT=8080 WORKERS=2"
 	@echo "On Linux with an NVIDIA GPU, once: make install MLX=cuda12 (or cuda13)"
@@ -41,6 +44,9 @@ test: install ## run the tests, or some of them: make test ARGS=tests/unit
 
 test-clients: install ## run unmodified clients of many kinds, which it installs into the cache folder
 	@$(BIN)/python -m pytest tests/clients $(ARGS)
+
+conformance: install ## judge any OpenAI-compatible server: URL=... MODEL=... [KEY=...] [ONLY=stream]
+	@$(BIN)/python -m tests.conformance --url "$(URL)" --model "$(or $(MODEL),demo)" --key "$(KEY)" --only "$(ONLY)" $(ARGS)
 
 check: install ## lint, format, types, import rules
 	$(BIN)/ruff check

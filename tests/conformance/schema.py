@@ -1,0 +1,60 @@
+"""Answers against the openai SDK's own types, strictly: a number is no string, a field that has to be there is.
+
+Called by `server` with every 2xx body that is seen; what was wrong is one behaviour of the catalogue.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pydantic
+from openai.types import Completion, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+_ROOTS: dict[str, tuple[type[pydantic.BaseModel], type[pydantic.BaseModel]]] = {
+    "chat/completions": (ChatCompletion, ChatCompletionChunk),
+    "completions": (Completion, Completion),
+}
+
+
+def complaints(path: str, content_type: str, body: bytes) -> list[str]:
+    """What is wrong with an answer of 2xx, a line each; nothing for what the SDK has no type for."""
+    root = path.partition("?")[0].strip("/").removeprefix("v1/")
+    try:
+        if root == "models":
+            listed = json.loads(body)["data"]
+            return [wrong for item in listed for wrong in _wrong(Model, item)]
+        if root.startswith("models/"):
+            return _wrong(Model, json.loads(body))
+        if root not in _ROOTS:
+            return []
+        whole, chunk = _ROOTS[root]
+        if content_type.startswith("text/event-stream"):
+            return [wrong for item in _frames(body) for wrong in _wrong(chunk, _ended(chunk, item))]
+        return _wrong(whole, json.loads(body))
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"{path}: {type(error).__name__} {error}"]
+
+
+def _frames(body: bytes) -> list[Any]:
+    frames = [text[5:].strip() for text in body.decode().split("\n\n") if text.startswith("data:")]
+    found = [json.loads(frame) for frame in frames if frame != "[DONE]"]
+    return [item for item in found if "error" not in item]
+
+
+def _ended(chunk: type[pydantic.BaseModel], item: Any) -> Any:
+    """OpenAI's own streams have a null where this one type of the SDK, which is for both, knows none."""
+    if chunk is not Completion:
+        return item
+    choices = [{**c, "finish_reason": c["finish_reason"] or "stop"} for c in item["choices"]]
+    return {**item, "choices": choices}
+
+
+def _wrong(kind: type[pydantic.BaseModel], item: Any) -> list[str]:
+    try:
+        kind.model_validate_json(json.dumps(item), strict=True)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        return [f"{kind.__name__}: {'.'.join(map(str, first['loc']))}: {first['msg']}"]
+    return []

@@ -1,0 +1,349 @@
+"""The server that is judged: one request and its answer, over HTTP or over a bare socket.
+
+Used by all checks. Everything that is answered 2xx is kept for `schema`. Nothing is waited for beyond the deadline of the
+behaviour that is looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import httpx2
+
+from tests.conformance import schema
+
+CHAT = "/v1/chat/completions"
+LEGACY = "/v1/completions"
+
+MOST_SECONDS = 30.0
+"""That a behaviour may take."""
+
+_OK, _REDIRECTS = 200, 300
+_MOST_AT_ONCE = 64
+
+
+class NotShown(Exception):  # noqa: N818 (it is no error)
+    """The behaviour is not there; the message is the reason, in one line."""
+
+
+class Broken(NotShown):
+    """The server broke the connection off, or did not answer in time: it may have died."""
+
+
+def see(what: object, reason: str) -> None:
+    """Raises:
+    NotShown: `what` is not so.
+    """
+    if not what:
+        raise NotShown(reason)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back; `body` whole, also of a stream."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        try:
+            return json.loads(self.body)
+        except ValueError:
+            raise NotShown(f"status {self.status} and no JSON: {self.body[:60]!r}") from None
+
+    @property
+    def frames(self) -> list[str]:
+        """What the `data:` lines of a stream say."""
+        texts = self.body.decode(errors="replace").split("\n\n")
+        return [text.removeprefix("data:").strip() for text in texts if text.startswith("data:")]
+
+    @property
+    def chunks(self) -> list[Any]:
+        """Those that are JSON."""
+        see(self.status == _OK, f"status {self.status}: {self.body[:80]!r}")
+        try:
+            found = [json.loads(frame) for frame in self.frames if frame != "[DONE]"]
+        except ValueError as error:
+            raise NotShown(f"a frame is no JSON: {error}") from None
+        see(found, "no frames came")
+        failed = [chunk["error"] for chunk in found if "error" in chunk]
+        see(not failed, f"the stream ended in an error: {failed[:1]}")
+        return found
+
+    def texts(self, index: int = 0) -> list[str]:
+        """The pieces of one choice's text, as they came in a stream."""
+        pieces = []
+        for chunk in self.chunks:
+            for choice in chunk["choices"]:
+                piece = choice["delta"].get("content") if "delta" in choice else choice["text"]
+                if choice["index"] == index and piece:
+                    pieces.append(piece)
+        return pieces
+
+    def choice(self, index: int = 0) -> Any:
+        """A choice of a plain answer."""
+        see(self.status == _OK, f"status {self.status}: {self.body[:80]!r}")
+        for choice in self.json.get("choices", []):
+            if choice["index"] == index:
+                return choice
+        raise NotShown(f"there is no choice {index}")
+
+    def text(self, index: int = 0) -> str:
+        """The text of a plain answer, of either kind."""
+        choice = self.choice(index)
+        return (choice["message"]["content"] or "") if "message" in choice else choice["text"]
+
+
+@dataclass
+class Server:
+    """See the module.
+
+    Attributes:
+        learned: What probes found out about the model, by name.
+        complaints: Where answers were not what the SDK's types say.
+    """
+
+    url: str
+    model: str
+    key: str | None = None
+    learned: dict[str, Any] = field(default_factory=dict)
+    complaints: list[str] = field(default_factory=list)
+    deadline: float = 0.0
+    _answers: dict[tuple[Any, ...], Answer] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.url = self.url.rstrip("/").removesuffix("/v1")
+        self._client = httpx2.Client(
+            base_url=self.url,
+            limits=httpx2.Limits(max_connections=_MOST_AT_ONCE),
+            trust_env=False,
+            verify=self.url.startswith("https"),  # certificates take a while to load
+        )
+        self.give()
+
+    def close(self) -> None:
+        self._client.close()
+
+    def give(self, seconds: float = MOST_SECONDS) -> None:
+        """Time for what is asked next."""
+        self.deadline = time.monotonic() + seconds
+
+    @property
+    def left_seconds(self) -> float:
+        return max(0.1, self.deadline - time.monotonic())
+
+    # -- HTTP --------------------------------------------------------------------------------------------------------
+
+    def ask(
+        self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> Answer:
+        """One request.
+
+        Raises:
+            Broken: No answer, or only a part of it.
+        """
+        return Answer(*self._asked(method, path, body, headers))
+
+    def _asked(
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str] | None
+    ) -> tuple[int, dict[str, str], bytes]:
+        sent = {"content-type": "application/json"} if body is not None else {}
+        if self.key:
+            sent["authorization"] = f"Bearer {self.key}"
+        sent |= headers or {}
+        try:
+            with self._client.stream(
+                method,
+                path,
+                content=body,
+                headers={name: value for name, value in sent.items() if value},
+                timeout=httpx2.Timeout(self.left_seconds),
+            ) as response:
+                data = bytearray()
+                for piece in response.iter_bytes():
+                    data += piece
+                    if time.monotonic() > self.deadline:
+                        raise Broken(f"the answer did not end within {MOST_SECONDS:g} s")
+                found = {name.lower(): value for name, value in response.headers.items()}
+                if _OK <= response.status_code < _REDIRECTS and method != "HEAD":
+                    self.complaints += schema.complaints(path, found.get("content-type", ""), bytes(data))
+                return response.status_code, found, bytes(data)
+        except httpx2.TimeoutException:
+            raise Broken("no answer in time") from None
+        except httpx2.HTTPError as error:
+            raise Broken(f"the connection broke: {type(error).__name__} {error}"[:120]) from None
+
+    def chat(self, **fields: Any) -> Answer:
+        """A chat, greedy and of one token where nothing else is said; a field that is None is left out."""
+        return self.post(CHAT, fields)
+
+    def complete(self, **fields: Any) -> Answer:
+        """A legacy completion, as `chat`."""
+        return self.post(LEGACY, fields)
+
+    def post(self, path: str, fields: Mapping[str, Any]) -> Answer:
+        return self.ask("POST", path, self.body(path, fields))
+
+    def once(self, path: str, **fields: Any) -> Answer:
+        """As `post`, but what was asked before is not asked again: several behaviours look at one answer."""
+        return self.ask_once("POST", path, self.body(path, fields), {})
+
+    def ask_once(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> Answer:
+        """As `ask` and `once`."""
+        key = (method, path, body, *sorted(headers.items()))
+        if key not in self._answers:
+            self._answers[key] = self.ask(method, path, body, headers)
+        return self._answers[key]
+
+    def body(self, path: str, fields: Mapping[str, Any]) -> bytes:
+        whole = self.fields(path) | dict(fields)
+        return json.dumps({name: value for name, value in whole.items() if value is not None}).encode()
+
+    def fields(self, path: str) -> dict[str, Any]:
+        """What a request has where nothing else is said."""
+        given: dict[str, Any] = {"model": self.model, "max_tokens": 1, "temperature": 0}
+        if path.endswith("chat/completions"):
+            return given | {"messages": [{"role": "user", "content": "Say hello to the sea."}]}
+        return given | {"prompt": "The sea is"}
+
+    def both(self, path: str, **fields: Any) -> tuple[Answer, Answer]:
+        """A plain answer, and the same as a stream."""
+        return self.post(path, fields), self.post(path, fields | {"stream": True})
+
+    def at_once(self, requests: list[tuple[str, dict[str, Any]]]) -> list[Answer]:
+        """Several requests, side by side."""
+        with ThreadPoolExecutor(len(requests)) as threads:
+            return list(threads.map(lambda request: self.post(*request), requests))
+
+    def chats(self, requests: list[dict[str, Any]]) -> list[Answer]:
+        """Several chats, side by side."""
+        return self.at_once([(CHAT, fields) for fields in requests])
+
+    def lines(self, path: str, fields: Mapping[str, Any]) -> Iterator[str]:
+        """The lines of a stream as they come; who stops reading, leaves.
+
+        Raises:
+            Broken: As `ask`.
+        """
+        body = json.dumps(self.fields(path) | dict(fields) | {"stream": True}).encode()
+        headers = {"content-type": "application/json"}
+        if self.key:
+            headers["authorization"] = f"Bearer {self.key}"
+        try:
+            with self._client.stream(
+                "POST", path, content=body, headers=headers, timeout=self.left_seconds
+            ) as response:
+                see(response.status_code == _OK, f"status {response.status_code}")
+                yield from response.iter_lines()
+        except httpx2.HTTPError as error:
+            raise Broken(f"the stream broke: {type(error).__name__}") from None
+
+    # -- bare sockets ------------------------------------------------------------------------------------------------
+
+    def connect(self) -> Connection:
+        """A connection of its own.
+
+        Raises:
+            Broken: There is none to be had.
+        """
+        address = urlsplit(self.url)
+        port = address.port or (443 if address.scheme == "https" else 80)
+        try:
+            opened = socket.create_connection((address.hostname or "", port), timeout=self.left_seconds)
+        except OSError as error:
+            raise Broken(f"no connection: {error}") from None
+        if address.scheme == "https":
+            import ssl
+
+            opened = ssl.create_default_context().wrap_socket(opened, server_hostname=address.hostname)
+        return Connection(opened, address.netloc, self.key)
+
+
+class Connection:
+    """Bytes to the server and what comes back, under our own control."""
+
+    def __init__(self, opened: socket.socket, host: str, key: str | None) -> None:
+        self._socket = opened
+        self._host = host
+        self._key = key
+        self._reader = opened.makefile("rb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._reader.close()
+        self._socket.close()
+
+    def head(self, method: str, path: str, *headers: str, version: str = "1.1") -> bytes:
+        """A request's head, with the empty line behind it."""
+        lines = [f"{method} {path} HTTP/{version}", f"Host: {self._host}", "Content-Type: application/json"]
+        if self._key:
+            lines.append(f"Authorization: Bearer {self._key}")
+        return "\r\n".join([*lines, *headers, "", ""]).encode()
+
+    def post(self, path: str, body: bytes) -> bytes:
+        """A whole request."""
+        return self.head("POST", path, f"Content-Length: {len(body)}") + body
+
+    def send(self, data: bytes) -> None:
+        try:
+            self._socket.sendall(data)
+        except OSError:  # it has answered and closed before it read everything, perhaps
+            return
+
+    def read_status(self) -> tuple[int, dict[str, str]]:
+        """The next status line and headers.
+
+        Raises:
+            Broken: The connection ended, or nothing came.
+        """
+        try:
+            words = self._reader.readline().split()
+            headers = {}
+            while line := self._reader.readline().strip():
+                name, _, value = line.decode("latin-1").partition(":")
+                headers[name.lower()] = value.strip()
+        except OSError as error:
+            raise Broken(f"no answer: {error}") from None
+        if len(words) < 2 or not words[0].startswith(b"HTTP/"):
+            raise Broken("the connection was closed without an answer")
+        return int(words[1]), headers
+
+    def read(self) -> Answer:
+        """The next answer, whole.
+
+        Raises:
+            Broken: As `read_status`.
+        """
+        status, headers = self.read_status()
+        while status == 100:
+            status, headers = self.read_status()
+        try:
+            if "chunked" in headers.get("transfer-encoding", ""):
+                body = b"".join(iter(self._chunk, b""))
+            elif "content-length" in headers:
+                body = self._reader.read(int(headers["content-length"]))
+            else:
+                body = self._reader.read()
+        except (OSError, ValueError) as error:
+            raise Broken(f"the answer broke off: {error}") from None
+        return Answer(status, headers, body)
+
+    def _chunk(self) -> bytes:
+        size = int(self._reader.readline().split(b";")[0], 16)
+        data = self._reader.read(size)
+        self._reader.readline()
+        return data
