@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
@@ -88,4 +89,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: when Python takes itself down, MLX's threads (0.32, CPU) abort the process now and then, and its status is
+    # a signal's, so that it is started again where nothing but another setting would help.
+    os._exit(status)
