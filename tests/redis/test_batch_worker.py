@@ -157,8 +157,8 @@ def test_cancel(workers: Workers) -> None:
     assert isinstance(terminal, Finished)
     assert terminal.finish_reason == "cancelled"
     wait_until(lambda: workers.status(running) == "finished")
+    wait_until(lambda: not JsonJob.exists(marked, connection=workers.client))
     wait_until(lambda: workers.free_slots() == [1])
-    assert not JsonJob.exists(marked, connection=workers.client)
     assert workers.journal(waiting) == workers.journal(marked) == []
 
 
