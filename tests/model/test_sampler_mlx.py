@@ -20,7 +20,7 @@ KINDS = [
     SamplingParams(temperature=1.2, top_k=7, min_p=0.01),
     SamplingParams(temperature=1.0, top_p=0.0),
     SamplingParams(temperature=0.8, top_k=1),
-    SamplingParams(temperature=1.0, top_k=10 * VOCAB),
+    SamplingParams(temperature=1.0, top_k=10**12),
     SamplingParams(temperature=1.0, xtc_probability=0.7, xtc_threshold=0.02),
     SamplingParams(temperature=0, logit_bias={3: 50.0, 5: -100.0}),
     SamplingParams(temperature=1.0, frequency_penalty=1.0, presence_penalty=-0.5),

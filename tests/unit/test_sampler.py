@@ -20,8 +20,8 @@ def sampler(never_excluded: tuple[int, ...] = ()) -> BatchSampler:
     return BatchSampler(np, start=lambda _array: None, never_excluded=never_excluded)
 
 
-def logprobs(seed: int, num_rows: int = 1, spread: float = 2.0) -> Any:
-    logits = np.random.default_rng(seed).normal(0, spread, (num_rows, VOCAB))
+def logprobs(seed: int, num_rows: int = 1, spread: float = 2.0, vocab: int = VOCAB) -> Any:
+    logits = np.random.default_rng(seed).normal(0, spread, (num_rows, vocab))
     return (logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))).astype(np.float32)
 
 
@@ -76,6 +76,31 @@ def test_filters_as_defined(seed: int, temperature: float, top_p: float, top_k: 
     )
     assert wanted
     assert set(drawn(params, values, 60)) <= wanted | loose
+
+
+@pytest.mark.parametrize("vocab", [255, 256, 257, 5000])
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=1.0, seed=4),
+        SamplingParams(temperature=1.0, top_p=0.6, seed=4),
+        SamplingParams(temperature=2.0, top_p=0.9, seed=4),  # more tokens than are first looked at
+        SamplingParams(temperature=1.0, top_p=0.99, min_p=0.001, seed=4),
+        SamplingParams(temperature=1.0, top_k=2000, seed=4),
+    ],
+)
+def test_a_large_vocabulary(params: SamplingParams, vocab: int) -> None:
+    """The token that the cumulative distribution says for the row's number, whichever blocks and candidates were looked at."""
+    values = logprobs(11, spread=1.5, vocab=vocab)
+    kept = sorted(allowed(params, values))
+    mass = np.exp(values[0, kept].astype(np.float64) / params.temperature)
+    cumulative = np.cumsum(mass) / mass.sum()
+    row, wrong = RowSampler(params), 0
+    for token_id in drawn(params, values, 300):
+        place = kept.index(token_id) if token_id in kept else -1
+        wrong += place != int(np.searchsorted(cumulative, row.uniforms()[0], side="right"))
+        row.num_drawn += 1
+    assert wrong <= 1  # where rounding decides
 
 
 def test_filters_leave_all_that_they_should() -> None:
