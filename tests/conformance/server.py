@@ -174,7 +174,7 @@ class Server:
                     if time.monotonic() > self.deadline:
                         raise Broken(f"the answer did not end within {MOST_SECONDS:g} s")
                 found = {name.lower(): value for name, value in response.headers.items()}
-                if _OK <= response.status_code < _REDIRECTS and method != "HEAD":
+                if _OK <= response.status_code < _REDIRECTS and method in ("GET", "POST"):
                     self.complaints += schema.complaints(path, found.get("content-type", ""), bytes(data))
                 return response.status_code, found, bytes(data)
         except httpx2.TimeoutException:
@@ -211,7 +211,7 @@ class Server:
     def fields(self, path: str) -> dict[str, Any]:
         """What a request has where nothing else is said."""
         given: dict[str, Any] = {"model": self.model, "max_tokens": 1, "temperature": 0}
-        if path.endswith("chat/completions"):
+        if path.partition("?")[0].endswith("chat/completions"):
             return given | {"messages": [{"role": "user", "content": "Say hello to the sea."}]}
         return given | {"prompt": "The sea is"}
 
