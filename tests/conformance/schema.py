@@ -32,7 +32,7 @@ def complaints(path: str, content_type: str, body: bytes) -> list[str]:
         whole, chunk = _ROOTS[root]
         if content_type.startswith("text/event-stream"):
             return [wrong for item in _frames(body) for wrong in _wrong(chunk, _ended(chunk, item))]
-        return _wrong(whole, json.loads(body))
+        return _wrong(whole, _echoed(whole, json.loads(body)))
     except (ValueError, KeyError, TypeError) as error:
         return [f"{path}: {type(error).__name__} {error}"]
 
@@ -48,6 +48,22 @@ def _ended(chunk: type[pydantic.BaseModel], item: Any) -> Any:
     if chunk is not Completion:
         return item
     choices = [{**c, "finish_reason": c["finish_reason"] or "stop"} for c in item["choices"]]
+    return _echoed(chunk, {**item, "choices": choices})
+
+
+def _echoed(kind: type[pydantic.BaseModel], item: Any) -> Any:
+    """As OpenAI's own echo has a null for the prompt's first token, where the type knows only numbers."""
+    if kind is not Completion:
+        return item
+    choices = []
+    for choice in item["choices"]:
+        logprobs = choice.get("logprobs") or {}
+        filled = {
+            name: [first, *logprobs[name][1:]]
+            for name, first in (("token_logprobs", 0.0), ("top_logprobs", {}))
+            if logprobs.get(name) and logprobs[name][0] is None
+        }
+        choices.append(choice | {"logprobs": logprobs | filled} if filled else choice)
     return {**item, "choices": choices}
 
 
