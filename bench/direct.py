@@ -1,7 +1,7 @@
 """A client without the API: puts jobs into a model's RQ queue and hears the pub/sub channel itself.
 
 What a worker and Redis cost without HTTP. `python -m bench.direct` measures the synthetic worker that way; `Direct` is
-also how `bench.real_model` tells the worker's part from the API's.
+also how `bench.contest` tells the worker's part from the API's.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class Meter:
         return Usage(at - at_before, used, others / (at - at_before))
 
     def _read(self) -> tuple[float, float, dict[str, float]]:
-        busy = _busy_seconds()
+        busy = busy_seconds()
         ours = self._pool.cpu_seconds() | {role: cpu_seconds_of(pid) for role, pid in self._pids.items()}
         return time.monotonic(), busy, ours
 
@@ -88,13 +88,13 @@ def wait_until_quiet(patience_seconds: float) -> None:
     """Return when the machine idles, what we have started included, or when patience is over."""
     deadline = time.monotonic() + patience_seconds
     while time.monotonic() < deadline:
-        before = _busy_seconds()
+        before = busy_seconds()
         time.sleep(_LISTEN_SECONDS)
-        if (_busy_seconds() - before) / _LISTEN_SECONDS <= QUIET_CPUS:
+        if (busy_seconds() - before) / _LISTEN_SECONDS <= QUIET_CPUS:
             return
 
 
-def _busy_seconds() -> float:
+def busy_seconds() -> float:
     """CPU time that the machine has used since it started."""
     times = psutil.cpu_times()
     return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))

@@ -221,8 +221,14 @@ def _family(pid: int) -> list[psutil.Process]:
 
 
 def cpu_seconds_of(pid: int) -> float:
+    """User and system time of a process; 0 where it has ended."""
     try:
         times = psutil.Process(pid).cpu_times()
     except psutil.NoSuchProcess:
         return 0.0
     return float(times.user + times.system)
+
+
+def cpu_seconds_of_family(pid: int) -> float:
+    """Of a process and its descendants that still run."""
+    return sum(cpu_seconds_of(process.pid) for process in _family(pid))

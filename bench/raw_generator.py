@@ -7,6 +7,7 @@ is the generator alone: no tokenizing, no text, no Redis. `RawGenerator` is the 
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any, Self
 import msgspec
 
 from bench.pool import ROOT
+from bench.table import percentile
 from common.protocol import ChatPrompt, GenerationJob
 from common.settings import Settings
 from worker import mlx_model, prompts
@@ -36,20 +38,23 @@ class Result(msgspec.Struct, frozen=True):
         num_tokens: Generated, by prompt.
         seconds: From the insertion of the prompts to the last token.
         first_token_seconds: To the first token of any.
+        gaps_ms: Between the tokens of a row: the median, and the 99th percentile.
         token_ids: By prompt.
     """
 
     num_tokens: list[int]
     seconds: float
     first_token_seconds: float
+    gaps_ms: tuple[float, float]
     token_ids: list[list[int]]
 
 
 class RawGenerator:
     """The process, while a `with` block lasts."""
 
-    def __init__(self) -> None:
-        environ = {k: v for k, v in os.environ.items() if k != "MLXPOOL_REDIS_URL"}
+    def __init__(self, settings: dict[str, str] | None = None) -> None:
+        """Start it, with settings as environment variables."""
+        environ = {k: v for k, v in os.environ.items() if k != "MLXPOOL_REDIS_URL"} | (settings or {})
         self._process = subprocess.Popen(
             [sys.executable, "-m", "bench.raw_generator"],
             cwd=ROOT,
@@ -107,18 +112,26 @@ def _generate(loaded: mlx_model.LoadedModel, settings: Settings, request: Round)
     )
     generator.close()
     began = time.perf_counter()
-    first = 0.0
     uids = generator.insert(token_ids, max_tokens=[request.max_tokens] * len(token_ids))
     generated: dict[int, list[int]] = {uid: [] for uid in uids}
     num_open = len(uids)
+    steps: list[tuple[float, int]] = []
     while num_open:
         _, responses = generator.next()
+        if responses:
+            steps.append((time.perf_counter() - began, len(responses)))
         for response in responses:
-            first = first or time.perf_counter() - began
             generated[response.uid].append(response.token)
             num_open -= response.finish_reason is not None
     seconds = time.perf_counter() - began
-    return Result([len(ids) for ids in generated.values()], seconds, first, list(generated.values()))
+    gaps = [1000 * (at - before) for (before, _), (at, n) in itertools.pairwise(steps) for _ in range(n)]
+    return Result(
+        [len(ids) for ids in generated.values()],
+        seconds,
+        steps[0][0],
+        (percentile(gaps, 50), percentile(gaps, 99)),
+        list(generated.values()),
+    )
 
 
 def _job(text: str) -> GenerationJob:

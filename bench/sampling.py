@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from bench.meter import wait_until_quiet
-from bench.real_model import PROMPTS
+from bench.prompts import prompts
 from bench.table import Table, say
 from common.protocol import ChatPrompt, GenerationJob, SamplingParams
 from common.settings import Settings
@@ -46,7 +46,7 @@ KINDS: dict[str, Callable[[int], SamplingParams]] = {
 
 def step_seconds(engine: MLXEngine, kind: str, num_steps: int, num_rows: int) -> float:
     """One decode step of a full batch, the median of many."""
-    for i, prompt in enumerate(PROMPTS[:num_rows]):
+    for i, prompt in enumerate(prompts(num_rows)):
         job = GenerationJob(
             job_id=f"{i}",
             model="m",
