@@ -1,12 +1,15 @@
 """What was read before is not read again: caches of finished rows and of prompts, by their tokens.
 
-Owned by `mlx_engine`. mlx-lm's `LRUPromptCache` finds the nearest one and drops the oldest; here is decided what is put
-in, how much memory it may take, and which rows had better wait for another that reads the same beginning.
+Owned by `mlx_engine`. `prefix_index` finds the nearest one and drops the oldest; here is decided what is put in, how a row
+gets caches of its own from it, and which rows had better wait for another that reads the same beginning.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
+
+from worker.prefix_index import PrefixIndex, num_common
 
 _LEAST_CACHED_TOKENS = 16
 """A shorter beginning is read again as soon as it is found and copied."""
@@ -15,8 +18,6 @@ _LEAST_SHARED_TOKENS = 64
 """A shorter beginning is not worth waiting for."""
 
 _MOST_ENTRIES = 4096
-
-_MODEL = "model"  # mlx-lm's cache can hold several models' entries; a worker has one
 
 
 class Found(NamedTuple):
@@ -39,32 +40,29 @@ class PrefixCache:
     """
 
     def __init__(self, limit_bytes: int) -> None:
-        from mlx_lm.models.cache import LRUPromptCache
-
         self._limit_bytes = limit_bytes
-        self._entries = LRUPromptCache(max_size=_MOST_ENTRIES, max_bytes=limit_bytes)
+        self._index: PrefixIndex[list[Any]] = PrefixIndex(limit_bytes, _MOST_ENTRIES)
 
     @property
     def num_bytes(self) -> int:
         """Kept now."""
-        return int(self._entries.nbytes)
+        return self._index.num_bytes
 
     def find(self, token_ids: list[int]) -> Found:
         """The longest beginning of a row that was read before; at least one token is left to read."""
-        if not self._limit_bytes or len(token_ids) <= _LEAST_CACHED_TOKENS:
+        if len(token_ids) <= _LEAST_CACHED_TOKENS:
             return Found(None, 0)
-        caches, rest = self._entries.fetch_nearest_cache(_MODEL, token_ids)
-        if not rest:
-            caches, rest = self._entries.fetch_nearest_cache(_MODEL, token_ids[:-1])
-            rest = [*rest, token_ids[-1]]
-        num_cached = len(token_ids) - len(rest)
-        if caches is None or num_cached < _LEAST_CACHED_TOKENS:
+        nearest = self._index.nearest(token_ids[:-1])
+        if nearest is None or nearest.num_shared < _LEAST_CACHED_TOKENS:
             return Found(None, 0)
-        return Found(caches, num_cached)
+        from mlx_lm.models.cache import trim_prompt_cache
 
-    def num_cached(self, token_ids: list[int]) -> int:
-        """How much of a row `find` would find."""
-        return self.find(token_ids).num_cached  # copies are lazy and cost nothing while nobody looks at them
+        caches = copy.deepcopy(
+            nearest.entry.value
+        )  # new names for the same numbers: what is kept stays as it is
+        if num_behind := len(nearest.entry.token_ids) - nearest.num_shared:
+            trim_prompt_cache(caches, num_behind)
+        return Found(caches, nearest.num_shared)
 
     def put(self, token_ids: list[int], caches: list[Any]) -> None:
         """Keep a row's caches.
@@ -76,15 +74,16 @@ class PrefixCache:
         if not self._limit_bytes or len(token_ids) < _LEAST_CACHED_TOKENS:
             return
         import mlx.core as mx
+        from mlx_lm.models.cache import can_trim_prompt_cache
 
-        # Until it is computed, a part holds on to the whole batch's arrays.
-        mx.eval([cache.state for cache in caches])
-        self._entries.insert_cache(_MODEL, list(token_ids), caches)
+        # Until it is computed, a part holds on to the whole batch's arrays. Nobody waits for it.
+        mx.async_eval([cache.state for cache in caches])
+        num_bytes = sum(cache.nbytes for cache in caches)
+        self._index.add(token_ids, caches, num_bytes, is_divisible=can_trim_prompt_cache(caches))
 
     def shrink_to(self, num_bytes: float) -> None:
         """Make room for rows: the oldest go first."""
-        if self._entries.nbytes > num_bytes:
-            self._entries.trim_to(n_bytes=int(max(0, num_bytes)))
+        self._index.shrink_to(int(num_bytes))
 
 
 def had_better_wait(token_ids: list[int], num_cached: int, being_read: list[list[int]]) -> int | None:
@@ -98,17 +97,6 @@ def had_better_wait(token_ids: list[int], num_cached: int, being_read: list[list
     """
     best, best_shared = None, num_cached + _LEAST_SHARED_TOKENS
     for place, other in enumerate(being_read):
-        if (shared := _num_shared(token_ids, other)) >= best_shared:
+        if (shared := num_common(token_ids, other)) >= best_shared:
             best, best_shared = place, shared + 1
     return best
-
-
-def _num_shared(one: list[int], other: list[int]) -> int:
-    """Length of the common beginning."""
-    low, high = 0, min(len(one), len(other))
-    if one[:high] == other[:high]:
-        return high
-    while low < high:  # slices compare at C's speed
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[:middle] == other[:middle] else (low, middle - 1)
-    return low
