@@ -13,7 +13,7 @@ from typing import Any
 import falcon.asgi
 import redis.asyncio
 
-from api import errors
+from api import errors, key_file
 from api.authentication import Authentication
 from api.chat_completions import ChatCompletions
 from api.command_batch import CommandBatch
@@ -86,7 +86,7 @@ def create_app(settings: Settings) -> App:
         CrossOrigin(settings.cors_origins),
     ]
     if settings.api_keys_file is not None:
-        middleware.append(Authentication(Path(settings.api_keys_file).expanduser()))
+        middleware.append(Authentication(key_file.opened(Path(settings.api_keys_file).expanduser())))
     app: falcon.asgi.App[Any, Any] = falcon.asgi.App(media_type=falcon.MEDIA_JSON, middleware=middleware)
     errors.install(app)
     health = Health(directory, relay)

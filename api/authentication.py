@@ -6,7 +6,6 @@ falcon middleware. What says whether the API is alive needs no key, and neither 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import falcon.asgi
 
@@ -22,14 +21,11 @@ class Authentication:
     """See the module.
 
     Args:
-        path: The key file.
-
-    Raises:
-        StartupError: It cannot be read.
+        file: Who has a key.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._file = KeyFile(path)
+    def __init__(self, file: KeyFile) -> None:
+        self._file = file
 
     async def process_request(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
         """Raises:

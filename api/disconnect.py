@@ -8,7 +8,6 @@ cancelled within milliseconds. Wraps the falcon app; knows nothing of models or 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -20,9 +19,6 @@ App = Callable[[dict[str, Any], Receive, Send], Awaitable[None]]
 
 CLIENT = "mlxpool.client"
 """Where the scope has the request's `Client`."""
-
-LINGER_SECONDS = 2.0
-"""How long what is left of a refused body is read and dropped: a closed socket would drop our answer instead."""
 
 
 class Client:
@@ -43,7 +39,6 @@ class Client:
         self._receive = receive
         self._task = asyncio.current_task()
         self._watcher: asyncio.Task[None] | None = None
-        self._end_timer: asyncio.TimerHandle | None = None
         self._at_end: list[Callable[[], None]] = []
 
     async def receive(self) -> dict[str, Any]:
@@ -90,28 +85,16 @@ class Client:
         """From now on, with the body read, the handler is cancelled when the client leaves."""
         self._watcher = asyncio.create_task(self._watch())
 
-    def end_within(self, seconds: float) -> None:
-        """Cancel the handler then: one that writes to a client that reads nothing would never come to its end."""
-        if self._task is not None:
-            self._end_timer = asyncio.get_running_loop().call_later(seconds, self._task.cancel)
-
     def at_end(self, callback: Callable[[], None]) -> None:
         """Call this when the request has ended, in whatever way."""
         self._at_end.append(callback)
 
-    async def end(self) -> None:
-        """The request has ended: run what was registered, and let the client finish what it was sending."""
+    def end(self) -> None:
+        """The request has ended: run what was registered."""
         if self._watcher is not None:
             self._watcher.cancel()
-        if self._end_timer is not None:
-            self._end_timer.cancel()
         for callback in self._at_end:
             callback()
-        if not self.body_is_read and not self.has_left:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LINGER_SECONDS):
-                    while not self.body_is_read and not self.has_left:
-                        await self.receive()
 
     async def _watch(self) -> None:
         while not self.has_left:
@@ -149,6 +132,6 @@ def with_disconnects(app: App) -> App:
             if not client.has_left:
                 raise
         finally:
-            await client.end()
+            client.end()
 
     return wrapped

@@ -14,6 +14,7 @@ import falcon.asgi
 import msgspec
 
 from common.errors import RequestError, unavailable
+from common.masking import masked
 from common.protocol import Failed
 
 log = logging.getLogger(__name__)
@@ -38,8 +39,9 @@ class ErrorBody(msgspec.Struct, frozen=True):
 
 
 def body(error: RequestError) -> bytes:
-    """The JSON body."""
-    return msgspec.json.encode(ErrorBody(ErrorObject(error.message, error.type, error.param, error.code)))
+    """The JSON body; a key that a client put where it does not belong is not repeated."""
+    param = None if error.param is None else masked(error.param)
+    return msgspec.json.encode(ErrorBody(ErrorObject(masked(error.message), error.type, param, error.code)))
 
 
 def frame(error: RequestError) -> bytes:

@@ -31,9 +31,6 @@ log = logging.getLogger(__name__)
 Taken = list[tuple[int, list[Event]]]
 """Events by the index of their choice; none of the lists is empty."""
 
-_TAKE_SECONDS = 10.0
-"""What a client gets to take the error that its deadline is over, before it is left."""
-
 _CANCELLED = RequestError(
     "The request was cancelled before its answer was whole.",
     status=503,
@@ -68,7 +65,6 @@ class Generations:
         generation = Generation(jobs, self._settings, self._relay, self._job_queue, seconds)
         client: Client = req.scope[CLIENT]
         client.at_end(generation.release)
-        client.end_within(seconds + _TAKE_SECONDS)
         client.watch()
         try:
             await generation.submit(num_bytes)

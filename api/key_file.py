@@ -5,6 +5,9 @@ Written by `python -m api.keys`, read by the API's middleware. Knows no HTTP.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import functools
 import hashlib
 import hmac
 import logging
@@ -12,6 +15,8 @@ import os
 import secrets
 import tempfile
 import time
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -80,18 +85,42 @@ def read(path: Path) -> Keys:
         raise StartupError(f"{path} is no file of API keys: {error}") from None
 
 
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep other commands waiting meanwhile: what they read before would bring a revoked key back.
+
+    Raises:
+        StartupError: There can be no such file.
+    """
+    # The folder is locked, since the file itself is replaced.
+    folder = path.resolve().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise StartupError(f"the key file {path} cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def write(path: Path, keys: Keys) -> None:
     """Replace the file at once, for its owner's eyes only.
 
     Raises:
         StartupError: It cannot be written.
     """
+    path = path.resolve()  # a symbolic link stays one
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)  # of mode 0600
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(msgspec.json.format(msgspec.json.encode(keys)) + b"\n")
+                if path.exists():  # by root, for an API that runs as somebody else
+                    with contextlib.suppress(PermissionError):
+                        os.fchown(handle, path.stat().st_uid, path.stat().st_gid)
             Path(name).replace(path)
         except OSError:
             Path(name).unlink(missing_ok=True)
@@ -101,7 +130,10 @@ def write(path: Path, keys: Keys) -> None:
 
 
 class KeyFile:
-    """The keys as they are now. A file that became unreadable changes nothing, and is complained of once.
+    """The keys as they are now. A file that became unreadable leaves the last good ones, and is complained of once.
+
+    The last good ones are those that any of the processes has read that were forked from where this was made: one that
+    starts beside a broken file would otherwise go by what its parent knew, and let in whose key was revoked since.
 
     Args:
         path: Has to be a good one at first.
@@ -112,9 +144,14 @@ class KeyFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._mark = self._look()  # first: what is written while it is read is noticed
         self._keys = read(path)
-        self._mark = self._look()
+        self._complaint = ""
         self._looked_at = time.monotonic()
+        self._last_good, name = tempfile.mkstemp()  # hashes, in a file without a name
+        Path(name).unlink()
+        weakref.finalize(self, os.close, self._last_good)
+        self._share()
 
     @property
     def keys(self) -> Keys:
@@ -122,7 +159,8 @@ class KeyFile:
         now = time.monotonic()
         if now - self._looked_at >= _LOOK_SECONDS:
             self._looked_at = now
-            if (mark := self._look()) != self._mark:
+            mark = self._look()
+            if mark != self._mark or self._complaint:
                 self._mark = mark
                 self._read_again()
         return self._keys
@@ -132,15 +170,51 @@ class KeyFile:
             status = self._path.stat()
         except OSError:
             return None
-        return status.st_ino, status.st_size, status.st_mtime_ns
+        return (
+            status.st_ino,
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+        )  # the last for permissions
 
     def _read_again(self) -> None:
         try:
             self._keys = read(self._path)
         except StartupError as error:
-            log.error("%s; the keys read before stay", error)  # noqa: TRY400 (the sentence says it all)
+            self._keys = self._shared()
+            if str(error) != self._complaint:
+                log.error("%s; the %d keys read before stay", error, len(self._keys.keys))  # noqa: TRY400 (the sentence says it all)
+            self._complaint = str(error)
         else:
+            self._complaint = ""
+            self._share()
             log.info("%d API keys", len(self._keys.keys))
+
+    def _share(self) -> None:
+        data = msgspec.json.encode(self._keys)
+        try:
+            # In one piece, with spaces over what is left of a longer one.
+            os.pwrite(self._last_good, data.ljust(os.fstat(self._last_good).st_size), 0)
+        except OSError:
+            os.ftruncate(self._last_good, 0)
+
+    def _shared(self) -> Keys:
+        """None at all where they cannot be read: then nobody gets in."""
+        try:
+            size = os.fstat(self._last_good).st_size
+            return msgspec.json.decode(os.pread(self._last_good, size, 0), type=Keys)
+        except (OSError, msgspec.MsgspecError):
+            return Keys()
+
+
+@functools.cache
+def opened(path: Path) -> KeyFile:
+    """The one `KeyFile` of a path; gunicorn's master opens it, its processes inherit it.
+
+    Raises:
+        StartupError: As `KeyFile`.
+    """
+    return KeyFile(path)
 
 
 def _digest(secret: str) -> str:

@@ -6,6 +6,7 @@ A key is shown once, when it is made; the file keeps its hash. A running API see
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -23,11 +24,14 @@ def add(path: Path, name: str) -> str:
     """
     if not name.strip() or not name.isprintable():
         raise StartupError("a key needs a name that can be printed, such as whose it is")
-    keys = key_file.read(path) if path.exists() else Keys()
-    if any(key.name == name for key in keys.keys):
-        raise StartupError(f"there is a key of the name {name!r} already; revoke it first, or choose another")
-    key, secret = key_file.new_key(name)
-    key_file.write(path, Keys([*keys.keys, key]))
+    with key_file.alone(path):
+        keys = key_file.read(path) if os.path.lexists(path) else Keys()
+        if any(key.name == name for key in keys.keys):
+            raise StartupError(
+                f"there is a key of the name {name!r} already; revoke it first, or choose another"
+            )
+        key, secret = key_file.new_key(name)
+        key_file.write(path, Keys([*keys.keys, key]))
     return secret
 
 
@@ -37,11 +41,12 @@ def revoke(path: Path, name: str) -> None:
     Raises:
         StartupError: There is none of that name, or the file cannot be read or written.
     """
-    keys = key_file.read(path)
-    left = [key for key in keys.keys if key.name != name]
-    if len(left) == len(keys.keys):
-        raise StartupError(f"there is no key of the name {name!r} in {path}")
-    key_file.write(path, Keys(left))
+    with key_file.alone(path):
+        keys = key_file.read(path)
+        left = [key for key in keys.keys if key.name != name]
+        if len(left) == len(keys.keys):
+            raise StartupError(f"there is no key of the name {name!r} in {path}")
+        key_file.write(path, Keys(left))
 
 
 def _path(given: str | None) -> Path:

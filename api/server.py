@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import logging
 from pathlib import Path
 from typing import Any
+
+from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 
 from api import gunicorn_protocol, key_file
 from common import connections
@@ -34,11 +37,15 @@ def options(settings: Settings) -> dict[str, Any]:
     """
     check_host(settings)
     if settings.api_keys_file is not None:
-        key_file.read(Path(settings.api_keys_file).expanduser())
+        key_file.opened(
+            Path(settings.api_keys_file).expanduser()
+        )  # for all processes that are forked from here
     connections.connect(settings.redis_url).close()  # connects to nothing: it only reads the URL
 
     def post_fork(_arbiter: Any, _worker: Any) -> None:
         common_logging.configure(settings.log_level)
+        for handler in logging.getLogger("gunicorn.error").handlers:
+            handler.setFormatter(common_logging.Formatter(Logger.error_fmt, Logger.datefmt))
 
     def post_worker_init(worker: Any) -> None:
         # gunicorn 27's asgi worker listens anew and leaves out its backlog: asyncio's 100 then makes a burst beyond it
@@ -48,7 +55,7 @@ def options(settings: Settings) -> dict[str, Any]:
         # cancel what still runs.
         worker.cfg.set("graceful_timeout", int(settings.drain_seconds))
 
-        gunicorn_protocol.install(settings.header_seconds)
+        gunicorn_protocol.install(settings.header_seconds, settings.take_seconds)
 
     def worker_int(worker: Any) -> None:
         # On SIGINT gunicorn leaves out the lifespan's end. Nothing is waited for then, but what runs is cancelled.

@@ -1,15 +1,26 @@
-"""Logging for every process: one line a message on standard error, and never a prompt's text."""
+"""Logging for every process: one line a message on standard error, and never a prompt's text or an API key."""
 
 from __future__ import annotations
 
 import logging
 
+from common.masking import masked
+
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class Formatter(logging.Formatter):
+    """Masks API keys, in tracebacks too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record))
 
 
 def configure(level: str) -> None:
     """Send our messages and RQ's to standard error, from `level` up."""
-    logging.basicConfig(level=level, format=FORMAT, force=True)
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter(FORMAT))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
     # RQ says at INFO what our own line a request says better, and it says it three times a job.
     for name in ("rq.worker", "rq.job", "rq.queue", "httpx"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(level)))

@@ -53,10 +53,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     cors_origins: Annotated[str, _about("origins that browsers may call from, separated by commas, or *")] = (
         "*"
     )
-    header_seconds: Annotated[
-        float, _about("a new connection has this long to send a request's head", gt=0)
-    ] = 10.0
+    header_seconds: Annotated[float, _about("a request's head has to come within this time", gt=0)] = 10.0
     body_seconds: Annotated[float, _about("a request's body has to come within this time", gt=0)] = 60.0
+    take_seconds: Annotated[
+        float, _about("a client that takes nothing of its answer for so long is cut off", gt=0)
+    ] = 120.0
     max_body_bytes: Annotated[int, _about("largest request body", ge=1024)] = 10 * 1024 * 1024
     strict_parameters: Annotated[bool, _about("answer 400 to a request field that nobody knows")] = False
     sse_comment_seconds: Annotated[float, _about("silence in a stream before a comment line", gt=0)] = 10.0

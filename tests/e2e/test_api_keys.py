@@ -1,8 +1,9 @@
-"""Keys, and clients that take their time: over real HTTP, with a worker that follows a script."""
+"""Keys, as they are deployed: over real HTTP, with a worker that follows a script."""
 
 from __future__ import annotations
 
-import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 
 from api import keys
 from tests.e2e.api_pool import ApiPool, api_pool, chat_body, read_response, request
+from tests.redis.pool_of_workers import wait_until
 
 ORIGIN = "https://app.example"
+WRONG = "sk-mlxpool-" + "0" * 43
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +30,19 @@ def secret(key_path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def api(key_path: Path, secret: str) -> Iterator[ApiPool]:
+def former(key_path: Path) -> str:
+    """One that the first processes know."""
+    return keys.add(key_path, "eve")
+
+
+@pytest.fixture(scope="module")
+def api(key_path: Path, secret: str, former: str) -> Iterator[ApiPool]:
+    assert secret != former
     environ = {
         "MLXPOOL_API_KEYS_FILE": str(key_path),
         "MLXPOOL_CORS_ORIGINS": ORIGIN,
-        "MLXPOOL_HEADER_SECONDS": "1",
         "MLXPOOL_BODY_SECONDS": "1",
+        "MLXPOOL_LOG_LEVEL": "DEBUG",
     }
     with api_pool(environ) as running:
         yield running
@@ -47,6 +57,12 @@ def api(key_path: Path, secret: str) -> Iterator[ApiPool]:
         ("GET", "/v1/models/x/y"),
         ("HEAD", "/v1/models"),
         ("GET", "/nowhere"),
+        ("BREW", "/health/"),
+        ("GET", "/livez/x"),
+        ("GET", "//livez"),
+        ("GET", "/v1/models?x=/livez"),
+        ("GET", "/livez%2f..%2fv1/models"),
+        ("GET", "http://x/livez"),
     ],
 )
 @pytest.mark.parametrize(
@@ -72,7 +88,9 @@ def test_without_a_key_there_is_nothing(
 @pytest.mark.parametrize("path", ["/health", "/livez", "/readyz"])
 def test_whether_it_is_alive_is_no_secret(api: ApiPool, path: str) -> None:
     """Those who watch it need no key, and neither does a browser's preflight."""
-    assert api.ask("GET", path).status == 200
+    for method in ("GET", "HEAD"):
+        assert api.ask(method, path).status == 200
+        assert api.ask(method, path, authorization=f"Bearer {WRONG}").status == 200
     preflight = api.ask(
         "OPTIONS", "/v1/chat/completions", origin=ORIGIN, access_control_request_method="POST"
     )
@@ -81,12 +99,85 @@ def test_whether_it_is_alive_is_no_secret(api: ApiPool, path: str) -> None:
 
 
 def test_a_refused_body_is_not_read(api: ApiPool) -> None:
-    """The answer comes before the body does."""
+    """The answer comes before the body does, and instead of `100 Continue`; then the connection ends."""
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n"
+    for more in (b"\r\n{", b"Expect: 100-continue\r\n\r\n"):
+        with api.connect() as connection:
+            connection.sendall(head + more)
+            assert connection.recv(12) == b"HTTP/1.1 401"
+            assert b"connection: close\r\n" in b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "Bearer "])
+def test_the_schemes_case(api: ApiPool, secret: str, scheme: str) -> None:
+    """It does not matter (RFC 9110, 11.1); neither does a second space."""
+    assert api.ask("GET", "/v1/models", authorization=f"{scheme} {secret}").status == 200
+    assert api.ask("GET", "/nothing", authorization=f"{scheme} {secret}").status == 404
+
+
+@pytest.mark.parametrize("is_right_first", [True, False])
+def test_two_keys_in_one_request(api: ApiPool, secret: str, is_right_first: bool) -> None:
+    """A header that is there twice opens nothing: a proxy may have looked at the other one of the two."""
+    both = [secret, WRONG] if is_right_first else [WRONG, secret]
     with api.connect() as connection:
-        connection.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n{"
-        )
-        assert read_response(connection).status == 401
+        lines = ["GET /v1/models HTTP/1.1", "Host: x", *(f"Authorization: Bearer {one}" for one in both)]
+        connection.sendall("\r\n".join([*lines, "", ""]).encode())
+        assert read_response(connection).status in (400, 401)
+
+
+def test_a_connection_goes_on_behind_a_401(api: ApiPool, secret: str) -> None:
+    """Where no body is left on it; each request needs its own key."""
+    with api.connect() as connection:
+        for headers, status in [({}, 401), ({"authorization": f"Bearer {secret}"}, 200), ({}, 401)]:
+            connection.sendall(request("GET", "/v1/models", **headers))
+            assert read_response(connection).status == status
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        ("GET /v1/KEY HTTP/1.1\r\nHost: x", 401),
+        ("GET /v1/KEY HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer KEY", 404),
+        ("PUT /v1/models/KEY HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer KEY", 405),
+        ("GET /v1/models HTTP/1.1\r\nHost: x\r\nX-Request-Id: KEY", 401),
+        ("GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization Bearer KEY: x", 400),
+        ("GET /v1/models HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: KEY", 501),
+        ("KEY / HTTP/1.1\r\nHost: x", 400),
+        ("GET / KEY", 400),
+    ],
+)
+def test_a_key_in_a_wrong_place(api: ApiPool, secret: str, sent: str, status: int) -> None:
+    """No error repeats it, and no line in the log has it, at the level DEBUG neither."""
+    log = api.pool.log("api")
+    with api.connect() as connection:
+        connection.sendall(sent.replace("KEY", secret).encode() + b"\r\n\r\n")
+        answer = read_response(connection)
+    assert answer.status == status
+    assert secret.encode() not in answer.body
+    assert secret not in api.pool.log("api")[len(log) :]
+
+
+def test_a_key_in_a_body(api: ApiPool, secret: str) -> None:
+    """As a model, a parameter or a value: the error names it no more than the log does."""
+    log = api.pool.log("api")
+    for body in (
+        chat_body(model=secret),
+        chat_body(**{secret: 1}),
+        chat_body(temperature=secret),
+        chat_body(tool_choice=secret),
+    ):
+        answer = api.ask("POST", "/v1/chat/completions", body, authorization=f"Bearer {secret}")
+        assert secret.encode() not in answer.body
+    refused = api.ask(
+        "POST",
+        "/v1/chat/completions",
+        chat_body(),
+        authorization=f"Bearer {secret}",
+        x_request_timeout=secret,
+    )
+    assert refused.status == 400
+    assert secret[:24] not in refused.error["message"]
+    assert secret not in api.pool.log("api")[len(log) :]
 
 
 def test_keys_come_and_go_without_a_restart(api: ApiPool, key_path: Path, secret: str) -> None:
@@ -104,20 +195,8 @@ def test_keys_come_and_go_without_a_restart(api: ApiPool, key_path: Path, secret
     ):
         client.models.list()
     assert refused.value.code == "invalid_api_key"
-    assert "ann" not in api.pool.log("api")
     assert secret not in api.pool.log("api")
-
-
-@pytest.mark.parametrize("sent", [b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-"])
-def test_half_a_head_holds_no_connection(api: ApiPool, sent: bytes) -> None:
-    """It is told 408 and closed; others are served meanwhile."""
-    with api.connect() as connection:
-        connection.sendall(sent)
-        assert api.ask("GET", "/health").status == 200
-        answer = read_response(connection)
-        assert (answer.status, answer.headers["connection"]) == (408, "close")
-        assert json.loads(answer.body)["error"]["type"] == "invalid_request_error"
-        assert connection.recv(100) == b""
+    assert new not in api.pool.log("api")
 
 
 def test_half_a_body_holds_no_connection(api: ApiPool, secret: str) -> None:
@@ -134,13 +213,34 @@ def test_half_a_body_holds_no_connection(api: ApiPool, secret: str) -> None:
         assert (answer.status, answer.error["code"]) == (408, "request_timeout")
 
 
-def test_a_connection_that_is_kept_lives_on(api: ApiPool, secret: str) -> None:
-    """The limit is for the first head: a second request may come later."""
-    body = chat_body()
-    with api.connect() as connection:
-        for _ in range(2):
-            connection.sendall(
-                request("POST", "/v1/chat/completions", body, Authorization=f"Bearer {secret}")
-            )
-            assert read_response(connection).status == 200
-            time.sleep(1.3)
+def test_a_broken_file_and_the_processes_beside_it(
+    api: ApiPool, key_path: Path, secret: str, former: str
+) -> None:
+    """All go by the last good keys, one that starts then too: who was let in still is, who was revoked is not."""
+
+    def status(key: str) -> int:
+        try:
+            return api.ask("GET", "/v1/models", authorization=f"Bearer {key}").status
+        except (OSError, IndexError):  # a process that ends
+            return 0
+
+    assert status(former) == 200
+    keys.revoke(key_path, "eve")
+    wait_until(lambda: status(former) == 401)
+    good = key_path.read_bytes()
+    key_path.write_bytes(b"garbled")
+    try:
+        wait_until(lambda: (status(secret), api.pool.log("api").count("no file of API keys")) == (200, 1))
+        master, *before = api.pool.pids("api")
+        for worker in before:
+            os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: set(api.pool.pids("api")) - {master, *before} and status(secret) == 200)
+        assert (status(former), status(WRONG)) == (401, 401)
+        os.kill(master, signal.SIGHUP)
+        wait_until(lambda: api.pool.log("api").count("Booting worker") == 1 + 2 * len(before))
+        wait_until(lambda: status(secret) == 200)
+        assert (status(former), status(WRONG)) == (401, 401)
+    finally:
+        key_path.write_bytes(good)
+    late = keys.add(key_path, "late")
+    wait_until(lambda: status(late) == 200)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import stat
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -100,21 +104,146 @@ def test_what_is_no_key_file(tmp_path: Path, text: str) -> None:
         KeyFile(path)
 
 
-def test_a_running_api_sees_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within a second; a file that breaks or goes away leaves the last good keys in force."""
-    now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Time that a test lets pass."""
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    return clock
+
+
+def test_a_running_api_sees_changes(tmp_path: Path, now: list[float]) -> None:
+    """Within a second, and not before: the file is not looked at oftener. One without keys lets nobody in."""
     path = tmp_path / "keys"
     ann = keys.add(path, "ann")
     file = KeyFile(path)
     bob = keys.add(path, "bob")
+    now[0] += 0.9
     assert file.keys.name_of(bob) is None
-    now[0] += 1.5
+    now[0] += 0.1
     assert file.keys.name_of(bob) == "bob"
-    for breaking in (lambda: path.write_text("garbage"), path.unlink):
-        breaking()
-        now[0] += 1.5
+    keys.revoke(path, "bob")
+    now[0] += 1
+    assert (file.keys.name_of(ann), file.keys.name_of(bob)) == ("ann", None)
+    keys.revoke(path, "ann")
+    now[0] += 1
+    assert {file.keys.name_of(each) for each in (ann, bob, "", key_file.PREFIX)} == {None}
+
+
+@pytest.mark.parametrize("harm", ["garbled", "gone", "folder"])
+def test_a_broken_file_leaves_the_last_good_keys(
+    tmp_path: Path, now: list[float], caplog: pytest.LogCaptureFixture, harm: str
+) -> None:
+    """Said once in the log, without what is in it; when it can be read again, it counts again."""
+    path = tmp_path / "keys"
+    ann = keys.add(path, "ann")
+    file = KeyFile(path)
+    path.unlink()
+    if harm == "garbled":
+        path.write_text('{"keys": "swordfish"}')
+    elif harm == "folder":
+        path.mkdir()
+    for _ in range(5):
+        now[0] += 1
         assert file.keys.name_of(ann) == "ann"
-    keys.add(path, "eve")
-    now[0] += 1.5
-    assert file.keys.name_of(ann) is None
+    [record] = caplog.records
+    assert "the 1 keys read before stay" in record.getMessage()
+    assert "swordfish" not in record.getMessage()
+    if harm == "folder":
+        path.rmdir()
+    path.unlink(missing_ok=True)
+    eve = keys.add(path, "eve")
+    now[0] += 1
+    assert (file.keys.name_of(ann), file.keys.name_of(eve)) == (None, "eve")
+
+
+def test_an_unreadable_moment_is_no_change(tmp_path: Path, now: list[float]) -> None:
+    """What failed once, for want of a free descriptor, is tried again, also when the file is the same as before."""
+    path = tmp_path / "keys"
+    keys.add(path, "ann")
+    file = KeyFile(path)
+    bob = keys.add(path, "bob")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    probe = os.open(path, os.O_RDONLY)
+    os.close(probe)
+    now[0] += 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (probe, hard))
+    try:
+        assert file.keys.name_of(bob) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    now[0] += 1
+    assert file.keys.name_of(bob) == "bob"
+
+
+def in_a_child(act: Callable[[], bool]) -> bool:
+    """What `act` says in a process that is forked here."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if act() else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*fork:DeprecationWarning"
+)  # of Python 3.12, where a test runner has threads
+def test_processes_share_the_last_good_keys(tmp_path: Path, now: list[float]) -> None:
+    """One that starts beside a broken file lets in whom its sibling last let in, not who was revoked since the parent read."""
+    path = tmp_path / "keys"
+    ann, bob = keys.add(path, "ann"), keys.add(path, "bob")
+    file = KeyFile(path)
+    long = keys.add(path, "x" * 500)
+
+    def sees(*names: str | None) -> bool:
+        now[0] += 1
+        return tuple(map(file.keys.name_of, (ann, bob, long))) == names
+
+    assert in_a_child(lambda: sees("ann", "bob", "x" * 500))
+    keys.revoke(path, "x" * 500)
+    keys.revoke(path, "bob")
+    assert in_a_child(lambda: sees("ann", None, None))
+    path.write_text("garbage")
+    assert in_a_child(lambda: sees("ann", None, None))
+    assert sees("ann", None, None)
+    os.truncate(file._last_good, 5)
+    now[0] += 1
+    assert sees(None, None, None)
+
+
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    """What is replaced is the file that it leads to."""
+    path, link = tmp_path / "keys", tmp_path / "link"
+    keys.add(path, "a")
+    link.symlink_to(path)
+    keys.add(link, "b")
+    assert link.is_symlink()
+    assert [key.name for key in key_file.read(path).keys] == ["a", "b"]
+
+
+def test_commands_at_once(tmp_path: Path) -> None:
+    """Eight that start together make eight keys: none is lost, and no revoked one comes back."""
+    path = tmp_path / "keys"
+    command = [sys.executable, "-m", "api.keys", "--file", str(path), "add"]
+    running = [subprocess.Popen([*command, f"k{i}"], stdout=subprocess.PIPE) for i in range(8)]
+    made = [process.communicate()[0].decode().strip() for process in running]
+    held = key_file.read(path)
+    assert [held.name_of(secret) for secret in made] == [f"k{i}" for i in range(8)]
+
+
+@pytest.mark.parametrize("arguments", [("add", "a"), ("list",), ("revoke", "a")])
+@pytest.mark.parametrize("text", ["sk-mlxpool-swordfish", '{"keys": "swordfish"}', '{"keys": [{"name": 1'])
+def test_a_garbled_file_is_not_written_over(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    text: str,
+) -> None:
+    """No command touches what it does not understand, or repeats what is in it: it may be a key, put there by hand."""
+    path = tmp_path / "keys"
+    path.write_text(text)
+    assert run(monkeypatch, "--file", str(path), *arguments) == 1
+    said = capsys.readouterr()
+    assert "is no file of API keys" in said.err
+    assert "swordfish" not in said.err + said.out
+    assert path.read_text() == text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,22 @@ def test_nobody_else_is_served_by_accident(host: str) -> None:
     with pytest.raises(StartupError, match="MLXPOOL_ALLOW_UNAUTHENTICATED"):
         options(Settings(host=host))
     options(Settings(host=host, allow_unauthenticated=True))
+
+
+def test_with_keys_it_may_listen_anywhere(tmp_path: Path) -> None:
+    """A file of keys, be it one of none, is as good as a leave; one that is not there or is garbled stops the start."""
+    path = tmp_path / "keys"
+    settings = Settings(host="0.0.0.0", api_keys_file=str(path))  # noqa: S104 (not bound)
+    with pytest.raises(StartupError, match="does not exist"):
+        options(settings)
+    path.write_text("sk-mlxpool-swordfish")
+    with pytest.raises(StartupError, match="no file of API keys") as caught:
+        options(settings)
+    assert "swordfish" not in str(caught.value)
+    path.write_text("{}")
+    assert options(settings)["bind"] == "0.0.0.0:8080"
+    path.unlink()
+    assert options(settings)["bind"] == "0.0.0.0:8080", "a reload goes by the keys read before"
 
 
 @pytest.mark.parametrize(

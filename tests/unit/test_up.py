@@ -84,6 +84,12 @@ def test_banner_can_be_pasted() -> None:
     assert "rq info --url redis://127.0.0.1:6399/0" in text
 
 
+def test_banner_with_keys() -> None:
+    """Where a key is asked for, the curl line has a place for it; elsewhere it has none."""
+    assert "-H 'Authorization: Bearer YOUR_KEY'" in up.banner(Settings(api_keys_file="keys"), ["demo"])
+    assert "Authorization" not in up.banner(Settings(), ["demo"])
+
+
 def test_banner_keeps_the_password() -> None:
     """A URL of the operator's own is not shown, since it may hold a password."""
     text = up.banner(Settings(redis_url="redis://:secret@mac:6379/0", host="0.0.0.0"), ["demo"])  # noqa: S104
