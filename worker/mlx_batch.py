@@ -106,6 +106,11 @@ class Batch:
         """See `worker.engine.Engine`."""
         return self._budget.gather_seconds
 
+    @property
+    def copy_tokens(self) -> int:
+        """See `worker.prefill.PrefillBudget`."""
+        return self._budget.copy_tokens
+
     def is_reading(self, uid: int) -> bool:
         """Whether a row's prompt is not whole yet."""
         return uid in self._reading
@@ -212,6 +217,7 @@ class OneAtATime:
     """For models whose caches mlx-lm cannot put together: one row, with the same interface. Nothing is kept of it."""
 
     gather_seconds = 0.0
+    copy_tokens = 0
     just_read: Sequence[int] = ()
 
     def __init__(

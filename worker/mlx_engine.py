@@ -206,8 +206,10 @@ class MLXEngine:
                     self._begin(row)
             echoes = self._echo()
             responses = self._generator.next()
+            self._prefixes.expect(self._generator.copy_tokens)
             for uid in self._generator.just_read:
-                self._prefixes.put(*self._generator.caches(uid))
+                if self._prefixes.wants(self._by_uid[uid].token_ids):
+                    self._prefixes.put(*self._generator.caches(uid))
         except Exception:
             # What a failed step left half-done is not to be built upon.
             self._rows, self._by_uid, self._generator = {}, {}, self._new_generator()
@@ -277,8 +279,9 @@ class MLXEngine:
         if reason is not None:
             text += row.detokenizer.flush()
             del self._rows[row.job.job_id], self._by_uid[response.uid]
-            if response.prompt_cache is not None and response.all_tokens is not None:
-                self._prefixes.put(response.all_tokens, response.prompt_cache)
+            token_ids, caches = response.all_tokens, response.prompt_cache
+            if token_ids is not None and caches is not None and self._prefixes.wants(token_ids):
+                self._prefixes.put(token_ids, caches)
         if row.job.top_logprobs is None:
             return StepToken(row.job.job_id, token_id, text, reason)
         own, top = self._logprobs(logprobs, token_id, row.job.top_logprobs)

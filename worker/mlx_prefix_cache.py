@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from worker.prefix_index import PrefixIndex, num_common
 
 _LEAST_CACHED_TOKENS = 16
-"""A shorter beginning is read again as soon as it is found and copied."""
+"""A shorter beginning is never worth it."""
 
 _LEAST_SHARED_TOKENS = 64
 """A shorter beginning is not worth waiting for."""
@@ -35,11 +35,15 @@ class Found(NamedTuple):
 class PrefixCache:
     """See the module.
 
+    Attributes:
+        least_tokens: A shorter beginning is read again rather than kept, found and copied.
+
     Args:
         limit_bytes: 0: nothing is kept.
     """
 
     def __init__(self, limit_bytes: int) -> None:
+        self.least_tokens = _LEAST_CACHED_TOKENS
         self._limit_bytes = limit_bytes
         self._index: PrefixIndex[list[Any]] = PrefixIndex(limit_bytes, _MOST_ENTRIES)
 
@@ -48,12 +52,20 @@ class PrefixCache:
         """Kept now."""
         return self._index.num_bytes
 
+    def expect(self, copy_tokens: int) -> None:
+        """Go by how many tokens are read in the time of a copy."""
+        self.least_tokens = max(_LEAST_CACHED_TOKENS, copy_tokens)
+
+    def wants(self, token_ids: list[int]) -> bool:
+        """Whether such a row is worth a `put`."""
+        return self._limit_bytes > 0 and len(token_ids) >= self.least_tokens
+
     def find(self, token_ids: list[int]) -> Found:
         """The longest beginning of a row that was read before; at least one token is left to read."""
-        if len(token_ids) <= _LEAST_CACHED_TOKENS:
+        if len(token_ids) <= self.least_tokens:
             return Found(None, 0)
         nearest = self._index.nearest(token_ids[:-1])
-        if nearest is None or nearest.num_shared < _LEAST_CACHED_TOKENS:
+        if nearest is None or nearest.num_shared < self.least_tokens:
             return Found(None, 0)
         from mlx_lm.models.cache import trim_prompt_cache
 
@@ -68,11 +80,9 @@ class PrefixCache:
         """Keep a row's caches.
 
         Args:
-            token_ids: What is in them.
+            token_ids: What is in them; `wants` has been asked.
             caches: Cut out of a batch's.
         """
-        if not self._limit_bytes or len(token_ids) < _LEAST_CACHED_TOKENS:
-            return
         import mlx.core as mx
         from mlx_lm.models.cache import can_trim_prompt_cache
 
@@ -97,6 +107,7 @@ def had_better_wait(token_ids: list[int], num_cached: int, being_read: list[list
     """
     best, best_shared = None, num_cached + _LEAST_SHARED_TOKENS
     for place, other in enumerate(being_read):
-        if (shared := num_common(token_ids, other)) >= best_shared:
-            best, best_shared = place, shared + 1
+        # A slice of both first: most have nothing in common, and a burst asks this of each with each.
+        if len(token_ids) >= best_shared and token_ids[:best_shared] == other[:best_shared]:
+            best, best_shared = place, num_common(token_ids, other) + 1
     return best

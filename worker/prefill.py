@@ -16,7 +16,14 @@ PIECE_SECONDS = 0.25
 """The same for a piece of a prompt that is longer than that: it holds them up again and again."""
 
 LEAST_TOKENS = 32
-MOST_PROMPTS = 8
+MOST_PROMPTS = 64
+MOST_IN_PIECES = 8
+"""Beside a long prompt: each of its pieces is divided among them."""
+
+_COPY_SECONDS = 0.004
+"""What it takes to keep the caches of a beginning, to find and copy them, and to put them into a batch: 32 arrays on an H200,
+and there it does not depend on their lengths."""
+
 _FIRST_TOKENS = 512
 _FIRST_PIECE_TOKENS = 64  # it is doubled as long as that takes less than it may
 
@@ -43,6 +50,7 @@ class PrefillBudget:
         num_tokens: Of whole prompts together, padding included; at most what the setting says.
         piece_tokens: Of prompts that are read in pieces.
         gather_seconds: A small part of what a step takes, in which the rest of a burst comes.
+        copy_tokens: As many are read in the time in which a beginning that was read before is copied.
     """
 
     def __init__(self, most_tokens: int) -> None:
@@ -50,6 +58,11 @@ class PrefillBudget:
         self.num_tokens = min(most_tokens, _FIRST_TOKENS)
         self.piece_tokens = min(most_tokens, _FIRST_PIECE_TOKENS)
         self.gather_seconds = 0.0
+        self._best_per_second = 0.0
+
+    @property
+    def copy_tokens(self) -> int:
+        return int(_COPY_SECONDS * self._best_per_second)
 
     def plan(self, begun: list[int], waiting: list[int]) -> PrefillPlan:
         """Decide what is read next.
@@ -67,9 +80,9 @@ class PrefillBudget:
         """
         chosen, joining = list(begun), []
         for place, num_left in enumerate(waiting):
-            if len(chosen) >= MOST_PROMPTS:
-                break
             in_pieces = self._is_in_pieces(chosen)
+            if len(chosen) >= (MOST_IN_PIECES if in_pieces else MOST_PROMPTS):
+                break
             if not chosen or (
                 num_left <= max(chosen) // 2 if in_pieces else self._has_room(chosen, num_left)
             ):
@@ -90,6 +103,9 @@ class PrefillBudget:
         """Learn from a step that read `num_tokens`, padding included."""
         self.gather_seconds = min(_GATHER_SECONDS, _GATHER_SHARE * seconds)
         per_second = num_tokens / max(seconds, 1e-6)
+        if num_tokens >= LEAST_TOKENS:
+            # Of many steps the best: a few tokens, and the first of a shape, take longer than what they add.
+            self._best_per_second = max(per_second, 0.98 * self._best_per_second)
         self.num_tokens = self._learned(self.num_tokens, num_tokens, seconds, per_second, TARGET_SECONDS)
         self.piece_tokens = self._learned(self.piece_tokens, num_tokens, seconds, per_second, PIECE_SECONDS)
 

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.prefill import LEAST_TOKENS, MOST_PROMPTS, TARGET_SECONDS, PrefillBudget, PrefillPlan
+from worker.prefill import (
+    LEAST_TOKENS,
+    MOST_IN_PIECES,
+    MOST_PROMPTS,
+    TARGET_SECONDS,
+    PrefillBudget,
+    PrefillPlan,
+)
 
 LENGTHS = st.lists(st.integers(1, 5000), max_size=12)
 
@@ -37,8 +44,9 @@ def budget_of(num_tokens: int) -> PrefillBudget:
         ([], [5000], PrefillPlan([0], 40)),
         ([5000], [], PrefillPlan([], 40)),
         ([], [], PrefillPlan([], 160)),
-        ([], [0] * 20, PrefillPlan(list(range(MOST_PROMPTS)), 20)),  # prompts of one token
-        ([5000] * MOST_PROMPTS, [1], PrefillPlan([], 5)),
+        ([], [0] * 200, PrefillPlan(list(range(MOST_PROMPTS)), 2)),  # prompts of one token
+        ([5000] * MOST_IN_PIECES, [1], PrefillPlan([], 5)),
+        ([], [5000, *[1] * 20], PrefillPlan(list(range(MOST_IN_PIECES)), 5)),
     ],
 )
 def test_plan(begun: list[int], waiting: list[int], plan: PrefillPlan) -> None:
@@ -48,7 +56,7 @@ def test_plan(begun: list[int], waiting: list[int], plan: PrefillPlan) -> None:
     assert budget.plan(begun, waiting) == plan
 
 
-@given(begun=LENGTHS.map(lambda lengths: lengths[:MOST_PROMPTS]), waiting=LENGTHS, num=st.integers(1, 4096))
+@given(begun=LENGTHS.map(lambda lengths: lengths[:MOST_IN_PIECES]), waiting=LENGTHS, num=st.integers(1, 4096))
 def test_a_plan_keeps_to_the_budget(begun: list[int], waiting: list[int], num: int) -> None:
     """Whatever waits: the tokens of all prompts together stay within it, some are always read, and the first one joins."""
     plan = budget_of(num).plan(begun, waiting)
@@ -75,6 +83,20 @@ def test_learning() -> None:
         budget.took(budget.num_tokens, 0.01)
     assert budget.num_tokens == 512
     assert PrefillBudget(16).num_tokens == 16
+
+
+def test_what_a_copy_is_worth() -> None:
+    """The faster prompts are read, the longer a beginning must be to be worth a copy; slow and small steps say little."""
+    budget = PrefillBudget(4096)
+    assert budget.copy_tokens == 0
+    budget.took(300, 1.0)
+    assert budget.copy_tokens == 1
+    budget.took(2000, 0.05)
+    fast = budget.copy_tokens
+    assert fast == 160
+    budget.took(1, 1e-9)
+    budget.took(400, 1.0)
+    assert 0.9 * fast < budget.copy_tokens <= fast
 
 
 def test_few_tokens_say_little() -> None:
