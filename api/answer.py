@@ -89,11 +89,12 @@ def total_usage(finished: list[Finished], num_choices: int) -> Usage:
         num_choices: Of each prompt.
     """
     usages = [each.usage for each in finished]
-    firsts = usages[:: max(1, num_choices)]
+    prompts = [usages[i : i + max(1, num_choices)] for i in range(0, len(usages), max(1, num_choices))]
     return Usage(
-        prompt_tokens=sum(usage.prompt_tokens for usage in firsts),
+        prompt_tokens=sum(choices[0].prompt_tokens for choices in prompts),
         completion_tokens=sum(usage.completion_tokens for usage in usages),
-        cached_tokens=sum(usage.cached_tokens for usage in firsts),
+        # Of a prompt's choices one reads it, whichever that is, and the others find it read.
+        cached_tokens=sum(min(usage.cached_tokens for usage in choices) for choices in prompts),
         reasoning_tokens=sum(usage.reasoning_tokens for usage in usages),
     )
 

@@ -32,7 +32,7 @@ TokenIdKeys = Meta(extra_json_schema={"propertyNames": {"pattern": "^(0|[1-9][0-
 """Of a dict: msgspec 0.22 describes no keys but strings."""
 
 
-class StreamOptions(msgspec.Struct, frozen=True):
+class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`include_obfuscation` pads chunks against eavesdroppers; it asks nothing of the answer."""
 
     include_usage: bool | None = None
@@ -53,7 +53,7 @@ class Body(msgspec.Struct, frozen=True, kw_only=True):
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
-    repetition_penalty: Annotated[float, Meta(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
     repetition_context_size: TokenCount | None = None
     logit_bias: Annotated[dict[int, Annotated[float, Meta(ge=-100, le=100)]], TokenIdKeys] | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
@@ -81,6 +81,7 @@ _decode_names = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _PLACE = re.compile(
     r"^(?P<what>.*) - at (?:`key` in )?`\$\.?(?P<where>[^`]*)`$", re.DOTALL
 )  # the last: words may be quoted
+_HALF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
 _BEYOND_RANGE = re.compile(r"^(Expected .* [<>]=? .*|.*out of range)$")
 
 
@@ -103,6 +104,8 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[B]) -> tuple[B, list[str]]
     except msgspec.ValidationError as error:
         raise _refused(str(error)) from None
     except msgspec.DecodeError as error:
+        if _HALF_A_PAIR.search(body):
+            raise invalid("The request body has half a surrogate pair in a string.") from None
         raise invalid(f"The request body is not valid JSON: {error}.") from None
     return value, [name for name in names if name not in value.__struct_fields__]
 
@@ -115,6 +118,9 @@ def _refused(message: str) -> Exception:
     missing = re.match(r"Object missing required field `(.*)`", what)
     if missing:
         param = f"{param}.{missing[1]}" if param else missing[1]
+    if unknown := re.match(r"Object contains unknown field `(.*)`", what):
+        param = f"{param}.{unknown[1]}"
+        return invalid(f"Unknown parameter: `{param}`.", param, "unknown_parameter")
     if param is None:
         return invalid(f"The request body is not what it should be: {message}.")
     code = "value_out_of_range" if _BEYOND_RANGE.match(what) else None

@@ -19,20 +19,20 @@ _CHECKS_KEPT = 512
 _MOST_NAME_CHARACTERS = 64
 
 
-class JsonSchema(msgspec.Struct, frozen=True):
+class JsonSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A schema with its name; without a schema, any JSON object.
 
     `strict` asks for an answer that validates, which every answer here does; `description` is for a model that is told of
     the format, and the ones here are not.
     """
 
-    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]+$", max_length=_MOST_NAME_CHARACTERS)]
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]+\Z", max_length=_MOST_NAME_CHARACTERS)]
     schema: dict[str, Any] | None = None
     strict: bool | None = None
     description: str | None = None
 
 
-class ResponseFormat(msgspec.Struct, frozen=True):
+class ResponseFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """OpenAI's."""
 
     type: Literal["text", "json_object", "json_schema"]

@@ -26,7 +26,7 @@ FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}\Z")]
 """`\\Z`, since `$` lets a line break through."""
 
 
-class FunctionDefinition(msgspec.Struct, frozen=True):
+class FunctionDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -40,7 +40,7 @@ class Tool(msgspec.Struct, frozen=True):
     function: FunctionDefinition | None = None
 
 
-class NamedFunction(msgspec.Struct, frozen=True):
+class NamedFunction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
 
 

@@ -6,6 +6,8 @@ client sent. Follows docs/json_schema.md of llguidance 1.9 and JSON Schema 2020-
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +26,10 @@ from common.schema_document import (
 _FORMATS = frozenset(
     "date-time time date duration email hostname ipv4 ipv6 uuid uri".split()  # noqa: SIM905 (a table)
 )
+_CLASS = re.compile(r"\\.|\[\^?(?:\\.|[^\]\\])*\]", re.DOTALL)
+"""An escape, or a class of characters."""
+_INSIDE = 1 / 1024
+"""How much of a range is given up at an excluded bound."""
 _MOST_OPTIONS = 100
 """Of a `oneOf`: each is compared to each."""
 _MOST_PASSES = 8
@@ -60,7 +66,44 @@ def _rewritten(node: dict[str, Any], document: Document) -> Schema:
         new = {"anyOf" if key == "oneOf" else key: value for key, value in new.items()}
     if "propertyNames" in new:
         _name_properties(new, document.resolved(new["propertyNames"]))
+    if isinstance(new.get("pattern"), str):
+        new["pattern"] = _without_controls(new["pattern"])
+    if isinstance(new.get("patternProperties"), dict):
+        new["patternProperties"] = {_without_controls(k): v for k, v in new["patternProperties"].items()}
+    _keep_bounds_out(new)
     return new
+
+
+def _without_controls(pattern: str) -> str:
+    """A stricter pattern, whose negated classes leave out control characters, too.
+
+    llguidance 1.9 writes what JSON has to escape, and lets a class that a control character is in have any escape, those of
+    quotes and backslashes included that the class leaves out.
+    """
+    return _CLASS.sub(
+        lambda found: r"[^\x00-\x1f" + found[0][2:] if found[0].startswith("[^") else found[0], pattern
+    )
+
+
+def _keep_bounds_out(node: dict[str, Any]) -> None:
+    """Say an excluded bound by an included one beside it, where llguidance 1.9 would let the bound itself through.
+
+    It does with whole numbers as bounds of a range that no other whole number is in, and with -0 below 0.
+    """
+    if "number" not in types(node):
+        return
+    lows, highs = _numbers(node, "minimum", "exclusiveMinimum"), _numbers(node, "maximum", "exclusiveMaximum")
+    low, high = max(lows, default=-math.inf), min(highs, default=math.inf)
+    if node.get("exclusiveMinimum") == low < high < low + 1:
+        del node["exclusiveMinimum"]
+        node["minimum"] = low + (high - low) * _INSIDE
+    if node.get("exclusiveMaximum") == high and (high - 1 < low < high or high == 0 > low):
+        del node["exclusiveMaximum"]
+        node["maximum"] = high - min(1.0, high - low) * _INSIDE
+
+
+def _numbers(node: dict[str, Any], *keys: str) -> list[float]:
+    return [node[key] for key in keys if isinstance(node.get(key), int | float)]
 
 
 def _exclude_each_other(options: list[Any], document: Document) -> bool:

@@ -47,6 +47,7 @@ class AnswerParser:
         self._form = answer_format.choose(job, model)
         use = job.tool_use
         self._is_parallel = use is None or use.is_parallel
+        self._is_required = use is not None and (use.is_required or use.function is not None)
         self._known = KnownTools(
             use.tools if use else [], use.function if use else None, is_parallel=self._is_parallel
         )
@@ -93,6 +94,13 @@ class AnswerParser:
         Args:
             is_cut: The answer's length ended it.
         """
+        parts = self._held_back(is_cut=is_cut)
+        # Of a call that has to be one, and was cut before it was, nobody wants to read the form's own words.
+        return (
+            [part for part in parts if not isinstance(part, str)] if is_cut and self._is_required else parts
+        )
+
+    def _held_back(self, *, is_cut: bool) -> list[Part]:
         parts: list[Part] = []
         if self.is_finished:
             return parts

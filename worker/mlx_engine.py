@@ -301,8 +301,9 @@ class MLXEngine:
         return self._logprob(token_id, float(values[token_id])), [self._logprob(*item) for item in ranked]
 
     def _logprob(self, token_id: int, logprob: float) -> TokenLogprob:
-        # JSON has no infinity: a token that was banned reports a number that underflows to probability 0.
-        return TokenLogprob(token_id, max(logprob, -9999.0), self._token_bytes[token_id])
+        # JSON has neither infinity nor NaN (max takes the first where it cannot compare): a token that was banned, and one of a
+        # model whose numbers overflow, reports a number that underflows to probability 0.
+        return TokenLogprob(token_id, max(-9999.0, logprob), self._token_bytes[token_id])
 
     def _new_generator(self) -> Batch | OneAtATime:
         eos_token_ids = list(self._tokenizer.eos_token_ids)

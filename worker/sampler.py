@@ -1,11 +1,10 @@
 """How tokens are chosen: all rows of a step at once, whatever mixture of greedy, seeded, filtered and constrained they are.
 
 Called by `mlx_batch` with a step's log-probabilities, while the step is still to be computed; knows which row is which by
-the states that it is given. A draw depends on seed and position alone (one uniform number, looked up in the cumulative
-distribution), so that a row draws the same whatever is beside it and wherever it goes on. Array code is written once for
-NumPy and MLX, which are given as `xp`: a GPU chooses where the numbers are, a CPU does it with NumPy's vector units, row
-by row, so that a row stays in the cache (32 draws of 49,152: 16 ms by MLX, 7 by NumPy for all rows at once, 1.4 row by
-row with sums of blocks; mlx 0.32 and NumPy 2.4 on 2 cores).
+the states that it is given. A draw depends on seed and position alone, so that a row draws the same whatever is beside it and
+wherever it goes on; each token has a random number of its own, so that rounding, which does change with what is beside a row,
+moves no other token's chances. Array code is written once for NumPy and MLX, which are given as `xp`: a GPU chooses where
+the numbers are, a CPU does it with NumPy's vector units, row by row, so that a row stays in the cache.
 """
 
 from __future__ import annotations
@@ -23,6 +22,9 @@ from common.protocol import SamplingParams
 Array = Any
 """NumPy's or MLX's."""
 
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
+FloatArray = np.ndarray[Any, np.dtype[np.float32]]
+
 _GREEDY_BELOW_TEMPERATURE = 1e-5
 """Dividing by less overflows float32; the most likely token is what it comes to."""
 
@@ -30,7 +32,6 @@ _MASK64 = (1 << 64) - 1
 _BANNED = -1e9
 """Added to a log-probability: no other number of a model comes near, and unlike infinity it never becomes NaN."""
 
-_BLOCK = 256
 _CANDIDATES = 1024
 _NO_TOP_K = 2**31 - 1
 
@@ -55,6 +56,7 @@ class RowSampler:
         matcher: None: anything goes.
         logprobs: Of the tokens that were drawn and not yet reported, where grammar, bias or penalties changed them.
         error: What its matcher raised; the row is of no use any more.
+        biases: Token ids and amounts of the biases, once they were asked for.
     """
 
     sampling: SamplingParams
@@ -64,6 +66,7 @@ class RowSampler:
     wants_logprobs: bool = False
     logprobs: deque[Array] = field(default_factory=deque)
     error: Exception | None = None
+    biases: tuple[IntArray, FloatArray] | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -102,21 +105,26 @@ class RowSampler:
         except Exception as error:  # noqa: BLE001 (a row's own failure; told by the engine)
             self.error = error
 
-    def additions(self) -> dict[int, float]:
-        """What is added to the log-probabilities of single tokens: biases and penalties.
+    def additions(self) -> list[tuple[IntArray, FloatArray]]:
+        """What is added to the log-probabilities of single tokens: ids and amounts, of biases and of penalties.
 
         Penalties as in OpenAI's description: ``-count * frequency - (count > 0) * presence``, of sampled tokens.
         """
         s = self.sampling
-        added = {i: s.logit_bias[i] for i in s.logit_bias}
-        for token_id, count in self.counts.items():
-            added[token_id] = added.get(token_id, 0.0) - count * s.frequency_penalty - s.presence_penalty
-        return added
+        if s.logit_bias and self.biases is None:
+            ids, amounts = np.array(list(s.logit_bias), np.int64), list(s.logit_bias.values())
+            self.biases = ids, np.array(amounts, np.float32)
+        found = [] if self.biases is None else [self.biases]
+        if self.counts:
+            counts = np.array(list(self.counts.values()), np.float32)
+            amounts_off = -counts * np.float32(s.frequency_penalty) - np.float32(s.presence_penalty)
+            found.append((np.array(list(self.counts), np.int64), amounts_off))
+        return found
 
-    def uniforms(self) -> tuple[float, float]:
-        """The two numbers in [0, 1) that decide the next draw: which token, and whether XTC takes place."""
+    def keys(self) -> tuple[int, int]:
+        """64 random bits each for the next draw: which token, and whether XTC takes place."""
         seed, position = self.sampling.seed & _MASK64, self.num_drawn
-        return _uniform(_mix(seed, position)), _uniform(_mix(seed ^ 0x5851F42D4C957F2D, position))
+        return _mix(seed, position), _mix(seed ^ 0x5851F42D4C957F2D, position)
 
 
 class BatchSampler:
@@ -135,6 +143,7 @@ class BatchSampler:
         self._start = start
         self._never_excluded = list(never_excluded)
         self._unread: list[tuple[list[RowSampler], Array]] = []
+        self._token_hashes: Array = None
 
     def sample(self, rows: list[RowSampler], logprobs: Array) -> Array | None:
         """Choose one token for each row.
@@ -212,12 +221,14 @@ class BatchSampler:
         """One token id a row, drawn by its temperature, filters and seed.
 
         1. Temperature; then the filters, in vLLM's order: min_p, top_k, top_p; XTC last, as llama.cpp has it.
-        2. Of what is left, the first token at which the cumulative probability is beyond the row's number.
+        2. Of what is left, the token that wins a race: each arrives after an exponentially distributed time, the sooner the
+           likelier it is (Gumbel-max in another form). Its time is its own: a sum over the vocabulary, in which a number is
+           looked up, would draw another of the unlikely tokens as soon as one before them is rounded otherwise.
         """
         xp = self._xp
         if xp is np and len(rows) > 1:
             return np.concatenate([self._drawn([row], values[i : i + 1]) for i, row in enumerate(rows)])
-        uniforms = [row.uniforms() for row in rows]
+        keys = [row.keys() for row in rows]
         scaled = values - xp.max(values, axis=-1, keepdims=True)
         scaled = scaled * _column(xp, [1.0 / row.sampling.temperature for row in rows])
         filtered = [i for i, row in enumerate(rows) if row.is_filtered]
@@ -225,10 +236,25 @@ class BatchSampler:
             part = self._filtered(
                 [rows[i].sampling for i in filtered],
                 _rows_of(xp, scaled, filtered, len(rows)),
-                [uniforms[i][1] for i in filtered],
+                [_uniform(keys[i][1]) for i in filtered],
             )
             scaled = _with_rows(xp, scaled, filtered, part)
-        return _first_beyond(xp, xp.exp(scaled), _column(xp, [u for u, _ in uniforms]))
+        return xp.argmax(xp.exp(scaled) / self._times([key for key, _ in keys], scaled.shape[-1]), axis=-1)
+
+    def _times(self, keys: list[int], vocab_size: int) -> Array:
+        """(rows, vocab), exponentially distributed with mean 1, from 1e-10 to 17: the row's key and the token say which."""
+        xp = self._xp
+        if self._token_hashes is None or self._token_hashes.shape[-1] != vocab_size:
+            self._token_hashes = xp.array(np.arange(vocab_size, dtype=np.uint32) * np.uint32(0x9E3779B9))
+        low = _column(xp, [key & 0xFFFFFFFF for key in keys], np.uint32)
+        high = _column(xp, [key >> 32 for key in keys], np.uint32)
+        # A mixing of 32 bits with little bias (lowbias32 of C. Wellons' hash-prospector), the key's halves at two places.
+        bits = self._token_hashes[None, :] + low
+        bits = (bits ^ (bits >> 16)) * 0x21F0AAAD + high
+        bits = (bits ^ (bits >> 15)) * 0x735A2D97
+        bits = bits ^ (bits >> 15)
+        uniform = bits.astype(xp.float32) * 2.0**-32 + 2.0**-33
+        return -xp.log1p(-xp.minimum(uniform, 1 - 2.0**-24))
 
     def _filtered(self, samplings: list[SamplingParams], scaled: Array, uniforms: list[float]) -> Array:
         """What each row's filters leave of it: others get -inf. All of them keep a range of the order by probability."""
@@ -263,34 +289,6 @@ class BatchSampler:
 
 
 # -- array code for NumPy and MLX -----------------------------------------------------------------------------------
-
-
-def _first_beyond(xp: Any, mass: Array, uniforms: Array) -> Array:
-    """(rows,) places at which the cumulative mass is first beyond the row's share of all of it.
-
-    Blocks are summed, then one of them is looked through: a sum takes a quarter of what a cumulative one does.
-
-    Args:
-        mass: (rows, vocab), not negative, more than 0 somewhere.
-        uniforms: (rows, 1) in [0, 1).
-    """
-    num_rows, vocab_size = mass.shape
-    if vocab_size % _BLOCK:
-        mass = xp.pad(mass, ((0, 0), (0, -vocab_size % _BLOCK)))
-    blocks = mass.reshape(num_rows, -1, _BLOCK)
-    cumulative = xp.cumsum(xp.sum(blocks, axis=-1), axis=-1)
-    total = cumulative[:, -1:]
-    # Never all of it: rounding must not put the threshold where nothing is beyond it.
-    threshold = xp.minimum(uniforms * total, total * (1 - 2.0**-23))
-    block = xp.argmax(cumulative > threshold, axis=-1, keepdims=True)
-    before = xp.where(block > 0, xp.take_along_axis(cumulative, xp.maximum(block, 1) - 1, axis=-1), 0.0)
-    inside = xp.take_along_axis(blocks, block[:, :, None], axis=1)[:, 0]
-    # Sums are rounded: a step up need not be a token's own. One without any mass is never drawn.
-    beyond = (xp.cumsum(inside, axis=-1) > threshold - before) & (inside > 0)
-    first = xp.argmax(beyond, axis=-1, keepdims=True)
-    is_there = xp.take_along_axis(beyond, first, axis=-1)
-    first = xp.where(is_there, first, xp.argmax(inside, axis=-1, keepdims=True))
-    return (block * _BLOCK + first)[:, 0]
 
 
 def _least_kept(xp: Any, samplings: list[SamplingParams], scaled: Array) -> Array:
@@ -344,17 +342,19 @@ def _column(xp: Any, values: Sequence[float], dtype: Any = np.float32) -> Array:
     return xp.array(np.array(values, dtype=dtype)[:, None])
 
 
-def _add_sparse(xp: Any, values: Array, additions: list[dict[int, float]]) -> Array:
-    rows = [i for i, added in enumerate(additions) for _ in added]
-    if not rows:
+def _add_sparse(xp: Any, values: Array, additions: list[list[tuple[IntArray, FloatArray]]]) -> Array:
+    """`values` with what is added to single tokens of each row; a token may be there twice."""
+    flat = [(place, ids, amounts) for place, row in enumerate(additions) for ids, amounts in row]
+    if not flat:
         return values
-    columns = [token_id for added in additions for token_id in added]
-    amounts = np.array([amount for added in additions for amount in added.values()], dtype=np.float32)
     if xp is np:
         values = values.copy()
-        values[rows, columns] += amounts
+        for place, ids, amounts in flat:
+            values[place, ids] += amounts
         return values
-    return values.at[xp.array(rows), xp.array(columns)].add(xp.array(amounts))
+    rows = xp.array(np.concatenate([np.full(len(ids), place) for place, ids, _ in flat]))
+    columns = xp.array(np.concatenate([ids for _, ids, _ in flat]))
+    return values.at[rows, columns].add(xp.array(np.concatenate([amounts for *_, amounts in flat])))
 
 
 def _masked(xp: Any, words: np.ndarray[Any, Any], values: Array) -> Array:

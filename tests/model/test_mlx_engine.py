@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,20 @@ def test_logprobs(engine: MLXEngine) -> None:
     assert b"".join(each.data for each in own if each).decode() == text(tokens["a"])
     assert all(token.logprob and not token.top for token in tokens["b"])
     assert all(token.logprob is None for token in tokens["c"])
+
+
+def test_numbers_that_are_none(engine: MLXEngine) -> None:
+    """A row whose logits overflow has log-probabilities that JSON can say, and its neighbour's are as ever."""
+    broken = SamplingParams(temperature=0, repetition_penalty=1e-300)
+    prompt = ChatPrompt([{"role": "user", "content": "x"}])
+    odd = GenerationJob(
+        job_id="odd", model="m", channel="c", prompt=prompt, max_tokens=3, sampling=broken, top_logprobs=2
+    )
+    tokens = run(engine, odd, chat("a", top_logprobs=1))
+    for token in tokens["odd"]:
+        assert token.logprob is not None
+        assert all(math.isfinite(each.logprob) for each in (token.logprob, *token.top))
+    assert ids(tokens["a"]) == ids(run(engine, chat("a"))["a"])
 
 
 def test_removing_a_row(engine: MLXEngine) -> None:

@@ -92,6 +92,16 @@ def test_arguments_come_as_they_are_written() -> None:
     assert reader.flush(is_cut=False) == []
 
 
+@pytest.mark.parametrize("text", ["<", "<tool_call>\n", '<tool_call>\n{"name": "f'])
+def test_a_required_call_that_was_cut(text: str) -> None:
+    """Of a call that has to be one, and is none yet when the length ends it, nothing is content."""
+    for required in (parser(PLAIN, is_required=True), parser(PLAIN, function="f")):
+        parts = [part for piece in text for part in required.feed(piece)]
+        parts += required.flush(is_cut=True)
+        assert not any(isinstance(part, str) for part in parts)
+    assert read(parser(PLAIN), text, is_cut=True) == [text]
+
+
 def test_arguments_that_were_cut() -> None:
     """What was written of them has come out already; nothing is made up for the rest."""
     text = '<tool_call>{"name": "f", "arguments": {"a": 1'

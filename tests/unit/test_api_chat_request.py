@@ -132,6 +132,21 @@ def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
         ({"seed": True}, "seed"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"repetition_penalty": -1}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty"),
+        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schem": {}}}},
+            "response_format.json_schema.schem",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a\n"}}},
+            "response_format.json_schema.name",
+        ),
+        ({"stream": True, "stream_options": {"includes_usage": True}}, "stream_options.includes_usage"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameter": {}}}]},
+            "tools[0].function.parameter",
+        ),
         ({"repetition_context_size": 0}, "repetition_context_size"),
         ({"repetition_context_size": -1}, "repetition_context_size"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),

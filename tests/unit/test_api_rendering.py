@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from api.answer import Answer, Rendering, fingerprint
+from api.answer import Answer, Rendering, fingerprint, total_usage
 from api.chat_rendering import ChatRendering
 from api.completion_rendering import CompletionRendering
 from common.protocol import Delta, Echo, Event, Finished, Started, TokenLogprob, Usage
@@ -252,3 +252,9 @@ def test_an_echo(with_logprobs: bool) -> None:
     assert answer["logprobs"]["top_logprobs"][2] == {" c": -0.5, " b": -2.0}
     parts = [c["logprobs"] for c in chunks if c["logprobs"]]
     assert {k: [x for part in parts for x in part[k]] for k in answer["logprobs"]} == answer["logprobs"]
+
+
+def test_each_prompt_counts_once() -> None:
+    """Of a prompt's choices one reads it, and not always the first: what is cached is what was cached for that one."""
+    ends = [Finished(1, "stop", Usage(10, 2, cached)) for cached in (9, 0, 9, 9, 9, 9)]
+    assert total_usage(ends, 3) == Usage(20, 12, 9)

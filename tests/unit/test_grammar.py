@@ -332,3 +332,27 @@ def test_texts_are_json() -> None:
     assert json.loads(text)["grammars"][0]["json_schema"]["properties"] == schema["properties"]
     assert msgspec.json.decode(text)
     assert accepts(text, json.dumps({'"\\\n</tool_call>': 1}))
+
+
+@pytest.mark.parametrize(
+    ("schema", "answer", "matches"),
+    [
+        ({"type": "string", "pattern": '^[^"]*$'}, '"a\\"b"', False),
+        ({"type": "string", "pattern": '^[^"]*$'}, '"a b\u00e9"', True),
+        ({"type": "string", "pattern": '^[^\\\\/:*?"<>|]+$'}, '"a\\\\b\\"c"', False),
+        ({"type": "string", "pattern": "^[a\\[^]+$"}, '"a[^"', True),
+        (
+            {"type": "object", "patternProperties": {'^[^"]$': True}, "additionalProperties": False},
+            '{"\\"":1}',
+            False,
+        ),
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, "0", False),
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, "0.25", True),
+        ({"type": "number", "exclusiveMinimum": 2, "maximum": 2.5}, "2", False),
+        ({"type": "number", "minimum": -0.5, "exclusiveMaximum": 0}, "-0", False),
+        ({"type": "number", "minimum": -5, "exclusiveMaximum": 0}, "-4.5", True),
+    ],
+)
+def test_what_a_class_or_a_bound_leaves_out(schema: dict[str, Any], answer: str, matches: bool) -> None:
+    """Escapes of characters that a class leaves out, and bounds that are excluded: such answers would not validate."""
+    assert accepts(grammar.for_json_schema(schema), answer) == matches

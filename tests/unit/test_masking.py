@@ -14,7 +14,11 @@ from common.logging import FORMAT, Formatter
 from common.masking import masked
 
 
-@pytest.mark.parametrize("key", [key_file.new_key("a")[1], "sk-proj-" + "aB3_-" * 20, "sk-" + "x" * 48])
+@pytest.mark.parametrize(
+    "key",
+    [key_file.new_key("a")[1], "sk-proj-" + "aB3_-" * 20, "sk-" + "x" * 48],
+    ids=["ours", "project", "plain"],
+)
 def test_a_key_is_masked_wherever_it_stands(key: str) -> None:
     """Ours and other services', in errors' messages and parameters, in the log's lines and in its tracebacks."""
     for around in ("{}", "Bearer {}", "GET /v1/{} HTTP", "'{}'", "a={}&b", "/{}/{}", "({})"):
