@@ -176,7 +176,8 @@ class MLXEngine:
         if row.scoring is not None:
             found = Found(row.scoring.caches, row.num_prompt - 1)
         reading = [(uid, other) for uid, other in self._by_uid.items() if self._generator.is_reading(uid)]
-        place = had_better_wait(row.token_ids, found.num_cached, [other.token_ids for _, other in reading])
+        others = [other.token_ids for _, other in reading]
+        place = had_better_wait(row.token_ids, found.num_cached, others, self._prefixes.least_tokens)
         if place is not None:
             row.waits_for = reading[place][0]
             return

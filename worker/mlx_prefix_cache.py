@@ -96,16 +96,19 @@ class PrefixCache:
         self._index.shrink_to(int(num_bytes))
 
 
-def had_better_wait(token_ids: list[int], num_cached: int, being_read: list[list[int]]) -> int | None:
+def had_better_wait(
+    token_ids: list[int], num_cached: int, being_read: list[list[int]], least_tokens: int
+) -> int | None:
     """Which of the prompts that are being read has so much in common with a new one that it is worth waiting for.
 
     Args:
         num_cached: Tokens of the new one that need not be read anyway.
+        least_tokens: `PrefixCache.least_tokens`.
 
     Returns:
         Its place in `being_read`; None where there is none.
     """
-    best, best_shared = None, num_cached + _LEAST_SHARED_TOKENS
+    best, best_shared = None, num_cached + max(_LEAST_SHARED_TOKENS, least_tokens)
     for place, other in enumerate(being_read):
         # A slice of both first: most have nothing in common, and a burst asks this of each with each.
         if len(token_ids) >= best_shared and token_ids[:best_shared] == other[:best_shared]:
