@@ -160,6 +160,8 @@ def _dashboard(arguments: list[str], url: str) -> None:
     except ImportError as error:
         sys.exit(f"mlx-pool: rq-dashboard cannot be imported ({error}); pip install rq-dashboard six")
     has_url = any(a in ("-u", "--redis-url") or a.startswith("--redis-url=") for a in arguments)
+    # It has no password of its own, and would listen on all addresses. `--bind` wins over the variable.
+    os.environ.setdefault("RQ_DASHBOARD_BIND", "127.0.0.1")
     options = ["--json", *([] if has_url else ["--redis-url", url]), *arguments]
     rq_dashboard.main(
         args=options, prog_name="python -m common.rq dashboard", auto_envvar_prefix="RQ_DASHBOARD"

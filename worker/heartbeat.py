@@ -129,6 +129,8 @@ class Heartbeat:
         name, model, unix_now = self._worker.name, self._worker.queue.name, time.time()
         pipe.hset(names.worker_card(name), mapping=self._card().to_hash())
         pipe.expire(names.worker_card(name), names.CARD_SECONDS)
+        # RQ lists a queue from its first job on, and `rq info` only the workers of queues that are listed.
+        pipe.sadd(self._worker.queue.redis_queues_keys, self._worker.queue.key)
         pipe.zadd(names.WORKER_CARDS, {name: unix_now})
         pipe.zremrangebyscore(names.WORKER_CARDS, 0, unix_now - names.CARD_NAME_SECONDS)
         pipe.zadd(names.KNOWN_MODELS, {model: unix_now})

@@ -57,6 +57,21 @@ def test_rq_info_tells_the_truth(workers: Workers) -> None:
     assert [workers.text(job) for job in jobs] == [exact(300)] * 5
 
 
+def test_rq_info_before_the_first_request(workers: Workers) -> None:
+    """Stock `rq info` shows each model's queue and all workers from the start, and again when Redis has lost everything."""
+    for model in ("m", "m", "other"):
+        workers.start(model)
+
+    def is_whole() -> bool:
+        raw = rq(workers, "info", "--raw")
+        queues = re.findall(r"^queue (\S+) 0, ", raw, re.MULTILINE)
+        return sorted(queues) == ["m", "other"] and len(re.findall(r"^worker ", raw, re.MULTILINE)) == 3
+
+    assert is_whole()
+    workers.client.flushall()
+    wait_until(is_whole)
+
+
 def test_suspend_and_resume(workers: Workers) -> None:
     """While suspended, running jobs go on and waiting ones wait; the worker shows as suspended."""
     workers.start()

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.conftest import missing, unused_port
@@ -27,11 +28,11 @@ def workers(redis_url: str) -> Iterator[Workers]:
 
 
 @contextmanager
-def tool(*command: str) -> Iterator[None]:
+def tool(*command: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process while the block runs."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        yield
+        yield process
     finally:
         process.terminate()
         process.wait(10)
@@ -53,14 +54,14 @@ def fetch(url: str) -> str:
 
 
 def test_rq_dashboard(workers: Workers) -> None:
-    """`python -m common.rq dashboard`: queues, workers and jobs are as they are, and no prompt is shown."""
+    """`python -m common.rq dashboard`: queues, workers and jobs are as they are, and no prompt is shown; it listens on loopback."""
     for _ in range(2):
         workers.start()
     jobs = [workers.submit(max_tokens=5000) for _ in range(6)]
     wait_until(lambda: workers.has_token(*jobs))
     port = unused_port()
-    command = ["-m", "common.rq", "dashboard", "--redis-url", workers.url, "-b", "127.0.0.1", "-p", str(port)]
-    with tool(sys.executable, *command):
+    command = ["-m", "common.rq", "dashboard", "--redis-url", workers.url, "-p", str(port)]
+    with tool(sys.executable, *command) as process:
         data = f"http://127.0.0.1:{port}/0/data"
         [queue] = json.loads(fetch(f"{data}/queues.json"))["queues"]
         assert (queue["name"], queue["count"], queue["started_job_registry_count"]) == ("m", 0, 6)
@@ -71,6 +72,8 @@ def test_rq_dashboard(workers: Workers) -> None:
         started = json.loads(fetch(f"{data}/jobs/m/started/10/asc/1.json"))["jobs"]
         assert {job["id"] for job in started} == set(jobs)
         assert json.loads(fetch(f"{data}/job/{jobs[0]}.json"))["status"] == "started"
+        listening = psutil.Process(process.pid).net_connections()
+        assert {each.laddr[0] for each in listening if each.status == psutil.CONN_LISTEN} == {"127.0.0.1"}
 
 
 @pytest.fixture(scope="session")
