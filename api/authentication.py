@@ -1,6 +1,7 @@
 """Who may ask: `Authorization: Bearer KEY` against the key file, before a route or a body is looked at.
 
-falcon middleware. What says whether the API is alive needs no key, and neither do a browser's preflights.
+falcon middleware. What says whether the API is alive, or how it is called, needs no key, and neither do a browser's
+preflights.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from common.errors import RequestError
 
 log = logging.getLogger(__name__)
 
-_OPEN_PATHS = ("/health", "/livez", "/readyz")
+_OPEN_PATHS = ("/health", "/livez", "/readyz", "/openapi.json")
 
 
 class Authentication:

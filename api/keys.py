@@ -71,10 +71,14 @@ def main() -> int:
             case "add":
                 sys.stdout.write(f"{add(path, arguments.name)}\n")
             case "list":
-                for key in key_file.read(path).keys:
+                keys = key_file.read(path).keys
+                for key in keys:
                     sys.stdout.write(f"{key.created}  {key.name}\n")
+                if not keys:
+                    sys.stdout.write("no keys\n")
             case _:
                 revoke(path, arguments.name)
+                sys.stdout.write(f"revoked {arguments.name}\n")
     except StartupError as error:
         sys.stderr.write(f"{error}\n")
         return 1

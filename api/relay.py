@@ -19,7 +19,7 @@ import redis.asyncio
 
 from api.command_batch import CommandBatch
 from api.subscription import Subscription
-from common import names
+from common import connections, names
 from common.protocol import Event, Failed, decode_event, decode_step
 from common.rq import JsonJob
 
@@ -116,7 +116,7 @@ class Relay:
                 await self._listen_on(pubsub)
             except (redis.RedisError, OSError) as error:
                 if self.is_connected or is_first_failure:
-                    log.warning("Redis is away (%s); requests are answered 503 until it is back", error)
+                    log.warning("%s; requests are answered 503 meanwhile", self._what_is_wrong(error))
                 is_first_failure = False
             except Exception:
                 log.exception("the relay failed and starts again")
@@ -125,6 +125,11 @@ class Relay:
                 with contextlib.suppress(redis.RedisError, OSError):
                     await pubsub.aclose()
             await asyncio.sleep(RECONNECT_SECONDS)
+
+    def _what_is_wrong(self, error: Exception) -> str:
+        if isinstance(error, redis.AuthenticationError):
+            return connections.refusal(self._client, error)
+        return f"Redis is away ({error})"
 
     async def _listen_on(self, pubsub: Any) -> None:
         """Hand on messages until the connection fails; every message, also a pong, says that it has not."""

@@ -22,6 +22,8 @@ START_SECONDS = 5.0
 
 START_POLL_SECONDS = 0.1
 
+_EXAMPLE = "redis://:PASSWORD@HOST:6379/0"
+
 
 # NOTE: retry=0. redis-py 8 repeats a command by itself after a dropped connection, also one that the server has already
 # carried out: a MULTI that enqueues would run twice. What may be repeated is decided where the command is sent.
@@ -59,9 +61,19 @@ def connect_async(url: str) -> redis.asyncio.Redis:
 
 
 def _bad_url(error: ValueError) -> StartupError:
-    return StartupError(
-        f"MLXPOOL_REDIS_URL is not a Redis URL ({error}); redis://:PASSWORD@HOST:6379/0 is one"
-    )
+    return StartupError(f"MLXPOOL_REDIS_URL is not a Redis URL ({error}); {_EXAMPLE} is one")
+
+
+def refusal(client: redis.Redis | redis.asyncio.Redis, error: redis.AuthenticationError) -> str:
+    """The sentence for a Redis that does not let us in."""
+    if client.connection_pool.connection_kwargs.get("password") is None:
+        return f"Redis at {_where(client)} wants a password in MLXPOOL_REDIS_URL: {_EXAMPLE}"
+    return f"Redis at {_where(client)} refuses the password in MLXPOOL_REDIS_URL ({error})"
+
+
+def _where(client: redis.Redis | redis.asyncio.Redis) -> str:
+    options = client.connection_pool.connection_kwargs
+    return str(options.get("path") or f"{options.get('host')}:{options.get('port')}")
 
 
 def check(client: redis.Redis, patience_seconds: float = START_SECONDS) -> None:
@@ -70,20 +82,16 @@ def check(client: redis.Redis, patience_seconds: float = START_SECONDS) -> None:
     Raises:
         StartupError: It does not, or it refuses us.
     """
-    pool = client.connection_pool.connection_kwargs
-    where = pool.get("path") or f"{pool.get('host')}:{pool.get('port')}"
     deadline = time.monotonic() + patience_seconds
     while True:
         try:
             client.ping()
         except redis.AuthenticationError as error:
-            raise StartupError(
-                f"Redis at {where} refuses the password in MLXPOOL_REDIS_URL ({error})"
-            ) from None
+            raise StartupError(refusal(client, error)) from None
         except redis.RedisError as error:
             if time.monotonic() > deadline:
                 raise StartupError(
-                    f"no Redis answers at {where} ({error}); start it, or set MLXPOOL_REDIS_URL to the one to use"
+                    f"no Redis answers at {_where(client)} ({error}); start it, or set MLXPOOL_REDIS_URL to the one to use"
                 ) from None
             time.sleep(START_POLL_SECONDS)
         else:

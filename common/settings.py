@@ -1,7 +1,7 @@
 """Every setting of mlx-pool: one frozen object, read once at an entry point from the environment and flags.
 
-A setting `name` is the variable `MLXPOOL_NAME` and, where a command has flags, `--name`. The README's table is checked
-against this class by a test.
+A setting `name` is the variable `MLXPOOL_NAME` and, where a command has flags, `--name`. The table of docs/settings.md
+is checked against this class by a test.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -26,13 +26,15 @@ DEMO_MODEL = "demo"
 
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+
 
 def _about(description: str, **constraints: Any) -> Meta:
     return Meta(description=description, **constraints)
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """See each field's description, which is also what `--help` and the README say."""
+    """See each field's description, which is also what `--help` and docs/settings.md say."""
 
     redis_url: Annotated[str, _about("Redis or Valkey that all processes share", min_length=1)] = (
         EMBEDDED_REDIS_URL
@@ -150,15 +152,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             if not variable.startswith(PREFIX):
                 continue
             name = variable.removeprefix(PREFIX).lower()
-            if name not in fields:
+            if name not in fields or variable != variable.upper():
                 near = difflib.get_close_matches(name, fields, 1)
                 hint = f"; did you mean {PREFIX}{near[0].upper()}?" if near else ""
                 raise StartupError(f"{variable} is not a setting of mlx-pool{hint}")
             if text != "":
                 values[name] = text
-        values |= {k: v for k, v in (overrides or {}).items() if v is not None}
+        flags = {k: v for k, v in (overrides or {}).items() if v is not None}
+        values |= flags
         for name, value in values.items():
-            _check(cls, name, value)
+            _check(cls, name, value, _flag(name) if name in flags else PREFIX + name.upper())
         return msgspec.convert(values, cls, strict=False)
 
     @property
@@ -183,15 +186,26 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return {PREFIX + k.upper(): str(int(v) if isinstance(v, bool) else v) for k, v in changed.items()}
 
 
-def _check(cls: type[Settings], name: str, value: Any) -> None:
-    """Refuse one bad value with a sentence that names the variable, what was expected and what came."""
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check(cls: type[Settings], name: str, value: Any, given_as: str) -> None:
+    """Refuse one bad value with a sentence that names its variable or flag, what was expected and what came."""
     try:
         msgspec.convert({name: value}, cls, strict=False)
     except msgspec.ValidationError as error:
-        expected = str(error).split(" - at ", maxsplit=1)[0]
-        raise StartupError(
-            f"{PREFIX}{name.upper()} (or --{name.replace('_', '-')}): {expected}, not {value!r}"
-        ) from None
+        raise StartupError(f"{given_as} must be {_expected(name, str(error))}, not {value!r}") from None
+
+
+def _expected(name: str, error: str) -> str:
+    """What msgspec (0.22) says of a value, such as "Expected `int`, got `str` - at `$.port`", in words."""
+    if name == "log_level":
+        *others, last = get_args(LogLevel)
+        return f"{', '.join(others)} or {last}"
+    expected = error.split(" - at ", maxsplit=1)[0].removeprefix("Expected ").split(", got ", maxsplit=1)[0]
+    kind, _, rest = expected.strip("`").replace(" | null", "").partition("`")
+    return _KINDS[kind] + rest
 
 
 def describe() -> list[tuple[str, str, str]]:
@@ -210,7 +224,7 @@ def add_flags(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
         name = variable.removeprefix(PREFIX).lower()
         if name not in names:
             continue
-        flag = "--" + name.replace("_", "-")
+        flag = _flag(name)
         text = description.replace("%", "%%") + (f" (default: {default})" if default else "")
         if default in ("True", "False"):
             parser.add_argument(flag, action="store_const", const=True, default=None, help=text)
@@ -230,7 +244,7 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
 
 
 def markdown() -> str:
-    """The README's table: `python -m common.settings` prints it."""
+    """The table of docs/settings.md: `python -m common.settings` prints it."""
     rows = [
         f"| `{variable}` | {f'`{default}`' if default else ''} | {about} |"
         for variable, default, about in describe()

@@ -7,26 +7,30 @@ workers as commands: it imports neither.
 from __future__ import annotations
 
 import argparse
+import errno
 import http.client
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import msgspec
 from honcho.environ import parse_procfile
 from honcho.manager import Manager
+from honcho.printer import Message, Printer
 
 from common.errors import StartupError
 from common.settings import EMBEDDED_REDIS_URL, PREFIX, Settings
+from common.supervise import CANNOT_START
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,14 +39,40 @@ DRAIN_SECONDS = 1.0
 
 READY_POLL_SECONDS = 0.25
 
+READY_ANSWERS = 4
+"""So many answers per API process have to agree: the kernel chooses which process a connection goes to."""
+
 EXIT_INTERRUPTED = 130
+
+
+class Reasons(Printer):  # type: ignore[misc]  # honcho has no types
+    """honcho 2.0's printer, which remembers each process's last sentence that says why it cannot go on."""
+
+    def __init__(self, output: TextIO) -> None:
+        super().__init__(output)
+        self._sentences: dict[str, str] = {}
+
+    def write(self, message: Message) -> None:
+        """Print a line of one process."""
+        line = message.data.decode(errors="replace") if isinstance(message.data, bytes) else message.data
+        if found := _SENTENCE.match(line):
+            self._sentences[message.name] = found[1]
+        super().write(message)
+
+    def of(self, names: Iterable[str]) -> str | None:
+        """The first of these processes' sentences."""
+        return next((self._sentences[name] for name in names if name in self._sentences), None)
+
+
+_SENTENCE = re.compile(r"mlx-pool(?: \w+)?: (.+)")
 
 
 class Pool(Manager):  # type: ignore[misc]  # honcho has no types
     """honcho 2.0's manager, which also stands a Ctrl-C while it starts its processes, and says when the API answers."""
 
     def __init__(self, settings: Settings, models: list[str]) -> None:
-        super().__init__()
+        self._reasons = Reasons(sys.stdout)
+        super().__init__(self._reasons)
         self._settings = settings
         self._models = models
         self._over = threading.Event()
@@ -83,9 +113,20 @@ class Pool(Manager):  # type: ignore[misc]  # honcho has no types
         self._over.set()
         super().terminate()
 
+    def why_it_ended(self) -> str | None:
+        """The sentence of a process that could not start or go on; None if that is not why the pool ended."""
+        if self.returncode != CANNOT_START:
+            return None
+        failed = [name for name, state in self._processes.items() if state.get("returncode") == CANNOT_START]
+        return self._reasons.of(failed)
+
 
 def is_ready(settings: Settings, models: list[str]) -> bool:
-    """Whether the API answers that it is ready and, where it says so without a key, lists all the models."""
+    """Whether every API process answers that it is ready and, where it says so without a key, lists all the models."""
+    return all(_is_one_ready(settings, models) for _ in range(READY_ANSWERS * settings.api_processes))
+
+
+def _is_one_ready(settings: Settings, models: list[str]) -> bool:
     if _get(settings, "/readyz")[0] != http.HTTPStatus.OK:
         return False
     status, body = _get(settings, "/v1/models")
@@ -150,10 +191,24 @@ def check_port(settings: Settings) -> None:
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
+    except socket.gaierror as error:
+        raise StartupError(f"{PREFIX}HOST={settings.host} is no address ({error.strerror})") from None
     except OSError as error:
+        where = f"the API cannot listen on {settings.host}:{settings.port}"
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise StartupError(
+                f"{where}: {PREFIX}HOST is no address of this machine; 0.0.0.0 is all that it has"
+            ) from None
+        if error.errno != errno.EADDRINUSE:
+            raise StartupError(f"{where} ({error.strerror})") from None
+        second = (
+            ""
+            if settings.redis_url != EMBEDDED_REDIS_URL
+            else f" (a second pool on this machine also needs a Redis of its own: {PREFIX}REDIS_URL)"
+        )
         raise StartupError(
-            f"the API cannot listen on {settings.host}:{settings.port} ({error.strerror}); end what does, or take"
-            " another port: make up PORT=8081"
+            f"{where}: the port is in use; end what listens there, or take another: make up PORT={settings.port % 65535 + 1}"
+            + second
         ) from None
 
 
@@ -214,13 +269,15 @@ def run(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="worker processes for each model")
     num_each: int = parser.parse_args(argv).workers
     if num_each < 1:
-        raise StartupError(f"--workers (make up WORKERS=...): at least 1, not {num_each}")
+        raise StartupError(f"WORKERS must be at least 1, not {num_each}")
     settings = Settings.load()
     workers = worker_settings(settings)
     check_port(settings)
     pool = Pool(settings, [worker.model_id for worker in workers])
     add_processes(pool, workers, num_each, os.environ)
     pool.loop()
+    if reason := pool.why_it_ended():
+        raise StartupError(reason)
     status: Any = pool.returncode
     return 128 - status if status < 0 else int(status)
 

@@ -85,9 +85,9 @@ def test_without_a_key_there_is_nothing(
         assert "sk-wrong" not in answer.error["message"]
 
 
-@pytest.mark.parametrize("path", ["/health", "/livez", "/readyz"])
-def test_whether_it_is_alive_is_no_secret(api: ApiPool, path: str) -> None:
-    """Those who watch it need no key, and neither does a browser's preflight."""
+@pytest.mark.parametrize("path", ["/health", "/livez", "/readyz", "/openapi.json"])
+def test_what_is_no_secret(api: ApiPool, path: str) -> None:
+    """Those who watch it or make a client for it need no key, and neither does a browser's preflight."""
     for method in ("GET", "HEAD"):
         assert api.ask(method, path).status == 200
         assert api.ask(method, path, authorization=f"Bearer {WRONG}").status == 200

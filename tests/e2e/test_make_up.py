@@ -26,6 +26,9 @@ class Up:
     """A running `make up`, in a process group of its own as under a terminal, and what it has printed."""
 
     def __init__(self, state: Path, *variables: str) -> None:
+        signal.signal(
+            signal.SIGHUP, signal.SIG_DFL
+        )  # a child inherits that it is ignored, where nohup runs the tests
         environ = {k: v for k, v in os.environ.items() if k != "MLXPOOL_REDIS_URL"}
         self.port = unused_port()
         self.process = subprocess.Popen(
@@ -178,7 +181,11 @@ def test_terminal_is_closed(up: Up) -> None:
 def test_model_that_is_not_there(up: Up) -> None:
     """The worker's one sentence is to be seen, and everything ends with a status other than 0."""
     assert up.ended(60) != 0
-    assert "the model folder /no/such/model does not exist" in up.output
+    reason = "the model folder /no/such/model does not exist"
+    assert reason in up.output
+    assert (
+        reason in [line for line in up.lines if line.startswith("mlx-pool: ")][-1]
+    )  # the last word is the reason
     assert "Traceback" not in up.output
     assert up.children() == []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from api.command_batch import CommandBatch
 from api.relay import Relay
 from api.subscription import Subscription
 from common import connections, names
+from common.errors import StartupError
 from common.protocol import Delta, Event, Failed, Finished, Started, Usage, encode
 from common.rq import JsonJob
 
@@ -356,3 +358,34 @@ def test_without_a_server() -> None:
     finally:
         module.START_SECONDS = original
     assert subscription_module.RETRY_SECONDS > 0
+
+
+@pytest.mark.parametrize(
+    ("password", "sentence"),
+    [
+        ("", "wants a password in MLXPOOL_REDIS_URL: redis://:PASSWORD@HOST:6379/0"),
+        (":wrong@", "refuses the password in MLXPOOL_REDIS_URL"),
+    ],
+)
+def test_a_server_that_does_not_let_us_in(
+    redis_url: str, password: str, sentence: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The API's log and a worker that starts say what is wrong with the password, and not that nobody is there."""
+    url = redis_url.replace("redis://", f"redis://{password}")
+
+    async def test() -> None:
+        async with relay_at(url, 10) as side:
+            assert not side.relay.is_connected
+
+    with connections.connect(redis_url) as client:
+        client.config_set("requirepass", "right")
+        try:
+            asyncio.run(test())
+            with connections.connect(url) as refused, pytest.raises(StartupError, match=re.escape(sentence)):
+                connections.check(refused)
+        finally:
+            client.auth("right")
+            client.config_set("requirepass", "")
+    [said] = [record.getMessage() for record in caplog.records if record.name == "api.relay"]
+    assert sentence in said
+    assert "away" not in said

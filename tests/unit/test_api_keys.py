@@ -54,7 +54,10 @@ def test_the_command(
     assert "ann" in listed
     assert secret not in listed
     assert run(monkeypatch, "revoke", "ann") == 0
+    assert capsys.readouterr().out == "revoked ann\n"
     assert key_file.read(tmp_path / "keys").keys == []
+    assert run(monkeypatch, "list") == 0
+    assert capsys.readouterr().out == "no keys\n"
 
 
 @pytest.mark.parametrize(

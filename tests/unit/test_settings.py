@@ -1,8 +1,9 @@
-"""Settings: what is read, what is refused and in which words, and that the README says the same."""
+"""Settings: what is read, what is refused and in which words, and that the documents say the same."""
 
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import msgspec
@@ -57,23 +58,42 @@ def test_unknown_variable_is_refused_with_a_hint() -> None:
 @pytest.mark.parametrize(
     ("variable", "value", "expected"),
     [
-        ("MLXPOOL_PORT", "0", ">= 1"),
-        ("MLXPOOL_PORT", "http", "int"),
-        ("MLXPOOL_MAX_BATCH", "1.5", "int"),
-        ("MLXPOOL_LOG_LEVEL", "LOUD", "enum value"),
-        ("MLXPOOL_TRUST_REMOTE_CODE", "maybe", "bool"),
+        ("MLXPOOL_PORT", "0", "a whole number >= 1"),
+        ("MLXPOOL_PORT", "70000", "a whole number <= 65535"),
+        ("MLXPOOL_PORT", "http", "a whole number"),
+        ("MLXPOOL_MAX_BATCH", "1.5", "a whole number"),
+        ("MLXPOOL_LEASE_SECONDS", "soon", "a number"),
+        ("MLXPOOL_CACHE_LIMIT_GB", "little", "a number"),
+        ("MLXPOOL_CACHE_LIMIT_GB", "-1", "a number >= 0.0"),
+        ("MLXPOOL_LOG_LEVEL", "LOUD", "DEBUG, INFO, WARNING or ERROR"),
+        ("MLXPOOL_TRUST_REMOTE_CODE", "maybe", "true or false"),
     ],
 )
 def test_bad_value_is_refused(variable: str, value: str, expected: str) -> None:
-    """The sentence names the variable and the flag, what was expected and what came."""
+    """The sentence names the variable, or the flag where one was given, what was expected and what came."""
+    name = variable.removeprefix("MLXPOOL_").lower()
     with pytest.raises(StartupError) as caught:
         Settings.load({variable: value})
-    sentence = str(caught.value)
-    flag = "--" + variable.removeprefix("MLXPOOL_").lower().replace("_", "-")
-    assert variable in sentence
-    assert flag in sentence
-    assert expected in sentence
-    assert repr(value) in sentence
+    assert str(caught.value) == f"{variable} must be {expected}, not {value!r}"
+    with pytest.raises(StartupError) as caught:
+        Settings.load({}, {name: value})
+    assert str(caught.value) == f"--{name.replace('_', '-')} must be {expected}, not {value!r}"
+
+
+@pytest.mark.parametrize("name", Settings.__struct_fields__)
+def test_every_bad_value_has_words(name: str) -> None:
+    """Whatever a setting's type is, what it refuses is said without a type's name in quotes."""
+    for value in ("?", "-1", "-0.5", "0", "99999999999999999999"):
+        try:
+            Settings.load({}, {name: value})
+        except StartupError as error:
+            assert re.fullmatch(r"--[a-z-]+ must be [^`]+, not '[^']+'", str(error))  # noqa: PT017
+
+
+def test_a_variable_is_written_in_capitals() -> None:
+    """`make up port=9000` is refused, and does not depend on what reads it."""
+    with pytest.raises(StartupError, match=r"MLXPOOL_port is not a setting .* did you mean MLXPOOL_PORT\?"):
+        Settings.load({"MLXPOOL_port": "9000"})
 
 
 def test_to_environ_round_trip() -> None:
@@ -115,11 +135,15 @@ def test_flags_are_settings() -> None:
 
 
 def test_every_setting_is_described() -> None:
-    """`--help` and the README have words for each."""
+    """`--help` and docs/settings.md have words for each."""
     assert all(about for _, _, about in describe())
 
 
 def test_readme_table() -> None:
-    """The README's table is what `python -m common.settings` prints."""
-    readme = (ROOT / "README.md").read_text()
-    assert markdown() in readme, "run `python -m common.settings` and put what it prints into README.md"
+    """The table is what `python -m common.settings` prints, and the README's short one names settings that exist."""
+    written = (ROOT / "docs" / "settings.md").read_text()
+    assert markdown() in written, (
+        "run `python -m common.settings` and put what it prints into docs/settings.md"
+    )
+    named = set(re.findall(r"MLXPOOL_[A-Z_]*[A-Z]", (ROOT / "README.md").read_text()))
+    assert named <= {variable for variable, _, _ in describe()}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 import socket
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from honcho.printer import Message
 
 from common import up
 from common.errors import StartupError
@@ -69,9 +71,70 @@ def test_port_in_use() -> None:
     """A taken port is said before anything starts."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        with pytest.raises(StartupError, match=rf"cannot listen on 127\.0\.0\.1:{port} .*make up PORT="):
+        with pytest.raises(StartupError, match=rf"listen on 127\.0\.0\.1:{port}: .*make up PORT=.*REDIS_URL"):
             up.check_port(Settings(port=port))
+        with pytest.raises(StartupError, match=r"make up PORT=\d+$"):  # which has no embedded server
+            up.check_port(Settings(port=port, redis_url="redis://other:6379/0"))
     up.check_port(Settings(port=port))
+
+
+@pytest.mark.parametrize(
+    ("host", "sentence"),
+    [
+        ("192.0.2.1", "is no address of this machine"),
+        ("no such host", "MLXPOOL_HOST=no such host is no address"),
+    ],
+)
+def test_host_that_is_none(host: str, sentence: str) -> None:
+    """An address of another machine, or none at all, is named."""
+    with pytest.raises(StartupError, match=sentence):
+        up.check_port(Settings(host=host))
+
+
+def _stopped(**statuses: int) -> up.Pool:
+    """A pool whose processes have ended, the first of them first, after a sentence each."""
+    pool = up.Pool(Settings(), ["demo"])
+    for name in statuses:
+        pool.add_process(name, "true")
+        for line in (
+            b"mlx-pool worker: old news",
+            f"mlx-pool {name}: {name} is why",
+            b"and a line behind it",
+        ):
+            pool.events.put(Message("line", line, datetime.now(UTC), name, None))
+        pool.events.put(Message("start", {"pid": 0}, datetime.now(UTC), name, None))
+    for name, status in statuses.items():
+        pool.events.put(Message("stop", {"returncode": status}, datetime.now(UTC), name, None))
+    return pool
+
+
+@pytest.mark.parametrize(
+    ("statuses", "reason"),
+    [
+        ({"redis": 0, "worker": 1}, None),
+        ({"api": 1, "worker": 0}, "api is why"),
+        ({"redis": 1, "worker": 1}, "redis is why"),
+        ({"worker": 130}, None),
+    ],
+)
+def test_the_reason_comes_last(
+    statuses: dict[str, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sentence of a process that could not start is told apart from what was printed behind it."""
+    pool = _stopped(**statuses)
+    monkeypatch.setattr(pool, "_start", lambda: None)
+    monkeypatch.setattr(pool, "_killall", lambda **_: None)
+    pool.loop()
+    assert pool.why_it_ended() == reason
+
+
+def test_ready_when_all_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One API process that is not up yet is enough for it not to be ready."""
+    answers = iter([True] * 7 + [False])
+    monkeypatch.setattr(up, "_is_one_ready", lambda *_: next(answers))
+    assert not up.is_ready(Settings(api_processes=2), ["demo"])
+    monkeypatch.setattr(up, "_is_one_ready", lambda *_: True)
+    assert up.is_ready(Settings(api_processes=2), ["demo"])
 
 
 def test_banner_can_be_pasted() -> None:
