@@ -120,7 +120,12 @@ def summary(name: str, num_streams: int, rounds: Sequence[Round], alone: Sequenc
 def compare(
     contenders: Sequence[Contender], num_streams: int, arguments: argparse.Namespace, table: Table
 ) -> list[Summary]:
-    """Interleaved rounds of all contenders at one number of streams."""
+    """Interleaved rounds of all contenders at one number of streams, after one that does not count.
+
+    A GPU's first batch of each shape takes many times as long as the next.
+    """
+    for contender in contenders:
+        contender.run(prompts(num_streams, 1000 * num_streams + 999), 16, [{}] * num_streams)
     measured: dict[str, list[Round]] = {contender.name: [] for contender in contenders}
     for number in range(arguments.rounds):
         shift = number % len(contenders)
@@ -206,8 +211,6 @@ def main(argv: list[str] | None = None) -> int:
     table = Table(COLUMNS)
     found: list[Summary] = []
     with everybody(arguments) as contenders:
-        for contender in contenders:
-            contender.run(prompts(8), 16, [{}] * 8)
         for num_streams in arguments.streams:
             found += compare(contenders, num_streams, arguments, table)
             if arguments.json:

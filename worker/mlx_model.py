@@ -78,6 +78,9 @@ def preload_blas() -> str | None:
 def _mlx() -> ModuleType:
     """`mlx.core`, imported late: BLAS comes first, and `--help` needs neither."""
     missing_blas = preload_blas()
+    # With CUDA, cuDNN plans attention anew for each number of prompts and each length: 70 ms on an H200, where MLX's own takes 15
+    # (0.32; read at its first use). Figures: bench/RESULTS.md.
+    os.environ.setdefault("MLX_CUDA_USE_CUDNN_SDPA", "0")
     try:
         import mlx.core as mx
     except ImportError as error:
