@@ -5,9 +5,11 @@ Read by `api/gunicorn.conf.py`, before anything is forked.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import ipaddress
 import logging
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,9 @@ MAX_HEADERS = 100
 MAX_HEADER_BYTES = 16 * 1024
 KILL_SECONDS = 5
 
+OPEN_FILES = 10_240
+"""The most that each macOS takes (OPEN_MAX): a connection each, and a few of our own."""
+
 
 def options(settings: Settings) -> dict[str, Any]:
     """gunicorn's settings.
@@ -36,6 +41,7 @@ def options(settings: Settings) -> dict[str, Any]:
         StartupError: The API may not listen there, its key file cannot be read, or the settings name no Redis.
     """
     check_host(settings)
+    allow_open_files()
     if settings.api_keys_file is not None:
         key_file.opened(
             Path(settings.api_keys_file).expanduser()
@@ -83,6 +89,17 @@ def options(settings: Settings) -> dict[str, Any]:
         "post_worker_init": post_worker_init,
         "worker_int": worker_int,
     }
+
+
+def allow_open_files() -> None:
+    """Have room for as many connections as the system lets this process and its children have: a Mac's shell starts with 256."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if most == resource.RLIM_INFINITY else min(OPEN_FILES, most)
+    if now == resource.RLIM_INFINITY or now >= wanted:
+        return
+    # What macOS's kernel allows may be less than what it says.
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def check_host(settings: Settings) -> None:

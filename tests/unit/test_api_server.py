@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from api.server import options
+from api.server import OPEN_FILES, options
 from common.errors import StartupError
 from common.settings import Settings
 
@@ -74,3 +77,17 @@ def test_the_backlog_reaches_the_socket() -> None:
     loop.create_server(sock=None)
     assert calls == [{"sock": None, "backlog": 2048}]
     assert changed == {"graceful_timeout": 7}
+
+
+@pytest.mark.parametrize("most", [300, None])
+def test_a_shells_limit_of_open_files_is_raised(most: int | None) -> None:
+    """A Mac's shell allows 256, each stream is one: the API takes as many as the system lets it have, and needs no more."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[1] if most is None else most
+    script = (
+        "import resource; from api.server import options; from common.settings import Settings;"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, (256, {allowed}));"
+        "options(Settings()); print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    wanted = OPEN_FILES if allowed == resource.RLIM_INFINITY else min(OPEN_FILES, allowed)
+    assert done.stdout.split() == [str(wanted), str(allowed)]
