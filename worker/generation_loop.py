@@ -112,7 +112,7 @@ class GenerationLoop:
         """
         self._read_inbox()
         self._start_waiting()
-        if self._rows or self._endings:  # these are not to wait for a step that may read a long prompt
+        if self._endings:  # these are not to wait for a step that may read a long prompt
             self._flush()
         if self._running:
             for token in self._step():

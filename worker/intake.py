@@ -130,8 +130,6 @@ class Intake:
         self._num_workers = num_workers
         self._max_batch = slots.qsize()
         self._suspects_since = math.inf
-        self._take = self._redis.register_script(_TAKE)
-        self._give_back = self._redis.register_script(GIVE_BACK)
         self._workers_key = f"{RQ_KEY_PREFIX}:workers:{self._queue.name}"
 
     def run(self) -> None:
@@ -185,7 +183,8 @@ class Intake:
             self._read(pipe, first)
             if num_slots > 1:
                 keys = (self._queue.key, self._queue.intermediate_queue_key, self._workers_key)
-                self._take(keys=keys, args=(num_slots - 1,), client=pipe)
+                # Not redis-py's registered script, which asks first, in a trip of its own, whether Redis has it.
+                pipe.eval(_TAKE, len(keys), *keys, num_slots - 1)
             answers = pipe.execute(raise_on_error=False)
         raise_other_than_wrong_type(answers)
         more: list[bytes] = answers[_NUM_READ] if num_slots > 1 else []
@@ -218,8 +217,7 @@ class Intake:
         with self._redis.pipeline(transaction=True) as pipe:
             for each in reversed(found):
                 if each not in kept:
-                    keys = (self._queue.intermediate_queue_key, self._queue.key)
-                    self._give_back(keys=keys, args=(each.raw_id,), client=pipe)
+                    pipe.eval(GIVE_BACK, 2, self._queue.intermediate_queue_key, self._queue.key, each.raw_id)
             pipe.execute()
         if not kept:
             time.sleep(_HOLD_OFF_SECONDS)
