@@ -1,8 +1,7 @@
 """How the transport grows: more API processes, more workers, more streams.
 
-`python -m bench.scaling` runs synthetic workers flat out (as `bench.transport` does), with as many client processes as API
-processes, and each stream checked token by token: 1, 2 and 4 workers and API processes on one Redis; then many streams at
-once, slow ones, with what each costs in memory. The machine is full where others and ours together use all CPUs.
+`python -m bench.scaling` runs synthetic workers, at a given rate and flat out, with as many client processes as API processes
+and each stream checked token by token: 1, 2 and 4 workers and API processes on one Redis; then many streams at once, slow ones, with what each costs in memory. The machine is full where others and ours together use all CPUs.
 """
 
 from __future__ import annotations
@@ -115,16 +114,16 @@ def run_clients(url: str, num_clients: int, num_streams: int, num_tokens: int) -
     return parts
 
 
-def measure_size(num_workers: int, num_api: int, seconds: float) -> tuple[float, list[str]]:
+def measure_size(num_workers: int, num_api: int, steps: float, seconds: float) -> tuple[float, list[str]]:
     """Tokens a second, and what everybody had to do for it."""
     with Pool() as pool:
         for _ in range(num_workers):
-            pool.start_worker(worker("--steps-per-second", "0"), MODEL)
+            pool.start_worker(worker("--steps-per-second", str(steps)), MODEL)
         pool.start_api(num_api)
         num_streams = STREAMS_PER_WORKER * num_workers
         run_clients(pool.url, num_api, num_streams, 200)
         wait_until_quiet(20.0)
-        num_tokens = round(GUESSED_TOKENS_PER_SECOND * seconds / STREAMS_PER_WORKER)
+        num_tokens = round(seconds * (steps or GUESSED_TOKENS_PER_SECOND / STREAMS_PER_WORKER))
         meter = Meter(pool)
         parts = run_clients(pool.url, num_api, num_streams, num_tokens)
         usage = meter.usage()
@@ -143,12 +142,12 @@ def _shares(usage: Usage, num_workers: int, num_api: int) -> list[str]:
     ]
 
 
-def measure_sizes(sizes: Sequence[tuple[int, int]], seconds: float) -> None:
+def measure_sizes(sizes: Sequence[tuple[int, int]], steps: float, seconds: float) -> None:
     """A row for each."""
     table = Table(COLUMNS)
     base = 0.0
     for num_workers, num_api in sizes:
-        per_second, shares = measure_size(num_workers, num_api, seconds)
+        per_second, shares = measure_size(num_workers, num_api, steps, seconds)
         base = base or per_second / num_workers
         ratio = per_second / base / num_workers
         table.add([str(num_workers), str(num_api), f"{per_second:,.0f}", f"{ratio:.2f}", *shares])
@@ -196,15 +195,20 @@ def main(argv: list[str] | None = None) -> int:
         metavar="WORKERSxAPI",
         help="such as 1x1 2x1 4x1 4x2 4x4",
     )
+    parser.add_argument(
+        "--steps-per-second", type=float, nargs="+", default=[400.0, 0.0], metavar="R", help="0: flat out"
+    )
     parser.add_argument("--seconds", type=float, default=SECONDS, metavar="S")
     parser.add_argument(
         "--streams", type=int, default=MANY_STREAMS, metavar="N", help="0: leave this part out"
     )
     arguments = parser.parse_args(argv)
-    say("\nFlat out\n")
-    measure_sizes(
-        [(int(w), int(a)) for w, _, a in (size.partition("x") for size in arguments.sizes)], arguments.seconds
-    )
+    sizes = [(int(w), int(a)) for w, _, a in (size.partition("x") for size in arguments.sizes)]
+    for steps in arguments.steps_per_second:
+        say(
+            f"\n{STREAMS_PER_WORKER} streams a worker, {f'{steps:g} steps a second' if steps else 'flat out'}\n"
+        )
+        measure_sizes(sizes, steps, arguments.seconds)
     if arguments.streams:
         say("\nMany streams at once\n")
         table = Table(MANY_COLUMNS)
