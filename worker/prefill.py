@@ -114,6 +114,7 @@ class PrefillBudget:
     ) -> int:
         affordable = min(int(per_second * target_seconds), 2 * before)
         if num_tokens < before and seconds <= target_seconds:
-            # A few tokens cost more apiece than many: they say nothing against the budget.
-            affordable = max(affordable, before)
+            # A few tokens cost more apiece than many: only the best of many steps speaks against the budget.
+            best = int(self._best_per_second * target_seconds) or before
+            affordable = max(affordable, min(before, best))
         return max(min(LEAST_TOKENS, self._most_tokens), min(self._most_tokens, affordable))

@@ -108,3 +108,15 @@ def test_few_tokens_say_little() -> None:
     assert budget.num_tokens == 400
     budget.took(100, 2 * TARGET_SECONDS)
     assert budget.num_tokens == 50
+
+
+def test_the_rest_of_a_long_prompt_comes_in_pieces_too() -> None:
+    """On a machine that reads 100 tokens a second, no step of a long prompt takes much longer than it may, the last ones neither."""
+    budget, left, steps = PrefillBudget(2048), 3000, []
+    while left:
+        num = min(left, budget.plan([left], []).num_tokens)
+        steps.append(num / 100)
+        budget.took(num, num / 100)
+        left -= num
+    assert max(steps) <= TARGET_SECONDS
+    assert sum(steps) == pytest.approx(30)
