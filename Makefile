@@ -11,7 +11,7 @@ KEY ?=
 ONLY ?=
 
 given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v)))
-$(foreach v,$(filter-out PYTHON MLX WORKERS ARGS URL KEY ONLY SHELL,$(given)),$(eval export MLXPOOL_$(v) = $$($(v))))
+$(foreach v,$(filter-out MLXPOOL_% PYTHON MLX WORKERS ARGS URL KEY ONLY SHELL,$(given)),$(eval export MLXPOOL_$(v) = $$($(v))))
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -37,10 +37,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 up: install ## run Redis, the API and a worker until Ctrl-C
-	@$(BIN)/python -m common.up --workers $(WORKERS)
+	@$(BIN)/python -m common.up --workers $(WORKERS) --parent $$PPID
 
 test: install ## run the tests, or some of them: make test ARGS=tests/unit
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-clients: install ## run unmodified clients of many kinds, which it installs into the cache folder
 	@$(BIN)/python -m pytest tests/clients $(ARGS)

@@ -21,9 +21,14 @@ class Unready(msgspec.Struct, frozen=True, tag_field="status", tag="unavailable"
 
 
 class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="status", tag="ok"):
-    """What one API process sees."""
+    """What one API process sees.
+
+    Attributes:
+        suspended: `rq suspend` is in force: requests are taken, and wait.
+    """
 
     redis: bool
+    suspended: bool
     models: int
     workers: int
     free_slots: int
@@ -56,6 +61,7 @@ class Health:
         resp.data = msgspec.json.encode(
             HealthReport(
                 redis=self._relay.is_connected and self._directory.is_fresh,
+                suspended=self._directory.is_suspended,
                 models=len(models),
                 workers=sum(model.num_workers for model in models),
                 free_slots=sum(model.free_slots for model in models),

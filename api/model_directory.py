@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 import redis
+from rq.defaults import RQ_KEY_PREFIX
 
 from api import errors
 from api.command_batch import CommandBatch
@@ -72,11 +73,15 @@ class ServedModel(msgspec.Struct, frozen=True):
 class ModelDirectory:
     """See the module.
 
+    Attributes:
+        is_suspended: Whether `rq suspend` was in force a moment ago: requests wait.
+
     Args:
         default_model: For requests that name none; None: the only one served.
     """
 
     def __init__(self, reads: CommandBatch, default_model: str | None) -> None:
+        self.is_suspended = False
         self._reads = reads
         self._default_model = default_model
         self._served: Mapping[str, ServedModel] = {}
@@ -187,8 +192,12 @@ class ModelDirectory:
 
     async def _read_cards(self) -> None:
         since = time.time() - names.CARD_NAME_SECONDS
-        workers, known = await self._reads.execute(
-            [("ZRANGEBYSCORE", names.WORKER_CARDS, since, "+inf"), ("ZRANGE", names.KNOWN_MODELS, 0, -1)]
+        workers, known, suspended = await self._reads.execute(
+            [
+                ("ZRANGEBYSCORE", names.WORKER_CARDS, since, "+inf"),
+                ("ZRANGE", names.KNOWN_MODELS, 0, -1),
+                ("EXISTS", f"{RQ_KEY_PREFIX}:suspended"),
+            ]
         )
         listed = [worker.decode(errors="replace") for worker in workers]
         commands = [("HGETALL", names.worker_card(worker)) for worker in listed]
@@ -199,6 +208,7 @@ class ModelDirectory:
             if card is not None:
                 by_model[card.id].append(card)
         self._served = {model: _merge(cards) for model, cards in by_model.items()}
+        self.is_suspended = bool(suspended)
         self._known = frozenset(name.decode(errors="replace") for name in known)
         self._read_at = time.monotonic()
 

@@ -36,8 +36,22 @@ SERVER_ENDS_SECONDS = 1.5
 START_SECONDS = 30.0
 """Loading a large append-only file takes a while."""
 
-_UNREADABLE = ("RDB format version", "append only file", "AOF manifest", "Wrong signature", "file format")
+DIED = 3
+"""The exit status when the server ended although it could run: it is worth another start."""
+
+_UNREADABLE = (
+    "Can't handle RDB format version",
+    "reading the append only file",
+    "reading the RDB preamble",
+    "AOF manifest",
+    "Wrong signature",
+    "file format",
+)
 """What Redis 7 and Valkey 8 say of files that they cannot load."""
+
+
+class ServerDiedError(Exception):
+    """The server has ended by itself, or was killed, although it can run here."""
 
 
 def find_server() -> str:
@@ -92,7 +106,8 @@ def run(settings: Settings, signals: list[int]) -> None:
     """Run the server until a signal is in `signals`, which a handler fills (an Event's lock is not for handlers).
 
     Raises:
-        StartupError: It cannot run here, or it ended by itself.
+        StartupError: It cannot run here.
+        ServerDiedError: It ran, and ended by itself.
     """
     port = _port(settings.redis_url)
     binary = find_server()
@@ -103,13 +118,13 @@ def run(settings: Settings, signals: list[int]) -> None:
         log = folder / "server.log"
         with _start(arguments(binary, folder, port), log) as server:
             try:
-                _wait_until_ready(server, url, signals)
-                if server.poll() is None:
+                is_up = _wait_until_ready(server, url, signals)
+                if is_up:
                     _say(f"{Path(binary).name} on {HOST}:{port}, data in {folder}")
                 while not signals and server.poll() is None:
                     time.sleep(0.1)
                 if server.poll() is not None:
-                    raise StartupError(_why_it_ended(binary, folder, log))
+                    raise _death(server.returncode, is_up, binary, folder, log)
                 _wait_until_alone(url)
             finally:
                 _end(server)
@@ -197,8 +212,8 @@ def _is_free(port: int) -> bool:
         return True
 
 
-def _wait_until_ready(server: subprocess.Popen[bytes], url: str, signals: list[int]) -> None:
-    """Return when the server answers, has ended, or shall."""
+def _wait_until_ready(server: subprocess.Popen[bytes], url: str, signals: list[int]) -> bool:
+    """Return when the server answers, has ended, or shall: whether it answers."""
     deadline = time.monotonic() + START_SECONDS
     with connections.connect(url) as client:
         while server.poll() is None and not signals:
@@ -211,19 +226,23 @@ def _wait_until_ready(server: subprocess.Popen[bytes], url: str, signals: list[i
                     ) from None
                 time.sleep(0.05)
             else:
-                return
+                return True
+    return False
 
 
-def _why_it_ended(binary: str, folder: Path, log: Path) -> str:
-    """The sentence for a server that ended by itself."""
+def _death(status: int, was_up: bool, binary: str, folder: Path, log: Path) -> Exception:
+    """What to say of a server that ended by itself, and whether another start is worth it."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    if was_up or status < 0:
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        return ServerDiedError(f"{binary} {how} (its log is {log})")
     if any(mark in line for line in lines for mark in _UNREADABLE):
-        return (
+        return StartupError(
             f"{binary} cannot read the data in {folder}, which another version or another server wrote: run that one again,"
             " or move the folder away to start empty"
         )
     last = f": {lines[-1]}" if lines else ""
-    return f"{binary} ended by itself{last} (its log is {log})"
+    return StartupError(f"{binary} ended by itself{last} (its log is {log})")
 
 
 def _wait_until_alone(url: str) -> None:
@@ -261,6 +280,9 @@ def main() -> int:
     except StartupError as error:
         _say(str(error))
         return 1
+    except ServerDiedError as error:
+        _say(str(error))
+        return DIED
     return 0
 
 

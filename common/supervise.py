@@ -1,4 +1,4 @@
-"""Starts a command again when it dies: `python -m common.supervise [--group] COMMAND...`, around each process of `make up`.
+"""Starts a command again when it dies: `python -m common.supervise [OPTIONS] COMMAND...`, around each process of `make up`.
 
 A Mac's own supervisor (launchd) does the same for a pool that is installed for good. A command that cannot start at all
 is not tried again: its message says what to do.
@@ -6,9 +6,13 @@ is not tried again: its message says what to do.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -23,6 +27,12 @@ FIRST_PAUSE_SECONDS = 1.0
 LAST_PAUSE_SECONDS = 30.0
 WELL_AFTER_SECONDS = 60.0
 """A run this long starts the pauses from the beginning again."""
+
+ORPHAN_SECONDS = 1.0
+"""How often it is looked whether the process that all this is for still runs."""
+
+ORPHAN_ENDS_SECONDS = 10.0
+"""What a command has to end, once it is for nobody."""
 
 
 class Pauses:
@@ -64,6 +74,17 @@ class Supervisor:
         if self._process is not None and not self._is_group_told:
             self._process.send_signal(signum)
 
+    def orphaned(self) -> None:
+        """Nobody is left who asked for the command: end it, by force if it takes too long."""
+        self._say(f"what started this pool was killed: {' '.join(self._command)} ends, too\n")
+        self._is_stopping = True
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(ORPHAN_ENDS_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+
     def run(self) -> int:
         """Until the command ends well, is told to stop, or cannot start; its exit status."""
         pauses, is_first = Pauses(), True
@@ -94,22 +115,51 @@ class Supervisor:
             time.sleep(0.05)
 
 
+def when_gone(process_id: int, act: Callable[[], object]) -> None:
+    """Call `act` once, in a thread, when that process has ended. A kill leaves it no time to say so itself."""
+
+    def watch() -> None:
+        while _is_alive(process_id):
+            time.sleep(ORPHAN_SECONDS)
+        act()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _is_alive(process_id: int) -> bool:
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def main(argv: list[str] | None = None) -> int:
     """Supervise; the exit status, 128 + N for signal N as a shell says it."""
-    command = sys.argv[1:] if argv is None else argv
-    is_group_told = command[:1] == ["--group"]
-    command = command[is_group_told:]
+    parser = argparse.ArgumentParser(prog="python -m common.supervise")
+    parser.add_argument("--group", action="store_true", help="signals come to the whole process group")
+    parser.add_argument("--parent", type=int, metavar="PID", help="end when this process is gone")
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    arguments = parser.parse_args(argv)
+    command: list[str] = arguments.command
     if not command:
-        sys.stderr.write("python -m common.supervise [--group] COMMAND...: there is no command\n")
+        sys.stderr.write(
+            "python -m common.supervise [--group] [--parent PID] COMMAND...: there is no command\n"
+        )
         return 2
 
     def say(line: str) -> None:
-        sys.stderr.write(f"mlx-pool: {line}")
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # of one that nobody listens to
+            sys.stderr.write(f"mlx-pool: {line}")
+            sys.stderr.flush()
 
-    supervisor = Supervisor(command, say, is_group_told=is_group_told)
+    supervisor = Supervisor(command, say, is_group_told=arguments.group)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, supervisor.stop)
+    if arguments.parent is not None:
+        when_gone(arguments.parent, supervisor.orphaned)
     status = supervisor.run()
     return status if status >= 0 else 128 - status
 

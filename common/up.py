@@ -30,7 +30,7 @@ from honcho.printer import Message, Printer
 
 from common.errors import StartupError
 from common.settings import EMBEDDED_REDIS_URL, PREFIX, Settings
-from common.supervise import CANNOT_START
+from common.supervise import CANNOT_START, when_gone
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,11 +70,12 @@ _SENTENCE = re.compile(r"mlx-pool(?: \w+)?: (.+)")
 class Pool(Manager):  # type: ignore[misc]  # honcho has no types
     """honcho 2.0's manager, which also stands a Ctrl-C while it starts its processes, and says when the API answers."""
 
-    def __init__(self, settings: Settings, models: list[str]) -> None:
+    def __init__(self, settings: Settings, models: list[str], parent: int | None = None) -> None:
         self._reasons = Reasons(sys.stdout)
         super().__init__(self._reasons)
         self._settings = settings
         self._models = models
+        self._parent = parent
         self._over = threading.Event()
 
     def _start(self) -> None:
@@ -95,8 +96,10 @@ class Pool(Manager):  # type: ignore[misc]  # honcho has no types
         signal.signal(signal.SIGTERM, stop_when_started)
         if hang_up is not signal.SIG_IGN:  # as under nohup
             signal.signal(signal.SIGHUP, self._terminal_closed)
-        # A thread, started behind honcho's forks.
+        # Threads, started behind honcho's forks.
         threading.Thread(target=self._say_when_ready, daemon=True).start()
+        if self._parent is not None:
+            when_gone(self._parent, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
     def _terminal_closed(self, _signum: int, _frame: FrameType | None) -> None:
         self._printer.output = io.StringIO()  # writing to the terminal would fail now
@@ -204,7 +207,8 @@ def check_port(settings: Settings) -> None:
         second = (
             ""
             if settings.redis_url != EMBEDDED_REDIS_URL
-            else f" (a second pool on this machine also needs a Redis of its own: {PREFIX}REDIS_URL)"
+            else " (a second pool on this machine also needs a Redis of its own, which you start:"
+            " make up REDIS_URL=redis://127.0.0.1:6380/0)"
         )
         raise StartupError(
             f"{where}: the port is in use; end what listens there, or take another: make up PORT={settings.port % 65535 + 1}"
@@ -245,7 +249,9 @@ def add_processes(pool: Manager, workers: list[Settings], num_each: int, environ
     }
     commands = parse_procfile((ROOT / "Procfile").read_text()).processes
     for name, plain in commands.items():
-        command = f"exec python -m common.supervise --group {plain.removeprefix('exec ')}"
+        command = (
+            f"exec python -m common.supervise --group --parent {os.getpid()} {plain.removeprefix('exec ')}"
+        )
         if name == "redis" and workers[0].redis_url != EMBEDDED_REDIS_URL:
             continue
         if name != "worker":
@@ -267,13 +273,15 @@ def run(argv: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m common.up", description="Everything on this machine.")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="worker processes for each model")
-    num_each: int = parser.parse_args(argv).workers
+    parser.add_argument("--parent", type=int, metavar="PID", help="end when this process is gone")
+    arguments = parser.parse_args(argv)
+    num_each: int = arguments.workers
     if num_each < 1:
         raise StartupError(f"WORKERS must be at least 1, not {num_each}")
     settings = Settings.load()
     workers = worker_settings(settings)
     check_port(settings)
-    pool = Pool(settings, [worker.model_id for worker in workers])
+    pool = Pool(settings, [worker.model_id for worker in workers], arguments.parent)
     add_processes(pool, workers, num_each, os.environ)
     pool.loop()
     if reason := pool.why_it_ended():

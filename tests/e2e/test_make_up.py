@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import redis
 
 from tests.conftest import missing, unused_port
 
@@ -122,10 +123,14 @@ def up(state: Path, request: pytest.FixtureRequest) -> Iterator[Up]:
 
 
 def _shell(command: str) -> str:
-    words = ["bash", "-c", command]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = _run(command)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def _run(command: str) -> subprocess.CompletedProcess[str]:
+    words = ["bash", "-c", command]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
 def _text(stream: str) -> str:
@@ -164,6 +169,37 @@ def test_twice_while_it_starts(up: Up) -> None:
     assert "Traceback" not in up.output
     assert up.children() == []
     assert not _is_listening(6399)
+
+
+def test_killed_piece_by_piece(up: Up) -> None:
+    """A Redis that is killed comes back, with the pool. When what `make up` runs is killed itself, all ends: nothing holds its ports."""
+    up.wait_for("Stop it:")
+    (curl,) = [line.strip() for line in up.lines if line.lstrip().startswith("curl -N")]
+    with redis.Redis(port=6399) as client:
+        os.kill(int(client.info("server")["process_id"]), signal.SIGKILL)
+    up.wait_for("redis_server ended with status 3; it is started again")
+    deadline = time.monotonic() + 30
+    while "Paris" not in (answer := _run(curl).stdout):
+        assert time.monotonic() < deadline, answer
+        time.sleep(0.5)
+    manager = int(subprocess.check_output(["pgrep", "-P", str(up.process.pid)]))
+    os.kill(manager, signal.SIGKILL)
+    assert up.ended(15) != 0
+    deadline = time.monotonic() + 20
+    while up.children() or _is_listening(6399) or _is_listening(up.port):
+        assert time.monotonic() < deadline, up.children()
+        time.sleep(0.1)
+
+
+def test_make_is_killed(up: Up) -> None:
+    """make itself cannot say that it is killed: what it ran ends all the same."""
+    up.wait_for("redis  | ")
+    os.kill(up.process.pid, signal.SIGKILL)
+    up.process.wait(5)
+    deadline = time.monotonic() + 20
+    while up.children() or _is_listening(6399):
+        assert time.monotonic() < deadline, up.children()
+        time.sleep(0.1)
 
 
 def test_terminal_is_closed(up: Up) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import redis
 
+from common import redis_server
+from common.supervise import CANNOT_START
 from tests.conftest import binary, unused_port
 
 ROOT = Path(__file__).parents[2]
@@ -202,6 +204,36 @@ def test_a_killed_one_is_cleared_away(start: Start, url: str) -> None:
     finally:
         with suppress(ProcessLookupError):
             os.kill(orphan, signal.SIGKILL)
+
+
+def test_a_server_that_is_killed_is_worth_another_start(start: Start, url: str) -> None:
+    """Killed, also after it has read what was there, it ends with a status that is not the one of what cannot start."""
+    first = start()
+    with _client(url) as client:
+        client.set("key", "value")
+    first.terminate()
+    assert _ended(first)[0] == 0
+    second = start()
+    with _client(url) as client:
+        os.kill(int(client.info("server")["process_id"]), signal.SIGKILL)
+    status, sentence = _ended(second)
+    assert status == redis_server.DIED != CANNOT_START
+    assert "was killed by signal 9" in sentence
+    assert "cannot read the data" not in sentence
+
+
+def test_data_that_is_garbled(start: Start, url: str, tmp_path: Path) -> None:
+    """What cannot be read is not tried again: the sentence names the folder."""
+    first = start()
+    with _client(url) as client:
+        client.set("key", "value")
+    first.terminate()
+    assert _ended(first)[0] == 0
+    (written,) = (tmp_path / "state").rglob("*.incr.aof")
+    written.write_bytes(b"garbage\r\n" * 10 + written.read_bytes())
+    status, sentence = _ended(start())
+    assert status == CANNOT_START
+    assert f"cannot read the data in {tmp_path / 'state'}" in sentence
 
 
 def test_data_of_another_server(url: str, tmp_path: Path) -> None:

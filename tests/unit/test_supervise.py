@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,16 +66,39 @@ def test_a_signal_ends_both() -> None:
     """SIGTERM reaches the command, and nothing is started after it."""
     sleeper = [sys.executable, "-m", "common.supervise", "sleep", "60"]
     process = subprocess.Popen(sleeper, cwd=ROOT)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    deadline = time.monotonic() + 10
-    child = ""
-    while not child and time.monotonic() < deadline:
-        found = subprocess.run(
-            ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False
-        )
-        child = children.read_text().strip() if children.exists() else found.stdout.strip()
-        time.sleep(0.05)
+    child = _child_of(process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(10) == 128 + signal.SIGTERM
     with pytest.raises(ProcessLookupError):
-        os.kill(int(child), 0)
+        os.kill(child, 0)
+
+
+def test_a_command_for_nobody_ends() -> None:
+    """Killed, the process that it is all for says nothing: the command ends within moments all the same."""
+    with subprocess.Popen(["sleep", "60"]) as parent:
+        supervised = ["--group", "--parent", str(parent.pid), "sleep", "60"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "common.supervise", *supervised],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        child = _child_of(process)
+        assert process.poll() is None
+        parent.kill()
+        parent.wait()
+    assert "was killed: sleep 60 ends, too" in process.communicate(timeout=10)[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+def _child_of(process: subprocess.Popen[Any]) -> int:
+    """The id of a supervisor's command, once that runs."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
+        if found.stdout.strip():
+            return int(found.stdout)
+        time.sleep(0.05)
+    raise AssertionError("nothing was started")
