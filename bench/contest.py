@@ -3,12 +3,15 @@
 `python -m bench.contest` has all contenders answer the same prompts, greedily, in one run: mlx-lm's `BatchGenerator` alone; the
 pool, over HTTP, as users have it; mlx_lm.server; and whatever else is named (`--server 'NAME=COMMAND {model} {port}'`). Rounds are
 interleaved, and who is first changes, so that all meet the same machine. `--mix` gives three of four streams a seed,
-penalties or log-probabilities. `--json FILE` keeps the figures for `python -m bench.plot`.
+penalties or log-probabilities. `--json FILE` keeps the figures for `python -m bench.plot`. `--model-cpus N` keeps N CPUs for the
+processes that run the model, whoever's turn it is, and leaves the others to everything else: on a GPU a step waits for one core,
+and which core that is can decide more than what is compared (Linux only).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -159,25 +162,48 @@ def _cells(found: Summary) -> list[str]:
 
 
 @contextmanager
+def _on(cpus: set[int]) -> Iterator[None]:
+    """What is started meanwhile runs on these CPUs, with all that it starts; none: wherever it likes."""
+    if not cpus:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
 def everybody(arguments: argparse.Namespace) -> Iterator[list[Contender]]:
     """All contenders, loaded."""
     folder = str(ensure_demo_model(None)) if arguments.model == "demo" else arguments.model
     most = max(arguments.streams)
     settings = {"MLXPOOL_MODEL": arguments.model, "MLXPOOL_MAX_BATCH": str(max(32, most))}
+    models, rest = set[int](), set[int]()
+    if arguments.model_cpus:
+        cpus = sorted(os.sched_getaffinity(0))
+        models, rest = set(cpus[: arguments.model_cpus]), set(cpus[arguments.model_cpus :])
     with ExitStack() as stack:
+        stack.enter_context(_on(rest))
         contenders: list[Contender] = []
         if "alone" in arguments.contenders:
-            contenders.append(Alone(stack.enter_context(RawGenerator(settings))))
+            with _on(models):
+                contenders.append(Alone(stack.enter_context(RawGenerator(settings))))
         pool = stack.enter_context(Pool(settings | {"MLXPOOL_MODEL_NAME": "contest"}))
         if "pool" in arguments.contenders:
-            pool.start_worker(["worker", "--log-level", "WARNING"], "contest")
+            with _on(models):
+                pool.start_worker(["worker", "--log-level", "WARNING"], "contest")
             pool.start_api(arguments.api_processes)
             contenders.append(Served(POOL, pool.url, "contest", pool.cpu_seconds))
-        if "stock" in arguments.contenders:
-            contenders.append(stack.enter_context(started(STOCK, STOCK_SERVER, folder, most)))
-        for server in arguments.server:
-            name, _, command = server.partition("=")
-            contenders.append(stack.enter_context(started(name, command, folder, most)))
+        servers = [(STOCK, STOCK_SERVER)] if "stock" in arguments.contenders else []
+        servers += [
+            (name, command) for name, _, command in (each.partition("=") for each in arguments.server)
+        ]
+        for name, command in servers:
+            with _on(models):
+                contenders.append(stack.enter_context(started(name, command, folder, most)))
         if "one" in arguments.contenders:
             contenders.append(OneAtATime(pool))
         yield contenders
@@ -200,6 +226,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--server", action="append", default=[], metavar="NAME=COMMAND", help="another one, to be started"
+    )
+    parser.add_argument(
+        "--model-cpus", type=int, default=0, metavar="N", help="CPUs for the processes that run the model"
     )
     parser.add_argument("--mix", action="store_true", help="seeds, penalties and log-probabilities")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures")

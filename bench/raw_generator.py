@@ -101,7 +101,7 @@ def _generate(loaded: mlx_model.LoadedModel, settings: Settings, request: Round)
     token_ids = [
         prompts.tokenize(_job(text), loaded.tokenizer, context_length=1_000_000) for text in request.prompts
     ]
-    # As `worker.mlx_engine` makes it.
+    # As `worker.mlx_batch` makes it, with mlx-lm's own number of prompts at once.
     generator: Any = BatchGenerator(
         loaded.model,
         stop_tokens=[[token_id] for token_id in loaded.tokenizer.eos_token_ids],

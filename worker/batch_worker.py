@@ -34,6 +34,7 @@ from rq.worker.base import BaseWorker
 from common import names
 from common.protocol import decode_control
 from common.rq import JsonJob, JsonQueue
+from worker.background_journal import BackgroundJournal
 from worker.generation_loop import GenerationLoop
 from worker.heartbeat import BACKSTOP_SECONDS, Heartbeat
 from worker.intake import Intake
@@ -169,7 +170,8 @@ class BatchWorker(BaseWorker):
             self._ready.put(error)
             return
         settings = self._settings
-        journal = RedisJournal(self.connection, self._gave_up)
+        redis_journal = RedisJournal(self.connection, self._gave_up)
+        journal = BackgroundJournal(redis_journal)
         loop = GenerationLoop(
             engine=engine,
             journal=journal,
@@ -184,6 +186,7 @@ class BatchWorker(BaseWorker):
             loop.run()
         finally:
             journal.close()
+            redis_journal.close()
 
     def _sleep(self) -> None:
         """Until the next heartbeat, or until there is something to look at now."""

@@ -80,6 +80,8 @@ class Batch:
         import mlx.core as mx
         from mlx_lm.generate import BatchGenerator
 
+        from worker.mlx_decoding import DecodingBatch
+
         self._sampler = _sampler(on_host=on_host, never_excluded=never_excluded)
         self._generator = BatchGenerator(
             model,
@@ -90,6 +92,9 @@ class Batch:
             prefill_step_size=step_tokens,
             stream=mx.default_stream(mx.default_device()),
         )
+        decoding = DecodingBatch.empty(model, self._sample)
+        decoding.wants_logprobs = self._wants_logprobs
+        self._generator._generation_batch = decoding  # noqa: SLF001 (mlx-lm has no other way to give it one)
         self._rows: dict[int, RowSampler] = {}
         self._budget = PrefillBudget(step_tokens)
         # By row without a token yet: prompt tokens left to read; oldest first.
@@ -151,6 +156,9 @@ class Batch:
             if response.finish_reason is not None:
                 del self._rows[response.uid]
         return list(responses)
+
+    def _wants_logprobs(self, uid: int) -> bool:
+        return self._rows[uid].wants_logprobs
 
     def _sample(self, logprobs: Any) -> Any:
         """Called by mlx-lm with (rows, vocab): first for the rows that decode, then for those whose prompts are read."""

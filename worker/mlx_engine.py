@@ -127,8 +127,12 @@ class MLXEngine:
             replayed_texts=[detokenizer.add(token_id) for token_id in replay],
             parser=answer_parser.for_job(job, self._format, prompt, self._token_bytes),
         )
-        sampler = RowSampler(job.sampling, num_drawn=len(replay), wants_logprobs=job.top_logprobs is not None)
-        sampler.matcher = self._matcher(job, inserted)
+        sampler = RowSampler(
+            job.sampling,
+            num_drawn=len(replay),
+            matcher=self._matcher(job, inserted),
+            wants_logprobs=job.top_logprobs is not None,
+        )
         sampler.took(replay)
         num_prompt, num_done = len(prompt), len(replay)
         row = _Row(job, detokenizer, sampler, prompt + replay, num_prompt, num_done, max_tokens, inserted)

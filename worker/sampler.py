@@ -57,6 +57,11 @@ class RowSampler:
         logprobs: Of the tokens that were drawn and not yet reported, where grammar, bias or penalties changed them.
         error: What its matcher raised; the row is of no use any more.
         biases: Token ids and amounts of the biases, once they were asked for.
+        is_greedy: Whether it takes the most likely token.
+        is_penalized: Whether tokens of the answer get less likely.
+        has_memory: Whether the next token depends on the last one beyond what the model makes of it.
+        is_adjusted: Whether its log-probabilities are not the model's own.
+        is_filtered: Whether unlikely (or, with XTC, too likely) tokens are left out.
     """
 
     sampling: SamplingParams
@@ -68,29 +73,20 @@ class RowSampler:
     error: Exception | None = None
     biases: tuple[IntArray, FloatArray] | None = None
 
-    @property
-    def is_greedy(self) -> bool:
-        return self.sampling.temperature < _GREEDY_BELOW_TEMPERATURE
+    # Asked for each row in each step.
+    is_greedy: bool = field(init=False)
+    is_penalized: bool = field(init=False)
+    has_memory: bool = field(init=False)
+    is_adjusted: bool = field(init=False)
+    is_filtered: bool = field(init=False)
 
-    @property
-    def is_penalized(self) -> bool:
-        return bool(self.sampling.presence_penalty or self.sampling.frequency_penalty)
-
-    @property
-    def has_memory(self) -> bool:
-        """Whether the next token depends on the last one beyond what the model makes of it."""
-        return self.is_penalized or self.matcher is not None
-
-    @property
-    def is_adjusted(self) -> bool:
-        """Whether its log-probabilities are not the model's own."""
-        return self.has_memory or bool(self.sampling.logit_bias)
-
-    @property
-    def is_filtered(self) -> bool:
-        """Whether unlikely (or, with XTC, too likely) tokens are left out."""
+    def __post_init__(self) -> None:
         s = self.sampling
-        return s.top_p < 1.0 or s.top_k > 0 or s.min_p > 0.0 or s.xtc_probability > 0.0
+        self.is_greedy = s.temperature < _GREEDY_BELOW_TEMPERATURE
+        self.is_penalized = bool(s.presence_penalty or s.frequency_penalty)
+        self.has_memory = self.is_penalized or self.matcher is not None
+        self.is_adjusted = self.has_memory or bool(s.logit_bias)
+        self.is_filtered = s.top_p < 1.0 or s.top_k > 0 or s.min_p > 0.0 or s.xtc_probability > 0.0
 
     def took(self, token_ids: Sequence[int]) -> None:
         """Account for tokens of the answer, in order."""
@@ -160,7 +156,8 @@ class BatchSampler:
         if not adjusted and not drawn:
             return None
         xp = self._xp
-        if any(row.has_memory for row in rows):
+        has_memory = any(row.has_memory for row in rows)
+        if has_memory:
             self._start(logprobs)
             self._read()
         values = np.array(logprobs, copy=False) if xp is np else logprobs
@@ -170,7 +167,7 @@ class BatchSampler:
         if drawn:
             chosen = self._drawn([rows[i] for i in drawn], _rows_of(xp, values, drawn, len(rows)))
             token_ids = chosen if token_ids is None else _with_rows(xp, token_ids, drawn, chosen)
-        if any(row.has_memory for row in rows):
+        if has_memory:
             self._unread.append((rows, token_ids))
         for row in rows:
             row.num_drawn += 1

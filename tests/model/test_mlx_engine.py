@@ -142,6 +142,31 @@ def test_logprobs(engine: MLXEngine) -> None:
     assert all(token.logprob is None for token in tokens["c"])
 
 
+def test_logprobs_are_made_for_those_who_ask(engine: MLXEngine) -> None:
+    """Rows with and without log-probabilities, joining and leaving one after another: each gets its own, the same as alone."""
+    alone = {top: run(engine, chat("a", max_tokens=9, top_logprobs=top))["a"] for top in (0, 3)}
+    tokens: dict[str, list[StepToken]] = {}
+    waiting = [chat(str(i), max_tokens=9, top_logprobs=(None, 0, 3)[i % 3]) for i in range(7)]
+    while waiting or engine.num_rows:
+        if waiting:
+            job = waiting.pop(0)
+            engine.insert(job, engine.encode(job), [])
+        for token in engine.step():
+            tokens.setdefault(token.job_id, []).append(token)
+    for i in range(7):
+        asked = (None, 0, 3)[i % 3]
+        for k, token in enumerate(tokens[str(i)]):
+            assert token.token_id == alone[0][k].token_id
+            if asked is None:
+                assert token.logprob is None
+                continue
+            expected = alone[asked][k]
+            assert token.logprob is not None
+            assert expected.logprob is not None
+            assert math.isclose(token.logprob.logprob, expected.logprob.logprob, abs_tol=1e-3)
+            assert [each.token_id for each in token.top] == [each.token_id for each in expected.top]
+
+
 def test_numbers_that_are_none(engine: MLXEngine) -> None:
     """A row whose logits overflow has log-probabilities that JSON can say, and its neighbour's are as ever."""
     broken = SamplingParams(temperature=0, repetition_penalty=1e-300)
@@ -236,9 +261,9 @@ def test_a_bad_row_fails_alone(engine: MLXEngine, monkeypatch: pytest.MonkeyPatc
             patched.setattr(
                 mlx_engine, "_logits_processors", lambda _sampling, row: [mlx_batch.alone(row, broken)]
             )
+        else:
+            patched.setattr(engine, "_matcher", lambda *_: broken)
         engine.insert(bad, engine.encode(bad), [])
-    if part != "processor":
-        engine._rows["bad"].sampler.matcher = broken
     tokens = [token for _ in range(20) for token in engine.step()]
     failures = [token for token in tokens if isinstance(token, RowFailure)]
     assert [(f.job_id, str(f.error)) for f in failures] == [("bad", "bad row")]
