@@ -22,7 +22,7 @@ from rq.job import JobStatus
 from rq.serializers import JSONSerializer
 
 from bench.load import Load, Stream, errors
-from bench.pool import Pool, cpu_seconds_of_family, free_port
+from bench.pool import Pool, cpu_seconds_of_family, family_pids, free_port
 from bench.raw_generator import RawGenerator
 from bench.table import percentile
 from common import connections
@@ -81,6 +81,9 @@ class Contender(Protocol):
     def cpu_seconds(self) -> dict[str, float]:
         """Used so far, by process."""
 
+    def model_pids(self) -> list[int]:
+        """The processes that run the model."""
+
 
 class Alone:
     """`BatchGenerator`, greedy, whatever the others are asked for."""
@@ -97,16 +100,28 @@ class Alone:
     def cpu_seconds(self) -> dict[str, float]:
         return {"alone": cpu_seconds_of_family(self._generator.pid)}
 
+    def model_pids(self) -> list[int]:
+        return family_pids(self._generator.pid)
+
 
 class Served:
     """A server, over HTTP.
 
     Args:
         cpu_seconds: Reads what its processes have used.
+        model_pids: Says which processes run the model.
     """
 
-    def __init__(self, name: str, url: str, model: str, cpu_seconds: Callable[[], dict[str, float]]) -> None:
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        model: str,
+        cpu_seconds: Callable[[], dict[str, float]],
+        model_pids: Callable[[], list[int]],
+    ) -> None:
         self.name = name
+        self.model_pids = model_pids
         self._load = Load(url, model)
         self._cpu_seconds = cpu_seconds
 
@@ -156,6 +171,9 @@ class OneAtATime:
     def cpu_seconds(self) -> dict[str, float]:
         return {"rq": self._pool.cpu_seconds().get("rq", 0.0)}
 
+    def model_pids(self) -> list[int]:
+        return self._pool.pids("rq")
+
 
 @contextmanager
 def started(name: str, command: str, model: str, num_streams: int) -> Iterator[Served]:
@@ -177,7 +195,11 @@ def started(name: str, command: str, model: str, num_streams: int) -> Iterator[S
         # mlx_lm.server lists what is in the hub's cache; this is its name for the one it was started with.
         asked = listed[0] if listed and "mlx_lm" not in command else "default_model"
         yield Served(
-            name, f"http://127.0.0.1:{port}", asked, lambda: {name: cpu_seconds_of_family(process.pid)}
+            name,
+            f"http://127.0.0.1:{port}",
+            asked,
+            lambda: {name: cpu_seconds_of_family(process.pid)},
+            lambda: family_pids(process.pid),
         )
     finally:
         process.terminate()

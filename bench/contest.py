@@ -3,9 +3,8 @@
 `python -m bench.contest` has all contenders answer the same prompts, greedily, in one run: mlx-lm's `BatchGenerator` alone; the
 pool, over HTTP, as users have it; mlx_lm.server; and whatever else is named (`--server 'NAME=COMMAND {model} {port}'`). Rounds are
 interleaved, and who is first changes, so that all meet the same machine. `--mix` gives three of four streams a seed,
-penalties or log-probabilities. `--json FILE` keeps the figures for `python -m bench.plot`. `--model-cpus N` keeps N CPUs for the
-processes that run the model, whoever's turn it is, and leaves the others to everything else: on a GPU a step waits for one core,
-and which core that is can decide more than what is compared (Linux only).
+penalties or log-probabilities. `--json FILE` keeps the figures for `python -m bench.plot`. `--model-cpus N` gives all contenders of
+a round the same N CPUs for the processes that run the model, and others in each round (`bench.placement`).
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ import msgspec
 
 from bench.contenders import STOCK_SERVER, Alone, Contender, Figures, OneAtATime, Served, started
 from bench.meter import busy_seconds, wait_until_quiet
+from bench.placement import Placement
 from bench.pool import Pool
 from bench.prompts import prompts
 from bench.raw_generator import RawGenerator
@@ -121,7 +121,11 @@ def summary(name: str, num_streams: int, rounds: Sequence[Round], alone: Sequenc
 
 
 def compare(
-    contenders: Sequence[Contender], num_streams: int, arguments: argparse.Namespace, table: Table
+    contenders: Sequence[Contender],
+    num_streams: int,
+    placement: Placement,
+    arguments: argparse.Namespace,
+    table: Table,
 ) -> list[Summary]:
     """Interleaved rounds of all contenders at one number of streams, after one that does not count.
 
@@ -131,6 +135,7 @@ def compare(
         contender.run(prompts(num_streams, 1000 * num_streams + 999), 16, [{}] * num_streams)
     measured: dict[str, list[Round]] = {contender.name: [] for contender in contenders}
     for number in range(arguments.rounds):
+        placement.begin(number)
         shift = number % len(contenders)
         for contender in (*contenders[shift:], *contenders[:shift]):
             measured[contender.name].append(
@@ -162,51 +167,35 @@ def _cells(found: Summary) -> list[str]:
 
 
 @contextmanager
-def _on(cpus: set[int]) -> Iterator[None]:
-    """What is started meanwhile runs on these CPUs, with all that it starts; none: wherever it likes."""
-    if not cpus:
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cpus)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-@contextmanager
-def everybody(arguments: argparse.Namespace) -> Iterator[list[Contender]]:
-    """All contenders, loaded."""
+def everybody(arguments: argparse.Namespace) -> Iterator[tuple[list[Contender], Placement]]:
+    """All contenders, loaded, and who places their processes."""
     folder = str(ensure_demo_model(None)) if arguments.model == "demo" else arguments.model
     most = max(arguments.streams)
     settings = {"MLXPOOL_MODEL": arguments.model, "MLXPOOL_MAX_BATCH": str(max(32, most))}
-    models, rest = set[int](), set[int]()
-    if arguments.model_cpus:
-        cpus = sorted(os.sched_getaffinity(0))
-        models, rest = set(cpus[: arguments.model_cpus]), set(cpus[arguments.model_cpus :])
     with ExitStack() as stack:
-        stack.enter_context(_on(rest))
         contenders: list[Contender] = []
         if "alone" in arguments.contenders:
-            with _on(models):
-                contenders.append(Alone(stack.enter_context(RawGenerator(settings))))
+            contenders.append(Alone(stack.enter_context(RawGenerator(settings))))
         pool = stack.enter_context(Pool(settings | {"MLXPOOL_MODEL_NAME": "contest"}))
         if "pool" in arguments.contenders:
-            with _on(models):
-                pool.start_worker(["worker", "--log-level", "WARNING"], "contest")
+            pool.start_worker(["worker", "--log-level", "WARNING"], "contest")
             pool.start_api(arguments.api_processes)
-            contenders.append(Served(POOL, pool.url, "contest", pool.cpu_seconds))
-        servers = [(STOCK, STOCK_SERVER)] if "stock" in arguments.contenders else []
-        servers += [
-            (name, command) for name, _, command in (each.partition("=") for each in arguments.server)
-        ]
-        for name, command in servers:
-            with _on(models):
-                contenders.append(stack.enter_context(started(name, command, folder, most)))
+            contenders.append(
+                Served(POOL, pool.url, "contest", pool.cpu_seconds, lambda: pool.pids("worker"))
+            )
+        if "stock" in arguments.contenders:
+            contenders.append(stack.enter_context(started(STOCK, STOCK_SERVER, folder, most)))
+        for server in arguments.server:
+            name, _, command = server.partition("=")
+            contenders.append(stack.enter_context(started(name, command, folder, most)))
         if "one" in arguments.contenders:
             contenders.append(OneAtATime(pool))
-        yield contenders
+        placement = Placement(
+            arguments.model_cpus,
+            models=lambda: [pid for contender in contenders for pid in contender.model_pids()],
+            others=lambda: [os.getpid(), *pool.pids("redis"), *pool.pids("api")],
+        )
+        yield contenders, placement
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -239,9 +228,9 @@ def main(argv: list[str] | None = None) -> int:
     say(f"\n{arguments.model}, {arguments.max_tokens} tokens a stream, {arguments.rounds} rounds\n")
     table = Table(COLUMNS)
     found: list[Summary] = []
-    with everybody(arguments) as contenders:
+    with everybody(arguments) as (contenders, placement):
         for num_streams in arguments.streams:
-            found += compare(contenders, num_streams, arguments, table)
+            found += compare(contenders, num_streams, placement, arguments, table)
             if arguments.json:
                 arguments.json.write_bytes(msgspec.json.encode(found))
     return 0

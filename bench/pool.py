@@ -147,7 +147,7 @@ class Pool:
 
     def pids(self, role: str) -> list[int]:
         """The ids of a role's processes, children included."""
-        return [child.pid for process in self._processes.get(role, []) for child in _family(process.pid)]
+        return [pid for process in self._processes.get(role, []) for pid in family_pids(process.pid)]
 
     def cpu_seconds(self) -> dict[str, float]:
         """User and system time that each role's processes have used so far, children included."""
@@ -218,6 +218,11 @@ def _family(pid: int) -> list[psutil.Process]:
         return [parent, *parent.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def family_pids(pid: int) -> list[int]:
+    """A process and its descendants that still run."""
+    return [process.pid for process in _family(pid)]
 
 
 def cpu_seconds_of(pid: int) -> float:

@@ -114,6 +114,7 @@ class BatchWorker(BaseWorker):
             live_ttl_seconds=self._live_ttl_seconds,
             final_ttl_seconds=settings.journal_ttl_seconds,
         )
+        self._intake: Intake | None = None
         self._ready: SimpleQueue[tuple[GenerationLoop, Engine] | BaseException] = SimpleQueue()
         self._threads: list[Thread] = []
 
@@ -137,7 +138,7 @@ class BatchWorker(BaseWorker):
         try:
             self.set_state(WorkerStatus.IDLE)
             settler = Settler(self, inbox=self._settlements, slots=self._slots, given_up=self._gave_up)
-            intake = Intake(
+            self._intake = Intake(
                 self,
                 slots=self._slots,
                 encode=engine.encode,
@@ -147,7 +148,7 @@ class BatchWorker(BaseWorker):
                 num_workers=lambda: self._heartbeat.num_workers,
             )
             self._start_thread("settlement", settler.run)
-            self._intake_thread = self._start_thread("intake", intake.run)
+            self._intake_thread = self._start_thread("intake", self._intake.run)
             log.info("%s serves %s, %d at a time", self.name, self.queue.name, info.max_batch)
             while not self._is_done():
                 end_if_stuck(loop.step_began_at, self._settings.stall_seconds)
@@ -180,6 +181,7 @@ class BatchWorker(BaseWorker):
             live_ttl_seconds=self._live_ttl_seconds,
             final_ttl_seconds=settings.journal_ttl_seconds,
             orphan_seconds=settings.orphan_seconds,
+            more_coming=lambda: self._intake is not None and self._intake.is_taking,
         )
         self._ready.put((loop, engine))
         try:

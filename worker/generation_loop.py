@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 EARLY_WITHDRAWAL_SECONDS = 30.0
 """How long a withdrawal is kept for a job that is still on its way from intake."""
 
+LONGEST_GATHER_SECONDS = 0.02
+"""What a first prompt waits at most for others that are just being taken from the queue."""
 
 _STEPS_PER_MEMORY_CHECK = 16
 _MEAN_NEW_SHARE = 0.1
@@ -58,6 +61,7 @@ class GenerationLoop:
         live_ttl_seconds: What a journal has to live while its job goes on.
         final_ttl_seconds: What it has to live after its terminal event.
         orphan_seconds: A channel that nobody has listened to for this long has its jobs cancelled.
+        more_coming: Says whether jobs are just being taken from the queue.
         clock: Monotonic seconds.
     """
 
@@ -71,6 +75,7 @@ class GenerationLoop:
         live_ttl_seconds: int = 900,
         final_ttl_seconds: int = 300,
         orphan_seconds: float = 10.0,
+        more_coming: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
@@ -80,6 +85,7 @@ class GenerationLoop:
         self._live_ttl_seconds = live_ttl_seconds
         self._final_ttl_seconds = final_ttl_seconds
         self._orphan_seconds = orphan_seconds
+        self._more_coming = more_coming
         self._clock = clock
         self._admission = Admission(engine.has_room)
         self._running: dict[str, Sequence] = {}
@@ -136,12 +142,15 @@ class GenerationLoop:
 
     def _gather(self) -> None:
         """After a rest: requests of one moment come one by one, and whoever misses the first prompt's step waits for it."""
-        deadline = self._clock() + self._engine.gather_seconds
+        began = self._clock()
+        pause_seconds = self._engine.gather_seconds
+        deadline = began + pause_seconds
         while (left_seconds := deadline - self._clock()) > 0:
-            try:
+            with suppress(Empty):
                 self._handle(self._inbox.get(timeout=left_seconds))
-            except Empty:
-                return
+            now = self._clock()
+            if now >= deadline and self._more_coming():
+                deadline = min(now + pause_seconds, began + LONGEST_GATHER_SECONDS)
 
     def _handle(self, message: Message) -> None:
         match message:

@@ -98,6 +98,9 @@ class Taken(NamedTuple):
 class Intake:
     """See the module.
 
+    Attributes:
+        is_taking: Whether jobs have been taken that are not handed on yet. Read by other threads.
+
     Args:
         slots: One permit a free slot.
         encode: Makes token ids of a request's prompt, `Engine.encode`.
@@ -130,6 +133,7 @@ class Intake:
         self._num_workers = num_workers
         self._max_batch = slots.qsize()
         self._suspects_since = math.inf
+        self.is_taking = False
         self._workers_key = f"{RQ_KEY_PREFIX}:workers:{self._queue.name}"
 
     def run(self) -> None:
@@ -153,6 +157,7 @@ class Intake:
                 )  # it lies in the intermediate queue, and is put back
                 time.sleep(_RETRY_SECONDS)
             finally:
+                self.is_taking = False
                 for _ in range(num_slots - num_used):
                     self._slots.put(None)
 
@@ -179,6 +184,7 @@ class Intake:
         first: Any = self._redis.blmove(self._queue.key, self._queue.intermediate_queue_key, BLOCK_SECONDS)
         if first is None:
             return 0
+        self.is_taking = True
         with self._redis.pipeline(transaction=False) as pipe:
             self._read(pipe, first)
             if num_slots > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from queue import Empty
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from common.protocol import Delta, Failed, Finished, Started, Usage, decode_event
 from tests.unit.scripted import Bench, make_job, refusal
+from worker.generation_loop import LONGEST_GATHER_SECONDS
 from worker.messages import Admit, Outcome, Quit, Withdraw, Withdrawal
 
 
@@ -68,6 +70,31 @@ def test_a_burst_starts_together() -> None:
     bench.loop._inbox = inbox  # type: ignore[assignment]  # the clock is ours too
     bench.turn()
     assert list(bench.engine.rows) == ["first", "after 0.6", "after 1.2"]
+
+
+@pytest.mark.parametrize(
+    ("taking_until", "started"),
+    [(0.0, ["first"]), (0.014, ["first", "second", "third"]), (9.0, ["first", "second", "third"])],
+)
+def test_a_burst_that_is_still_being_taken_is_waited_for(taking_until: float, started: list[str]) -> None:
+    """Jobs on their way from the queue prolong the gathering, up to its bound; without any it ends as it is."""
+    bench = Bench()
+    bench.engine.gather_seconds = 0.002
+    arrivals = [(0.006, "second"), (0.013, "third"), (0.027, "too late")]
+
+    def get(_timeout: float) -> Any:
+        bench.now += 0.001
+        if bench.now < arrivals[0][0]:
+            raise Empty
+        return admit(arrivals.pop(0)[1])
+
+    bench.loop._inbox = SimpleNamespace(  # type: ignore[assignment]  # the clock is ours too
+        get=lambda timeout=None: get(timeout) if timeout else admit("first"), empty=lambda: True
+    )
+    bench.loop._more_coming = lambda: bench.now < taking_until
+    bench.turn()
+    assert list(bench.engine.rows) == started
+    assert bench.now <= LONGEST_GATHER_SECONDS + 0.001
 
 
 def test_a_stop_string_ends_a_job() -> None:
