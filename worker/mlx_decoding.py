@@ -1,8 +1,8 @@
-"""mlx-lm's batch of decoding rows, with less to do for each row in each step.
+"""mlx-lm's batch of decoding rows, with less to do in each step.
 
-mlx-lm 0.32 makes a view of the log-probabilities for every row in every step, whoever wants them: operations of MLX that are
-built, scheduled and awaited. Here only rows that asked get theirs. `mlx_batch` puts it into its `BatchGenerator`, and imports
-it late, since it imports MLX.
+A decode step of a small model on a GPU takes as long as the CPU needs to feed it: each operation costs some ten microseconds,
+however little it computes. Here a step has fewer of them than in mlx-lm 0.32; what it computes is the same. `mlx_batch` puts
+this batch into its `BatchGenerator`, and imports it late, since it imports MLX.
 """
 
 from __future__ import annotations
@@ -12,16 +12,36 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationBatch
+from mlx_lm.models.cache import BatchKVCache
+
+
+class UnpaddedKVCache(BatchKVCache):
+    """Of rows that begin at the same place: every row's next token may look at everything that is there.
+
+    Without a mask MLX's CUDA back-end has one kernel for the attention of such a step, with one it has many.
+    """
+
+    def make_mask(self, N: int, return_array: bool = False, **options: Any) -> Any:  # noqa: N803 (as mlx-lm calls it)
+        if N == 1 and not return_array and options.get("window_size") is None:
+            return None
+        return super().make_mask(N, return_array, **options)
 
 
 class DecodingBatch(GenerationBatch):
     """See the module. Rows with logits processors take mlx-lm's own way, all rows of the batch with them.
+
+    1. Only rows that ask get a view of their log-probabilities; mlx-lm makes one for every row.
+    2. All layers count the same tokens: they share one count, instead of adding to one each.
+    3. Rows without padding need no mask.
 
     Attributes:
         wants_logprobs: By uid: whether a row's log-probabilities are looked at. Set before there are rows.
     """
 
     wants_logprobs: Callable[[int], bool]
+    _plain: list[Any] | None = (
+        None  # caches of the layers that attend to everything; None: rows have come or gone
+    )
     # mlx-lm's own annotations do not agree with what it assigns.
     logits_processors: Any
     _current_tokens: Any
@@ -29,12 +49,26 @@ class DecodingBatch(GenerationBatch):
     _next_tokens: Any
     _next_logprobs: Any
 
+    def extend(self, batch: Any) -> None:
+        """More rows."""
+        super().extend(batch)  # type: ignore[no-untyped-call]
+        self._plain = None
+
+    def filter(self, keep: list[int]) -> None:
+        """Fewer rows: those at the places `keep`."""
+        super().filter(keep)
+        self._plain = None
+
     def _step(self) -> tuple[list[int], list[Any]]:
         """Start the next step; the tokens of the one before, and log-probabilities (None where nobody wants them)."""
+        plain = self._plain if self._plain is not None else self._sort_out()
         if any(self.logits_processors):
             return super()._step()
         inputs, current = self._next_tokens, self._next_logprobs
         logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
+        for cache in plain[1:]:
+            if cache._idx == plain[0]._idx:  # noqa: SLF001 (as many tokens)
+                cache.offset = plain[0].offset  # its own sum is never asked for, and so never computed
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         following = [logprobs[i] if self.wants_logprobs(uid) else None for i, uid in enumerate(self.uids)]
         self._current_tokens, self._current_logprobs = inputs, current
@@ -45,3 +79,12 @@ class DecodingBatch(GenerationBatch):
         for row, token_id in zip(self.tokens, token_ids, strict=True):
             row.append(token_id)
         return token_ids, current
+
+    def _sort_out(self) -> list[Any]:
+        """After rows have come or gone: which caches are plain ones, and is there padding in them?"""
+        plain = [cache for cache in self.prompt_cache if type(cache) in (BatchKVCache, UnpaddedKVCache)]
+        is_padded = bool(plain) and any(plain[0].left_padding.tolist())
+        for cache in plain:
+            cache.__class__ = BatchKVCache if is_padded else UnpaddedKVCache
+        self._plain = plain
+        return plain
