@@ -282,6 +282,26 @@ def test_messages_reach_the_template_as_it_knows_them() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ('{"a": 1}', {"a": 1}),
+        (" ", {}),
+        ('{"text": "cut he', '{"text": "cut he'),
+        ("[1]", "[1]"),
+        ('{"a": NaN}', '{"a": NaN}'),
+        ('{"a":' + "[" * 100_000, '{"a":' + "[" * 100_000),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_calls_come_back_as_they_went_out(text: str, arguments: Any) -> None:
+    """Arguments that are a JSON object are one for the template; what an answer's end cut off is still no error."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": text}}
+    request = parse(messages=[*HI, {"role": "assistant", "content": None, "tool_calls": [call]}])
+    assert isinstance(request.prompts[0], ChatPrompt)
+    assert request.prompts[0].messages[1]["tool_calls"][0]["function"]["arguments"] == arguments
+
+
 def test_sampling_is_taken_over() -> None:
     """Each supported field arrives where the worker looks for it."""
     request = parse(
