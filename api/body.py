@@ -30,8 +30,15 @@ async def read_json(req: falcon.asgi.Request, settings: Settings) -> bytes:
     """The body of a request that says it is JSON, or says nothing of it.
 
     Raises:
-        RequestError: 415, it says that it is something else; 413 and 408 as `Client.read_body`.
+        RequestError: 415, it says that it is something else, or compressed; 413 and 408 as `Client.read_body`.
     """
+    coding = (req.get_header("content-encoding") or "identity").strip().lower()
+    if coding != "identity":
+        raise RequestError(
+            f"The content encoding `{coding[:64]}` is not supported; send the body as it is.",
+            status=415,
+            code="unsupported_media_type",
+        )
     media_type = (req.content_type or "application/json").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise RequestError(

@@ -37,7 +37,7 @@ _STATUSES: Mapping[int, str] = {
     408: "The request's body did not come.",
     413: "The request's body is too large.",
     414: "The request's URL is too long.",
-    415: "The request's body says that it is something other than JSON.",
+    415: "The request's body says that it is something other than JSON, or compressed.",
     429: "Too much waits for the model; `Retry-After` says when to come back.",
     431: "The request's headers are too large.",
     500: "A fault of the server's.",
