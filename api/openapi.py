@@ -8,6 +8,7 @@ https://spec.openapis.org/oas/v3.1.1
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -178,7 +179,16 @@ def _schemas(settings: Settings) -> Json:
     for schema in schemas.values():
         if schema.get("required") == []:
             del schema["required"]
+    _use_ecma_patterns(schemas)
     return schemas
+
+
+def _use_ecma_patterns(schema: Any) -> None:
+    r"""JSON Schema's expressions end with `$`; Python's with `\Z`, which is an error for clients in JavaScript."""
+    if isinstance(schema, dict) and isinstance(pattern := schema.get("pattern"), str):
+        schema["pattern"] = re.sub(r"\\Z$", "$", pattern)
+    for value in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        _use_ecma_patterns(value)
 
 
 def _neutral(schema: Json, values: tuple[Any, ...]) -> Json:

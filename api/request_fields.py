@@ -25,11 +25,21 @@ MAX_SHOWN = 300
 
 GREEDY_TEMPERATURE = 0.0
 
+
+def whole(pattern: str) -> Meta:
+    r"""A string that matches `pattern` from its beginning to its end.
+
+    Python's `$` lets a line break through. JSON Schema's expressions, which are ECMA-262's, know no `\Z`: it is told with
+    `$` (`api.openapi`), and for readers in Python without a line break.
+    """
+    return Meta(pattern=rf"^{pattern}\Z", extra_json_schema={"not": {"pattern": "\n"}})
+
+
 TokenCount = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopString = Annotated[str, Meta(min_length=1)]
-TokenIdKeys = Meta(extra_json_schema={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"}})
-"""Of a dict: msgspec 0.22 describes no keys but strings."""
+TokenIdKey = Annotated[str, whole("(0|[1-9][0-9]{0,9})")]
+"""As int, msgspec would take `-0` too."""
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,7 +65,7 @@ class Body(msgspec.Struct, frozen=True, kw_only=True):
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
     repetition_context_size: TokenCount | None = None
-    logit_bias: Annotated[dict[int, Annotated[float, Meta(ge=-100, le=100)]], TokenIdKeys] | None = None
+    logit_bias: dict[TokenIdKey, Annotated[float, Meta(ge=-100, le=100)]] | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -181,7 +191,7 @@ def sampling(body: Body) -> SamplingParams:
         if body.repetition_penalty is None
         else body.repetition_penalty,
         repetition_context_size=body.repetition_context_size or defaults.repetition_context_size,
-        logit_bias=body.logit_bias or {},
+        logit_bias={int(token_id): bias for token_id, bias in (body.logit_bias or {}).items()},
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         top_k=max(0, body.top_k or 0),  # -1 is off in vLLM, 0 in mlx_lm.server

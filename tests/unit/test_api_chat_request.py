@@ -151,6 +151,8 @@ def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
         ({"repetition_context_size": -1}, "repetition_context_size"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"1.5": 1}}, "logit_bias"),
+        ({"logit_bias": {"-0": 1}}, "logit_bias"),
+        ({"logit_bias": {"5\n": 1}}, "logit_bias"),
         ({"logit_bias": {"5": 101}}, "logit_bias"),
         ({"logit_bias": {"5": -101}}, "logit_bias"),
         ({"logit_bias": {"5": "1"}}, "logit_bias"),
