@@ -23,6 +23,9 @@ MAX_TOKENS = 2**31 - 1
 MAX_SHOWN = 300
 """Characters of msgspec's words, which may repeat what came."""
 
+MAX_NAME_SHOWN = 64
+"""Of a field that nobody knows: its name may be as long as a body."""
+
 GREEDY_TEMPERATURE = 0.0
 
 
@@ -129,7 +132,7 @@ def _refused(message: str) -> Exception:
     if missing:
         param = f"{param}.{missing[1]}" if param else missing[1]
     if unknown := re.match(r"Object contains unknown field `(.*)`", what):
-        param = f"{param}.{unknown[1]}"
+        param = f"{param}.{unknown[1][:MAX_NAME_SHOWN]}"
         return invalid(f"Unknown parameter: `{param}`.", param, "unknown_parameter")
     if param is None:
         return invalid(f"The request body is not what it should be: {message}.")

@@ -318,6 +318,22 @@ def test_calls_come_back_as_they_went_out(text: str, arguments: Any) -> None:
     assert request.prompts[0].messages[1]["tool_calls"][0]["function"]["arguments"] == arguments
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stream": True, "stream_options": {"x" * 100_000: 1}},
+        {"tools": [{"type": "function", "function": {"name": "f", "x" * 100_000: 1}}]},
+        {"response_format": {"type": "x" * 100_000}},
+        {"chat_template_kwargs": {"x" * 100_000: 1}},
+    ],
+    ids=lambda fields: next(reversed(fields)),
+)
+def test_an_error_does_not_repeat_a_whole_body(fields: dict[str, Any]) -> None:
+    """What came is shown as far as a person needs it; it goes into the log too."""
+    error = refusal(json.dumps({"messages": HI} | fields).encode())
+    assert len(error.message) + len(error.param or "") < 600
+
+
 def test_sampling_is_taken_over() -> None:
     """Each supported field arrives where the worker looks for it."""
     request = parse(
