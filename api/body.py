@@ -16,9 +16,6 @@ from common.settings import Settings
 
 log = logging.getLogger(__name__)
 
-MAX_NAMED = 32
-"""Fields named in a header."""
-
 _LARGE_BYTES = 32 * 1024
 _STRICT = b'"strict"'
 """Schemas of strict functions are compiled, to see whether they can be."""
@@ -73,6 +70,6 @@ def report_ignored(
         return
     if strict:
         raise invalid(f"Unknown parameter: `{names[0][:64]}`.", names[0][:64], "unknown_parameter")
-    listed = ", ".join(_UNSAFE.sub("?", name[:64]) for name in names[:MAX_NAMED])
+    listed = ", ".join(_UNSAFE.sub("?", name[:64]) for name in names)
     resp.set_header("x-ignored-parameters", listed)
     log.info("request %s: ignored %s", req.context.request_id, listed)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import secrets
 from collections.abc import Mapping
@@ -22,6 +23,9 @@ MAX_STOPS = 4
 MAX_TOKENS = 2**31 - 1
 MAX_SHOWN = 300
 """Characters of msgspec's words, which may repeat what came."""
+
+MAX_NAMED = 32
+"""Unknown fields that are told; looking for a body's hundreds of thousands holds up the process's streams."""
 
 MAX_NAME_SHOWN = 64
 """Of a field that nobody knows: its name may be as long as a body."""
@@ -99,7 +103,7 @@ _BEYOND_RANGE = re.compile(r"^(Expected .* [<>]=? .*|.*out of range)$")
 
 
 def decode(body: bytes, decoder: msgspec.json.Decoder[B]) -> tuple[B, list[str]]:
-    """A body as a typed value, and the names of fields that nobody knows.
+    """A body as a typed value, and the names of fields that nobody knows, `MAX_NAMED` at most.
 
     Raises:
         RequestError: 400, in `param` what is wrong.
@@ -120,7 +124,8 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[B]) -> tuple[B, list[str]]
         if _HALF_A_PAIR.search(body):
             raise invalid("The request body has half a surrogate pair in a string.") from None
         raise invalid(f"The request body is not valid JSON: {error}.") from None
-    return value, [name for name in names if name not in value.__struct_fields__]
+    known = frozenset(value.__struct_fields__)
+    return value, list(itertools.islice((name for name in names if name not in known), MAX_NAMED))
 
 
 def _refused(message: str) -> Exception:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from api import chat_request
+from api import chat_request, request_fields
 from api.generation_request import GenerationRequest
 from common.errors import RequestError
 from common.protocol import ChatPrompt
@@ -332,6 +332,12 @@ def test_an_error_does_not_repeat_a_whole_body(fields: dict[str, Any]) -> None:
     """What came is shown as far as a person needs it; it goes into the log too."""
     error = refusal(json.dumps({"messages": HI} | fields).encode())
     assert len(error.message) + len(error.param or "") < 600
+
+
+def test_so_many_unknown_fields_are_told() -> None:
+    """The first ones, in their order; nobody reads hundreds of thousands."""
+    names = [f"f{i}" for i in range(1000)]
+    assert parse(**dict.fromkeys(names, 1)).ignored == names[: request_fields.MAX_NAMED]
 
 
 def test_sampling_is_taken_over() -> None:
