@@ -16,9 +16,6 @@ from common.settings import Settings
 
 log = logging.getLogger(__name__)
 
-MAX_NAMED = 32
-"""Fields named in a header."""
-
 _LARGE_BYTES = 32 * 1024
 _STRICT = b'"strict"'
 """Schemas of strict functions are compiled, to see whether they can be."""
@@ -30,8 +27,15 @@ async def read_json(req: falcon.asgi.Request, settings: Settings) -> bytes:
     """The body of a request that says it is JSON, or says nothing of it.
 
     Raises:
-        RequestError: 415, it says that it is something else; 413 and 408 as `Client.read_body`.
+        RequestError: 415, it says that it is something else, or compressed; 413 and 408 as `Client.read_body`.
     """
+    coding = (req.get_header("content-encoding") or "identity").strip().lower()
+    if coding != "identity":
+        raise RequestError(
+            f"The content encoding `{coding[:64]}` is not supported; send the body as it is.",
+            status=415,
+            code="unsupported_media_type",
+        )
     media_type = (req.content_type or "application/json").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise RequestError(
@@ -66,6 +70,6 @@ def report_ignored(
         return
     if strict:
         raise invalid(f"Unknown parameter: `{names[0][:64]}`.", names[0][:64], "unknown_parameter")
-    listed = ", ".join(_UNSAFE.sub("?", name[:64]) for name in names[:MAX_NAMED])
+    listed = ", ".join(_UNSAFE.sub("?", name[:64]) for name in names)
     resp.set_header("x-ignored-parameters", listed)
     log.info("request %s: ignored %s", req.context.request_id, listed)

@@ -1,7 +1,7 @@
 """The messages of a chat request, as the chat template reads them.
 
-Checked here: who may say what. Calls that were made before have their arguments as objects, as templates like them
-(mlx_lm.server 0.32 does the same). Used by `chat_request`; knows the OpenAI API description and no model.
+Checked here: who may say what. Calls that were made before have their arguments as objects where they are some, as
+templates like them (mlx_lm.server 0.32 does the same). Used by `chat_request`; knows the OpenAI API description and no model.
 """
 
 from __future__ import annotations
@@ -130,20 +130,18 @@ def _call(call: ToolCall, place: str, called: dict[str, str], inside: str = "fun
     if call.function is None:
         raise invalid(f"`{place}.{inside}` is missing.", f"{place}.{inside}")
     called[call.id] = call.function.name
-    arguments = _arguments(call.function.arguments, f"{place}.{inside}.arguments")
-    return {
-        "id": call.id,
-        "type": "function",
-        "function": {"name": call.function.name, "arguments": arguments},
-    }
+    function = {"name": call.function.name, "arguments": _arguments(call.function.arguments)}
+    return {"id": call.id, "type": "function", "function": function}
 
 
-def _arguments(text: str, place: str) -> Mapping[str, Any]:
-    """A function without parameters is called with nothing by some models."""
+def _arguments(text: str) -> Mapping[str, Any] | str:
+    """A function without parameters is called with nothing by some models. What is no object, since the answer was cut
+    for example, stays the text that it was: an answer can be sent back as it came.
+    """
     try:
         return msgspec.json.decode(text, type=dict[str, Any]) if text.strip() else {}
     except (msgspec.DecodeError, RecursionError):
-        raise invalid(f"`{place}` must be a JSON object, as text.", place) from None
+        return text
 
 
 def _result(message: Message, place: str, called: dict[str, str]) -> dict[str, Any]:

@@ -165,7 +165,7 @@ class _Choice:
         return {
             "index": self._index,
             "message": self._tools.message("".join(self._texts)),
-            "logprobs": _logprobs(self._items) if self._aligner is not None else None,
+            "logprobs": {"content": self._items, "refusal": None} if self._aligner is not None else None,
             "finish_reason": self._tools.reason(finished.finish_reason),
         }
 

@@ -65,6 +65,12 @@ _HAS_CONTENT = Meta(
 """What `chat_messages` checks, as far as a schema can say it."""
 
 
+Metadata = Annotated[
+    dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
+]
+"""OpenAI's limits; it asks nothing of the answer."""
+
+
 class ChatBody(fields.Body, frozen=True, kw_only=True):
     """The fields of OpenAI's description, and `role_mapping` and `chat_template_kwargs` of mlx_lm.server."""
 
@@ -87,10 +93,12 @@ class ChatBody(fields.Body, frozen=True, kw_only=True):
     verbosity: str | None = None
     store: bool | None = None
     parallel_tool_calls: bool | None = None
-    metadata: Any = None
-    safety_identifier: Any = None
-    prompt_cache_key: Any = None
-    prompt_cache_retention: Any = None
+    moderation: Any = None
+    metadata: Metadata | None = None
+    safety_identifier: Annotated[str, Meta(max_length=64)] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
 
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -99,6 +107,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "prediction": (),
     "web_search_options": (),
+    "moderation": (),
     "verbosity": ("medium",),
     "store": (False,),
 }

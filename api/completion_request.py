@@ -33,7 +33,7 @@ Prompts = Annotated[
 class CompletionBody(fields.Body, frozen=True, kw_only=True):
     """The fields of OpenAI's description."""
 
-    prompt: str | Prompts
+    prompt: str | Prompts | None
     max_tokens: Annotated[int, Meta(ge=0, le=fields.MAX_TOKENS)] | None = None
     logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
     best_of: Annotated[int, Meta(ge=1, le=20)] | None = None
@@ -84,8 +84,10 @@ def _best_of(completion: CompletionBody, n: int) -> int:
     return completion.best_of
 
 
-def _prompts(prompt: str | list[str | int | list[int]]) -> list[TextPrompt | TokenPrompt]:
-    """A text, a list of token ids, or a list of several of either."""
+def _prompts(prompt: str | list[str | int | list[int]] | None) -> list[TextPrompt | TokenPrompt]:
+    """A text, a list of token ids, or a list of several of either; null is the beginning of a new document."""
+    if prompt is None:
+        return [TextPrompt("")]
     if isinstance(prompt, str):
         return [TextPrompt(prompt)]
     kinds = {type(item) for item in prompt}

@@ -15,7 +15,7 @@ import http
 import socket
 import sys
 import termios
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gunicorn.asgi.protocol import ASGIProtocol  # type: ignore[import-untyped]
@@ -54,21 +54,25 @@ def _num_untaken(transport: asyncio.Transport) -> int:
     return transport.get_write_buffer_size() + int(in_kernel)
 
 
-def install(header_seconds: float, take_seconds: float) -> None:
+def install(header_seconds: float, take_seconds: float, headers: Mapping[str, str]) -> None:
     """From now on this process's connections are `Connection`s.
 
     Args:
         header_seconds: From a connection's opening, or from a later request's first byte, to the end of that head.
         take_seconds: How long a client may take nothing of what waits for it.
+        headers: Of each error that is made here, beside its own.
     """
-    gasgi.ASGIProtocol = functools.partial(Connection, header_seconds, take_seconds)
+    gasgi.ASGIProtocol = functools.partial(Connection, header_seconds, take_seconds, headers)
 
 
 class Connection(ASGIProtocol):  # type: ignore[misc]  # gunicorn has no types
     """One HTTP connection; `install` tells of its arguments."""
 
-    def __init__(self, header_seconds: float, take_seconds: float, worker: Any) -> None:
+    def __init__(
+        self, header_seconds: float, take_seconds: float, headers: Mapping[str, str], worker: Any
+    ) -> None:
         super().__init__(worker)
+        self._headers = headers
         self._header_seconds = header_seconds
         self._take_seconds = take_seconds
         self._head_timer: asyncio.TimerHandle | None = None
@@ -210,6 +214,7 @@ class Connection(ASGIProtocol):  # type: ignore[misc]  # gunicorn has no types
             "Content-Length": str(len(body)),
             "Connection": "close",
             "X-Request-Id": new_request_id(),
+            **self._headers,
             **dict(extra_headers),
         }
         lines = [

@@ -27,6 +27,13 @@ METHODS = "GET, HEAD, POST, OPTIONS"
 PREFLIGHT_SECONDS = "3600"
 
 
+def for_any_origin(origins: str) -> dict[str, str]:
+    """What lets any page read an answer; nothing where not every page may."""
+    if origins.strip() != "*":
+        return {}
+    return {"access-control-allow-origin": "*", "access-control-expose-headers": EXPOSED}
+
+
 def new_request_id() -> str:
     """An id for a request whose client gave none."""
     return "req_" + secrets.token_hex(12)
@@ -88,7 +95,7 @@ class CrossOrigin:
     """
 
     def __init__(self, origins: str) -> None:
-        self._any = origins.strip() == "*"
+        self._for_any = for_any_origin(origins)
         self._origins = frozenset(
             origin.strip().rstrip("/") for origin in origins.split(",") if origin.strip()
         )
@@ -101,15 +108,15 @@ class CrossOrigin:
     async def process_response(
         self, req: falcon.asgi.Request, resp: falcon.asgi.Response, _resource: Any, _succeeded: bool
     ) -> None:
-        if not self._any:
+        if self._for_any:
+            resp.set_headers(self._for_any)
+        else:
             resp.append_header("vary", "Origin")
             origin = req.get_header("origin")
             if origin not in self._origins:
                 return
             resp.set_header("access-control-allow-origin", str(origin))
-        else:
-            resp.set_header("access-control-allow-origin", "*")
-        resp.set_header("access-control-expose-headers", EXPOSED)
+            resp.set_header("access-control-expose-headers", EXPOSED)
         if req.method == "OPTIONS":
             self._answer_preflight(req, resp)
 

@@ -8,6 +8,7 @@ https://spec.openapis.org/oas/v3.1.1
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -37,7 +38,7 @@ _STATUSES: Mapping[int, str] = {
     408: "The request's body did not come.",
     413: "The request's body is too large.",
     414: "The request's URL is too long.",
-    415: "The request's body says that it is something other than JSON.",
+    415: "The request's body says that it is something other than JSON, or compressed.",
     429: "Too much waits for the model; `Retry-After` says when to come back.",
     431: "The request's headers are too large.",
     500: "A fault of the server's.",
@@ -178,7 +179,16 @@ def _schemas(settings: Settings) -> Json:
     for schema in schemas.values():
         if schema.get("required") == []:
             del schema["required"]
+    _use_ecma_patterns(schemas)
     return schemas
+
+
+def _use_ecma_patterns(schema: Any) -> None:
+    r"""JSON Schema's expressions end with `$`; Python's with `\Z`, which is an error for clients in JavaScript."""
+    if isinstance(schema, dict) and isinstance(pattern := schema.get("pattern"), str):
+        schema["pattern"] = re.sub(r"\\Z$", "$", pattern)
+    for value in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        _use_ecma_patterns(value)
 
 
 def _neutral(schema: Json, values: tuple[Any, ...]) -> Json:

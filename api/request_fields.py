@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import secrets
 from collections.abc import Mapping
@@ -23,13 +24,29 @@ MAX_TOKENS = 2**31 - 1
 MAX_SHOWN = 300
 """Characters of msgspec's words, which may repeat what came."""
 
+MAX_NAMED = 32
+"""Unknown fields that are told; looking for a body's hundreds of thousands holds up the process's streams."""
+
+MAX_NAME_SHOWN = 64
+"""Of a field that nobody knows: its name may be as long as a body."""
+
 GREEDY_TEMPERATURE = 0.0
+
+
+def whole(pattern: str) -> Meta:
+    r"""A string that matches `pattern` from its beginning to its end.
+
+    Python's `$` lets a line break through. JSON Schema's expressions, which are ECMA-262's, know no `\Z`: it is told with
+    `$` (`api.openapi`), and for readers in Python without a line break.
+    """
+    return Meta(pattern=rf"^{pattern}\Z", extra_json_schema={"not": {"pattern": "\n"}})
+
 
 TokenCount = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopString = Annotated[str, Meta(min_length=1)]
-TokenIdKeys = Meta(extra_json_schema={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"}})
-"""Of a dict: msgspec 0.22 describes no keys but strings."""
+TokenIdKey = Annotated[str, whole("(0|[1-9][0-9]{0,9})")]
+"""As int, msgspec would take `-0` too."""
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,12 +72,12 @@ class Body(msgspec.Struct, frozen=True, kw_only=True):
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
     repetition_context_size: TokenCount | None = None
-    logit_bias: Annotated[dict[int, Annotated[float, Meta(ge=-100, le=100)]], TokenIdKeys] | None = None
+    logit_bias: dict[TokenIdKey, Annotated[float, Meta(ge=-100, le=100)]] | None = None
     n: Annotated[int, Meta(ge=1, le=128)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     service_tier: str | None = None
-    user: Any = None
+    user: str | None = None
     top_k: Annotated[int, Meta(ge=-1)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     xtc_probability: Annotated[float, Meta(ge=0, le=1)] | None = None
@@ -86,7 +103,7 @@ _BEYOND_RANGE = re.compile(r"^(Expected .* [<>]=? .*|.*out of range)$")
 
 
 def decode(body: bytes, decoder: msgspec.json.Decoder[B]) -> tuple[B, list[str]]:
-    """A body as a typed value, and the names of fields that nobody knows.
+    """A body as a typed value, and the names of fields that nobody knows, `MAX_NAMED` at most.
 
     Raises:
         RequestError: 400, in `param` what is wrong.
@@ -107,7 +124,8 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[B]) -> tuple[B, list[str]]
         if _HALF_A_PAIR.search(body):
             raise invalid("The request body has half a surrogate pair in a string.") from None
         raise invalid(f"The request body is not valid JSON: {error}.") from None
-    return value, [name for name in names if name not in value.__struct_fields__]
+    known = frozenset(value.__struct_fields__)
+    return value, list(itertools.islice((name for name in names if name not in known), MAX_NAMED))
 
 
 def _refused(message: str) -> Exception:
@@ -119,7 +137,7 @@ def _refused(message: str) -> Exception:
     if missing:
         param = f"{param}.{missing[1]}" if param else missing[1]
     if unknown := re.match(r"Object contains unknown field `(.*)`", what):
-        param = f"{param}.{unknown[1]}"
+        param = f"{param}.{unknown[1][:MAX_NAME_SHOWN]}"
         return invalid(f"Unknown parameter: `{param}`.", param, "unknown_parameter")
     if param is None:
         return invalid(f"The request body is not what it should be: {message}.")
@@ -181,7 +199,7 @@ def sampling(body: Body) -> SamplingParams:
         if body.repetition_penalty is None
         else body.repetition_penalty,
         repetition_context_size=body.repetition_context_size or defaults.repetition_context_size,
-        logit_bias=body.logit_bias or {},
+        logit_bias={int(token_id): bias for token_id, bias in (body.logit_bias or {}).items()},
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         top_k=max(0, body.top_k or 0),  # -1 is off in vLLM, 0 in mlx_lm.server

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from api import request_fields as fields
 from common import grammar
 from common.errors import invalid
 
 _CHECKS_KEPT = 512
-_MOST_NAME_CHARACTERS = 64
 
 
 class JsonSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -26,7 +26,7 @@ class JsonSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     the format, and the ones here are not.
     """
 
-    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]+\Z", max_length=_MOST_NAME_CHARACTERS)]
+    name: Annotated[str, fields.whole("[a-zA-Z0-9_-]{1,64}")]
     schema: dict[str, Any] | None = None
     strict: bool | None = None
     description: str | None = None

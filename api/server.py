@@ -16,6 +16,7 @@ from typing import Any
 from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 
 from api import gunicorn_protocol, key_file
+from api.headers import for_any_origin
 from common import connections
 from common import logging as common_logging
 from common.errors import StartupError
@@ -61,7 +62,9 @@ def options(settings: Settings) -> dict[str, Any]:
         # cancel what still runs.
         worker.cfg.set("graceful_timeout", int(settings.drain_seconds))
 
-        gunicorn_protocol.install(settings.header_seconds, settings.take_seconds)
+        gunicorn_protocol.install(
+            settings.header_seconds, settings.take_seconds, for_any_origin(settings.cors_origins)
+        )
 
     def worker_int(worker: Any) -> None:
         # On SIGINT gunicorn leaves out the lifespan's end. Nothing is waited for then, but what runs is cancelled.

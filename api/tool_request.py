@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Protocol
 
 import msgspec
-from msgspec import Meta
 
+from api import request_fields as fields
 from common import function_schema
 from common.errors import RequestError, invalid
 from common.protocol import ToolUse
@@ -22,8 +22,7 @@ MOST_TOOLS = 128
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 """Templates and grammars want to be told."""
 
-FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}\Z")]
-"""`\\Z`, since `$` lets a line break through."""
+FunctionName = Annotated[str, fields.whole("[a-zA-Z0-9_-]{1,64}")]
 
 
 class FunctionDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -45,7 +45,6 @@ _REFUSED_WORDS = re.compile(
     r"|expected `int[^`]*`, got `float`"  # 1.0 is an integer there
     r"|out of range"  # of thousands of digits; a number in JSON has no end
     r"|cannot fill a gap"  # a model's
-    r"|must be a JSON object, as text"  # what is in a text is beyond a schema
     r"|at most \d+ are allowed"
     r"|`echo` and `suffix`|With `suffix`|`best_of` (cannot|must)"
     r"|Only an assistant's message"

@@ -125,7 +125,8 @@ def _with_calls(
 
 def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
     function = call["function"]
-    text = json.dumps(function["arguments"], ensure_ascii=False)
+    arguments = function["arguments"]  # a text where they are no JSON object
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return call | {"function": function | {"arguments": text}}
 
 

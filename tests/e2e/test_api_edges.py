@@ -197,6 +197,7 @@ def test_what_is_not_http_at_all(api: ApiPool, sent: bytes, status: int) -> None
     assert (answer.status, answer.error["type"]) == (status, kind)
     assert answer.headers["connection"] == "close"
     assert answer.headers["x-request-id"].startswith("req_")
+    assert answer.headers["access-control-allow-origin"] == "*"
     assert SECRET not in answer.body
     assert "Traceback" not in api.pool.log("api")[len(log) :]
     assert api.worker.jobs == []

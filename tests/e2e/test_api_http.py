@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import time
 from collections.abc import Iterator
@@ -161,6 +162,15 @@ def test_a_body_of_another_type(api: ApiPool, kind: str) -> None:
     """415, whatever is in it."""
     answer = api.ask("POST", "/v1/chat/completions", chat_body(), content_type=kind)
     assert (answer.status, answer.error["code"]) == (415, "unsupported_media_type")
+
+
+def test_a_compressed_body(api: ApiPool) -> None:
+    """415, which says so (RFC 9110, section 8.4), not that the JSON is none; what is not compressed may say that."""
+    answer = api.ask("POST", "/v1/chat/completions", gzip.compress(chat_body()), content_encoding="gzip")
+    assert (answer.status, answer.error["code"]) == (415, "unsupported_media_type")
+    assert "gzip" in answer.error["message"]
+    plain = api.ask("POST", "/v1/chat/completions", chat_body(), content_encoding="identity")
+    assert plain.status == 200
 
 
 @pytest.mark.parametrize(
@@ -404,6 +414,9 @@ def test_a_strict_api_with_its_own_origins() -> None:
         assert (allowed["access-control-allow-origin"], allowed["vary"]) == (ORIGIN, "Origin")
         for headers in ({"origin": "https://evil.example"}, {}):
             assert "access-control-allow-origin" not in api.ask("GET", "/health", **headers).headers
+        with api.connect() as connection:
+            connection.sendall(b"no HTTP\r\n\r\n")
+            assert "access-control-allow-origin" not in read_response(connection).headers
 
 
 def test_a_websocket_is_refused(api: ApiPool) -> None:

@@ -302,6 +302,13 @@ def test_deepseek(make: Make) -> None:
     model = make(DEEPSEEK)
     assert model.format.template.calls is CallStyle.STRINGS
     assert '<|call|>get_weather {"city": "Bern"}' in model.prompt(job(HISTORY, tools=False))
+    call = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Be'}}
+    cut = [
+        HELLO,
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "?"},
+    ]
+    assert '<|call|>get_weather {"city": "Be' in model.prompt(job(cut, tools=False))
 
 
 def test_gemma(make: Make) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from api import chat_request
+from api import chat_request, request_fields
 from api.generation_request import GenerationRequest
 from common.errors import RequestError
 from common.protocol import ChatPrompt
@@ -45,7 +45,7 @@ def refusal(body: bytes) -> RequestError:
         b'{"temperature":Infinity}',
         b'{"temperature":-Infinity}',
         b'{"unknown":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-        b'{"metadata":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"prediction":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
         b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
     ],
     ids=lambda body: body[:24].decode("latin-1"),
@@ -151,6 +151,8 @@ def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
         ({"repetition_context_size": -1}, "repetition_context_size"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"1.5": 1}}, "logit_bias"),
+        ({"logit_bias": {"-0": 1}}, "logit_bias"),
+        ({"logit_bias": {"5\n": 1}}, "logit_bias"),
         ({"logit_bias": {"5": 101}}, "logit_bias"),
         ({"logit_bias": {"5": -101}}, "logit_bias"),
         ({"logit_bias": {"5": "1"}}, "logit_bias"),
@@ -163,6 +165,17 @@ def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
         ({"logprobs": True, "top_logprobs": True}, "top_logprobs"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": False, "top_logprobs": 0}, "top_logprobs"),
+        ({"user": 5}, "user"),
+        ({"safety_identifier": 5}, "safety_identifier"),
+        ({"safety_identifier": "s" * 65}, "safety_identifier"),
+        ({"prompt_cache_key": ["k"]}, "prompt_cache_key"),
+        ({"prompt_cache_retention": True}, "prompt_cache_retention"),
+        ({"prompt_cache_options": "explicit"}, "prompt_cache_options"),
+        ({"metadata": "x"}, "metadata"),
+        ({"metadata": {"a": 1}}, "metadata"),
+        ({"metadata": {"a" * 65: "b"}}, "metadata"),
+        ({"metadata": {"a": "b" * 513}}, "metadata"),
+        ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
         ({"n": 0}, "n"),
         ({"n": 129}, "n"),
         ({"n": True}, "n"),
@@ -196,6 +209,7 @@ def test_what_is_wrong_is_refused_by_name(fields: dict[str, Any], param: str) ->
         ({"audio": {"voice": "x"}}, "audio"),
         ({"prediction": {"type": "content"}}, "prediction"),
         ({"web_search_options": {}}, "web_search_options"),
+        ({"moderation": {"model": "omni-moderation-latest"}}, "moderation"),
         ({"verbosity": "low"}, "verbosity"),
         ({"store": True}, "store"),
         ({"service_tier": "flex"}, "service_tier"),
@@ -219,10 +233,12 @@ def test_what_is_not_supported_is_refused_by_name(fields: dict[str, Any], param:
         {"modalities": ["text"]},
         {
             "store": False,
-            "metadata": {"a": "b"},
+            "metadata": {"a" * 64: "b" * 512} | {str(i): "" for i in range(15)},
             "user": "u",
-            "safety_identifier": "s",
+            "safety_identifier": "s" * 64,
             "prompt_cache_key": "p",
+            "prompt_cache_retention": "24h",
+            "prompt_cache_options": {"mode": "implicit"},
         },
         {"service_tier": "auto"},
         {"stream": True, "stream_options": {}},
@@ -280,6 +296,48 @@ def test_messages_reach_the_template_as_it_knows_them() -> None:
         ],
         {"user": "U: "},
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ('{"a": 1}', {"a": 1}),
+        (" ", {}),
+        ('{"text": "cut he', '{"text": "cut he'),
+        ("[1]", "[1]"),
+        ('{"a": NaN}', '{"a": NaN}'),
+        ('{"a":' + "[" * 100_000, '{"a":' + "[" * 100_000),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_calls_come_back_as_they_went_out(text: str, arguments: Any) -> None:
+    """Arguments that are a JSON object are one for the template; what an answer's end cut off is still no error."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": text}}
+    request = parse(messages=[*HI, {"role": "assistant", "content": None, "tool_calls": [call]}])
+    assert isinstance(request.prompts[0], ChatPrompt)
+    assert request.prompts[0].messages[1]["tool_calls"][0]["function"]["arguments"] == arguments
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stream": True, "stream_options": {"x" * 100_000: 1}},
+        {"tools": [{"type": "function", "function": {"name": "f", "x" * 100_000: 1}}]},
+        {"response_format": {"type": "x" * 100_000}},
+        {"chat_template_kwargs": {"x" * 100_000: 1}},
+    ],
+    ids=lambda fields: next(reversed(fields)),
+)
+def test_an_error_does_not_repeat_a_whole_body(fields: dict[str, Any]) -> None:
+    """What came is shown as far as a person needs it; it goes into the log too."""
+    error = refusal(json.dumps({"messages": HI} | fields).encode())
+    assert len(error.message) + len(error.param or "") < 600
+
+
+def test_so_many_unknown_fields_are_told() -> None:
+    """The first ones, in their order; nobody reads hundreds of thousands."""
+    names = [f"f{i}" for i in range(1000)]
+    assert parse(**dict.fromkeys(names, 1)).ignored == names[: request_fields.MAX_NAMED]
 
 
 def test_sampling_is_taken_over() -> None:

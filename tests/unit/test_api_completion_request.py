@@ -28,6 +28,7 @@ def parse(**fields: Any) -> GenerationRequest:
     [
         ("hi", TextPrompt("hi")),
         ("", TextPrompt("")),
+        (None, TextPrompt("")),
         (["hi"], TextPrompt("hi")),
         ([""], TextPrompt("")),
         ([1, 2, 3], TokenPrompt([1, 2, 3])),
@@ -77,7 +78,6 @@ def test_gaps_are_filled_by_models_that_can() -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"prompt": None}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": 5}, "prompt"),
         ({"prompt": {}}, "prompt"),

@@ -126,6 +126,13 @@ def test_chat_object_with_logprobs() -> None:
     ]
 
 
+def test_log_probabilities_of_no_token() -> None:
+    """Who asked for them gets a list, which is empty where a stop string or the end came first."""
+    rendering = ChatRendering(ANSWER, with_logprobs=True, include_usage=False)
+    body = json.loads(rendering.body([Finished(1, "stop", Usage(3, 1))]))
+    assert body["choices"][0]["logprobs"] == {"content": [], "refusal": None}
+
+
 def test_completion_stream() -> None:
     """Text as it comes, then the reason with no text, then [DONE]."""
     rendering = CompletionRendering(ANSWER, with_logprobs=False, include_usage=True)

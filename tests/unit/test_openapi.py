@@ -194,3 +194,17 @@ def test_errors_are_as_described() -> None:
     assert error.is_valid(body)
     for key in body["error"]:
         assert not error.is_valid({"error": {k: v for k, v in body["error"].items() if k != key}})
+
+
+def test_patterns_are_of_the_language_that_clients_have() -> None:
+    """JSON Schema's expressions are ECMA-262's, where Python's own escapes are an error, or match nothing."""
+    patterns = re.findall(r'"pattern": "(.*?)(?<!\\)"', json.dumps(described()))
+    assert len(patterns) >= 3
+    assert not [pattern for pattern in patterns if "\\Z" in pattern or "\\A" in pattern or "(?P" in pattern]
+    names = validator("FunctionDefinition")
+    assert [names.is_valid({"name": name}) for name in ("f_1-F", "f\n", "a b", "")] == [
+        True,
+        False,
+        False,
+        False,
+    ]
