@@ -18,6 +18,7 @@ from common.redis_server import arguments
 from common.rq import JsonJob, JsonQueue
 from tests.conftest import unused_port
 from tests.redis.pool_of_workers import LEASE_SECONDS, Workers, exact, wait_until
+from worker.background_journal import LARGE_ROWS
 
 
 @pytest.fixture
@@ -176,15 +177,18 @@ def test_redis_goes_and_comes_back(server_binary: str, tmp_path: Path) -> None:
         assert worker.end() == 0
 
 
-def test_sigterm_while_redis_is_away(server_binary: str, tmp_path: Path) -> None:
-    """A worker that is asked to end does so in a few seconds, though it has rows and nobody to tell."""
+@pytest.mark.parametrize("num_jobs", [1, 2 * LARGE_ROWS])
+def test_sigterm_while_redis_is_away(server_binary: str, tmp_path: Path, num_jobs: int) -> None:
+    """A worker that is asked to end does so in a few seconds and well, though it has rows, few or many, and nobody to tell."""
     with own_server(server_binary, tmp_path) as server, Workers(server.url) as workers:
         worker = workers.start()
-        job = workers.submit(max_tokens=5000)
-        wait_until(lambda: workers.has_token(job))
+        jobs = [workers.submit(max_tokens=5000) for _ in range(num_jobs)]
+        wait_until(lambda: workers.has_token(*jobs))
         server.kill()
         worker.send(signal.SIGTERM)
-        worker.process.wait(15)
+        log = worker.process.communicate(timeout=15)[1]
+        assert worker.process.returncode == 0
+        assert "Traceback" not in log
 
 
 def test_an_id_twice_in_the_queue(workers: Workers) -> None:
