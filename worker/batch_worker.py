@@ -112,6 +112,7 @@ class BatchWorker(BaseWorker):
             self.queue,
             live_ttl_seconds=self._live_ttl_seconds,
             final_ttl_seconds=settings.journal_ttl_seconds,
+            most_seconds=self._beat_seconds,
         )
         self._ready: SimpleQueue[tuple[GenerationLoop, Engine] | BaseException] = SimpleQueue()
         self._threads: list[Thread] = []
