@@ -57,7 +57,6 @@ _LEASE_MARGIN_SECONDS = 0.01
 _DEAF_SECONDS = 0.5
 """Pause of the pub/sub thread after a lost connection; it subscribes again by itself."""
 
-
 _SHUTDOWN_PATIENCE_SECONDS = 2.0
 """How long a worker that ends waits for a Redis that is gone."""
 
@@ -113,6 +112,7 @@ class BatchWorker(BaseWorker):
             self.queue,
             live_ttl_seconds=self._live_ttl_seconds,
             final_ttl_seconds=settings.journal_ttl_seconds,
+            most_seconds=self._beat_seconds,
         )
         self._intake: Intake | None = None
         self._ready: SimpleQueue[tuple[GenerationLoop, Engine] | BaseException] = SimpleQueue()
@@ -170,7 +170,6 @@ class BatchWorker(BaseWorker):
         except BaseException as error:  # noqa: BLE001 (told to the main thread, which raises it)
             self._ready.put(error)
             return
-        settings = self._settings
         redis_journal = RedisJournal(self.connection, self._gave_up)
         journal = BackgroundJournal(redis_journal)
         loop = GenerationLoop(
@@ -179,13 +178,17 @@ class BatchWorker(BaseWorker):
             inbox=self._inbox,
             settle=self._settlements.put,
             live_ttl_seconds=self._live_ttl_seconds,
-            final_ttl_seconds=settings.journal_ttl_seconds,
-            orphan_seconds=settings.orphan_seconds,
+            final_ttl_seconds=self._settings.journal_ttl_seconds,
+            orphan_seconds=self._settings.orphan_seconds,
             more_coming=lambda: self._intake is not None and self._intake.is_taking,
         )
         self._ready.put((loop, engine))
         try:
             loop.run()
+        except redis.RedisError as error:
+            if not self._gave_up():
+                raise
+            log.warning("%s ends with rows whose end nobody hears: %s", self.name, error)
         finally:
             journal.close()
             redis_journal.close()
@@ -206,7 +209,7 @@ class BatchWorker(BaseWorker):
             log.info("%s takes no more jobs and ends when its %d are done", self.name, len(self.executions))
         if self._intake_thread.is_alive():  # only then no job of ours can come back to us
             return False
-        if self._gave_up() or not self.executions:
+        if self._gave_up() or not self.executions or not self._threads[0].is_alive():
             return True
         if time.monotonic() - self._drain_began_at >= self._drain_seconds:
             for execution in list(self.executions.values()):

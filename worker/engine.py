@@ -126,7 +126,7 @@ class Engine(Protocol):
         """
 
     def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> Inserted:
-        """Take a job; its first token comes with a later `step`. One that may generate nothing is taken only for its echo.
+        """Take a job; its first token comes with a later `step`. One that may generate nothing more is taken only for its echo.
 
         Args:
             job: At most `info.max_batch` at a time.

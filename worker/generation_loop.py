@@ -291,8 +291,11 @@ class GenerationLoop:
             self._end(sequence, Outcome.FINISHED, sequence.finished(reason))
 
     def _end_if_whole(self, sequence: Sequence) -> None:
-        """A job that may generate nothing is whole once its prompt was accepted, and echoed where that is asked for."""
-        if sequence.inserted.max_tokens == 0 and sequence.is_echoed:
+        """A job that may generate nothing more is whole once its prompt was accepted, and echoed where that is asked for.
+
+        None more than others have generated already, where this worker's memory has room for a shorter context than theirs.
+        """
+        if sequence.num_tokens >= sequence.inserted.max_tokens and sequence.is_echoed:
             self._end(sequence, Outcome.FINISHED, sequence.finished("length"))
 
     def _end(self, sequence: Sequence, outcome: Outcome, terminal: Finished | Failed | None) -> None:

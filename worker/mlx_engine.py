@@ -140,9 +140,9 @@ class MLXEngine:
             row.is_echoed = False
             if job.top_logprobs is not None:
                 row.scoring = PromptScoring(self._model, prompt, job.top_logprobs, self._info.vocab_size)
-        elif max_tokens:
+        elif max_tokens > num_done:
             self._begin(row)
-        if job.echo or max_tokens:
+        if job.echo or max_tokens > num_done:
             self._rows[job.job_id] = row
             self._make_room()
         return inserted

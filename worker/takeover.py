@@ -50,13 +50,18 @@ class Takeover:
     Args:
         live_ttl_seconds: What a job has to live until it is taken.
         final_ttl_seconds: What a journal has to live after a terminal event.
+        most_seconds: How long one look may take, about: each job is several round trips, and no lease of this worker's own is
+            renewed meanwhile.
     """
 
-    def __init__(self, queue: JsonQueue, *, live_ttl_seconds: int, final_ttl_seconds: int) -> None:
+    def __init__(
+        self, queue: JsonQueue, *, live_ttl_seconds: int, final_ttl_seconds: int, most_seconds: float
+    ) -> None:
         self._queue = queue
         self._redis: redis.Redis = queue.connection
         self._live_ttl_seconds = live_ttl_seconds
         self._final_ttl_seconds = final_ttl_seconds
+        self._most_seconds = most_seconds
         self._rescue_script = self._redis.register_script(GIVE_BACK)
         self._first_seen: dict[bytes, float] = {}
 
@@ -64,7 +69,8 @@ class Takeover:
         """Look once for jobs without a worker and put them back.
 
         Returns:
-            Seconds until the next lease runs out, if it is not renewed: looking again just then loses no time.
+            Seconds until the next lease runs out, if it is not renewed: looking again just then loses no time. 0 where one
+            has run out that there was no time for.
         """
         next_seconds = self._reap()
         self._rescue()
@@ -72,6 +78,7 @@ class Takeover:
 
     def _reap(self) -> float:
         """Put back the executions whose lease ran out; as `run`."""
+        late_at = time.monotonic() + self._most_seconds
         registry = self._queue.started_job_registry
         entries: Any = self._redis.zrange(registry.key, 0, -1)
         composites = [entry.decode() for entry in entries if entry.isascii()]  # what is not, is none of RQ's
@@ -82,8 +89,11 @@ class Takeover:
                 pipe.pttl(_execution_key(composite))
             leases_ms = pipe.execute()
         for composite, lease_ms in zip(composites, leases_ms, strict=True):
-            if lease_ms == _NO_SUCH_KEY:
-                self._put_back(registry.key, composite)
+            if lease_ms != _NO_SUCH_KEY:
+                continue
+            self._put_back(registry.key, composite)
+            if time.monotonic() >= late_at:
+                return 0.0
         return min((ms / 1000 for ms in leases_ms if ms >= 0), default=math.inf)
 
     def _put_back(self, registry_key: str, composite: str) -> None:
@@ -124,17 +134,22 @@ class Takeover:
         key, journal_key = JsonJob.key_for(dead.job_id), names.journal(dead.job_id)
         runs = ExecutionRegistry(dead.job_id, self._redis)
         pipe.watch(dead.key, key, registry_key, journal_key, runs.key)
-        if pipe.exists(dead.key) or pipe.zscore(registry_key, composite) is None:
+        with self._redis.pipeline(transaction=False) as reads:  # in one trip; `pipe` would make one of each
+            reads.exists(dead.key)
+            reads.zscore(registry_key, composite)
+            reads.hgetall(key)
+            reads.xlen(journal_key)
+            reads.xrevrange(journal_key, count=1)
+            reads.zrange(runs.key, 0, -1)
+            is_alive, score, fields, num_events, last, run_ids = reads.execute()
+        if is_alive or score is None:
             return False
-        fields: Any = pipe.hgetall(key)
-        num_events = pipe.xlen(journal_key)
-        last: Any = pipe.xrevrange(journal_key, count=1)
         is_whole = has_ended(read_journal(last))
         job = restored(dead.job_id, fields, self._redis) if fields else None
         goes_on = (
             job is not None
             and job.get_status(refresh=False) == JobStatus.STARTED
-            and not _runs_elsewhere(pipe, runs)
+            and not _runs_elsewhere(pipe, dead, run_ids)
         )
         pipe.multi()
         pipe.zrem(registry_key, composite)
@@ -186,11 +201,10 @@ class Takeover:
                 log.warning("job %s was taken and never begun; it is back in front of the queue", job_id)
 
 
-def _runs_elsewhere(pipe: Pipeline, runs: ExecutionRegistry) -> bool:
-    """Whether one of a job's executions holds its lease."""
-    ids: Any = pipe.zrange(runs.key, 0, -1)
-    composites = [f"{runs.job_id}:{execution_id.decode(errors='replace')}" for execution_id in ids]
-    return any(pipe.exists(_execution_key(composite)) for composite in composites)
+def _runs_elsewhere(pipe: Pipeline, dead: Execution, run_ids: list[bytes]) -> bool:
+    """Whether one of a job's other executions holds its lease."""
+    others = {execution_id.decode(errors="replace") for execution_id in run_ids} - {dead.id}
+    return any(pipe.exists(_execution_key(f"{dead.job_id}:{other}")) for other in others)
 
 
 def _execution_key(composite: str) -> str:

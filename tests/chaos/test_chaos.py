@@ -65,12 +65,12 @@ def _is_served(running: Chaos) -> bool:
 
 
 def test_a_bad_network(running: Chaos) -> None:
-    """Redis behind 20 ms of latency and connections that are torn off again and again: every stream is exact."""
+    """Redis behind 20 ms of latency and connections that are torn off again and again, in mid-step: every stream is exact."""
     with Proxy(running.pool.redis_port) as proxy:
         running.pool.redis_url = f"redis://127.0.0.1:{proxy.port}/0"
         running.start(2)
         proxy.delay_seconds = 0.02
-        with chaos.running(running.load, 8, 5 * STEPS_PER_SECOND, running.outcome):
+        with chaos.running(running.load, 32, 5 * STEPS_PER_SECOND, running.outcome):
             for _ in range(3):
                 time.sleep(1.0)
                 proxy.reset_all()

@@ -72,6 +72,15 @@ def test_max_tokens_is_exact(engine: MLXEngine) -> None:
         assert tokens[-1].finish_reason == "length"
 
 
+def test_nothing_is_left_to_be_generated(engine: MLXEngine) -> None:
+    """An answer that others made as long as it may become here, or longer, is taken and has no row."""
+    job = chat("a", max_tokens=3)
+    for num_done in (3, 5):
+        inserted = engine.insert(job, engine.encode(job), [28] * num_done)
+        assert (inserted.max_tokens, len(inserted.replayed_texts)) == (3, num_done)
+        assert engine.num_rows == 0
+
+
 def test_a_batch_equals_one_after_another(engine: MLXEngine) -> None:
     """Greedy rows together give what each gives alone (float32), whatever their lengths."""
     jobs = [chat(str(i), f"Tell me about {'the number ' * i}{i}.", max_tokens=5 + i) for i in range(4)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 import time
@@ -18,6 +19,8 @@ from common.redis_server import arguments
 from common.rq import JsonJob, JsonQueue
 from tests.conftest import unused_port
 from tests.redis.pool_of_workers import LEASE_SECONDS, Workers, exact, wait_until
+from worker.background_journal import LARGE_ROWS
+from worker.takeover import Takeover
 
 
 @pytest.fixture
@@ -75,6 +78,22 @@ def test_only_the_books_are_missing(workers: Workers) -> None:
     assert workers.journal(job) == [Delta(1, 1, " 1"), terminal]
     workers.listen()
     assert workers.events[job] == []
+
+
+def test_a_takeover_of_many_lets_heartbeats_through(workers: Workers) -> None:
+    """On a slow network each job takes its time: one look puts back what it has time for, and the next one goes on."""
+    queue = JsonQueue("m", connection=workers.client)
+    jobs = [workers.submit() for _ in range(3)]
+    for job in jobs:
+        workers.client.lrem(queue.key, 1, job)
+        workers.client.hset(JsonJob.key_for(job), "status", "started")
+        workers.client.zadd(queue.started_job_registry.key, {f"{job}:gone": time.time() + 3600})
+    takeover = Takeover(queue, live_ttl_seconds=60, final_ttl_seconds=60, most_seconds=0.0)
+    for num_back in (1, 2, 3):
+        assert takeover.run() == 0.0
+        assert queue.count == num_back
+    assert takeover.run() == math.inf
+    assert sorted(queue.job_ids) == sorted(jobs)
 
 
 def test_a_job_falls_to_a_worker_that_sleeps(workers: Workers) -> None:
@@ -176,15 +195,18 @@ def test_redis_goes_and_comes_back(server_binary: str, tmp_path: Path) -> None:
         assert worker.end() == 0
 
 
-def test_sigterm_while_redis_is_away(server_binary: str, tmp_path: Path) -> None:
-    """A worker that is asked to end does so in a few seconds, though it has rows and nobody to tell."""
+@pytest.mark.parametrize("num_jobs", [1, 2 * LARGE_ROWS])
+def test_sigterm_while_redis_is_away(server_binary: str, tmp_path: Path, num_jobs: int) -> None:
+    """A worker that is asked to end does so in a few seconds and well, though it has rows, few or many, and nobody to tell."""
     with own_server(server_binary, tmp_path) as server, Workers(server.url) as workers:
         worker = workers.start()
-        job = workers.submit(max_tokens=5000)
-        wait_until(lambda: workers.has_token(job))
+        jobs = [workers.submit(max_tokens=5000) for _ in range(num_jobs)]
+        wait_until(lambda: workers.has_token(*jobs))
         server.kill()
         worker.send(signal.SIGTERM)
-        worker.process.wait(15)
+        log = worker.process.communicate(timeout=15)[1]
+        assert worker.process.returncode == 0
+        assert "Traceback" not in log
 
 
 def test_an_id_twice_in_the_queue(workers: Workers) -> None:

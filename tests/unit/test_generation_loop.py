@@ -222,6 +222,17 @@ def test_a_journal_that_has_ended_only_needs_the_books(terminal: Any, outcome: O
     assert bench.journal.entries == {}
 
 
+def test_more_was_generated_than_there_is_room_for_here() -> None:
+    """A worker with less memory takes over an answer longer than its own context: it ends by its length, not as an error."""
+    bench = Bench()
+    bench.journal.entries["a"] = [None] * 4  # type: ignore[list-item]  # written by another worker
+    bench.turn(admit("a", "a-2", [Delta(n, n, f" {n}") for n in range(1, 5)], max_tokens=3))
+    bench.turn_until(lambda: bool(bench.settled))
+    assert decode_event(bench.journal.entries["a"][4].event) == Finished(5, "length", Usage(1, 4))
+    assert [s.outcome for s in bench.settled] == [Outcome.FINISHED]
+    assert bench.engine.num_rows == 0
+
+
 def test_a_refused_request_fails_alone() -> None:
     """What the engine says to one request is that request's error; whatever else it raises is a 500 without internals."""
     bench = Bench()
