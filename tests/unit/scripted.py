@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from queue import SimpleQueue
+from typing import Any
 
 from common.errors import RequestError
 from common.protocol import GenerationJob, SamplingParams, TextPrompt, decode_event
@@ -11,7 +12,7 @@ from worker.answer_parser import AnswerParser
 from worker.engine import Inserted, ModelInfo, RowFailure, StepEvent, StepToken
 from worker.generation_loop import GenerationLoop
 from worker.journal import Receipt, Row
-from worker.messages import Message, Settlement
+from worker.messages import Admit, Message, Settlement
 
 
 def make_job(
@@ -164,3 +165,14 @@ class Bench:
 
 def refusal(message: str = "no") -> RequestError:
     return RequestError(message, param="prompt")
+
+
+def admit(
+    job_id: str,
+    execution_id: str | None = None,
+    journal: list[Any] | None = None,
+    *,
+    is_suspect: bool = False,
+    **job: Any,
+) -> Admit:
+    return Admit(make_job(job_id, **job), execution_id or f"{job_id}-1", [0], journal or [], is_suspect)

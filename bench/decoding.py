@@ -1,0 +1,149 @@
+"""A decode step of the worker's batch against one of mlx-lm's own, in one process, on the same model and rows.
+
+`python -m bench.decoding` interleaves rounds of mlx-lm's `BatchGenerator` as it comes, of the worker's batch in it
+(`worker.mlx_decoding`), and of the worker's whole generation loop with a journal that writes nothing. "Even" rows have prompts
+of one length, which need no padding, "uneven" ones have not. Decode steps alone are timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import Any
+
+from bench.meter import wait_until_quiet
+from bench.table import Table, say
+from common.protocol import GenerationJob, SamplingParams, TokenPrompt
+from common.settings import Settings
+from worker.generation_loop import GenerationLoop
+from worker.journal import Receipt, Row
+from worker.messages import Admit, Message, Withdraw, Withdrawal
+from worker.mlx_engine import MLXEngine
+
+PATIENCE_SECONDS = 60.0
+PROMPT_TOKENS = 45
+MOST_PADDING = 23
+NUM_ROWS = (1, 8, 32)
+
+
+class NoJournal:
+    """Takes everything, writes nothing."""
+
+    def send(self, rows: Sequence[Row]) -> None:
+        """As `worker.journal.Journal.send`."""
+
+    def collect(self) -> Receipt:
+        """As `worker.journal.Journal.collect`."""
+        return Receipt()
+
+
+def prompts(num_rows: int, *, is_even: bool) -> list[list[int]]:
+    """Token ids for each row; what they say is of no account."""
+    whole = list(range(5, 5 + PROMPT_TOKENS))
+    return [whole if is_even else whole[i * 5 % MOST_PADDING :] for i in range(num_rows)]
+
+
+def raw(engine: MLXEngine, rows: list[list[int]], num_steps: int) -> float:
+    """Seconds of a step of mlx-lm's own batch, the median."""
+    import mlx.core as mx
+    from mlx_lm.generate import BatchGenerator
+
+    generator: Any = BatchGenerator(
+        engine._model,  # noqa: SLF001 (loaded once for both)
+        completion_batch_size=len(rows),
+        stream=mx.default_stream(mx.default_device()),
+    )
+    generator.close()
+    generator.insert(rows, max_tokens=[2 * num_steps + 100] * len(rows))
+    return _median_step(lambda: len(generator.next()[1]), len(rows), num_steps)
+
+
+def batch(engine: MLXEngine, rows: list[list[int]], num_steps: int) -> float:
+    """The same of the worker's batch."""
+    jobs = _jobs(rows, num_steps)
+    for job, prompt in zip(jobs, rows, strict=True):
+        engine.insert(job, prompt, [])
+    seconds = _median_step(lambda: len(engine._generator.next()), len(rows), num_steps)  # noqa: SLF001 (without its text)
+    for job in jobs:
+        engine.remove(job.job_id)
+    return seconds
+
+
+def loop(engine: MLXEngine, rows: list[list[int]], num_steps: int) -> float:
+    """The same of the whole loop: text, events and their encoding too."""
+    inbox: SimpleQueue[Message] = SimpleQueue()
+    generation = GenerationLoop(engine=engine, journal=NoJournal(), inbox=inbox, settle=lambda _: None)
+    jobs = _jobs(rows, num_steps)
+    for job, prompt in zip(jobs, rows, strict=True):
+        inbox.put(Admit(job, f"{job.job_id}-run", prompt))
+
+    def turn() -> int:
+        before = generation.num_tokens
+        generation.turn()
+        return generation.num_tokens - before
+
+    seconds = _median_step(turn, len(rows), num_steps)
+    for job in jobs:
+        inbox.put(Withdraw(job.job_id, Withdrawal.HANDED_OVER))
+    turn()
+    return seconds
+
+
+def _jobs(rows: list[list[int]], num_steps: int) -> list[GenerationJob]:
+    return [
+        GenerationJob(
+            job_id=f"{i:032d}",
+            model="m",
+            channel="c",
+            prompt=TokenPrompt(prompt),
+            max_tokens=2 * num_steps + 100,
+            sampling=SamplingParams(temperature=0.0),
+        )
+        for i, prompt in enumerate(rows)
+    ]
+
+
+def _median_step(step: Callable[[], int], num_rows: int, num_steps: int) -> float:
+    taken: list[float] = []
+    for _ in range(2 * num_steps + 90):
+        began = time.perf_counter()
+        if step() == num_rows:
+            taken.append(time.perf_counter() - began)
+        if len(taken) == num_steps:
+            break
+    return statistics.median(taken)
+
+
+def main() -> int:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(prog="python -m bench.decoding", description=__doc__)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--rows", type=int, nargs="+", default=list(NUM_ROWS), metavar="N")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20)
+    arguments = parser.parse_args()
+    engine = MLXEngine(Settings(model=arguments.model, max_batch=max(arguments.rows), prompt_cache_gb=0))
+    table = Table(["rows", "prompts", "mlx-lm, ms a step", "÷ mlx-lm: the batch", "the loop"])
+    for num_rows in arguments.rows:
+        for is_even in (True, False) if num_rows > 1 else (True,):
+            rows = prompts(num_rows, is_even=is_even)
+            raw(engine, rows, 5)
+            wait_until_quiet(PATIENCE_SECONDS)
+            rounds = [
+                [measure(engine, rows, arguments.steps) for measure in (raw, batch, loop)]
+                for _ in range(arguments.rounds)
+            ]
+            ratios = [statistics.median(r[k] / r[0] for r in rounds) for k in (1, 2)]
+            middle = statistics.median(r[0] for r in rounds)
+            name = "even" if is_even else "uneven"
+            table.add([str(num_rows), name, f"{1e3 * middle:.2f}", *(f"{ratio:.3f}" for ratio in ratios)])
+    say(f"medians of {arguments.rounds} interleaved rounds of {arguments.steps} steps")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""The worker's batch of decoding rows: with fewer operations in a step, the same tokens as mlx-lm's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlx_lm.generate import BatchGenerator
+
+from common.protocol import GenerationJob, SamplingParams, TokenPrompt
+from common.settings import Settings
+from worker.mlx_decoding import UnpaddedKVCache
+from worker.mlx_engine import MLXEngine
+
+EVEN = [list(range(100, 120)), list(range(200, 220))]
+SHORT = list(range(300, 309))
+
+
+@pytest.fixture(scope="module")
+def engine(demo_folder: Path) -> MLXEngine:
+    return MLXEngine(Settings(model=str(demo_folder), max_batch=4, prompt_cache_gb=0))
+
+
+def job(job_id: str, prompt: list[int], max_tokens: int, **sampling: Any) -> GenerationJob:
+    params = SamplingParams(temperature=0, **sampling)
+    return GenerationJob(
+        job_id=job_id,
+        model="m",
+        channel="c",
+        prompt=TokenPrompt(prompt),
+        max_tokens=max_tokens,
+        sampling=params,
+    )
+
+
+def of_mlx_lm(engine: MLXEngine, prompt: list[int], num_tokens: int) -> list[int]:
+    """What mlx-lm's own batch generates."""
+    generator: Any = BatchGenerator(engine._model)
+    generator.insert([prompt], max_tokens=[num_tokens])
+    found: list[int] = []
+    while len(found) < num_tokens:
+        found += [response.token for response in generator.next()[1]]
+    return found
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_padding_comes_and_goes(engine: MLXEngine, penalty: float) -> None:
+    """A shorter prompt joins two of one length, and leaves: masks come and go, all tokens are mlx-lm's.
+
+    Also where the newcomer has a logits processor, with which the whole batch takes mlx-lm's own step.
+    """
+    found: dict[str, list[int]] = {"a": [], "b": [], "c": []}
+    unpadded: list[bool] = []
+
+    def step() -> None:
+        for token in engine.step():
+            found[token.job_id].append(token.token_id)  # type: ignore[union-attr]  # no echo is asked for
+        batch = engine._generator._generator._generation_batch  # type: ignore[union-attr]  # this model can batch
+        if len(batch):
+            unpadded.append(all(isinstance(cache, UnpaddedKVCache) for cache in batch.prompt_cache))
+
+    for job_id, prompt in zip("ab", EVEN, strict=True):
+        engine.insert(job(job_id, prompt, 30), prompt, [])
+    while len(found["a"]) < 6:
+        step()
+    assert unpadded[-1]
+    engine.insert(job("c", SHORT, 6, repetition_penalty=penalty), SHORT, [])
+    while len(found["c"]) < 5:
+        step()
+    assert not unpadded[-1]
+    while engine.num_rows:
+        step()
+    assert unpadded[-1]
+    for job_id, prompt in zip("ab", EVEN, strict=True):
+        assert found[job_id] == of_mlx_lm(engine, prompt, 30)
+    if penalty == 1.0:
+        assert found["c"] == of_mlx_lm(engine, SHORT, 6)
