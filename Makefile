@@ -43,7 +43,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 up: install ## run Redis, the API and a worker until Ctrl-C
-	@$(BIN)/python -m common.up --workers $(WORKERS) --parent $$PPID
+	@$(BIN)/python -m common.up --workers="$(WORKERS)" --parent $$PPID
 
 test: install ## run the tests, or some of them: make test ARGS=tests/unit
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
