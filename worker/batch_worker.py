@@ -57,7 +57,6 @@ _LEASE_MARGIN_SECONDS = 0.01
 _DEAF_SECONDS = 0.5
 """Pause of the pub/sub thread after a lost connection; it subscribes again by itself."""
 
-
 _SHUTDOWN_PATIENCE_SECONDS = 2.0
 """How long a worker that ends waits for a Redis that is gone."""
 
@@ -303,8 +302,9 @@ class BatchWorker(BaseWorker):
 
     def _pubsub_exception_handler(self, exc: BaseException, *_args: Any) -> None:
         """Called on RQ's pub/sub thread. Stock lets all but a lost connection end it: a bad message would make us deaf."""
-        log.warning("a command could not be heard: %r", exc)
-        if isinstance(exc, redis.RedisError):
+        is_away = isinstance(exc, redis.RedisError)  # which the heartbeat says once, and when it is over
+        log.log(logging.DEBUG if is_away else logging.WARNING, "a command could not be heard: %r", exc)
+        if is_away:
             time.sleep(_DEAF_SECONDS)
 
     def _handle_control(self, message: dict[str, Any]) -> None:
