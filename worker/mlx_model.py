@@ -165,7 +165,7 @@ def cache_memory(loaded: LoadedModel, limit_gb: float | None) -> CacheMemory:
     if not memory.longest_row(_LEAST_CONTEXT_TOKENS):
         raise StartupError(
             f"the model's weights are {weight_bytes / 2**30:.1f} GB, which leaves no room for requests in "
-            f"{limit_bytes / 2**30:.1f} GB; take a smaller model, or give more with --memory-limit-gb"
+            f"{limit_bytes / 2**30:.3g} GB; take a smaller model, or give more with --memory-limit-gb"
         )
     return memory
 

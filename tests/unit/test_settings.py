@@ -53,6 +53,10 @@ def test_unknown_variable_is_refused_with_a_hint() -> None:
         StartupError, match=r"MLXPOOL_PROT is not a setting of mlx-pool; did you mean MLXPOOL_PORT\?"
     ):
         Settings.load({"MLXPOOL_PROT": "1"})
+    with pytest.raises(
+        StartupError, match=r"MLXPOOL_ZZZ is not a setting of mlx-pool; docs/settings\.md has all"
+    ):
+        Settings.load({"MLXPOOL_ZZZ": "1"})
 
 
 @pytest.mark.parametrize(
