@@ -19,8 +19,8 @@ from common.settings import DEMO_MODEL, EMBEDDED_REDIS_URL, PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
-REDIS_PATIENCE_SECONDS = 1.0
-"""A Redis of the operator's own is running already: it gets a second chance, and no more."""
+REDIS_PATIENCE_SECONDS = 2.0
+"""A Redis of one's own is running already, or is just starting in the same script."""
 
 
 def check(settings: Settings, models: Iterable[str]) -> None:

@@ -156,6 +156,7 @@ def test_first_minute(up: Up) -> None:
     assert up.ended(15) != 0
     assert time.monotonic() - interrupted_at < 10
     assert "Traceback" not in up.output
+    assert "***" not in up.output  # make's word for an error
     assert up.children() == []
     assert not _is_listening(up.port)
     assert not _is_listening(6399)
