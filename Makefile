@@ -3,12 +3,18 @@
 # Not settings, but variables of this file.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
-MLX ?= $(or $(patsubst .venv/.installed-%,%,$(firstword $(wildcard .venv/.installed-*))),cpu)
+MLX_BUILDS := cpu cuda12 cuda13
+MLX ?= $(or $(patsubst .venv/.installed-%,%,$(firstword $(wildcard $(MLX_BUILDS:%=.venv/.installed-%)))),cpu)
 WORKERS ?= 1
 ARGS ?=
 URL ?= http://127.0.0.1:8080
 KEY ?=
 ONLY ?=
+
+# Before anything is touched: pip only warns of an extra that it does not know, and would leave an environment without MLX.
+ifneq ($(filter-out $(MLX_BUILDS),$(MLX))$(words $(MLX)),1)
+$(error MLX is the build of MLX to install: cpu, cuda12 or cuda13, not '$(MLX)')
+endif
 
 given := $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v)))
 $(foreach v,$(filter-out MLXPOOL_% PYTHON MLX WORKERS ARGS URL KEY ONLY SHELL,$(given)),$(eval export MLXPOOL_$(v) = $$($(v))))
@@ -37,7 +43,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 up: install ## run Redis, the API and a worker until Ctrl-C
-	@$(BIN)/python -m common.up --workers $(WORKERS) --parent $$PPID
+	@$(BIN)/python -m common.up --workers="$(WORKERS)" --parent $$PPID
 
 test: install ## run the tests, or some of them: make test ARGS=tests/unit
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)

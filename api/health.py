@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import falcon
 import falcon.asgi
 import msgspec
@@ -20,13 +22,15 @@ class Unready(msgspec.Struct, frozen=True, tag_field="status", tag="unavailable"
     reason: str
 
 
-class HealthReport(msgspec.Struct, frozen=True, kw_only=True, tag_field="status", tag="ok"):
+class HealthReport(msgspec.Struct, frozen=True, kw_only=True):
     """What one API process sees.
 
     Attributes:
+        status: `degraded` while Redis is away: the process lives, and requests would fail.
         suspended: `rq suspend` is in force: requests are taken, and wait.
     """
 
+    status: Literal["ok", "degraded"]
     redis: bool
     suspended: bool
     models: int
@@ -58,9 +62,11 @@ class Health:
     async def on_get(self, _req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
         """This process runs, and what it sees."""
         models = self._directory.served
+        has_redis = self._relay.is_connected and self._directory.is_fresh
         resp.data = msgspec.json.encode(
             HealthReport(
-                redis=self._relay.is_connected and self._directory.is_fresh,
+                status="ok" if has_redis else "degraded",
+                redis=has_redis,
                 suspended=self._directory.is_suspended,
                 models=len(models),
                 workers=sum(model.num_workers for model in models),

@@ -77,7 +77,7 @@ def read(path: Path) -> Keys:
         return msgspec.json.decode(path.read_bytes(), type=Keys)
     except FileNotFoundError:
         raise StartupError(
-            f"the key file {path} does not exist; `python -m api.keys add NAME` makes it"
+            f"the key file {path} does not exist; `.venv/bin/python -m api.keys add NAME` makes it"
         ) from None
     except OSError as error:
         raise StartupError(f"the key file {path} cannot be read: {error.strerror}") from None

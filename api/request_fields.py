@@ -99,6 +99,8 @@ _PLACE = re.compile(
     r"^(?P<what>.*) - at (?:`key` in )?`\$\.?(?P<where>[^`]*)`$", re.DOTALL
 )  # the last: words may be quoted
 _HALF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
+_TYPES = re.compile(r"`[a-z]+(?: \| [a-z]+)*`")
+_JSON_NAMES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
 _BEYOND_RANGE = re.compile(r"^(Expected .* [<>]=? .*|.*out of range)$")
 
 
@@ -140,9 +142,26 @@ def _refused(message: str) -> Exception:
         param = f"{param}.{unknown[1][:MAX_NAME_SHOWN]}"
         return invalid(f"Unknown parameter: `{param}`.", param, "unknown_parameter")
     if param is None:
-        return invalid(f"The request body is not what it should be: {message}.")
+        return invalid(f"The request body is not what it should be: {_in_json_names(message)}.")
     code = "value_out_of_range" if _BEYOND_RANGE.match(what) else None
+    what = _in_json_names(what)
     return invalid(f"Invalid value for `{param}`: {what[0].lower()}{what[1:MAX_SHOWN]}.", param, code)
+
+
+def _in_json_names(what: str) -> str:
+    """msgspec (0.22) calls some types as Python does: a client knows those of JSON."""
+    if not what.startswith("Expected "):  # it may quote the client
+        return what
+    expected, got, came = what.partition(", got ")
+    # In JSON an integer is a number, too: `float` says what came instead.
+    if "`int" not in expected or came != "`float`":
+        came = _TYPES.sub(_json_name, came)
+    return _TYPES.sub(_json_name, expected) + got + came
+
+
+def _json_name(found: re.Match[str]) -> str:
+    names = found[0].strip("`").split(" | ")
+    return f"`{' | '.join(_JSON_NAMES.get(name, name) for name in names)}`"
 
 
 def check_neutral(body: Body, neutral: Mapping[str, tuple[Any, ...]]) -> None:

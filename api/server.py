@@ -10,6 +10,7 @@ import functools
 import ipaddress
 import logging
 import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +126,17 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def main() -> int:
+    """Say in one sentence why gunicorn would not start with these settings, if so: `make up` asks; the exit status."""
+    try:
+        options(Settings.load())
+    except StartupError as error:
+        sys.stderr.write(f"mlx-pool: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,6 +12,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from common.errors import StartupError
+from common.settings import EMBEDDED_REDIS_URL
 
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 15.0
@@ -27,21 +28,22 @@ _EXAMPLE = "redis://:PASSWORD@HOST:6379/0"
 
 # NOTE: retry=0. redis-py 8 repeats a command by itself after a dropped connection, also one that the server has already
 # carried out: a MULTI that enqueues would run twice. What may be repeated is decided where the command is sent.
-def _options(url: str) -> dict[str, Any]:
-    options: dict[str, Any] = {"socket_connect_timeout": CONNECT_SECONDS, "socket_timeout": ANSWER_SECONDS}
+def _options(url: str, answer_seconds: float = ANSWER_SECONDS) -> dict[str, Any]:
+    connect_seconds = min(CONNECT_SECONDS, answer_seconds)
+    options: dict[str, Any] = {"socket_connect_timeout": connect_seconds, "socket_timeout": answer_seconds}
     if not url.startswith("unix:"):  # whose connections know no such thing (redis-py 8.1)
         options["socket_keepalive"] = True
     return options
 
 
-def connect(url: str) -> redis.Redis:
+def connect(url: str, answer_seconds: float = ANSWER_SECONDS) -> redis.Redis:
     """A blocking client; it connects at its first command.
 
     Raises:
         StartupError: The URL is not one of Redis.
     """
     try:
-        return redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **_options(url))
+        return redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **_options(url, answer_seconds))
     except ValueError as error:
         raise _bad_url(error) from None
 
@@ -68,12 +70,19 @@ def refusal(client: redis.Redis | redis.asyncio.Redis, error: redis.Authenticati
     """The sentence for a Redis that does not let us in."""
     if client.connection_pool.connection_kwargs.get("password") is None:
         return f"Redis at {_where(client)} wants a password in MLXPOOL_REDIS_URL: {_EXAMPLE}"
-    return f"Redis at {_where(client)} refuses the password in MLXPOOL_REDIS_URL ({error})"
+    return f"Redis at {_where(client)} refuses the password in MLXPOOL_REDIS_URL ({error}); put the right one there: {_EXAMPLE}"
 
 
 def _where(client: redis.Redis | redis.asyncio.Redis) -> str:
     options = client.connection_pool.connection_kwargs
     return str(options.get("path") or f"{options.get('host')}:{options.get('port')}")
+
+
+def _start(client: redis.Redis) -> str:
+    """How there will be a Redis."""
+    if f"redis://{_where(client)}/0" == EMBEDDED_REDIS_URL:
+        return "`make up` runs one there; or set MLXPOOL_REDIS_URL to the one to use"
+    return "start it, or set MLXPOOL_REDIS_URL to the one to use"
 
 
 def check(client: redis.Redis, patience_seconds: float = START_SECONDS) -> None:
@@ -91,7 +100,7 @@ def check(client: redis.Redis, patience_seconds: float = START_SECONDS) -> None:
         except redis.RedisError as error:
             if time.monotonic() > deadline:
                 raise StartupError(
-                    f"no Redis answers at {_where(client)} ({error}); start it, or set MLXPOOL_REDIS_URL to the one to use"
+                    f"no Redis answers at {_where(client)} ({error}); {_start(client)}"
                 ) from None
             time.sleep(START_POLL_SECONDS)
         else:

@@ -57,3 +57,9 @@ def unavailable(message: str, retry_after_seconds: float = 1.0, code: str | None
     return RequestError(
         message, status=503, type="server_error", code=code, retry_after_seconds=retry_after_seconds
     )
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as the end of a sentence."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

@@ -130,6 +130,19 @@ def run(settings: Settings, signals: list[int]) -> None:
                 _end(server)
 
 
+def check(settings: Settings) -> None:
+    """Make sure that `run` can start the server; a server of ours whose `make up` was killed is ended.
+
+    Raises:
+        StartupError: It cannot.
+    """
+    port = _port(settings.redis_url)
+    find_server()
+    folder = data_folder(settings, port)
+    with _only_one(folder, port):
+        _free_port(f"redis://{HOST}:{port}/0", folder, port)
+
+
 def _start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
     """Start the server, with nothing of ours but the log file open, which begins anew.
 
@@ -172,7 +185,7 @@ def _only_one(folder: Path, port: int) -> Iterator[None]:
         except BlockingIOError:
             raise StartupError(
                 f"the embedded Redis is already running on port {port}, in another `make up`: end that one first, or give"
-                " each pool a Redis of its own with MLXPOOL_REDIS_URL"
+                " each pool a Redis of its own (README.md, 'Two pools')"
             ) from None
         yield
 
@@ -186,7 +199,7 @@ def _free_port(url: str, folder: Path, port: int) -> None:
     if _is_free(port):
         return
     try:
-        with connections.connect(url) as client:
+        with connections.connect(url, SERVER_ENDS_SECONDS) as client:
             config: Any = client.config_get("dir")
             if Path(config["dir"]).samefile(folder):
                 _say("ending the server of a `make up` that was killed")

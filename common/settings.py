@@ -154,7 +154,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             name = variable.removeprefix(PREFIX).lower()
             if name not in fields or variable != variable.upper():
                 near = difflib.get_close_matches(name, fields, 1)
-                hint = f"; did you mean {PREFIX}{near[0].upper()}?" if near else ""
+                hint = (
+                    f"; did you mean {PREFIX}{near[0].upper()}?"
+                    if near
+                    else "; docs/settings.md has all of them"
+                )
                 raise StartupError(f"{variable} is not a setting of mlx-pool{hint}")
             if text != "":
                 values[name] = text

@@ -7,7 +7,6 @@ workers as commands: it imports neither.
 from __future__ import annotations
 
 import argparse
-import errno
 import http.client
 import io
 import json
@@ -15,7 +14,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Iterable, Mapping
@@ -28,11 +26,10 @@ from honcho.environ import parse_procfile
 from honcho.manager import Manager
 from honcho.printer import Message, Printer
 
+from common import preflight
 from common.errors import StartupError
 from common.settings import EMBEDDED_REDIS_URL, PREFIX, Settings
 from common.supervise import CANNOT_START, when_gone
-
-ROOT = Path(__file__).resolve().parent.parent
 
 DRAIN_SECONDS = 1.0
 """The whole pool ends with Ctrl-C: nobody is left to hear what a worker would finish."""
@@ -43,6 +40,7 @@ READY_ANSWERS = 4
 """So many answers per API process have to agree: the kernel chooses which process a connection goes to."""
 
 EXIT_INTERRUPTED = 130
+"""What honcho 2.0 returns after a Ctrl-C."""
 
 
 class Reasons(Printer):  # type: ignore[misc]  # honcho has no types
@@ -169,51 +167,17 @@ def banner(settings: Settings, models: list[str]) -> str:
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
     }
     rq = os.path.relpath(Path(sys.executable).with_name("rq"))
-    # A URL of the operator's own may hold a password.
-    is_embedded = settings.redis_url == EMBEDDED_REDIS_URL
-    redis_url = EMBEDDED_REDIS_URL if is_embedded else f'"${PREFIX}REDIS_URL"'
+    redis_url, export = shlex.quote(settings.redis_url), ""
+    if set(settings.redis_url) & set("@?"):  # behind which there may be a password
+        redis_url = f'"${PREFIX}REDIS_URL"'
+        export = f"              (export {PREFIX}REDIS_URL there first: it may hold a password, so it is not shown)\n"
     key = "" if settings.api_keys_file is None else " -H 'Authorization: Bearer YOUR_KEY'"
     return (
         f"\nmlx-pool is ready at {url}/v1 and serves {', '.join(models)}. Try it:\n\n"
         f"  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body))}\n\n"
-        f"Look inside:  {rq} info --url {redis_url}\n"
+        f"Look inside:  {rq} info --url {redis_url}\n{export}"
         "Stop it:      Ctrl-C\n\n"
     )
-
-
-def check_port(settings: Settings) -> None:
-    """Make sure that the API can listen.
-
-    Raises:
-        StartupError: It cannot.
-    """
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM
-        )[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except socket.gaierror as error:
-        raise StartupError(f"{PREFIX}HOST={settings.host} is no address ({error.strerror})") from None
-    except OSError as error:
-        where = f"the API cannot listen on {settings.host}:{settings.port}"
-        if error.errno == errno.EADDRNOTAVAIL:
-            raise StartupError(
-                f"{where}: {PREFIX}HOST is no address of this machine; 0.0.0.0 is all that it has"
-            ) from None
-        if error.errno != errno.EADDRINUSE:
-            raise StartupError(f"{where} ({error.strerror})") from None
-        second = (
-            ""
-            if settings.redis_url != EMBEDDED_REDIS_URL
-            else " (a second pool on this machine also needs a Redis of its own, which you start:"
-            " make up REDIS_URL=redis://127.0.0.1:6380/0)"
-        )
-        raise StartupError(
-            f"{where}: the port is in use; end what listens there, or take another: make up PORT={settings.port % 65535 + 1}"
-            + second
-        ) from None
 
 
 def worker_settings(settings: Settings) -> list[Settings]:
@@ -231,8 +195,9 @@ def worker_settings(settings: Settings) -> list[Settings]:
     workers = [msgspec.structs.replace(settings, model=model) for model in models]
     ids = [worker.model_id for worker in workers]
     if len(set(ids)) < len(ids):
+        hint = "; for two workers of one model: WORKERS=2" if len(set(models)) < len(models) else ""
         raise StartupError(
-            f"two of the models {settings.model} would both be called {max(ids, key=ids.count)}"
+            f"two of the models {settings.model} would both be called {max(ids, key=ids.count)}{hint}"
         )
     return workers
 
@@ -247,7 +212,7 @@ def add_processes(pool: Manager, workers: list[Settings], num_each: int, environ
         "PATH": f"{python}{os.pathsep}{environ.get('PATH', os.defpath)}",
         "PYTHONUNBUFFERED": "1",
     }
-    commands = parse_procfile((ROOT / "Procfile").read_text()).processes
+    commands = parse_procfile((preflight.ROOT / "Procfile").read_text()).processes
     for name, plain in commands.items():
         command = (
             f"exec python -m common.supervise --group --parent {os.getpid()} {plain.removeprefix('exec ')}"
@@ -255,13 +220,13 @@ def add_processes(pool: Manager, workers: list[Settings], num_each: int, environ
         if name == "redis" and workers[0].redis_url != EMBEDDED_REDIS_URL:
             continue
         if name != "worker":
-            pool.add_process(name, command, env=common, cwd=str(ROOT))
+            pool.add_process(name, command, env=common, cwd=str(preflight.ROOT))
             continue
         num_workers = len(workers) * num_each
         for i in range(num_workers):
             env = common | {f"{PREFIX}MODEL": workers[i // num_each].model}
             pool.add_process(
-                "worker" if num_workers == 1 else f"worker.{i + 1}", command, env=env, cwd=str(ROOT)
+                "worker" if num_workers == 1 else f"worker.{i + 1}", command, env=env, cwd=str(preflight.ROOT)
             )
 
 
@@ -272,15 +237,15 @@ def run(argv: list[str] | None = None) -> int:
         StartupError: It cannot start.
     """
     parser = argparse.ArgumentParser(prog="python -m common.up", description="Everything on this machine.")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="worker processes for each model")
+    parser.add_argument("--workers", default="1", metavar="N", help="worker processes for each model")
     parser.add_argument("--parent", type=int, metavar="PID", help="end when this process is gone")
     arguments = parser.parse_args(argv)
-    num_each: int = arguments.workers
+    num_each = int(arguments.workers) if arguments.workers.isdecimal() else 0
     if num_each < 1:
-        raise StartupError(f"WORKERS must be at least 1, not {num_each}")
+        raise StartupError(f"WORKERS must be a whole number from 1 on, not {arguments.workers!r}")
     settings = Settings.load()
     workers = worker_settings(settings)
-    check_port(settings)
+    preflight.check(settings, [worker.model for worker in workers])
     pool = Pool(settings, [worker.model_id for worker in workers], arguments.parent)
     add_processes(pool, workers, num_each, os.environ)
     pool.loop()
@@ -291,14 +256,15 @@ def run(argv: list[str] | None = None) -> int:
 
 
 def main() -> int:
-    """Run the pool; the exit status. One sentence instead of a traceback."""
+    """Run the pool; the exit status. One sentence instead of a traceback, and no failure (make would say one) after Ctrl-C."""
     try:
-        return run()
+        status = run()
     except StartupError as error:
         sys.stderr.write(f"mlx-pool: {error}\n")
         return 1
     except KeyboardInterrupt:  # before honcho listens for it
-        return EXIT_INTERRUPTED
+        return 0
+    return 0 if status == EXIT_INTERRUPTED else status
 
 
 if __name__ == "__main__":

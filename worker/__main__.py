@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from logging import getLogger
 
 from common import connections, logging
 from common.errors import StartupError
@@ -23,7 +24,10 @@ FLAGS = (
     "trust_remote_code",
     "cache_limit_gb",
     "memory_limit_gb",
+    "prompt_cache_gb",
     "prefill_step_tokens",
+    "request_seconds",
+    "queue_seconds",
     "wired_limit",
     "lease_seconds",
     "stall_seconds",
@@ -57,6 +61,8 @@ class WorkerFlags:
         return from_arguments(self.arguments)
 
 
+log = getLogger("worker")
+
 _SWITCH_SECONDS = 0.0005
 
 
@@ -80,6 +86,7 @@ def run(flags: WorkerFlags, make_engine: Callable[[Settings], Engine], argv: lis
 
 
 def _load_engine(settings: Settings) -> Engine:
+    log.info("loading %s", settings.model)
     from worker.mlx_engine import MLXEngine
 
     return MLXEngine(settings)

@@ -306,8 +306,9 @@ class BatchWorker(BaseWorker):
 
     def _pubsub_exception_handler(self, exc: BaseException, *_args: Any) -> None:
         """Called on RQ's pub/sub thread. Stock lets all but a lost connection end it: a bad message would make us deaf."""
-        log.warning("a command could not be heard: %r", exc)
-        if isinstance(exc, redis.RedisError):
+        is_away = isinstance(exc, redis.RedisError)  # which the heartbeat says once, and when it is over
+        log.log(logging.DEBUG if is_away else logging.WARNING, "a command could not be heard: %r", exc)
+        if is_away:
             time.sleep(_DEAF_SECONDS)
 
     def _handle_control(self, message: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +137,16 @@ def _wait(download: subprocess.Popen[bytes], folder: Path) -> int:
         try:
             return download.wait(_PROGRESS_SECONDS)
         except subprocess.TimeoutExpired:
-            num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            logger.info("demo model: %d MB so far", num_bytes // 1_000_000)
+            logger.info("demo model: %d MB so far", _num_bytes(folder) // 1_000_000)
+
+
+def _num_bytes(folder: Path) -> int:
+    """What has come of the one file: pip copies it out of its temporary folder at the end, and then it is there twice."""
+    sizes = []
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # it was temporary
+            sizes.append(path.stat().st_size if path.is_file() else 0)
+    return max(sizes, default=0)
 
 
 def _config(metadata: dict[str, Any]) -> dict[str, Any]:

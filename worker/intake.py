@@ -133,6 +133,7 @@ class Intake:
         self._num_workers = num_workers
         self._max_batch = slots.qsize()
         self._suspects_since = math.inf
+        self._complaint = ""
         self.is_taking = False
         self._workers_key = f"{RQ_KEY_PREFIX}:workers:{self._queue.name}"
 
@@ -148,8 +149,9 @@ class Intake:
                 if num_slots:
                     self._defer(num_slots)
                     num_used = self._fill(num_slots)
+                    self._complaint = ""
             except redis.RedisError as error:
-                log.warning("no job can be taken: %s", error)
+                self._complain(error)
                 time.sleep(_RETRY_SECONDS)
             except Exception:
                 log.exception(
@@ -160,6 +162,13 @@ class Intake:
                 self.is_taking = False
                 for _ in range(num_slots - num_used):
                     self._slots.put(None)
+
+    def _complain(self, error: redis.RedisError) -> None:
+        """Once of each reason. That Redis is away, or answers again, is said by the heartbeat."""
+        is_away = isinstance(error, redis.ConnectionError | redis.TimeoutError)
+        is_said = is_away or str(error) == self._complaint
+        self._complaint = str(error)
+        log.log(logging.DEBUG if is_said else logging.WARNING, "no job can be taken: %s", error)
 
     def _defer(self, num_slots: int) -> None:
         """Redis hands a job to whoever has waited longest; a worker that has rows comes a moment later than one without."""

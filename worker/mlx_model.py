@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from common.errors import StartupError
+from common.errors import StartupError, one_line
 from common.settings import Settings
 from worker import filling, model_folder
 from worker.cache_memory import CacheCost, CacheMemory
@@ -126,9 +126,7 @@ def load_model(settings: Settings) -> LoadedModel:
         )
     except Exception as error:  # mlx-lm and transformers raise whatever a bad file made them trip over
         logger.debug("loading %s failed", folder, exc_info=True)
-        raise StartupError(
-            f"the model in {folder} cannot be loaded: {model_folder.one_line(error)}"
-        ) from None
+        raise StartupError(f"the model in {folder} cannot be loaded: {one_line(error)}") from None
     model, tokenizer, config = loaded
     if settings.use_default_chat_template:
         _use_default_chat_template(tokenizer)
@@ -167,7 +165,7 @@ def cache_memory(loaded: LoadedModel, limit_gb: float | None) -> CacheMemory:
     if not memory.longest_row(_LEAST_CONTEXT_TOKENS):
         raise StartupError(
             f"the model's weights are {weight_bytes / 2**30:.1f} GB, which leaves no room for requests in "
-            f"{limit_bytes / 2**30:.1f} GB; take a smaller model, or give more with --memory-limit-gb"
+            f"{limit_bytes / 2**30:.3g} GB; take a smaller model, or give more with --memory-limit-gb"
         )
     return memory
 
@@ -324,7 +322,7 @@ def _chat_template(text_or_path: str) -> str:
         return Path(text_or_path).expanduser().read_text()
     except OSError as error:
         raise StartupError(
-            f"--chat-template is neither a Jinja template nor a file that can be read: {model_folder.one_line(error)}"
+            f"--chat-template is neither a Jinja template nor a file that can be read: {one_line(error)}"
         ) from None
 
 

@@ -1,16 +1,15 @@
 """Where a model's files are: a folder of the user's, the converted demo model, or a repository of the hub.
 
-Called by `mlx_model` before it loads. Says in one sentence what is wrong with a folder; knows nothing of MLX.
+Called by `mlx_model` before it loads. Says in one sentence why the hub gives nothing; knows nothing of MLX.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 from pathlib import Path
 
-from common.errors import StartupError
+from common import local_model
+from common.errors import StartupError, one_line
 from common.settings import DEMO_MODEL, Settings
 
 log = logging.getLogger(__name__)
@@ -30,36 +29,7 @@ def find(settings: Settings, hub_patterns: list[str]) -> Path:
         from worker.demo_model import ensure_demo_model  # which converts through this module
 
         return ensure_demo_model(settings.cache_dir)
-    folder = Path(name).expanduser()
-    if folder.exists():
-        return _checked(folder)
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII):
-        raise StartupError(f"the model folder {name} does not exist")
-    return _checked(_from_hub(name, hub_patterns))
-
-
-def _checked(folder: Path) -> Path:
-    """Make sure that a folder holds an MLX model.
-
-    Raises:
-        StartupError: It does not; says what is missing.
-    """
-    if not folder.is_dir():
-        raise StartupError(
-            f"{folder} is a file; --model takes a folder with a model in MLX's format, or a repository"
-        )
-    config = folder / "config.json"
-    try:
-        is_model = "model_type" in json.loads(config.read_text())
-    except FileNotFoundError:
-        raise StartupError(f"{folder} holds no model: there is no config.json in it") from None
-    except (OSError, ValueError) as error:
-        raise StartupError(f"{config} cannot be read: {one_line(error)}") from None
-    if not is_model:
-        raise StartupError(f"{config} names no model_type, so this is no model that mlx-lm can load")
-    if not any(folder.glob("model*.safetensors")):
-        raise StartupError(f"{folder} holds no weights: there is no model*.safetensors in it")
-    return folder
+    return local_model.given(name) or local_model.checked(_from_hub(name, hub_patterns))
 
 
 def _from_hub(repository: str, patterns: list[str]) -> Path:
@@ -87,9 +57,3 @@ def _from_hub(repository: str, patterns: list[str]) -> Path:
         ) from None
     except OSError as error:  # HTTP errors of the hub are OSErrors too, as is a full disk
         raise StartupError(f"{repository} cannot be downloaded from the hub: {one_line(error)}") from None
-
-
-def one_line(error: BaseException) -> str:
-    """An exception as the end of a sentence."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

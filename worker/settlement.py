@@ -71,7 +71,9 @@ class Settler:
             try:
                 self._write(settlement, execution)
             except (redis.ConnectionError, redis.TimeoutError) as error:
-                log.warning("job %s cannot be settled: %s", settlement.job_id, error)
+                log.debug(
+                    "job %s cannot be settled: %s", settlement.job_id, error
+                )  # the heartbeat warns, once
                 if self._given_up():
                     return
                 time.sleep(_RETRY_SECONDS)
@@ -128,12 +130,23 @@ def _result(terminal: Finished | Failed | None) -> dict[str, Any]:
     }
 
 
+_ENDED = {
+    Outcome.FINISHED: "finished before it began here",
+    Outcome.FAILED: "failed before it began here",
+    Outcome.STOPPED: "stopped before it began here",
+    Outcome.FENCED: "its lease was lost, and it goes on with another",
+    Outcome.HANDED_OVER: "handed over to another worker",
+    Outcome.CRASHED: "a step failed with it, it is tried again",
+}
+"""How a job left that has no line of its own about tokens."""
+
+
 def log_end(settlement: Settlement) -> None:
     """One INFO line a request that ended here; never its text."""
     sequence, terminal = settlement.sequence, settlement.terminal
     if sequence is None or settlement.outcome in (Outcome.FENCED, Outcome.HANDED_OVER, Outcome.CRASHED):
-        reason = terminal.message if isinstance(terminal, Failed) else ""
-        log.info("job %s: %s here %s", settlement.job_id, settlement.outcome.value, reason)
+        reason = f" ({terminal.message})" if isinstance(terminal, Failed) else ""
+        log.info("job %s: %s%s", settlement.job_id, _ENDED[settlement.outcome], reason)
         return
     now = time.time()
     first = sequence.first_token_at or now

@@ -75,7 +75,7 @@ def test_get_and_head(api: ApiPool, path: str) -> None:
 def test_health(api: ApiPool) -> None:
     """What a supervisor wants to know at a glance."""
     health = api.ask("GET", "/health").json
-    assert (health["status"], health["models"], health["workers"]) == ("ok", 1, 1)
+    assert (health["status"], health["redis"], health["models"], health["workers"]) == ("ok", True, 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from tests.conftest import missing, unused_port
 
 ROOT = Path(__file__).parents[2]
 READY_SECONDS = 180
+REFUSED_SECONDS = 15
+"""A second or two, and what a busy machine needs to start Python."""
 
 
 class Up:
@@ -154,6 +156,7 @@ def test_first_minute(up: Up) -> None:
     assert up.ended(15) != 0
     assert time.monotonic() - interrupted_at < 10
     assert "Traceback" not in up.output
+    assert "***" not in up.output  # make's word for an error
     assert up.children() == []
     assert not _is_listening(up.port)
     assert not _is_listening(6399)
@@ -213,17 +216,55 @@ def test_terminal_is_closed(up: Up) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("up", [("MODEL=/no/such/model",)], indirect=True)
-def test_model_that_is_not_there(up: Up) -> None:
+def test_model_that_cannot_be_loaded(state: Path, tmp_path: Path) -> None:
     """The worker's one sentence is to be seen, and everything ends with a status other than 0."""
-    assert up.ended(60) != 0
-    reason = "the model folder /no/such/model does not exist"
-    assert reason in up.output
-    assert (
-        reason in [line for line in up.lines if line.startswith("mlx-pool: ")][-1]
-    )  # the last word is the reason
-    assert "Traceback" not in up.output
-    assert up.children() == []
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
+    (model / "model.safetensors").touch()
+    up = Up(state, f"MODEL={model}")
+    try:
+        assert up.ended(60) != 0
+        reason = f"the model in {model} cannot be loaded"
+        assert reason in [line for line in up.lines if line.startswith("mlx-pool: ")][-1]  # the last word
+        assert "Traceback" not in up.output
+        assert up.children() == []
+    finally:
+        up.clear_away()
+
+
+def _refused(*variables: str) -> str:
+    """The one line of a `make up` that starts nothing."""
+    began_at = time.monotonic()
+    command = ["make", "--no-print-directory", "up", f"PORT={unused_port()}", *variables]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert time.monotonic() - began_at < REFUSED_SECONDS
+    said, *makes = done.stderr.splitlines()
+    assert all(line.startswith("make: ") for line in makes)
+    return said
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        (("MODEL=/no/such/model",), "the model folder /no/such/model does not exist"),
+        (("REDIS_URL=redis://127.0.0.1:1/0",), "no Redis answers at 127.0.0.1:1"),
+        (("API_KEYS_FILE=/no/such/keys",), ".venv/bin/python -m api.keys add NAME"),
+        (("HOST=0.0.0.0",), "would let everybody who reaches this machine use the API"),
+        (("WORKERS=",), "WORKERS must be a whole number"),
+    ],
+)
+def test_refused_at_once(state: Path, variables: tuple[str, ...], sentence: str) -> None:
+    """What can be known is said before anything is started."""
+    assert sentence in _refused(f"STATE_DIR={state}", *variables)
+
+
+def test_another_program_on_the_embedded_servers_port(state: Path) -> None:
+    """It is not taken for our Redis: no pool is ready that ends a moment later."""
+    with socket.create_server(("127.0.0.1", 6399)):
+        assert "port 6399, which the embedded Redis needs, is taken" in _refused(f"STATE_DIR={state}")
 
 
 def test_port_in_use(state: Path) -> None:

@@ -177,7 +177,7 @@ def own_server(binary: str, folder: Path) -> Iterator[Server]:
 
 
 def test_redis_goes_and_comes_back(server_binary: str, tmp_path: Path) -> None:
-    """Away for longer than a lease, then back with its data: the same worker goes on, with every token once."""
+    """Away for longer than a lease, then back with its data: the same worker goes on, with every token once, and says both once."""
     with own_server(server_binary, tmp_path) as server, Workers(server.url) as workers:
         worker = workers.start()
         jobs = [workers.submit(max_tokens=150) for _ in range(3)]
@@ -193,6 +193,12 @@ def test_redis_goes_and_comes_back(server_binary: str, tmp_path: Path) -> None:
             wait_until(lambda each=job: workers.status(each) == "finished")
         wait_until(lambda: workers.free_slots() == [32])
         assert worker.end() == 0
+        assert worker.process.stderr is not None
+        said = worker.process.stderr.read()
+        assert said.count("Redis does not answer") == said.count("Redis answers again") == 1
+        assert said.count("WARNING worker.batch_worker") == 1, said
+        assert "WARNING worker.intake" not in said, said
+        assert "Traceback" not in said
 
 
 @pytest.mark.parametrize("num_jobs", [1, 2 * LARGE_ROWS])

@@ -56,6 +56,25 @@ def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"messages": "x"}, "expected `array`, got `string`"),
+        ({"temperature": 3}, "expected `number` <= 2.0"),
+        ({"temperature": True}, "expected `number`, got `boolean`"),
+        ({"max_tokens": "5"}, "expected `integer`, got `string`"),
+        ({"max_tokens": 1.5}, "expected `integer`, got `float`"),
+        ({"stop": 1.5}, "expected `string | array`, got `number`"),
+        ({"stream": None, "logit_bias": []}, "expected `object`, got `array`"),
+        ({"service_tier": {}}, "expected `string`, got `object`"),
+        ({"messages": [{"role": "`str`", "content": "x"}]}, "invalid enum value '`str`'"),
+    ],
+)
+def test_types_have_jsons_names(fields: dict[str, Any], words: str) -> None:
+    """A client knows JSON, and need not know Python; what it sent itself is quoted as it was."""
+    assert words in refusal(json.dumps({"messages": HI} | fields).encode()).message
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"model": 5}, "model"),

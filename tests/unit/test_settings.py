@@ -11,6 +11,7 @@ import pytest
 
 from common.errors import StartupError
 from common.settings import EMBEDDED_REDIS_URL, Settings, add_flags, describe, from_arguments, markdown
+from worker.__main__ import WorkerFlags
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,6 +54,10 @@ def test_unknown_variable_is_refused_with_a_hint() -> None:
         StartupError, match=r"MLXPOOL_PROT is not a setting of mlx-pool; did you mean MLXPOOL_PORT\?"
     ):
         Settings.load({"MLXPOOL_PROT": "1"})
+    with pytest.raises(
+        StartupError, match=r"MLXPOOL_ZZZ is not a setting of mlx-pool; docs/settings\.md has all"
+    ):
+        Settings.load({"MLXPOOL_ZZZ": "1"})
 
 
 @pytest.mark.parametrize(
@@ -88,6 +93,18 @@ def test_every_bad_value_has_words(name: str) -> None:
             Settings.load({}, {name: value})
         except StartupError as error:
             assert re.fullmatch(r"--[a-z-]+ must be [^`]+, not '[^']+'", str(error))  # noqa: PT017
+
+
+def test_each_setting_that_a_worker_reads_is_a_flag_of_it() -> None:
+    """As docs/settings.md says."""
+    read = {
+        name
+        for path in (ROOT / "worker").glob("*.py")
+        for name in re.findall(r"settings\.(\w+)", path.read_text())
+    }
+    parsed = vars(WorkerFlags("worker", "").parser.parse_args([]))
+    assert read & set(Settings.__struct_fields__) <= set(parsed)
+    assert "model_name" in parsed
 
 
 def test_a_variable_is_written_in_capitals() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import socket
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 from honcho.printer import Message
 
-from common import up
+from common import preflight, up
 from common.errors import StartupError
 from common.settings import Settings
 
@@ -65,30 +64,6 @@ def test_models_that_cannot_be_told_apart(model: str) -> None:
     """Two models of one name, an open quote and no model are one sentence each."""
     with pytest.raises(StartupError):
         up.worker_settings(Settings(model=model))
-
-
-def test_port_in_use() -> None:
-    """A taken port is said before anything starts."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        with pytest.raises(StartupError, match=rf"listen on 127\.0\.0\.1:{port}: .*make up PORT=.*REDIS_URL"):
-            up.check_port(Settings(port=port))
-        with pytest.raises(StartupError, match=r"make up PORT=\d+$"):  # which has no embedded server
-            up.check_port(Settings(port=port, redis_url="redis://other:6379/0"))
-    up.check_port(Settings(port=port))
-
-
-@pytest.mark.parametrize(
-    ("host", "sentence"),
-    [
-        ("192.0.2.1", "is no address of this machine"),
-        ("no such host", "MLXPOOL_HOST=no such host is no address"),
-    ],
-)
-def test_host_that_is_none(host: str, sentence: str) -> None:
-    """An address of another machine, or none at all, is named."""
-    with pytest.raises(StartupError, match=sentence):
-        up.check_port(Settings(host=host))
 
 
 def _stopped(**statuses: int) -> up.Pool:
@@ -153,12 +128,21 @@ def test_banner_with_keys() -> None:
     assert "Authorization" not in up.banner(Settings(), ["demo"])
 
 
-def test_banner_keeps_the_password() -> None:
-    """A URL of the operator's own is not shown, since it may hold a password."""
-    text = up.banner(Settings(redis_url="redis://:secret@mac:6379/0", host="0.0.0.0"), ["demo"])  # noqa: S104
+@pytest.mark.parametrize("url", ["redis://:secret@mac:6379/0", "redis://mac:6379/0?password=secret"])
+def test_banner_keeps_the_password(url: str) -> None:
+    """A URL that may hold a password is not shown, and the operator hears how the line works all the same."""
+    text = up.banner(Settings(redis_url=url, host="0.0.0.0"), ["demo"])  # noqa: S104
     assert "secret" not in text
-    assert 'rq info --url "$MLXPOOL_REDIS_URL"' in text
+    assert 'rq info --url "$MLXPOOL_REDIS_URL"\n' in text
+    assert "export MLXPOOL_REDIS_URL" in text
     assert "http://127.0.0.1:8080/v1" in text
+
+
+def test_banner_shows_a_url_without_a_password() -> None:
+    """It may have come as a variable of make, which the next shell does not know."""
+    text = up.banner(Settings(redis_url="redis://mac:6379/0"), ["demo"])
+    assert "rq info --url redis://mac:6379/0\n" in text
+    assert "export" not in text
 
 
 def test_not_ready_while_nobody_listens() -> None:
@@ -176,7 +160,29 @@ def test_refused_before_anything_starts(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize("workers", ["0", "-1", "two", "", "1.5"])
+def test_a_number_of_workers_that_is_none(workers: str) -> None:
+    """One sentence for all of them, and no usage of a command that nobody typed."""
+    with pytest.raises(StartupError, match="WORKERS must be a whole number from 1 on"):
+        up.run([f"--workers={workers}"])
+
+
+def test_the_same_model_twice() -> None:
+    """Who wants two workers of one model hears how."""
+    with pytest.raises(StartupError, match="both be called demo; for two workers of one model: WORKERS=2"):
+        up.worker_settings(Settings(model="demo demo"))
+    with pytest.raises(StartupError, match=r"both be called b$"):
+        up.worker_settings(Settings(model="/a/b /c/b"))
+
+
+@pytest.mark.parametrize(("status", "expected"), [(130, 0), (143, 143), (1, 1)])
+def test_status_after_ctrl_c(monkeypatch: pytest.MonkeyPatch, status: int, expected: int) -> None:
+    """A Ctrl-C is what was wanted: make has no error to tell."""
+    monkeypatch.setattr(up, "run", lambda: status)
+    assert up.main() == expected
+
+
 def test_procfile_is_found_from_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The processes run in the repository, wherever the command was given."""
     monkeypatch.chdir(tmp_path)
-    assert _processes(Settings())["api"]["cwd"] == str(up.ROOT)
+    assert _processes(Settings())["api"]["cwd"] == str(preflight.ROOT)

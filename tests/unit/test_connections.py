@@ -1,0 +1,39 @@
+"""What is said of a Redis that does not answer, and whom it helps."""
+
+from __future__ import annotations
+
+import pytest
+import redis
+
+from common import connections
+from common.errors import StartupError
+from common.settings import EMBEDDED_REDIS_URL
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        (EMBEDDED_REDIS_URL, r"no Redis answers at 127\.0\.0\.1:6399 \(gone\); `make up` runs one there"),
+        ("redis://mac:6379/0", r"no Redis answers at mac:6379 \(gone\); start it, or set MLXPOOL_REDIS_URL"),
+    ],
+)
+def test_nobody_answers(monkeypatch: pytest.MonkeyPatch, url: str, sentence: str) -> None:
+    """Who starts a worker alone, without a URL, hears of `make up`."""
+
+    def ping(_client: redis.Redis) -> None:
+        raise redis.ConnectionError("gone")
+
+    monkeypatch.setattr(redis.Redis, "ping", ping)
+    with connections.connect(url) as client, pytest.raises(StartupError, match=sentence):
+        connections.check(client, -1)
+
+
+def test_patience_of_a_look() -> None:
+    """A short try neither connects nor waits for an answer longer than it was given."""
+    with connections.connect(EMBEDDED_REDIS_URL, 1) as client:
+        options = client.connection_pool.connection_kwargs
+        assert (options["socket_connect_timeout"], options["socket_timeout"]) == (1, 1)
+    with connections.connect(EMBEDDED_REDIS_URL) as client:
+        options = client.connection_pool.connection_kwargs
+        assert options["socket_connect_timeout"] == connections.CONNECT_SECONDS
+        assert options["socket_timeout"] == connections.ANSWER_SECONDS
