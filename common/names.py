@@ -13,7 +13,9 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import socket
 
 PREFIX = "mlxpool"
 
@@ -78,3 +80,9 @@ def control_channel(model: str) -> str:
 def worker_card(worker_name: str) -> str:
     """The model card of one live worker."""
     return f"{PREFIX}:model:{worker_name}"
+
+
+def unique_worker_name(model: str) -> str:
+    """A name that no other worker ever had: after a kill -9, RQ keeps a name taken for a while."""
+    told = "".join(c if c.isalnum() else "-" for c in model.rsplit("/", 1)[-1])
+    return f"{told}.{socket.gethostname().split('.')[0]}.{os.getpid()}.{secrets.token_hex(2)}"

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import secrets
-import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -84,7 +81,7 @@ class BatchWorker(BaseWorker):
         # worker_ttl 16: RQ derives its socket time-out from it, which must be longer than a blocking command of ours.
         super().__init__(
             [queue],
-            name=_unique_name(model_id),
+            name=names.unique_worker_name(model_id),
             connection=connection,
             serializer=JSONSerializer,
             worker_ttl=16,
@@ -396,9 +393,3 @@ class BatchWorker(BaseWorker):
         super().set_state(
             WorkerStatus.BUSY if state == WorkerStatus.IDLE and self.executions else state, pipeline
         )
-
-
-def _unique_name(model_id: str) -> str:
-    """A name that no other worker ever had: after a kill -9, RQ keeps a name taken for a while."""
-    model = "".join(c if c.isalnum() else "-" for c in model_id.rsplit("/", 1)[-1])
-    return f"{model}.{socket.gethostname().split('.')[0]}.{os.getpid()}.{secrets.token_hex(2)}"
