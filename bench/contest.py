@@ -2,8 +2,8 @@
 
 `python -m bench.contest` has all contenders answer the same prompts, greedily, in one run: mlx-lm's `BatchGenerator` alone; the
 pool, over HTTP, as users have it; mlx_lm.server; and whatever else is named (`--server 'NAME=COMMAND {model} {port}'`). Rounds are
-interleaved, and who is first changes, so that all meet the same machine. `--mix` gives three of four streams a seed,
-penalties or log-probabilities. `--json FILE` keeps the figures for `python -m bench.plot`. `--model-cpus N` gives all contenders of
+interleaved, and who is first changes, so that all meet the same machine. `--mix` gives four of five streams a seed,
+penalties, log-probabilities or a grammar, whose answers are as long. `--json FILE` keeps the figures for `python -m bench.plot`. `--model-cpus N` gives all contenders of
 a round the same N CPUs for the processes that run the model, and others in each round (`bench.placement`).
 """
 
@@ -49,11 +49,19 @@ COLUMNS = (
     "CPUs others used",
 )
 
+_LONG_FORM = {
+    "type": "object",
+    "properties": {"numbers": {"type": "array", "items": {"type": "integer"}, "minItems": 400}},
+    "required": ["numbers"],
+    "additionalProperties": False,
+}
+_FORMAT = {"type": "json_schema", "json_schema": {"name": "numbers", "strict": True, "schema": _LONG_FORM}}
 _MIX: tuple[dict[str, Any], ...] = (
     {},
     {"temperature": 0.8, "seed": 7},
     {"temperature": 0.7, "frequency_penalty": 0.3, "presence_penalty": 0.3},
     {"temperature": 1.0, "top_p": 0.9, "logprobs": True, "top_logprobs": 2},
+    {"temperature": 0.0, "response_format": _FORMAT},
 )
 
 

@@ -31,7 +31,6 @@ from rq.worker.base import BaseWorker
 from common import names
 from common.protocol import decode_control
 from common.rq import JsonJob, JsonQueue
-from worker.background_journal import BackgroundJournal
 from worker.generation_loop import GenerationLoop
 from worker.heartbeat import BACKSTOP_SECONDS, Heartbeat
 from worker.intake import Intake
@@ -167,8 +166,7 @@ class BatchWorker(BaseWorker):
         except BaseException as error:  # noqa: BLE001 (told to the main thread, which raises it)
             self._ready.put(error)
             return
-        redis_journal = RedisJournal(self.connection, self._gave_up)
-        journal = BackgroundJournal(redis_journal)
+        journal = RedisJournal(self.connection, self._gave_up)
         loop = GenerationLoop(
             engine=engine,
             journal=journal,
@@ -188,7 +186,6 @@ class BatchWorker(BaseWorker):
             log.warning("%s ends with rows whose end nobody hears: %s", self.name, error)
         finally:
             journal.close()
-            redis_journal.close()
 
     def _sleep(self) -> None:
         """Until the next heartbeat, or until there is something to look at now."""

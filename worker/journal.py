@@ -1,8 +1,8 @@
 """Journal first, then publish: the one script call per decode step, and the only writer of journals.
 
-The generation loop sends a step's events without waiting and reads the answer one step later, while the device works;
-`worker.background_journal` does it for large steps. A dropped connection is made again here and the unanswered call is
-repeated; the script knows its own writes, so that nothing is written twice.
+The generation loop sends a step's events without waiting and reads the answer one step later, while the device works.
+A dropped connection is made again here and the unanswered call is repeated; the script knows its own writes, so that nothing
+is written twice.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from worker.mlx_prefix_cache import Found, PrefixCache, had_better_wait
 from worker.mlx_scoring import PromptScoring, most_likely
 from worker.sampler import RowSampler
 from worker.thinking import after_thinking
+from worker.warm_up import warm_up
 
 if TYPE_CHECKING:
     from common.settings import Settings
@@ -88,6 +89,11 @@ class MLXEngine:
         self._info = replace(self._info, context_length=self._memory.longest_row(self._info.context_length))
         self._generator = self._new_generator()
         self._prefixes = PrefixCache(_prompt_cache_bytes(settings, self._memory))
+        if mlx_model.has_gpu():
+            warm_up(self)
+            # How fast it was the first time is nothing to learn from.
+            self._generator = self._new_generator()
+            self._prefixes = PrefixCache(_prompt_cache_bytes(settings, self._memory))
 
     @property
     def info(self) -> ModelInfo:

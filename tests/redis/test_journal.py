@@ -11,8 +11,7 @@ from rq.defaults import RQ_KEY_PREFIX
 
 from common import connections, names
 from common.protocol import Delta, decode_step, encode
-from worker.background_journal import BackgroundJournal
-from worker.journal import Journal, RedisJournal, Row
+from worker.journal import RedisJournal, Row
 
 CHANNEL = "mlxpool:api:test"
 
@@ -23,13 +22,10 @@ def client(redis_url: str) -> Iterator[redis.Redis]:
         yield connected
 
 
-@pytest.fixture(params=["direct", "background"])
-def journal(client: redis.Redis, request: pytest.FixtureRequest) -> Iterator[Journal]:
-    """The journal as it is, and behind the thread that takes large steps."""
+@pytest.fixture
+def journal(client: redis.Redis) -> Iterator[RedisJournal]:
     made = RedisJournal(client)
-    background = BackgroundJournal(made, large_rows=1)
-    yield made if request.param == "direct" else background
-    background.close()
+    yield made
     made.close()
 
 
@@ -48,12 +44,12 @@ def written(client: redis.Redis, job_id: str) -> list[bytes]:
     return [entry_id for entry_id, _ in entries]
 
 
-def exchange(journal: Journal, *rows: Row) -> set[str]:
+def exchange(journal: RedisJournal, *rows: Row) -> set[str]:
     journal.send(rows)
     return journal.collect().refused
 
 
-def test_a_step_is_journaled_and_published(client: redis.Redis, journal: Journal) -> None:
+def test_a_step_is_journaled_and_published(client: redis.Redis, journal: RedisJournal) -> None:
     """One call writes a step of several jobs and publishes it as one message, any text in it, to who listens."""
     pubsub = client.pubsub(ignore_subscribe_messages=True)
     pubsub.subscribe(CHANNEL)
@@ -71,7 +67,7 @@ def test_a_step_is_journaled_and_published(client: redis.Redis, journal: Journal
     pubsub.close()
 
 
-def test_without_the_lease_nothing_is_written(client: redis.Redis, journal: Journal) -> None:
+def test_without_the_lease_nothing_is_written(client: redis.Redis, journal: RedisJournal) -> None:
     """A writer whose execution is gone is refused, for the journal and for the channel."""
     key = give_lease(client, "a", "execution-1")
     assert exchange(journal, row("a", 1)) == set()
@@ -80,7 +76,7 @@ def test_without_the_lease_nothing_is_written(client: redis.Redis, journal: Jour
     assert written(client, "a") == [b"1-0"]
 
 
-def test_the_second_writer_of_an_n_is_refused(client: redis.Redis, journal: Journal) -> None:
+def test_the_second_writer_of_an_n_is_refused(client: redis.Redis, journal: RedisJournal) -> None:
     """Two workers that both believe in their lease: each n is written once, the later one stops."""
     for execution_id in ("first-writer", "other-writer"):
         give_lease(client, "a", execution_id)
@@ -90,7 +86,7 @@ def test_the_second_writer_of_an_n_is_refused(client: redis.Redis, journal: Jour
     assert [b"mine" in fields[b"d"] for _, fields in entries] == [True]
 
 
-def test_a_repeated_call_is_not_doubled(client: redis.Redis, journal: Journal) -> None:
+def test_a_repeated_call_is_not_doubled(client: redis.Redis, journal: RedisJournal) -> None:
     """After a dropped connection the unanswered call is sent again; what was written before counts as ours."""
     give_lease(client, "a", "execution-1")
     assert exchange(journal, row("a", 1)) == set()
@@ -101,7 +97,7 @@ def test_a_repeated_call_is_not_doubled(client: redis.Redis, journal: Journal) -
     assert written(client, "a") == [b"1-0", b"2-0", b"3-0"]
 
 
-def test_a_server_that_forgot_its_scripts(client: redis.Redis, journal: Journal) -> None:
+def test_a_server_that_forgot_its_scripts(client: redis.Redis, journal: RedisJournal) -> None:
     """A restart or SCRIPT FLUSH costs a round trip, not a token."""
     give_lease(client, "a", "execution-1")
     assert exchange(journal, row("a", 1)) == set()
@@ -110,7 +106,7 @@ def test_a_server_that_forgot_its_scripts(client: redis.Redis, journal: Journal)
     assert written(client, "a") == [b"1-0", b"2-0"]
 
 
-def test_a_server_that_lost_its_last_moments(client: redis.Redis, journal: Journal) -> None:
+def test_a_server_that_lost_its_last_moments(client: redis.Redis, journal: RedisJournal) -> None:
     """After a lost connection a gap is refused: the job goes on from what the journal really has."""
     give_lease(client, "a", "execution-1")
     for n in (1, 2, 3):
@@ -121,14 +117,14 @@ def test_a_server_that_lost_its_last_moments(client: redis.Redis, journal: Journ
     assert written(client, "a") == [b"1-0", b"2-0"]
 
 
-def test_published_only(client: redis.Redis, journal: Journal) -> None:
+def test_published_only(client: redis.Redis, journal: RedisJournal) -> None:
     """n = 0 is heard and not written."""
     give_lease(client, "a", "execution-1")
     assert exchange(journal, row("a", 0)) == set()
     assert written(client, "a") == []
 
 
-def test_time_to_live(client: redis.Redis, journal: Journal) -> None:
+def test_time_to_live(client: redis.Redis, journal: RedisJournal) -> None:
     """A journal lives as long as its last row with a time says."""
     give_lease(client, "a", "execution-1")
     exchange(journal, row("a", 1, ttl_seconds=900))
@@ -144,9 +140,6 @@ def test_giving_up_on_a_redis_that_is_gone(client: redis.Redis) -> None:
     client.connection_pool.connection_kwargs["port"] = 1
     gone = RedisJournal(client, given_up=lambda: True)
     journal.close()
-    background = BackgroundJournal(gone, large_rows=1)
-    for ours in (gone, background):
-        ours.send([row("a", 1)])
-        with pytest.raises(redis.ConnectionError):
-            ours.collect()
-    background.close()
+    gone.send([row("a", 1)])
+    with pytest.raises(redis.ConnectionError):
+        gone.collect()

@@ -19,7 +19,6 @@ from common.redis_server import arguments
 from common.rq import JsonJob, JsonQueue
 from tests.conftest import unused_port
 from tests.redis.pool_of_workers import LEASE_SECONDS, Workers, exact, wait_until
-from worker.background_journal import LARGE_ROWS
 from worker.takeover import Takeover
 
 
@@ -201,7 +200,7 @@ def test_redis_goes_and_comes_back(server_binary: str, tmp_path: Path) -> None:
         assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("num_jobs", [1, 2 * LARGE_ROWS])
+@pytest.mark.parametrize("num_jobs", [1, 24])
 def test_sigterm_while_redis_is_away(server_binary: str, tmp_path: Path, num_jobs: int) -> None:
     """A worker that is asked to end does so in a few seconds and well, though it has rows, few or many, and nobody to tell."""
     with own_server(server_binary, tmp_path) as server, Workers(server.url) as workers:

@@ -1,0 +1,151 @@
+"""Attention of padded rows: by a kernel where the mask is the padding's, by MLX's own everywhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.generate import BatchGenerator
+
+from common.protocol import GenerationJob, SamplingParams, TokenPrompt
+from common.settings import Settings
+from worker.mlx_attention import CudaKernel, PaddedAttention
+from worker.mlx_engine import MLXEngine
+
+PROMPTS = [list(range(100, 120)), list(range(200, 209)), list(range(300, 315))]
+NUM_TOKENS = 12
+ONLY_CUDA = pytest.mark.skipif(not mx.cuda.is_available(), reason="needs MLX's CUDA back-end")
+
+
+class ReferenceKernel:
+    """What the kernel computes, in MLX's own operations; counts its calls."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    def supports(self, queries: mx.array, _keys: mx.array, _values: mx.array) -> bool:
+        return queries.shape[2] == 1
+
+    def __call__(
+        self, queries: mx.array, keys: mx.array, values: mx.array, start: mx.array, scale: float
+    ) -> mx.array:
+        self.num_calls += 1
+        repeats = queries.shape[1] // keys.shape[1]
+        keys, values = mx.repeat(keys, repeats, axis=1), mx.repeat(values, repeats, axis=1)
+        scores = scale * queries @ keys.swapaxes(-1, -2)
+        is_there = mx.arange(keys.shape[2])[None, :] >= start[:, None]
+        return mx.softmax(mx.where(is_there[:, None, None, :], scores, -mx.inf), axis=-1) @ values
+
+
+@pytest.fixture(scope="module")
+def engine(demo_folder: Path) -> MLXEngine:
+    return MLXEngine(Settings(model=str(demo_folder), max_batch=4, prompt_cache_gb=0))
+
+
+def generated(engine: MLXEngine, prompts: list[list[int]], penalty: float = 1.0) -> list[list[int]]:
+    found: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+    for job_id, prompt in zip(found, prompts, strict=True):
+        sampling = SamplingParams(temperature=0, repetition_penalty=penalty if job_id == "0" else 1.0)
+        job = GenerationJob(
+            job_id=job_id,
+            model="m",
+            channel="c",
+            prompt=TokenPrompt(prompt),
+            max_tokens=NUM_TOKENS,
+            sampling=sampling,
+        )
+        engine.insert(job, prompt, [])
+    while engine.num_rows:
+        for event in engine.step():
+            found[event.job_id].append(event.token_id)  # type: ignore[union-attr]  # no echo is asked for
+    return list(found.values())
+
+
+def of_mlx_lm(engine: MLXEngine, prompt: list[int]) -> list[int]:
+    generator: Any = BatchGenerator(engine._model)
+    generator.insert([prompt], max_tokens=[NUM_TOKENS])
+    found: list[int] = []
+    while len(found) < NUM_TOKENS:
+        found += [response.token for response in generator.next()[1]]
+    return found
+
+
+def with_kernel(engine: MLXEngine, kernel: Any) -> None:
+    engine._generator._generator._generation_batch.attention = PaddedAttention(kernel)  # type: ignore[union-attr]  # this model can batch
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_padded_rows_have_the_kernel(engine: MLXEngine, penalty: float) -> None:
+    """All layers of their steps, also beside a row with a logits processor; the tokens are those that a row has alone."""
+    own = mx.fast.scaled_dot_product_attention
+    kernel = ReferenceKernel()
+    with_kernel(engine, kernel)
+    found = generated(engine, PROMPTS, penalty)
+    assert mx.fast.scaled_dot_product_attention is own
+    assert kernel.num_calls >= 30 * (NUM_TOKENS - 1)  # the first step of a row is its prompt's last
+    assert found[1:] == [of_mlx_lm(engine, prompt) for prompt in PROMPTS[1:]]
+    if penalty == 1.0:
+        assert found[0] == of_mlx_lm(engine, PROMPTS[0])
+
+
+def test_rows_without_padding_have_none(engine: MLXEngine) -> None:
+    """They need no mask, and have MLX's own."""
+    kernel = ReferenceKernel()
+    with_kernel(engine, kernel)
+    generated(engine, [PROMPTS[0], PROMPTS[0][::-1]])
+    assert kernel.num_calls == 0
+
+
+def test_other_masks_are_mlx_s() -> None:
+    """A mask that a model has made, sinks, and no mask at all: what is computed is what MLX computes."""
+    kernel = ReferenceKernel()
+    attention = PaddedAttention(kernel)
+    own = mx.fast.scaled_dot_product_attention
+    q, k = mx.random.normal((2, 4, 1, 64)), mx.random.normal((2, 2, 7, 64))
+    start = mx.array([0, 3])
+    mask = (mx.arange(7)[None, :] >= start[:, None])[:, None, None, :]
+    with attention:
+        attention.expect(mask, start)
+        for options in ({"mask": mask[..., :]}, {"mask": None}, {"mask": mask, "sinks": mx.zeros(4)}):
+            found = mx.fast.scaled_dot_product_attention(q, k, k, scale=0.125, **options)
+            assert mx.allclose(found, own(q, k, k, scale=0.125, **options))
+        assert kernel.num_calls == 0
+        found = mx.fast.scaled_dot_product_attention(q, k, k, scale=0.125, mask=mask)
+        assert kernel.num_calls == 1
+        assert mx.allclose(found, own(q, k, k, scale=0.125, mask=mask), atol=1e-5)
+    with attention:  # what was expected of one step is nothing to another
+        mx.fast.scaled_dot_product_attention(q, k, k, scale=0.125, mask=mask)
+    assert kernel.num_calls == 1
+    assert mx.fast.scaled_dot_product_attention is own
+
+
+@ONLY_CUDA
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
+@pytest.mark.parametrize(
+    ("dim", "num_heads", "num_key_heads"),
+    [(64, 32, 8), (128, 28, 4), (80, 8, 8), (96, 12, 4), (256, 8, 1), (64, 9, 3), (128, 32, 2)],
+)
+def test_the_kernel_on_cuda(dtype: mx.Dtype, dim: int, num_heads: int, num_key_heads: int) -> None:
+    """What MLX computes with a mask, in float32, of arrays that lie as a model's do."""
+    kernel = CudaKernel()
+    tolerance = {mx.bfloat16: 2e-2, mx.float16: 3e-3, mx.float32: 1e-4}[dtype]
+    for num_rows, length in ((1, 1), (3, 17), (8, 300), (5, 1000)):
+        queries = mx.random.normal((num_rows, 1, num_heads, dim)).astype(dtype).swapaxes(1, 2)
+        buffers = mx.random.normal((2, num_rows, num_key_heads, length + 40, dim)).astype(dtype)
+        keys, values = buffers[0][:, :, 3 : 3 + length], buffers[1][:, :, 3 : 3 + length]
+        start = mx.array([min(length - 1, i * 7 % length) for i in range(num_rows)], dtype=mx.int32)
+        mask = (mx.arange(length)[None, :] >= start[:, None])[:, None, None, :]
+        wide = [each.astype(mx.float32) for each in (queries, keys, values)]
+        wanted = mx.fast.scaled_dot_product_attention(*wide, scale=dim**-0.5, mask=mask)
+        assert kernel.supports(queries, keys, values)
+        found = kernel(queries, keys, values, start, dim**-0.5)
+        assert found.dtype == dtype
+        assert mx.abs(found.astype(mx.float32) - wanted).max().item() < tolerance
+
+
+@ONLY_CUDA
+def test_a_worker_on_cuda_has_the_kernel(engine: MLXEngine) -> None:
+    """Without being asked."""
+    assert engine._generator._generator._generation_batch.attention is not None  # type: ignore[union-attr]  # this model can batch

@@ -1,0 +1,78 @@
+"""A few short rows for nobody, before a worker says that it is there.
+
+What a GPU needs for the first time takes longer than ever again: kernels are compiled or loaded, weights read. Without this the
+first users of a worker would wait for it; on CUDA some of it is compiled only when rows leave a batch, seconds that
+everybody else in the batch waits for.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from common.protocol import GenerationJob, SamplingParams, TokenPrompt
+from worker.engine import Engine
+
+log = logging.getLogger(__name__)
+
+_ROWS: tuple[tuple[SamplingParams, bool], ...] = (
+    (SamplingParams(temperature=0.0), False),
+    (SamplingParams(), False),
+    (SamplingParams(top_p=0.9, seed=1), True),
+    (SamplingParams(temperature=0.0, repetition_penalty=1.1), False),
+    (SamplingParams(frequency_penalty=0.5, seed=2), False),
+    (SamplingParams(temperature=0.0), False),
+)
+"""How tokens are chosen, and whether log-probabilities are asked for."""
+
+_PROMPT_TOKENS = 12
+_STEPS_BEFORE_LATE = 3
+_MOST_STEPS = 200
+
+
+def warm_up(engine: Engine) -> None:
+    """Generate, with prompts of different lengths, rows that come late, and rows that leave one by one.
+
+    It is no reason not to start if that fails: the log says why.
+    """
+    log.info("warming up: what the GPU needs is compiled once, which may take a minute")
+    began = time.monotonic()
+    jobs = [_job(number, engine.info.vocab_size) for number in range(min(len(_ROWS), engine.info.max_batch))]
+    try:
+        _generate(engine, jobs)
+    except Exception:
+        log.exception("the model could not be warmed up")
+        for job, _ in jobs:
+            engine.remove(job.job_id)
+    log.info("warmed up in %.1f s", time.monotonic() - began)
+
+
+def _generate(engine: Engine, jobs: list[tuple[GenerationJob, list[int]]]) -> None:
+    half = (len(jobs) + 1) // 2
+    for job, prompt in jobs[:half]:
+        engine.insert(job, prompt, [])
+    for _ in range(_STEPS_BEFORE_LATE):
+        engine.step()
+    for job, prompt in jobs[half:]:
+        engine.insert(job, prompt, [])
+    for _ in range(_MOST_STEPS):
+        if engine.num_rows == 0:
+            return
+        engine.step()
+    raise RuntimeError(f"{engine.num_rows} rows have not ended after {_MOST_STEPS} steps")
+
+
+def _job(number: int, vocab_size: int) -> tuple[GenerationJob, list[int]]:
+    """A job and its prompt; the token ids are any, and as many others as there are rows."""
+    sampling, wants_logprobs = _ROWS[number]
+    prompt = [(1 + number + i) % vocab_size for i in range(_PROMPT_TOKENS - number)]
+    job = GenerationJob(
+        job_id=f"warm-up-{number}",
+        model="",
+        channel="",
+        prompt=TokenPrompt(prompt),
+        max_tokens=6 + 2 * number,
+        sampling=sampling,
+        top_logprobs=1 if wants_logprobs else None,
+    )
+    return job, prompt
