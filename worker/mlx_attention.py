@@ -7,9 +7,12 @@ alone. `mlx_decoding` has it computed in place of MLX's own where the mask is th
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Protocol, cast
 
 import mlx.core as mx
+
+log = logging.getLogger(__name__)
 
 MOST_KEYS = 4096
 """From here on MLX's matrix products are left to do it: one block of threads for all keys of a head would be slow."""
@@ -17,6 +20,9 @@ MOST_KEYS = 4096
 _LANES = {64: 8, 80: 8, 96: 8, 128: 16, 256: 32}  # by size of a head: threads that share a key
 _THREADS = 256
 _MOST_HEADS = 8
+
+_SCALE = 0.125
+_MOST_DIFFERENCE = 1e-2
 
 _HEADER = """
 template <typename T, int N>
@@ -188,6 +194,25 @@ class CudaKernel:
             output_dtypes=[queries.dtype],
         )
         return results[0]
+
+
+def works(kernel: Kernel) -> bool:
+    """Whether a kernel computes here what MLX does; where it does not, the log says why, and MLX's own is to be used."""
+    queries, keys, values = (
+        mx.random.normal(shape) for shape in ((2, 4, 1, 64), (2, 2, 40, 64), (2, 2, 40, 64))
+    )
+    start = mx.array([0, 7], dtype=mx.int32)
+    mask = (mx.arange(keys.shape[2])[None, :] >= start[:, None])[:, None, None, :]
+    wanted = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=_SCALE, mask=mask)
+    try:
+        difference: Any = mx.abs(kernel(queries, keys, values, start, _SCALE) - wanted).max().item()
+    except Exception:
+        log.exception("the attention kernel cannot be used; padded rows have MLX's own attention")
+        return False
+    if not difference < _MOST_DIFFERENCE:
+        log.error("the attention kernel is off by %s; padded rows have MLX's own attention", difference)
+        return False
+    return True
 
 
 class PaddedAttention:

@@ -80,7 +80,7 @@ class Batch:
         import mlx.core as mx
         from mlx_lm.generate import BatchGenerator
 
-        from worker.mlx_attention import CudaKernel, PaddedAttention
+        from worker.mlx_attention import CudaKernel, PaddedAttention, works
         from worker.mlx_decoding import DecodingBatch
 
         self._sampler = _sampler(on_host=on_host, never_excluded=never_excluded)
@@ -95,8 +95,8 @@ class Batch:
         )
         decoding = DecodingBatch.empty(model, self._sample)
         decoding.wants_logprobs = self._wants_logprobs
-        if mx.cuda.is_available() and not on_host:
-            decoding.attention = PaddedAttention(CudaKernel())
+        if mx.cuda.is_available() and not on_host and works(kernel := CudaKernel()):
+            decoding.attention = PaddedAttention(kernel)
         self._generator._generation_batch = decoding  # noqa: SLF001 (mlx-lm has no other way to give it one)
         self._rows: dict[int, RowSampler] = {}
         self._budget = PrefillBudget(step_tokens)

@@ -11,7 +11,7 @@ from mlx_lm.generate import BatchGenerator
 
 from common.protocol import GenerationJob, SamplingParams, TokenPrompt
 from common.settings import Settings
-from worker.mlx_attention import CudaKernel, PaddedAttention
+from worker.mlx_attention import CudaKernel, PaddedAttention, works
 from worker.mlx_engine import MLXEngine
 
 PROMPTS = [list(range(100, 120)), list(range(200, 209)), list(range(300, 315))]
@@ -121,6 +121,31 @@ def test_other_masks_are_mlx_s() -> None:
     assert mx.fast.scaled_dot_product_attention is own
 
 
+class BrokenKernel(ReferenceKernel):
+    """As on a GPU for which it cannot be compiled, or that computes something else."""
+
+    def __init__(self, *, raises: bool) -> None:
+        super().__init__()
+        self._raises = raises
+
+    def __call__(self, queries: mx.array, *rest: Any) -> mx.array:
+        if self._raises:
+            raise RuntimeError("no such architecture")
+        found = super().__call__(queries, *rest)
+        return mx.where(mx.arange(found.shape[0])[:, None, None, None] == 1, mx.nan, found)
+
+
+def test_a_kernel_that_does_not_work(caplog: pytest.LogCaptureFixture) -> None:
+    """It is found out before there are rows, and said."""
+    assert works(ReferenceKernel())
+    assert not caplog.records
+    assert not works(BrokenKernel(raises=True))
+    assert "no such architecture" in caplog.text
+    caplog.clear()
+    assert not works(BrokenKernel(raises=False))
+    assert "off by nan" in caplog.text
+
+
 @ONLY_CUDA
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
 @pytest.mark.parametrize(
@@ -130,6 +155,7 @@ def test_other_masks_are_mlx_s() -> None:
 def test_the_kernel_on_cuda(dtype: mx.Dtype, dim: int, num_heads: int, num_key_heads: int) -> None:
     """What MLX computes with a mask, in float32, of arrays that lie as a model's do."""
     kernel = CudaKernel()
+    assert works(kernel)
     tolerance = {mx.bfloat16: 2e-2, mx.float16: 3e-3, mx.float32: 1e-4}[dtype]
     for num_rows, length in ((1, 1), (3, 17), (8, 300), (5, 1000)):
         queries = mx.random.normal((num_rows, 1, num_heads, dim)).astype(dtype).swapaxes(1, 2)
