@@ -3,7 +3,7 @@
 `python -m bench.contest` has all contenders answer the same prompts, greedily, in one run: mlx-lm's `BatchGenerator` alone; the
 pool, over HTTP, as users have it; mlx_lm.server; and whatever else is named (`--server 'NAME=COMMAND {model} {port}'`). Rounds are
 interleaved, and who is first changes, so that all meet the same machine. `--mix` gives four of five streams a seed,
-penalties, log-probabilities or a grammar, whose answers are as long. `--json FILE` keeps the figures for `python -m bench.plot`. `--model-cpus N` gives all contenders of
+penalties, log-probabilities or a grammar, whose answers are as long (up to 800 tokens). `--json FILE` keeps the figures for `python -m bench.plot`. `--model-cpus N` gives all contenders of
 a round the same N CPUs for the processes that run the model, and others in each round (`bench.placement`).
 """
 
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--model-cpus", type=int, default=0, metavar="N", help="CPUs for the processes that run the model"
     )
-    parser.add_argument("--mix", action="store_true", help="seeds, penalties and log-probabilities")
+    parser.add_argument("--mix", action="store_true", help="seeds, penalties, log-probabilities and grammars")
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures")
     parser.add_argument(
         "--patience", type=float, default=60.0, metavar="SECONDS", help="wait for a quiet machine"

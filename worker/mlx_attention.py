@@ -7,7 +7,9 @@ alone. `mlx_decoding` has it computed in place of MLX's own where the mask is th
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from functools import cache
 from typing import Any, Protocol, cast
 
 import mlx.core as mx
@@ -15,14 +17,14 @@ import mlx.core as mx
 log = logging.getLogger(__name__)
 
 MOST_KEYS = 4096
-"""From here on MLX's matrix products are left to do it: one block of threads for all keys of a head would be slow."""
+"""Of more MLX's own is used: how fast one block of threads for all keys of a head is there was not measured."""
 
 _LANES = {64: 8, 80: 8, 96: 8, 128: 16, 256: 32}  # by size of a head: threads that share a key
 _THREADS = 256
 _MOST_HEADS = 8
 
-_SCALE = 0.125
-_MOST_DIFFERENCE = 1e-2
+_TRIAL_KEYS = 40
+_MOST_DIFFERENCE = 0.03
 
 _HEADER = """
 template <typename T, int N>
@@ -133,7 +135,7 @@ class Kernel(Protocol):
         """What each row's query finds among the row's keys from `start` on.
 
         Args:
-            queries: (rows, query heads, 1, D).
+            queries: (rows, query heads, 1, D); the numbers of a head lie together, as in the others.
             keys: (rows, key heads, length, D), as are `values`; each key head serves equally many query heads.
             start: (rows,) int32, each less than length.
             scale: Of the products.
@@ -143,29 +145,64 @@ class Kernel(Protocol):
         """
 
 
+def fits(queries: mx.array, keys: mx.array, values: mx.array) -> bool:
+    """Whether `CudaKernel` is made for such arrays."""
+    return (
+        queries.shape[2] == 1
+        and queries.shape[3] in _LANES
+        and queries.shape[0] == keys.shape[0]
+        and keys.shape == values.shape
+        and keys.shape[2] < MOST_KEYS
+        and queries.dtype == keys.dtype == values.dtype
+    )
+
+
+def works(kernel: Kernel, dtype: mx.Dtype, dim: int, repeats: int) -> bool:
+    """Whether a kernel computes here what MLX does; where it does not, the log says why.
+
+    Args:
+        repeats: Query heads for each key head.
+    """
+    shape = (2, 2, _TRIAL_KEYS, dim)
+    keys, values, queries = (
+        mx.random.normal(shape, key=mx.random.key(number)).astype(dtype) for number in range(3)
+    )
+    queries = mx.repeat(queries[:, :, :1], repeats, axis=1)
+    start = mx.array([0, 7], dtype=mx.int32)
+    mask = (mx.arange(_TRIAL_KEYS)[None, :] >= start[:, None])[:, None, None, :]
+    scale = dim**-0.5
+    wide = [each.astype(mx.float32) for each in (queries, keys, values)]
+    wanted = mx.fast.scaled_dot_product_attention(*wide, scale=scale, mask=mask)
+    try:
+        found = kernel(queries, keys, values, start, scale)
+        difference: Any = mx.abs(found.astype(mx.float32) - wanted).max().item()
+    except Exception:
+        log.exception("the attention kernel cannot be used; padded rows have MLX's own attention")
+        return False
+    if not difference < _MOST_DIFFERENCE:
+        log.error("the attention kernel is off by %s; padded rows have MLX's own attention", difference)
+        return False
+    return True
+
+
 class CudaKernel:
-    """`Kernel` on MLX's CUDA back-end; compiled when it is first used, which takes a second, and kept on disk by MLX."""
+    """`Kernel` on MLX's CUDA back-end; compiled for each kind of arrays when they first come."""
 
     def __init__(self) -> None:
+        self._scales: dict[float, mx.array] = {}
         self._kernel: Any = mx.fast.cuda_kernel(
-            name="mlx_pool_padded_attention",
+            # MLX may keep what it compiled by its name alone.
+            name="mlx_pool_attention_" + hashlib.sha256((_HEADER + _SOURCE).encode()).hexdigest()[:8],
             input_names=["queries", "keys", "values", "start", "scale"],
             output_names=["result"],
             source=_SOURCE,
             header=_HEADER,
             ensure_row_contiguous=False,
         )
-        self._scales: dict[float, mx.array] = {}
 
     def supports(self, queries: mx.array, keys: mx.array, values: mx.array) -> bool:
-        """Whether the kernel can be used on such arrays."""
-        return (
-            queries.shape[2] == 1
-            and queries.shape[3] in _LANES
-            and keys.shape == values.shape
-            and keys.shape[2] < MOST_KEYS
-            and queries.dtype == keys.dtype == values.dtype
-        )
+        """See `Kernel`."""
+        return fits(queries, keys, values)
 
     def __call__(
         self, queries: mx.array, keys: mx.array, values: mx.array, start: mx.array, scale: float
@@ -196,23 +233,33 @@ class CudaKernel:
         return results[0]
 
 
-def works(kernel: Kernel) -> bool:
-    """Whether a kernel computes here what MLX does; where it does not, the log says why, and MLX's own is to be used."""
-    queries, keys, values = (
-        mx.random.normal(shape) for shape in ((2, 4, 1, 64), (2, 2, 40, 64), (2, 2, 40, 64))
-    )
-    start = mx.array([0, 7], dtype=mx.int32)
-    mask = (mx.arange(keys.shape[2])[None, :] >= start[:, None])[:, None, None, :]
-    wanted = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=_SCALE, mask=mask)
-    try:
-        difference: Any = mx.abs(kernel(queries, keys, values, start, _SCALE) - wanted).max().item()
-    except Exception:
-        log.exception("the attention kernel cannot be used; padded rows have MLX's own attention")
-        return False
-    if not difference < _MOST_DIFFERENCE:
-        log.error("the attention kernel is off by %s; padded rows have MLX's own attention", difference)
-        return False
-    return True
+class TriedKernel:
+    """A `Kernel` around another, which it tries with a few numbers for each kind of arrays when they first come."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+        self._works: dict[tuple[mx.Dtype, int, int], bool] = {}
+
+    def supports(self, queries: mx.array, keys: mx.array, values: mx.array) -> bool:
+        """See `Kernel`; what did not work once is not tried again."""
+        if not self._kernel.supports(queries, keys, values):
+            return False
+        kind = queries.dtype, queries.shape[3], queries.shape[1] // keys.shape[1]
+        if kind not in self._works:
+            self._works[kind] = works(self._kernel, *kind)
+        return self._works[kind]
+
+    def __call__(
+        self, queries: mx.array, keys: mx.array, values: mx.array, start: mx.array, scale: float
+    ) -> mx.array:
+        """See `Kernel`."""
+        return self._kernel(queries, keys, values, start, scale)
+
+
+@cache
+def cuda_kernel() -> TriedKernel:
+    """This process's."""
+    return TriedKernel(CudaKernel())
 
 
 class PaddedAttention:

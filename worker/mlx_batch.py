@@ -80,7 +80,7 @@ class Batch:
         import mlx.core as mx
         from mlx_lm.generate import BatchGenerator
 
-        from worker.mlx_attention import CudaKernel, PaddedAttention, works
+        from worker.mlx_attention import PaddedAttention, cuda_kernel
         from worker.mlx_decoding import DecodingBatch
 
         self._sampler = _sampler(on_host=on_host, never_excluded=never_excluded)
@@ -95,8 +95,8 @@ class Batch:
         )
         decoding = DecodingBatch.empty(model, self._sample)
         decoding.wants_logprobs = self._wants_logprobs
-        if mx.cuda.is_available() and not on_host and works(kernel := CudaKernel()):
-            decoding.attention = PaddedAttention(kernel)
+        if mx.cuda.is_available() and not on_host:
+            decoding.attention = PaddedAttention(cuda_kernel())
         self._generator._generation_batch = decoding  # noqa: SLF001 (mlx-lm has no other way to give it one)
         self._rows: dict[int, RowSampler] = {}
         self._budget = PrefillBudget(step_tokens)
@@ -118,6 +118,10 @@ class Batch:
     def copy_tokens(self) -> int:
         """See `worker.prefill.PrefillBudget`."""
         return self._budget.copy_tokens
+
+    def close(self) -> None:
+        """Give back what mlx-lm changed of the process: the next batch takes what it finds for the state before."""
+        self._generator.close()
 
     def is_reading(self, uid: int) -> bool:
         """Whether a row's prompt is not whole yet."""
@@ -246,6 +250,9 @@ class OneAtATime:
         self._sampler = _sampler(on_host=on_host, never_excluded=never_excluded)
         self._uid = self._left = 0
         self._steps: Iterator[tuple[Any, Any]] = iter(())
+
+    def close(self) -> None:
+        """As `Batch.close`; there is nothing."""
 
     def is_reading(self, _uid: int) -> bool:
         """Never between two steps."""

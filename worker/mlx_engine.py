@@ -8,6 +8,7 @@ and `mlx_model` are what changes then.
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,7 @@ class MLXEngine:
         if mlx_model.has_gpu():
             warm_up(self)
             # How fast it was the first time is nothing to learn from.
-            self._generator = self._new_generator()
+            self._begin_anew()
             self._prefixes = PrefixCache(_prompt_cache_bytes(settings, self._memory))
 
     @property
@@ -222,8 +223,7 @@ class MLXEngine:
                 if self._prefixes.wants(self._by_uid[uid].token_ids):
                     self._prefixes.put(*self._generator.caches(uid))
         except Exception:
-            # What a failed step left half-done is not to be built upon.
-            self._rows, self._by_uid, self._generator = {}, {}, self._new_generator()
+            self._begin_anew()
             raise
         tokens = self._tokens(responses)
         self._make_room()
@@ -315,6 +315,12 @@ class MLXEngine:
         # JSON has neither infinity nor NaN (max takes the first where it cannot compare): a token that was banned, and one of a
         # model whose numbers overflow, reports a number that underflows to probability 0.
         return TokenLogprob(token_id, max(-9999.0, logprob), self._token_bytes[token_id])
+
+    def _begin_anew(self) -> None:
+        """Without rows: what a failed step left half-done is not to be built upon."""
+        with suppress(Exception):  # it may be what has failed
+            self._generator.close()
+        self._rows, self._by_uid, self._generator = {}, {}, self._new_generator()
 
     def _new_generator(self) -> Batch | OneAtATime:
         eos_token_ids = list(self._tokenizer.eos_token_ids)

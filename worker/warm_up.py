@@ -35,16 +35,18 @@ def warm_up(engine: Engine) -> None:
 
     It is no reason not to start if that fails: the log says why.
     """
-    log.info("warming up: what the GPU needs is compiled once, which may take a minute")
+    log.info("warming up; on CUDA, what is needed is compiled the first time, which may take a minute")
     began = time.monotonic()
-    jobs = [_job(number, engine.info.vocab_size) for number in range(min(len(_ROWS), engine.info.max_batch))]
+    jobs = [_job(number, engine.info.vocab_size) for number in range(len(_ROWS))]
     try:
-        _generate(engine, jobs)
+        for first in range(0, len(jobs), engine.info.max_batch):
+            _generate(engine, jobs[first : first + engine.info.max_batch])
     except Exception:
         log.exception("the model could not be warmed up")
         for job, _ in jobs:
             engine.remove(job.job_id)
-    log.info("warmed up in %.1f s", time.monotonic() - began)
+    else:
+        log.info("warmed up in %.1f s", time.monotonic() - began)
 
 
 def _generate(engine: Engine, jobs: list[tuple[GenerationJob, list[int]]]) -> None:
@@ -63,7 +65,7 @@ def _generate(engine: Engine, jobs: list[tuple[GenerationJob, list[int]]]) -> No
 
 
 def _job(number: int, vocab_size: int) -> tuple[GenerationJob, list[int]]:
-    """A job and its prompt; the token ids are any, and as many others as there are rows."""
+    """A job and its prompt: any token ids, of another length for each row."""
     sampling, wants_logprobs = _ROWS[number]
     prompt = [(1 + number + i) % vocab_size for i in range(_PROMPT_TOKENS - number)]
     job = GenerationJob(

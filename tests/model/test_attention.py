@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ from mlx_lm.generate import BatchGenerator
 
 from common.protocol import GenerationJob, SamplingParams, TokenPrompt
 from common.settings import Settings
-from worker.mlx_attention import CudaKernel, PaddedAttention, works
+from worker.mlx_attention import (
+    MOST_KEYS,
+    CudaKernel,
+    PaddedAttention,
+    TriedKernel,
+    cuda_kernel,
+    fits,
+    works,
+)
 from worker.mlx_engine import MLXEngine
 
 PROMPTS = [list(range(100, 120)), list(range(200, 209)), list(range(300, 315))]
@@ -72,16 +81,20 @@ def of_mlx_lm(engine: MLXEngine, prompt: list[int]) -> list[int]:
     return found
 
 
-def with_kernel(engine: MLXEngine, kernel: Any) -> None:
-    engine._generator._generator._generation_batch.attention = PaddedAttention(kernel)  # type: ignore[union-attr]  # this model can batch
+@pytest.fixture
+def kernel(engine: MLXEngine) -> Iterator[ReferenceKernel]:
+    """What padded rows of the engine have, while a test lasts."""
+    made = ReferenceKernel()
+    batch = engine._generator._generator._generation_batch  # type: ignore[union-attr]  # this model can batch
+    before, batch.attention = batch.attention, PaddedAttention(made)
+    yield made
+    batch.attention = before
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_padded_rows_have_the_kernel(engine: MLXEngine, penalty: float) -> None:
+def test_padded_rows_have_the_kernel(engine: MLXEngine, kernel: ReferenceKernel, penalty: float) -> None:
     """All layers of their steps, also beside a row with a logits processor; the tokens are those that a row has alone."""
     own = mx.fast.scaled_dot_product_attention
-    kernel = ReferenceKernel()
-    with_kernel(engine, kernel)
     found = generated(engine, PROMPTS, penalty)
     assert mx.fast.scaled_dot_product_attention is own
     assert kernel.num_calls >= 30 * (NUM_TOKENS - 1)  # the first step of a row is its prompt's last
@@ -90,10 +103,8 @@ def test_padded_rows_have_the_kernel(engine: MLXEngine, penalty: float) -> None:
         assert found[0] == of_mlx_lm(engine, PROMPTS[0])
 
 
-def test_rows_without_padding_have_none(engine: MLXEngine) -> None:
+def test_rows_without_padding_have_none(engine: MLXEngine, kernel: ReferenceKernel) -> None:
     """They need no mask, and have MLX's own."""
-    kernel = ReferenceKernel()
-    with_kernel(engine, kernel)
     generated(engine, [PROMPTS[0], PROMPTS[0][::-1]])
     assert kernel.num_calls == 0
 
@@ -136,14 +147,48 @@ class BrokenKernel(ReferenceKernel):
 
 
 def test_a_kernel_that_does_not_work(caplog: pytest.LogCaptureFixture) -> None:
-    """It is found out before there are rows, and said."""
-    assert works(ReferenceKernel())
+    """It is found out when it is tried, and said."""
+    for dtype in (mx.float32, mx.float16, mx.bfloat16):
+        assert works(ReferenceKernel(), dtype, 64, 3)
     assert not caplog.records
-    assert not works(BrokenKernel(raises=True))
+    assert not works(BrokenKernel(raises=True), mx.float32, 64, 3)
     assert "no such architecture" in caplog.text
     caplog.clear()
-    assert not works(BrokenKernel(raises=False))
+    assert not works(BrokenKernel(raises=False), mx.float32, 64, 3)
     assert "off by nan" in caplog.text
+
+
+def test_a_kernel_is_tried_once_for_each_kind(
+    engine: MLXEngine, kernel: ReferenceKernel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With one that fails, rows have MLX's own and their tokens, and the log says it once."""
+    batch = engine._generator._generator._generation_batch  # type: ignore[union-attr]  # this model can batch
+    batch.attention = PaddedAttention(TriedKernel(kernel))
+    generated(engine, PROMPTS)
+    assert kernel.num_calls >= 30 * (NUM_TOKENS - 1)
+    assert not caplog.records
+    batch.attention = PaddedAttention(TriedKernel(BrokenKernel(raises=True)))
+    assert generated(engine, PROMPTS) == [of_mlx_lm(engine, prompt) for prompt in PROMPTS]
+    assert caplog.text.count("cannot be used") == 1
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "values", "dtype"),
+    [
+        ((2, 4, 2, 64), (2, 2, 9, 64), (2, 2, 9, 64), mx.float32),  # two queries
+        ((2, 4, 1, 112), (2, 2, 9, 112), (2, 2, 9, 112), mx.float32),  # a size that it has no threads for
+        ((2, 4, 1, 128), (2, 2, 9, 128), (2, 2, 9, 64), mx.float32),  # values of another size, as with MLA
+        ((1, 4, 1, 64), (2, 2, 9, 64), (2, 2, 9, 64), mx.float32),  # queries for some of the rows
+        ((2, 4, 1, 64), (2, 2, MOST_KEYS, 64), (2, 2, MOST_KEYS, 64), mx.float32),
+        ((2, 4, 1, 64), (2, 2, 9, 64), (2, 2, 9, 64), mx.float16),  # queries in float32 beside such keys
+    ],
+)
+def test_what_the_kernel_is_not_for(
+    queries: tuple[int, ...], keys: tuple[int, ...], values: tuple[int, ...], dtype: mx.Dtype
+) -> None:
+    """MLX's own does it."""
+    assert not fits(mx.zeros(queries), mx.zeros(keys).astype(dtype), mx.zeros(values).astype(dtype))
+    assert fits(mx.zeros((2, 4, 1, 64)), mx.zeros((2, 2, 9, 64)), mx.zeros((2, 2, 9, 64)))
 
 
 @ONLY_CUDA
@@ -155,7 +200,7 @@ def test_a_kernel_that_does_not_work(caplog: pytest.LogCaptureFixture) -> None:
 def test_the_kernel_on_cuda(dtype: mx.Dtype, dim: int, num_heads: int, num_key_heads: int) -> None:
     """What MLX computes with a mask, in float32, of arrays that lie as a model's do."""
     kernel = CudaKernel()
-    assert works(kernel)
+    assert works(kernel, dtype, dim, num_heads // num_key_heads)
     tolerance = {mx.bfloat16: 2e-2, mx.float16: 3e-3, mx.float32: 1e-4}[dtype]
     for num_rows, length in ((1, 1), (3, 17), (8, 300), (5, 1000)):
         queries = mx.random.normal((num_rows, 1, num_heads, dim)).astype(dtype).swapaxes(1, 2)
@@ -172,6 +217,9 @@ def test_the_kernel_on_cuda(dtype: mx.Dtype, dim: int, num_heads: int, num_key_h
 
 
 @ONLY_CUDA
-def test_a_worker_on_cuda_has_the_kernel(engine: MLXEngine) -> None:
+def test_a_worker_on_cuda_has_the_kernel(demo_folder: Path) -> None:
     """Without being asked."""
-    assert engine._generator._generator._generation_batch.attention is not None  # type: ignore[union-attr]  # this model can batch
+    engine: Any = MLXEngine(Settings(model=str(demo_folder), max_batch=4, prompt_cache_gb=0))
+    attention = engine._generator._generator._generation_batch.attention
+    assert attention._kernel is cuda_kernel()
+    assert all(attention._kernel._works.values())

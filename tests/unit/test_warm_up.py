@@ -23,7 +23,7 @@ class Watched(ScriptedEngine):
 
     def insert(self, job: Any, prompt: list[int], replay: list[int]) -> Inserted:
         self.jobs.append(job)
-        assert len(self.jobs) <= self.info.max_batch
+        assert self.num_rows < self.info.max_batch
         assert all(0 <= token_id < self.info.vocab_size for token_id in prompt)
         return super().insert(job, prompt, replay)
 
@@ -51,6 +51,7 @@ def test_a_batch_of_one() -> None:
     warm_up(engine)
     assert engine.num_rows == 0
     assert set(engine.num_rows_by_step) == {1}
+    assert len(engine.jobs) == 6  # one after another
 
 
 @pytest.mark.parametrize("where", ["insert", "step"])
@@ -61,10 +62,11 @@ def test_a_failure_is_logged(where: str, caplog: pytest.LogCaptureFixture) -> No
         engine.step_error = RuntimeError("no such kernel")
     else:
         engine.refused["warm-up-4"] = RuntimeError("no such kernel")
-    with caplog.at_level(logging.ERROR):
+    with caplog.at_level(logging.INFO):
         warm_up(engine)
     assert engine.num_rows == 0
     assert "no such kernel" in caplog.text
+    assert "warmed up in" not in caplog.text
 
 
 def test_rows_that_never_end(caplog: pytest.LogCaptureFixture) -> None:
