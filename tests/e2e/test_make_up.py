@@ -29,9 +29,9 @@ class Up:
     """A running `make up`, in a process group of its own as under a terminal, and what it has printed."""
 
     def __init__(self, state: Path, *variables: str) -> None:
-        signal.signal(
-            signal.SIGHUP, signal.SIG_DFL
-        )  # a child inherits that it is ignored, where nohup runs the tests
+        # A child inherits what is ignored, as it is where nohup runs the tests, or a shell in its background.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         environ = {k: v for k, v in os.environ.items() if k != "MLXPOOL_REDIS_URL"}
         self.port = unused_port()
         self.process = subprocess.Popen(
