@@ -8,10 +8,10 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from mlx_lm.generate import BatchGenerator
 
 from common.protocol import GenerationJob, SamplingParams, TokenPrompt
 from common.settings import Settings
+from tests.model.reference import of_mlx_lm
 from worker.mlx_attention import (
     MOST_KEYS,
     CudaKernel,
@@ -72,15 +72,6 @@ def generated(engine: MLXEngine, prompts: list[list[int]], penalty: float = 1.0)
     return list(found.values())
 
 
-def of_mlx_lm(engine: MLXEngine, prompt: list[int]) -> list[int]:
-    generator: Any = BatchGenerator(engine._model)
-    generator.insert([prompt], max_tokens=[NUM_TOKENS])
-    found: list[int] = []
-    while len(found) < NUM_TOKENS:
-        found += [response.token for response in generator.next()[1]]
-    return found
-
-
 @pytest.fixture
 def kernel(engine: MLXEngine) -> Iterator[ReferenceKernel]:
     """What padded rows of the engine have, while a test lasts."""
@@ -98,9 +89,9 @@ def test_padded_rows_have_the_kernel(engine: MLXEngine, kernel: ReferenceKernel,
     found = generated(engine, PROMPTS, penalty)
     assert mx.fast.scaled_dot_product_attention is own
     assert kernel.num_calls >= 30 * (NUM_TOKENS - 1)  # the first step of a row is its prompt's last
-    assert found[1:] == [of_mlx_lm(engine, prompt) for prompt in PROMPTS[1:]]
+    assert found[1:] == [of_mlx_lm(engine, prompt, NUM_TOKENS) for prompt in PROMPTS[1:]]
     if penalty == 1.0:
-        assert found[0] == of_mlx_lm(engine, PROMPTS[0])
+        assert found[0] == of_mlx_lm(engine, PROMPTS[0], NUM_TOKENS)
 
 
 def test_rows_without_padding_have_none(engine: MLXEngine, kernel: ReferenceKernel) -> None:
@@ -168,7 +159,7 @@ def test_a_kernel_is_tried_once_for_each_kind(
     assert kernel.num_calls >= 30 * (NUM_TOKENS - 1)
     assert not caplog.records
     batch.attention = PaddedAttention(TriedKernel(BrokenKernel(raises=True)))
-    assert generated(engine, PROMPTS) == [of_mlx_lm(engine, prompt) for prompt in PROMPTS]
+    assert generated(engine, PROMPTS) == [of_mlx_lm(engine, prompt, NUM_TOKENS) for prompt in PROMPTS]
     assert caplog.text.count("cannot be used") == 1
 
 

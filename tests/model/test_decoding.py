@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlx_lm.generate import BatchGenerator
 
 from common.protocol import GenerationJob, SamplingParams, TokenPrompt
 from common.settings import Settings
+from tests.model.reference import of_mlx_lm
 from worker.mlx_decoding import UnpaddedKVCache
 from worker.mlx_engine import MLXEngine
 
@@ -32,16 +32,6 @@ def job(job_id: str, prompt: list[int], max_tokens: int, **sampling: Any) -> Gen
         max_tokens=max_tokens,
         sampling=params,
     )
-
-
-def of_mlx_lm(engine: MLXEngine, prompt: list[int], num_tokens: int) -> list[int]:
-    """What mlx-lm's own batch generates."""
-    generator: Any = BatchGenerator(engine._model)
-    generator.insert([prompt], max_tokens=[num_tokens])
-    found: list[int] = []
-    while len(found) < num_tokens:
-        found += [response.token for response in generator.next()[1]]
-    return found
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
