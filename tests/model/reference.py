@@ -1,4 +1,4 @@
-"""What mlx-lm itself generates, for tests of what the worker makes of it."""
+"""Greedy jobs, and what mlx-lm itself generates for them: tests of what the worker makes of it compare the two."""
 
 from __future__ import annotations
 
@@ -6,7 +6,20 @@ from typing import Any
 
 from mlx_lm.generate import BatchGenerator
 
+from common.protocol import GenerationJob, SamplingParams, TokenPrompt
 from worker.mlx_engine import MLXEngine
+
+
+def greedy_job(job_id: str, prompt: list[int], max_tokens: int, **sampling: Any) -> GenerationJob:
+    """A job for `MLXEngine.insert`."""
+    return GenerationJob(
+        job_id=job_id,
+        model="m",
+        channel="c",
+        prompt=TokenPrompt(prompt),
+        max_tokens=max_tokens,
+        sampling=SamplingParams(temperature=0, **sampling),
+    )
 
 
 def of_mlx_lm(engine: MLXEngine, prompt: list[int], num_tokens: int) -> list[int]:

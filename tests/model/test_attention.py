@@ -9,9 +9,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from common.protocol import GenerationJob, SamplingParams, TokenPrompt
 from common.settings import Settings
-from tests.model.reference import of_mlx_lm
+from tests.model.reference import greedy_job, of_mlx_lm
 from worker.mlx_attention import (
     MOST_KEYS,
     CudaKernel,
@@ -56,16 +55,8 @@ def engine(demo_folder: Path) -> MLXEngine:
 def generated(engine: MLXEngine, prompts: list[list[int]], penalty: float = 1.0) -> list[list[int]]:
     found: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
     for job_id, prompt in zip(found, prompts, strict=True):
-        sampling = SamplingParams(temperature=0, repetition_penalty=penalty if job_id == "0" else 1.0)
-        job = GenerationJob(
-            job_id=job_id,
-            model="m",
-            channel="c",
-            prompt=TokenPrompt(prompt),
-            max_tokens=NUM_TOKENS,
-            sampling=sampling,
-        )
-        engine.insert(job, prompt, [])
+        factor = penalty if job_id == "0" else 1.0
+        engine.insert(greedy_job(job_id, prompt, NUM_TOKENS, repetition_penalty=factor), prompt, [])
     while engine.num_rows:
         for event in engine.step():
             found[event.job_id].append(event.token_id)  # type: ignore[union-attr]  # no echo is asked for

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from common.protocol import GenerationJob, SamplingParams, TokenPrompt
 from common.settings import Settings
-from tests.model.reference import of_mlx_lm
+from tests.model.reference import greedy_job, of_mlx_lm
 from worker.mlx_decoding import UnpaddedKVCache
 from worker.mlx_engine import MLXEngine
 
@@ -20,18 +18,6 @@ SHORT = list(range(300, 309))
 @pytest.fixture(scope="module")
 def engine(demo_folder: Path) -> MLXEngine:
     return MLXEngine(Settings(model=str(demo_folder), max_batch=4, prompt_cache_gb=0))
-
-
-def job(job_id: str, prompt: list[int], max_tokens: int, **sampling: Any) -> GenerationJob:
-    params = SamplingParams(temperature=0, **sampling)
-    return GenerationJob(
-        job_id=job_id,
-        model="m",
-        channel="c",
-        prompt=TokenPrompt(prompt),
-        max_tokens=max_tokens,
-        sampling=params,
-    )
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
@@ -51,11 +37,11 @@ def test_padding_comes_and_goes(engine: MLXEngine, penalty: float) -> None:
             unpadded.append(all(isinstance(cache, UnpaddedKVCache) for cache in batch.prompt_cache))
 
     for job_id, prompt in zip("ab", EVEN, strict=True):
-        engine.insert(job(job_id, prompt, 30), prompt, [])
+        engine.insert(greedy_job(job_id, prompt, 30), prompt, [])
     while len(found["a"]) < 6:
         step()
     assert unpadded[-1]
-    engine.insert(job("c", SHORT, 6, repetition_penalty=penalty), SHORT, [])
+    engine.insert(greedy_job("c", SHORT, 6, repetition_penalty=penalty), SHORT, [])
     while len(found["c"]) < 5:
         step()
     assert not unpadded[-1]
@@ -66,3 +52,24 @@ def test_padding_comes_and_goes(engine: MLXEngine, penalty: float) -> None:
         assert found[job_id] == of_mlx_lm(engine, prompt, 30)
     if penalty == 1.0:
         assert found["c"] == of_mlx_lm(engine, SHORT, 6)
+
+
+def test_a_batch_is_closed_before_the_next(engine: MLXEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a step that failed: mlx-lm's next batch takes the wired limit that it finds for the one to give back."""
+    failed, closed = engine._generator, []
+
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(failed, "next", fail)
+    monkeypatch.setattr(failed, "close", lambda: closed.append(engine._generator is failed))
+    engine.insert(greedy_job("a", SHORT, 6), SHORT, [])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        engine.step()
+    assert closed == [True]
+    assert engine.num_rows == 0
+    engine.insert(greedy_job("b", SHORT, 6), SHORT, [])
+    found: list[int] = []
+    while engine.num_rows:
+        found += [token.token_id for token in engine.step()]  # type: ignore[union-attr]  # no echo is asked for
+    assert found == of_mlx_lm(engine, SHORT, 6)
