@@ -18,7 +18,7 @@ from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 
 from api import gunicorn_protocol, key_file
 from api.headers import for_any_origin
-from common import connections
+from common import connections, garbage
 from common import logging as common_logging
 from common.errors import StartupError
 from common.settings import PREFIX, Settings
@@ -66,6 +66,7 @@ def options(settings: Settings) -> dict[str, Any]:
         gunicorn_protocol.install(
             settings.header_seconds, settings.take_seconds, for_any_origin(settings.cors_origins)
         )
+        garbage.spare_what_is_loaded()
 
     def worker_int(worker: Any) -> None:
         # On SIGINT gunicorn leaves out the lifespan's end. Nothing is waited for then, but what runs is cancelled.

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from logging import getLogger
 
-from common import connections, logging
+from common import connections, garbage, logging
 from common.errors import StartupError
 from common.settings import Settings, add_flags, from_arguments
 from worker.batch_worker import BatchWorker
@@ -89,7 +89,9 @@ def _load_engine(settings: Settings) -> Engine:
     log.info("loading %s", settings.model)
     from worker.mlx_engine import MLXEngine
 
-    return MLXEngine(settings)
+    engine = MLXEngine(settings)
+    garbage.spare_what_is_loaded()
+    return engine
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """How much memory the caches of running rows may take, and whether one more row fits. Pure arithmetic.
 
-mlx-lm keeps the caches of a batch in arrays that are as long as its longest row: what counts is rows times longest. Made
-by `mlx_model`, asked by `mlx_engine`.
+The caches of a batch are in arrays that are as long as its longest row, with slots for a few rows more (`mlx_slots`): what counts
+is slots times longest. Made by `mlx_model`, asked by `mlx_engine`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _GROWS_BY_TOKENS = 256
-"""mlx-lm 0.32 makes caches longer in steps of this (`KVCache.step`)."""
+"""Caches get longer in steps of this, mlx-lm's (0.32, `KVCache.step`) and those in slots."""
 
 EXPECTED_TOKENS = 512
 """What is set aside for an answer without a limit, or with a larger one: few are longer, and to keep room for a whole
@@ -56,7 +56,9 @@ class CacheMemory:
         """What these rows leave of the room; below 0 where it is too small for them."""
         if not num_tokens_by_row:
             return self.room_bytes
-        return self.room_bytes - len(num_tokens_by_row) * self.cost.row_bytes(max(num_tokens_by_row))
+        return self.room_bytes - num_slots(len(num_tokens_by_row)) * self.cost.row_bytes(
+            max(num_tokens_by_row)
+        )
 
     def longest_row(self, most_tokens: int) -> int:
         """The longest row that has room alone, up to `most_tokens`."""
@@ -65,6 +67,11 @@ class CacheMemory:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.fits([middle]) else (low, middle - 1)
         return low
+
+
+def num_slots(num_rows: int) -> int:
+    """How many rows there is a place for where there are `num_rows`: who comes next costs no other row anything."""
+    return num_rows + num_rows // 8
 
 
 def expected_tokens(num_prompt: int, num_done: int, max_tokens: int) -> int:

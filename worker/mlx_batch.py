@@ -82,6 +82,7 @@ class Batch:
 
         from worker.mlx_attention import PaddedAttention, cuda_kernel
         from worker.mlx_decoding import DecodingBatch
+        from worker.mlx_reading import ReadingBatch
 
         self._sampler = _sampler(on_host=on_host, never_excluded=never_excluded)
         self._generator = BatchGenerator(
@@ -95,9 +96,12 @@ class Batch:
         )
         decoding = DecodingBatch.empty(model, self._sample)
         decoding.wants_logprobs = self._wants_logprobs
+        decoding.most_rows = max_batch
         if mx.cuda.is_available() and not on_host:
             decoding.attention = PaddedAttention(cuda_kernel())
-        self._generator._generation_batch = decoding  # noqa: SLF001 (mlx-lm has no other way to give it one)
+        # mlx-lm has no other way to give it these.
+        self._generator._generation_batch = decoding  # noqa: SLF001
+        self._generator._prompt_batch = ReadingBatch.empty(model, self._sample, step_tokens)  # noqa: SLF001
         self._rows: dict[int, RowSampler] = {}
         self._budget = PrefillBudget(step_tokens)
         # By row without a token yet: prompt tokens left to read; oldest first.
@@ -186,26 +190,44 @@ class Batch:
             prompts, responses = self._generator.next()
         num_read = []
         for prompt in prompts:
-            if prompt.end_of_prompt:
-                del self._reading[prompt.uid]
-                self._begun.remove(prompt.uid)
-                self.just_read.append(prompt.uid)
+            if prompt.end_of_prompt:  # one of a single token
+                self._was_read(prompt.uid)
             else:
                 num_done, num_all = prompt.progress
                 self._reading[prompt.uid] = num_all - num_done - 1
                 num_read.append(left_before[prompt.uid] - self._reading[prompt.uid])
         if num_read:
             self._budget.took(len(num_read) * max(num_read), stats.prompt_time)
+        self._join()
         return list(responses)
+
+    def _join(self) -> None:
+        """Rows whose prompts are whole but for the last token are to decode in the next step; in mlx-lm, one step later."""
+        generator = self._generator
+        under_way = generator._currently_processing  # noqa: SLF001 (by row: what is left to read, in parts, and two counts)
+        whole = [place for place, (parts, *_) in enumerate(under_way) if [len(part) for part in parts] == [1]]
+        if not whole:
+            return
+        last_tokens = [under_way[place][0][0] for place in whole]
+        generator._currently_processing = [  # noqa: SLF001
+            each for place, each in enumerate(under_way) if place not in whole
+        ]
+        joining = generator._prompt_batch.split(whole).generate(last_tokens)  # noqa: SLF001
+        uids = list(joining.uids)
+        generator._generation_batch.extend(joining)  # noqa: SLF001
+        for uid in uids:
+            self._was_read(uid)
+
+    def _was_read(self, uid: int) -> None:
+        del self._reading[uid]
+        self._begun.remove(uid)
+        self.just_read.append(uid)
 
     def _plan(self) -> None:
         """Tell mlx-lm which prompts to read in the next step, and how much of each."""
-        begun = [self._reading[uid] for uid in self._begun]
         waiting = [uid for uid in self._reading if uid not in self._begun]
-        unread = [num_left for num_left in begun if num_left]
-        if len(unread) < len(begun):
-            waiting = []  # whoever joined now would be put together with rows that leave in this very step
-        plan = self._budget.plan(unread, [self._reading[uid] for uid in waiting])
+        begun = [self._reading[uid] for uid in self._begun]
+        plan = self._budget.plan(begun, [self._reading[uid] for uid in waiting])
         joining = [waiting[place] for place in plan.joining]
         generator = self._generator
         # mlx-lm takes the first ones of its line.

@@ -1,8 +1,9 @@
 """mlx-lm's batch of decoding rows, with less to do in each step.
 
 A decode step of a small model on a GPU takes as long as the CPU needs to feed it: each operation costs some ten microseconds,
-however little it computes. Here a step has fewer of them than in mlx-lm 0.32; what it computes is the same. `mlx_batch` puts
-this batch into its `BatchGenerator`, and imports it late, since it imports MLX.
+however little it computes. Here a step has fewer of them than in mlx-lm 0.32, and rows come and go without new arrays of
+all others (`mlx_slots`); what is computed is the same. `mlx_batch` puts this batch into its `BatchGenerator`, and imports it
+late, since it imports MLX.
 """
 
 from __future__ import annotations
@@ -16,33 +17,11 @@ from mlx_lm.generate import GenerationBatch
 from mlx_lm.models.cache import BatchKVCache
 
 from worker.mlx_attention import PaddedAttention
+from worker.mlx_reading import JoiningBatch
+from worker.mlx_slots import SlotKVCache, moves_to
 
-
-class UnpaddedKVCache(BatchKVCache):
-    """Of rows that begin at the same place: every row's next token may look at everything that is there.
-
-    Without a mask MLX's CUDA back-end has one kernel for the attention of such a step, with one it has many.
-    """
-
-    def make_mask(self, N: int, return_array: bool = False, **options: Any) -> Any:  # noqa: N803 (as mlx-lm calls it)
-        if N == 1 and not return_array and options.get("window_size") is None:
-            return None
-        return super().make_mask(N, return_array, **options)
-
-
-class PaddedKVCache(BatchKVCache):
-    """Of rows that begin at different places, with an attention that is told where."""
-
-    attention: PaddedAttention
-
-    def make_mask(self, N: int, return_array: bool = False, **options: Any) -> Any:  # noqa: N803 (as mlx-lm calls it)
-        mask: Any = super().make_mask(N, return_array, **options)
-        if N == 1 and options.get("window_size") is None:
-            self.attention.expect(mask, self.left_padding)
-        return mask
-
-
-_PLAIN = (BatchKVCache, UnpaddedKVCache, PaddedKVCache)
+_MOST_MOVES = 8
+"""Copies of neighbouring rows into slots of others; instead of more there are new buffers."""
 
 
 class DecodingBatch(GenerationBatch):
@@ -51,37 +30,75 @@ class DecodingBatch(GenerationBatch):
     1. Only rows that ask get a view of their log-probabilities; mlx-lm makes one for every row.
     2. All layers count the same tokens: they share one count, instead of adding to one each.
     3. Rows without padding need no mask, others have on CUDA an attention of their own.
+    4. Layers that keep every token have slots for their rows, of which one can come or go alone.
+    5. Newcomers have no step of their own: the last tokens of their prompts are read in the step that all take.
 
     Attributes:
         wants_logprobs: By uid: whether a row's log-probabilities are looked at. Set before there are rows.
+        most_rows: There will be. Set before there are rows.
         attention: Of padded rows; None: MLX's own.
     """
 
     wants_logprobs: Callable[[int], bool]
+    most_rows: int
     attention: PaddedAttention | None = None
-    _plain: list[Any] | None = (
-        None  # caches of the layers that attend to everything; None: rows have come or gone
-    )
     # mlx-lm's own annotations do not agree with what it assigns.
     logits_processors: Any
     _current_tokens: Any
     _current_logprobs: Any
     _next_tokens: Any
     _next_logprobs: Any
+    _matchers: list[Any]
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # By uid of a row that has joined and not taken a step: what is to watch its tokens then.
+        self._newcomers: dict[int, Any] = {}
+
+    @property
+    def _slots(self) -> list[SlotKVCache]:
+        return [cache for cache in self.prompt_cache if isinstance(cache, SlotKVCache)]
 
     def extend(self, batch: Any) -> None:
         """More rows."""
+        if isinstance(batch, JoiningBatch):
+            self._newcomers |= dict(zip(batch.uids, batch.matchers, strict=True))
+        if not self.uids:
+            batch.prompt_cache = [
+                SlotKVCache(cache, self.most_rows, self.attention) if type(cache) is BatchKVCache else cache
+                for cache in batch.prompt_cache
+            ]
         super().extend(batch)  # type: ignore[no-untyped-call]
-        self._plain = None
+        self._count()
 
     def filter(self, keep: list[int]) -> None:
-        """Fewer rows: those at the places `keep`."""
-        super().filter(keep)
-        self._plain = None
+        """Fewer rows: those at the places `keep`, perhaps in another order."""
+        slots, order = self._slots, keep
+        if slots and 2 * len(keep) >= max(cache.num_slots for cache in slots):
+            moves = moves_to(_order(keep))
+            if len(moves) <= _MOST_MOVES:
+                order = _order(keep)
+                mx.async_eval([copied for cache in slots for copied in cache.lift(moves)])
+        super().filter(order)
+        self._count()
+
+    def _count(self) -> None:
+        slots = self._slots
+        for cache in slots:
+            cache.count(None if cache is slots[0] else slots[0])
+
+    def next(self) -> list[GenerationBatch.Response]:
+        """A token of each row, but for those that have just joined."""
+        newcomers, self._newcomers = self._newcomers, {}
+        responses = super().next()
+        if not newcomers:
+            return responses
+        self._matchers = [newcomers.get(uid, own) for uid, own in zip(self.uids, self._matchers, strict=True)]
+        return [response for response in responses if response.uid not in newcomers]
 
     def _step(self) -> tuple[list[int], list[Any]]:
         """Start the next step; the tokens of the one before, and log-probabilities (None where nobody wants them)."""
-        plain = self._plain if self._plain is not None else self._sort_out()
+        slots = self._slots
         attention: AbstractContextManager[None] = self.attention or nullcontext()
         if any(self.logits_processors):
             with attention:
@@ -89,9 +106,9 @@ class DecodingBatch(GenerationBatch):
         inputs, current = self._next_tokens, self._next_logprobs
         with attention:
             logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
-        for cache in plain[1:]:
-            if cache._idx == plain[0]._idx:  # noqa: SLF001 (as many tokens)
-                cache.offset = plain[0].offset  # its own sum is never asked for, and so never computed
+        for cache in slots[1:]:
+            if cache._idx == slots[0]._idx:  # noqa: SLF001 (as many tokens)
+                cache.offset = slots[0].offset  # its own sum is never asked for, and so never computed
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         following = [logprobs[i] if self.wants_logprobs(uid) else None for i, uid in enumerate(self.uids)]
         self._current_tokens, self._current_logprobs = inputs, current
@@ -103,14 +120,9 @@ class DecodingBatch(GenerationBatch):
             row.append(token_id)
         return token_ids, current
 
-    def _sort_out(self) -> list[Any]:
-        """After rows have come or gone: which caches are plain ones, and is there padding in them?"""
-        plain = [cache for cache in self.prompt_cache if type(cache) in _PLAIN]
-        kind: type[BatchKVCache] = UnpaddedKVCache
-        if plain and any(plain[0].left_padding.tolist()):
-            kind = BatchKVCache if self.attention is None else PaddedKVCache
-        for cache in plain:
-            cache.__class__ = kind
-            cache.attention = self.attention
-        self._plain = plain
-        return plain
+
+def _order(keep: list[int]) -> list[int]:
+    """The same rows, with as few as possible in other places than before: the last ones go where others have left."""
+    stay = {row for row in keep if row < len(keep)}
+    last = (row for row in keep if row >= len(keep))
+    return [row if row in stay else next(last) for row in range(len(keep))]

@@ -8,7 +8,6 @@ import pytest
 
 from common.settings import Settings
 from tests.model.reference import greedy_job, of_mlx_lm
-from worker.mlx_decoding import UnpaddedKVCache
 from worker.mlx_engine import MLXEngine
 
 EVEN = [list(range(100, 120)), list(range(200, 220))]
@@ -34,7 +33,7 @@ def test_padding_comes_and_goes(engine: MLXEngine, penalty: float) -> None:
             found[token.job_id].append(token.token_id)  # type: ignore[union-attr]  # no echo is asked for
         batch = engine._generator._generator._generation_batch  # type: ignore[union-attr]  # this model can batch
         if len(batch):
-            unpadded.append(all(isinstance(cache, UnpaddedKVCache) for cache in batch.prompt_cache))
+            unpadded.append(all(cache.make_mask(1) is None for cache in batch.prompt_cache))
 
     for job_id, prompt in zip("ab", EVEN, strict=True):
         engine.insert(greedy_job(job_id, prompt, 30), prompt, [])
