@@ -2,7 +2,7 @@
 
 `python -m bench.churn` keeps a number of rows busy: whenever an answer is whole, another prompt takes its place. Prompts have 30
 to 59 tokens that nobody has read before, answers as many tokens as `--shortest` and `--longest` say. Interleaved rounds of
-mlx-lm's `BatchGenerator` as it comes and of the worker's engine, both on the same prompts and lengths, greedily.
+mlx-lm's `BatchGenerator` as it comes and of the worker's engine, on the same prompts, greedily, with the same most tokens.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def raw(
 
     generator: Any = BatchGenerator(
         engine._model,  # noqa: SLF001 (loaded once for both)
+        stop_tokens=[[token_id] for token_id in engine._tokenizer.eos_token_ids],  # noqa: SLF001
         completion_batch_size=num_rows,
         stream=mx.default_stream(mx.default_device()),
     )
@@ -127,10 +128,11 @@ def main() -> int:
     )
     for num_rows in arguments.rows:
         wait_until_quiet(PATIENCE_SECONDS)
-        rounds = [
-            [measure(engine, way, num_rows, number, arguments) for way in (raw, ours)]
-            for number in range(arguments.rounds)
-        ]
+        rounds = []
+        for number in range(arguments.rounds):
+            order = (raw, ours) if number % 2 == 0 else (ours, raw)
+            measured = {way: measure(engine, way, num_rows, number, arguments) for way in order}
+            rounds.append([measured[raw], measured[ours]])
         ratios = [own[0] / other[0] for other, own in rounds]
         middle = [[statistics.median(each[way][k] for each in rounds) for k in range(3)] for way in (0, 1)]
         table.add(

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 _GROWS_BY_TOKENS = 256
 """Caches get longer in steps of this, mlx-lm's (0.32, `KVCache.step`) and those in slots."""
 
+_LEAST_SPARE_TOKENS = 128
+"""Or arrays that were just made would soon be too short again."""
+
 EXPECTED_TOKENS = 512
 """What is set aside for an answer without a limit, or with a larger one: few are longer, and to keep room for a whole
 context for each would leave most of the memory empty. A batch that grows past its room gives a row back."""
@@ -30,11 +33,13 @@ class CacheCost:
     bytes_per_row: int = 0
     windows: tuple[tuple[float, int], ...] = ()
 
-    def row_bytes(self, num_tokens: int) -> float:
-        """For a row of so many tokens, prompt and answer together."""
-        num_tokens = -(-(num_tokens + 1) // _GROWS_BY_TOKENS) * _GROWS_BY_TOKENS
-        windows = sum(each * min(num_tokens, most) for each, most in self.windows)
-        return self.bytes_per_row + self.bytes_per_token * num_tokens + windows
+    def rows_bytes(self, num_rows: int, num_tokens: int) -> float:
+        """For so many rows, the longest of which has so many tokens, prompt and answer together."""
+        num_columns = columns(num_tokens + 1)
+        windows = sum(each * min(num_columns, most) for each, most in self.windows)
+        return (
+            num_rows * (self.bytes_per_row + windows) + slots(num_rows) * self.bytes_per_token * num_columns
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +57,16 @@ class CacheMemory:
         """Whether these rows, with so many tokens each, have room together."""
         return self.left_bytes(num_tokens_by_row) >= 0
 
-    def left_bytes(self, num_tokens_by_row: list[int]) -> float:
-        """What these rows leave of the room; below 0 where it is too small for them."""
+    def left_bytes(self, num_tokens_by_row: list[int], held_bytes: float = 0.0) -> float:
+        """What these rows leave of the room; below 0 where it is too small for them.
+
+        Args:
+            held_bytes: By caches that are there, which may be larger than these rows need: others have left.
+        """
         if not num_tokens_by_row:
-            return self.room_bytes
-        return self.room_bytes - num_slots(len(num_tokens_by_row)) * self.cost.row_bytes(
-            max(num_tokens_by_row)
-        )
+            return self.room_bytes - held_bytes
+        needed_bytes = self.cost.rows_bytes(len(num_tokens_by_row), max(num_tokens_by_row))
+        return self.room_bytes - max(needed_bytes, held_bytes)
 
     def longest_row(self, most_tokens: int) -> int:
         """The longest row that has room alone, up to `most_tokens`."""
@@ -69,9 +77,14 @@ class CacheMemory:
         return low
 
 
-def num_slots(num_rows: int) -> int:
-    """How many rows there is a place for where there are `num_rows`: who comes next costs no other row anything."""
+def slots(num_rows: int) -> int:
+    """How many rows there is a place for where there are `num_rows`: of 8 and more, whoever comes next finds one."""
     return num_rows + num_rows // 8
+
+
+def columns(num_tokens: int) -> int:
+    """How long arrays for so many tokens are, with some to spare."""
+    return -(-(num_tokens + _LEAST_SPARE_TOKENS) // _GROWS_BY_TOKENS) * _GROWS_BY_TOKENS
 
 
 def expected_tokens(num_prompt: int, num_done: int, max_tokens: int) -> int:

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 log = logging.getLogger(__name__)
 
-MOST_KEYS = 4096
+MOST_KEYS = 32_768
 """Of more MLX's own is used: how fast one block of threads for all keys of a head is there was not measured."""
 
 _LANES = {64: 8, 80: 8, 96: 8, 128: 16, 256: 32}  # by size of a head: threads that share a key

@@ -6,6 +6,7 @@ are chosen. mlx-lm 0.32 calls a shared sampler once for a whole batch, a sampler
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -57,7 +58,7 @@ class Batch:
     """See the module.
 
     Attributes:
-        just_read: Rows whose prompts were whole with the last step.
+        just_read: Rows whose prompts were read with the last step, but for the last token.
 
     Args:
         eos_token_ids: Each ends a row.
@@ -104,10 +105,11 @@ class Batch:
         self._generator._prompt_batch = ReadingBatch.empty(model, self._sample, step_tokens)  # noqa: SLF001
         self._rows: dict[int, RowSampler] = {}
         self._budget = PrefillBudget(step_tokens)
-        # By row without a token yet: prompt tokens left to read; oldest first.
+        # By row that does not decode yet: prompt tokens left to read; oldest first.
         self._reading: dict[int, int] = {}
         self._begun: list[int] = []  # those of them that mlx-lm has in its prompt batch, in its order
         self._has_decoded = False  # in the step under way
+        self._read_at = 0.0
         self.just_read: list[int] = []
         if not wire:
             # It wires all of a Mac's recommended memory on its own; whole-machine panics came with it (mlx #3186).
@@ -117,6 +119,11 @@ class Batch:
     def gather_seconds(self) -> float:
         """See `worker.engine.Engine`."""
         return self._budget.gather_seconds
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the caches of decoding rows take."""
+        return sum(cache.nbytes for cache in self._generator._generation_batch.prompt_cache)  # noqa: SLF001
 
     @property
     def copy_tokens(self) -> int:
@@ -162,7 +169,11 @@ class Batch:
         self.just_read = []
         if not self._rows:
             return []
-        responses = self._read_and_decode() if self._reading else self._generator.next()[1]
+        if not self._reading or self._may_rest():
+            self._generator.prefill_batch_size = 0  # mlx-lm takes none from its line
+            responses = self._generator.next()[1]
+        else:
+            responses = self._read_and_decode()
         for response in responses:
             if response.finish_reason is not None:
                 del self._rows[response.uid]
@@ -172,7 +183,7 @@ class Batch:
         return self._rows[uid].wants_logprobs
 
     def _sample(self, logprobs: Any) -> Any:
-        """Called by mlx-lm with (rows, vocab): first for the rows that decode, then for those whose prompts are read."""
+        """Called by mlx-lm with (rows, vocab): for the rows that decode, then for newcomers that take a step of their own."""
         generator = self._generator
         uids = generator._generation_batch.uids  # noqa: SLF001 (nothing else tells the order of the rows)
         if self._has_decoded or not uids:
@@ -182,6 +193,11 @@ class Batch:
         if len(uids) != len(logprobs):
             raise RuntimeError(f"mlx-lm samples {len(logprobs)} rows where {len(uids)} are known")
         return _sampled(self._sampler, [self._rows[uid] for uid in uids], logprobs)
+
+    def _may_rest(self) -> bool:
+        num_decoding = len(self._rows) - len(self._reading)
+        since_seconds = time.perf_counter() - self._read_at
+        return not self._begun and self._budget.may_rest(len(self._reading), num_decoding, since_seconds)
 
     def _read_and_decode(self) -> list[Any]:
         left_before = dict(self._reading)
@@ -198,6 +214,7 @@ class Batch:
                 num_read.append(left_before[prompt.uid] - self._reading[prompt.uid])
         if num_read:
             self._budget.took(len(num_read) * max(num_read), stats.prompt_time)
+            self._read_at = time.perf_counter()
         self._join()
         return list(responses)
 
@@ -254,6 +271,7 @@ class OneAtATime:
     """For models whose caches mlx-lm cannot put together: one row, with the same interface. Nothing is kept of it."""
 
     gather_seconds = 0.0
+    cache_bytes = 0
     copy_tokens = 0
     just_read: Sequence[int] = ()
 

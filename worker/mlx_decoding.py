@@ -31,7 +31,8 @@ class DecodingBatch(GenerationBatch):
     2. All layers count the same tokens: they share one count, instead of adding to one each.
     3. Rows without padding need no mask, others have on CUDA an attention of their own.
     4. Layers that keep every token have slots for their rows, of which one can come or go alone.
-    5. Newcomers have no step of their own: the last tokens of their prompts are read in the step that all take.
+    5. Where all layers do, newcomers have no step of their own: the last tokens of their prompts are read in the step that all
+       take.
 
     Attributes:
         wants_logprobs: By uid: whether a row's log-probabilities are looked at. Set before there are rows.
@@ -73,12 +74,12 @@ class DecodingBatch(GenerationBatch):
 
     def filter(self, keep: list[int]) -> None:
         """Fewer rows: those at the places `keep`, perhaps in another order."""
-        slots, order = self._slots, keep
-        if slots and 2 * len(keep) >= max(cache.num_slots for cache in slots):
-            moves = moves_to(_order(keep))
-            if len(moves) <= _MOST_MOVES:
-                order = _order(keep)
-                mx.async_eval([copied for cache in slots for copied in cache.lift(moves)])
+        slots, order = self._slots, _order(keep)
+        moves = moves_to(order)
+        if not keep or len(moves) > _MOST_MOVES or any(cache.is_wasteful(keep) for cache in slots):
+            order = keep
+        elif moves:
+            mx.async_eval([copied for cache in slots for copied in cache.lift(moves)])
         super().filter(order)
         self._count()
 
@@ -86,6 +87,9 @@ class DecodingBatch(GenerationBatch):
         slots = self._slots
         for cache in slots:
             cache.count(None if cache is slots[0] else slots[0])
+        if self._next_tokens is not None:
+            # Else they were computed as a part of the next step, and known only when that has ended.
+            mx.async_eval(self._next_tokens)
 
     def next(self) -> list[GenerationBatch.Response]:
         """A token of each row, but for those that have just joined."""

@@ -158,7 +158,7 @@ class MLXEngine:
         """Rows come before what is kept of others."""
         if self._prefixes.num_bytes:
             rows = [row.expected_tokens for row in self._rows.values()]
-            self._prefixes.shrink_to(self._memory.left_bytes(rows))
+            self._prefixes.shrink_to(self._memory.left_bytes(rows, self._generator.cache_bytes))
 
     def _compiled(self, job: GenerationJob) -> Compiled | None:
         """What the answer is held to.

@@ -2,7 +2,8 @@
 
 In mlx-lm 0.32 prompts that are whole leave by a deep copy of the batch and take a decode step of their own before they
 join the others; and each time something was read, all memory that MLX keeps for later is given back and asked for again.
-Here they join first and take the step that all take, and memory is given back when it is much.
+Here those of a model whose layers all keep every token join first and take the step that all take, and memory is given
+back when it is much.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import mlx.core as mx
 from mlx_lm.generate import GenerationBatch, PromptProcessingBatch
 from mlx_lm.models.cache import BatchKVCache
 
-_MOST_KEPT_BYTES = 512 * 2**20
+_MOST_KEPT_BYTES = 256 * 2**20
 """Of memory that MLX keeps for later."""
 
 
@@ -36,13 +37,11 @@ class JoiningBatch(GenerationBatch):
 
     matchers: list[Any]
     _matchers: list[Any]
-    _next_tokens: Any
     _next_logprobs: list[Any]
 
     def _step(self) -> tuple[list[int], list[Any]]:
         """None of their own; mlx-lm calls it when the batch is made."""
         num_rows = len(self.uids)
-        self._next_tokens = self._next_tokens.astype(mx.uint32)  # as what is drawn
         self._next_logprobs = [None] * num_rows
         self._num_tokens = [-1] * num_rows
         self.matchers, self._matchers = self._matchers, [_NeverEnds()] * num_rows
@@ -94,11 +93,12 @@ class ReadingBatch(PromptProcessingBatch):
             # Other kinds of caches may not take rows of which nothing was read.
             own: GenerationBatch = super().generate(tokens)
             return own
-        self.prompt([each[:-1] for each in tokens if len(each) > 1])
+        if any(len(each) > 1 for each in tokens):
+            self.prompt([each[:-1] for each in tokens])
         return JoiningBatch(
             self.model,
             self.uids,
-            mx.array([each[-1] for each in tokens]),
+            mx.array([each[-1] for each in tokens], mx.uint32),  # as what is drawn
             self.prompt_cache,
             self.tokens,
             self.samplers,

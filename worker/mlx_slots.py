@@ -13,13 +13,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
-from worker.cache_memory import num_slots
+from worker.cache_memory import columns, slots
 from worker.mlx_attention import PaddedAttention
-
-COLUMNS = 256
-"""Buffers are a multiple of this long."""
-
-_LEAST_SPARE_COLUMNS = COLUMNS // 2
 
 
 class Move(NamedTuple):
@@ -39,7 +34,7 @@ class SlotKVCache(BatchKVCache):
     """One layer's keys and values.
 
     Row i is in slot i. All rows end at the same column and each begins at its own. What a slot has between the first column
-    that is looked at, `_first`, and its row's own is zero. `offset`, `left_padding` and `_idx` are mlx-lm's, counted from `_first`;
+    that is looked at, `_first`, and its row's own is zero, or what mlx-lm computed for the padding of its prompt. `offset`, `left_padding` and `_idx` are mlx-lm's, counted from `_first`;
     after `extend` and `filter` they are made by `count`.
 
     Args:
@@ -69,6 +64,13 @@ class SlotKVCache(BatchKVCache):
         """Rows for which there is room."""
         return len(self.starts) if self.keys is None else int(self.keys.shape[0])
 
+    def is_wasteful(self, rows: Sequence[int]) -> bool:
+        """Whether these rows alone would leave more than half of the slots or columns empty."""
+        if self.keys is None:
+            return False
+        num_tokens = self._end - min(self.starts[row] for row in rows)
+        return 2 * slots(len(rows)) < self.num_slots or 2 * columns(num_tokens) < self.keys.shape[2]
+
     def count(self, like: SlotKVCache | None = None) -> None:
         """Make the arrays that say where each row is, or share those of a layer with the same rows."""
         self._idx = self._end - self._first
@@ -96,8 +98,8 @@ class SlotKVCache(BatchKVCache):
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """Of all rows, from the first column that is looked at."""
-        rows, columns = slice(len(self.starts)), slice(self._first, self._end)
-        return self.keys[rows, :, columns], self.values[rows, :, columns]
+        rows, there = slice(len(self.starts)), slice(self._first, self._end)
+        return self.keys[rows, :, there], self.values[rows, :, there]
 
     def make_mask(self, N: int, return_array: bool = False, **options: Any) -> Any:  # noqa: N803 (as mlx-lm calls it)
         """None where each row's next token may look at everything: MLX's CUDA back-end has one kernel for that, with a mask many."""
@@ -139,43 +141,43 @@ class SlotKVCache(BatchKVCache):
         """Copy rows that `filter` is to put down elsewhere.
 
         Returns:
-            The copies. They must have been computed by then: until that they hold on to the buffers, which could not be
-            written in place.
+            The copies. Their computation must have been started by then: until that they hold on to the buffers, which
+            could not be written in place.
         """
         if self.keys is None:
             return []
-        columns = slice(self._first, self._end)
+        there = slice(self._first, self._end)
         for _, row, num_rows in moves:
             rows = slice(row, row + num_rows)
-            copies = (mx.contiguous(buffer[rows, :, columns]) for buffer in (self.keys, self.values))
+            copies = (mx.contiguous(buffer[rows, :, there]) for buffer in (self.keys, self.values))
             self._lifted.append((next(copies), next(copies)))
         return [copy for both in self._lifted for copy in both]
 
     def filter(self, order: Sequence[int]) -> None:
         """Keep these rows, in this order; the others leave.
 
-        Where rows change places that were not lifted, and where half of the slots are empty, there are new buffers.
+        Where rows change places that were not lifted, and where half of the buffers would be empty, there are new ones.
         """
-        moves = moves_to(order)
+        moves, first = moves_to(order), min(self.starts[row] for row in order)
         if self._lifted:
-            columns = slice(self._first, self._end)
+            there = slice(self._first, self._end)
             for (place, _, num_rows), (keys, values) in zip(moves, self._lifted, strict=True):
-                self.keys[place : place + num_rows, :, columns] = keys
-                self.values[place : place + num_rows, :, columns] = values
+                self.keys[place : place + num_rows, :, there] = keys
+                self.values[place : place + num_rows, :, there] = values
             self._lifted = []
-        elif self.keys is not None and (moves or 2 * len(order) < self.num_slots):
-            self._rebuild(order, min(self.starts[row] for row in order), len(order))
+        elif self.keys is not None and (moves or self.is_wasteful(order)):
+            self._rebuild(order, first, len(order))
             return
         self.starts = [self.starts[row] for row in order]
-        self._first = min(self.starts)
+        self._first = first
 
     def extract(self, row: int) -> KVCache:
         """A row's own cache; not computed yet."""
         cache = KVCache()
         if self.keys is not None:
-            columns = slice(self.starts[row], self._end)
-            cache.keys = mx.contiguous(self.keys[row : row + 1, :, columns])
-            cache.values = mx.contiguous(self.values[row : row + 1, :, columns])
+            there = slice(self.starts[row], self._end)
+            cache.keys = mx.contiguous(self.keys[row : row + 1, :, there])
+            cache.values = mx.contiguous(self.values[row : row + 1, :, there])
             cache.offset = self._end - self.starts[row]
         return cache
 
@@ -186,10 +188,14 @@ class SlotKVCache(BatchKVCache):
             first: The column that becomes column 0; what is before it is let go. It may be negative.
         """
         begin = max(first, self._first)
-        slots = max(num_rows, min(self._most_rows, num_slots(num_rows)))
-        columns = self._end - first + num_more + _LEAST_SPARE_COLUMNS
-        columns = -(-columns // COLUMNS) * COLUMNS
-        padding = [(0, slots - len(rows)), (0, 0), (begin - first, columns - (self._end - first)), (0, 0)]
+        num_slots = max(num_rows, min(self._most_rows, slots(num_rows)))
+        num_columns = columns(self._end - first + num_more)
+        padding = [
+            (0, num_slots - len(rows)),
+            (0, 0),
+            (begin - first, num_columns - (self._end - first)),
+            (0, 0),
+        ]
         chosen: Any = mx.array(list(rows)) if moves_to(rows) else slice(len(rows))
         self.keys, self.values = (
             mx.pad(buffer[chosen, :, begin : self._end], padding) for buffer in (self.keys, self.values)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 TARGET_SECONDS = 1.0
 """How long reading whole prompts may hold up the streams that run beside it, and whoever wants to leave or to come
-meanwhile. Less costs throughput: each group of prompts pays for a decode step of its own."""
+meanwhile. Less costs throughput: a batch decodes as long for the first rows of a burst as for all of them."""
 
 PIECE_SECONDS = 0.25
 """The same for a piece of a prompt that is longer than that: it holds them up again and again."""
@@ -29,6 +29,9 @@ _FIRST_PIECE_TOKENS = 64  # it is doubled as long as that takes less than it may
 
 _GATHER_SECONDS = 0.02
 _GATHER_SHARE = 0.05
+
+_REST_SECONDS = 0.02
+_FEW_SHARE = 1 / 8
 
 
 class PrefillPlan(NamedTuple):
@@ -50,6 +53,8 @@ class PrefillBudget:
         num_tokens: Of whole prompts together, padding included; at most what the setting says.
         piece_tokens: Of prompts that are read in pieces.
         gather_seconds: A small part of what a step takes, in which the rest of a burst comes.
+        rest_seconds: How long nothing is read after something was, where few wait beside many that decode: to read a
+            few short prompts takes a GPU as long as to read one.
         copy_tokens: As many are read in the time in which a beginning that was read before is copied.
     """
 
@@ -58,6 +63,7 @@ class PrefillBudget:
         self.num_tokens = min(most_tokens, _FIRST_TOKENS)
         self.piece_tokens = min(most_tokens, _FIRST_PIECE_TOKENS)
         self.gather_seconds = 0.0
+        self.rest_seconds = 0.0
         self._best_per_second = 0.0
 
     @property
@@ -93,6 +99,14 @@ class PrefillBudget:
         num_tokens = self.piece_tokens if self._is_in_pieces(chosen) else self.num_tokens
         return PrefillPlan(joining, max(1, num_tokens // max(1, len(chosen))))
 
+    def may_rest(self, num_waiting: int, num_decoding: int, since_seconds: float) -> bool:
+        """Whether those that wait may do so for a step more.
+
+        Args:
+            since_seconds: Since something was read.
+        """
+        return since_seconds < self.rest_seconds and num_waiting <= _FEW_SHARE * num_decoding
+
     def _is_in_pieces(self, chosen: list[int]) -> bool:
         return bool(chosen) and max(chosen) > self.num_tokens // len(chosen)
 
@@ -102,6 +116,7 @@ class PrefillBudget:
     def took(self, num_tokens: int, seconds: float) -> None:
         """Learn from a step that read `num_tokens`, padding included."""
         self.gather_seconds = min(_GATHER_SECONDS, _GATHER_SHARE * seconds)
+        self.rest_seconds = min(_REST_SECONDS, seconds)
         per_second = num_tokens / max(seconds, 1e-6)
         if num_tokens >= LEAST_TOKENS:
             # Of many steps the best: a few tokens, and the first of a shape, take longer than what they add.

@@ -8,6 +8,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.sample_utils import make_logits_processors
 
 from common.protocol import SamplingParams
 from worker.mlx_batch import Batch, NewRow
@@ -63,19 +65,34 @@ def _scaled(parameters: Any) -> Any:
     return tree_map(lambda each: 3 * mx.random.normal(each.shape) if each.ndim == 2 else each, parameters)
 
 
-def prompt(row: int) -> list[int]:
+def prompt(row: int, length: int = 0) -> list[int]:
     """Any token ids."""
-    return [(11 * row + 7 * i) % VOCABULARY for i in range(ROWS[row][0])]
+    return [(11 * row + 7 * i) % VOCABULARY for i in range(length or ROWS[row][0])]
 
 
-def alone(model: Any, row: int) -> list[int]:
+def processors(*, penalty: float) -> list[Any]:
+    """mlx-lm's, of a row."""
+    return make_logits_processors(repetition_penalty=penalty)
+
+
+def alone(model: Any, token_ids: list[int], num_tokens: int, penalty: float = 0.0) -> list[int]:
     """What mlx-lm generates for a row by itself."""
     generator = BatchGenerator(model)
-    generator.insert([prompt(row)], max_tokens=[ROWS[row][1]])
+    made = [processors(penalty=penalty)] if penalty else None
+    generator.insert([token_ids], max_tokens=[num_tokens], logits_processors=made)
     found: list[int] = []
-    while len(found) < ROWS[row][1]:
+    while len(found) < num_tokens:
         found += [response.token for response in generator.next()[1]]
     return found
+
+
+def batch_of(model: Any, most_rows: int) -> Batch:
+    return Batch(model, [], most_rows, 64, on_host=True, never_excluded=[], wire=False)
+
+
+def new_row(token_ids: list[int], num_tokens: int, penalty: float = 0.0) -> NewRow:
+    made = processors(penalty=penalty) if penalty else []
+    return NewRow(token_ids, num_tokens, RowSampler(SamplingParams(temperature=0)), made)
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
@@ -83,41 +100,57 @@ def model(request: pytest.FixtureRequest) -> Any:
     return made(request.param)
 
 
-def test_rows_of_a_model(model: Any) -> None:
-    """Short and long prompts, one token among them; the fifth row is taken out while it generates."""
-    batch = Batch(model, [], 8, 64, on_host=True, never_excluded=[], wire=False)
+@pytest.mark.parametrize("penalty", [0.0, 1.5])
+def test_rows_of_a_model(model: Any, penalty: float) -> None:
+    """Short and long prompts, one token among them; one row is taken out while it generates, another before its first token.
+
+    The second row may have a logits processor, with which the whole batch takes mlx-lm's own step.
+    """
+    batch = batch_of(model, 8)
     found: dict[int, list[int]] = {}
-    places: dict[int, int] = {}
-    removed, num_steps = 4, 0
-    while len(places) < len(ROWS) or any(place in batch._rows for place in places):
+    uids: dict[int, int] = {}
+    removed = {4: 5, 3: 0}  # after so many tokens
+    num_steps = 0
+    while len(uids) < len(ROWS) or batch._rows:
         for row, (_, num_tokens, step) in enumerate(ROWS):
             if step == num_steps:
-                sampler = RowSampler(SamplingParams(temperature=0))
-                uid = batch.insert(NewRow(prompt(row), num_tokens, sampler, []))
-                places[uid], found[row] = row, []
+                uids[row] = batch.insert(new_row(prompt(row), num_tokens, penalty if row == 1 else 0.0))
+                found[row] = []
         for response in batch.next():
-            found[places[response.uid]].append(response.token)
+            found[next(row for row, uid in uids.items() if uid == response.uid)].append(response.token)
+        for row, num_tokens in removed.items():
+            if row in uids and not batch.is_reading(uids[row]) and len(found[row]) == num_tokens:
+                batch.remove(uids[row])
         num_steps += 1
-        if len(found.get(removed, [])) == 5:
-            batch.remove(next(uid for uid, row in places.items() if row == removed))
-            found[removed].append(-1)
     for row, tokens in found.items():
-        wanted = alone(model, row)
-        assert tokens == ([*wanted[:5], -1] if row == removed else wanted)
+        num_tokens = removed.get(row, ROWS[row][1])
+        assert len(tokens) == num_tokens
+        assert tokens == alone(model, prompt(row), ROWS[row][1], penalty if row == 1 else 0.0)[:num_tokens]
+    assert len({tuple(tokens) for tokens in found.values()}) == len(ROWS)
+
+
+def test_many_leave_at_once(model: Any) -> None:
+    """Every second row: more than are copied one by one."""
+    batch = batch_of(model, 32)
+    lengths = [4 if row % 2 == 0 and row < 24 else 9 for row in range(32)]
+    uids = [batch.insert(new_row(prompt(row, 3 + row % 5), length)) for row, length in enumerate(lengths)]
+    found: dict[int, list[int]] = {uid: [] for uid in uids}
+    while batch._rows:
+        for response in batch.next():
+            found[response.uid].append(response.token)
+    for row, (uid, length) in enumerate(zip(uids, lengths, strict=True)):
+        assert found[uid] == alone(model, prompt(row, 3 + row % 5), length)
 
 
 def test_which_layers_have_slots(model: Any) -> None:
     """Those that keep everything; the others have mlx-lm's caches."""
-    batch = Batch(model, [], 8, 64, on_host=True, never_excluded=[], wire=False)
+    batch = batch_of(model, 8)
     for row in (0, 1):
-        batch.insert(NewRow(prompt(row), 5, RowSampler(SamplingParams(temperature=0)), []))
+        batch.insert(new_row(prompt(row), 5))
     while not batch.next():
         pass
     caches = batch._generator._generation_batch.prompt_cache
-    kept = (
-        [type(cache).__name__ == "KVCache" for cache in model.make_cache()]
-        if hasattr(model, "make_cache")
-        else [True] * len(caches)
-    )
+    kept = [isinstance(cache, KVCache) for cache in make_prompt_cache(model)]
     assert [isinstance(cache, SlotKVCache) for cache in caches] == kept
     assert any(kept)
+    assert batch.cache_bytes > 0

@@ -10,9 +10,9 @@ import pytest
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from worker.mlx_decoding import _order
-from worker.mlx_slots import COLUMNS, Move, SlotKVCache, moves_to
+from worker.mlx_slots import Move, SlotKVCache, moves_to
 
-HEADS, SIZE = 2, 4
+HEADS, SIZE, VALUE_SIZE = 2, 4, 6
 
 
 class Rows:
@@ -50,16 +50,16 @@ class Rows:
         new = [self._number() for _ in self.histories]
         for history, number in zip(self.histories, new, strict=True):
             history.append(number)
-        keys = _array([[number] for number in new])
-        self.cache.update_and_fetch(keys, -keys)
+        column = [[number] for number in new]
+        self.cache.update_and_fetch(_array(column), _array(column, VALUE_SIZE))
 
     def leave(self, *rows: int, is_lifted: bool = True) -> None:
         """Some go."""
         assert self.cache is not None
         keep = [row for row in range(len(self.histories)) if row not in rows]
         order = _order(keep) if is_lifted else keep
-        if is_lifted and 2 * len(order) >= self.cache.num_slots:
-            mx.eval(self.cache.lift(moves_to(order)))
+        if is_lifted and not self.cache.is_wasteful(order):
+            mx.async_eval(self.cache.lift(moves_to(order)))
         self.cache.filter(order)
         self.cache.count()
         self.histories = [self.histories[row] for row in order]
@@ -75,11 +75,12 @@ class Rows:
         padded = [[0.0] * (longest - len(history)) + history for history in self.histories]
         keys, values = cache.keys_and_values()
         assert mx.array_equal(keys, _array(padded))
-        assert mx.array_equal(values, -_array(padded))
+        assert mx.array_equal(values, _array(padded, VALUE_SIZE))
         for row, history in enumerate(self.histories):
             own = cache.extract(row)
             assert own.offset == len(history)
             assert mx.array_equal(own.keys, _array([history]))
+            assert mx.array_equal(own.values, _array([history], VALUE_SIZE))
         mask = cache.make_mask(1)
         if all(len(history) == longest for history in self.histories):
             assert mask is None
@@ -92,15 +93,15 @@ class Rows:
         return self._next
 
 
-def _array(rows: list[list[float]]) -> mx.array:
-    """(rows, HEADS, columns, SIZE), all of a column the same."""
-    return mx.broadcast_to(mx.array(rows)[:, None, :, None], (len(rows), HEADS, len(rows[0]), SIZE))
+def _array(rows: list[list[float]], size: int = SIZE) -> mx.array:
+    """(rows, HEADS, columns, size), all of a column the same."""
+    return mx.broadcast_to(mx.array(rows)[:, None, :, None], (len(rows), HEADS, len(rows[0]), size))
 
 
 def _kept(history: list[float]) -> KVCache:
     cache: Any = KVCache()
     if history:
-        cache.update_and_fetch(_array([history]), -_array([history]))
+        cache.update_and_fetch(_array([history]), _array([history], VALUE_SIZE))
     return cache
 
 
@@ -160,18 +161,54 @@ def test_what_rows_leave_behind_is_not_looked_at() -> None:
 
 
 def test_buffers_shrink() -> None:
-    """Of many rows one is left, and later its columns are few again."""
+    """Where a long row leaves few columns behind, and many rows few slots."""
     rows = Rows(seed=0, most_rows=16)
-    rows.join(*[700] * 15, 10)
+    rows.join(*[700] * 15, 3000)
     rows.step()
     cache = rows.cache
     assert cache is not None
-    assert cache.keys.shape[0] == 16
-    rows.leave(*range(12))
-    assert cache.keys.shape[0] <= 8
-    rows.leave(0, 1, 2)
+    assert cache.keys.shape == (16, HEADS, 3328, SIZE)
+    rows.leave(15)
     rows.check()
-    assert cache.keys.shape == (1, HEADS, COLUMNS, SIZE)
+    assert cache.keys.shape == (16, HEADS, 1024, SIZE)
+    rows.leave(*range(10))
+    rows.check()
+    assert cache.keys.shape == (5, HEADS, 1024, SIZE)
+
+
+def test_buffers_are_written_in_place() -> None:
+    """When a row leaves and another joins: MLX copies what is written while anybody else holds on to it, and nobody does."""
+    cache = SlotKVCache(BatchKVCache.merge([_kept([1.0] * 9) for _ in range(8)]), 8, None)
+    newcomer = BatchKVCache.merge([_kept([2.0] * 5)])
+    cache.count()
+    column, value = mx.ones((8, HEADS, 1, SIZE)), mx.ones((8, HEADS, 1, VALUE_SIZE))
+    for _ in range(3):
+        cache.update_and_fetch(column, value)
+    cache.keys, cache.values = (
+        mx.contiguous(mx.pad(each, [(0, 0), (0, 0), (0, 200_000), (0, 0)]))
+        for each in (cache.keys, cache.values)
+    )
+    mx.eval(column, value, newcomer.state)
+
+    def step() -> None:
+        num_rows = len(cache.starts)
+        keys, values = cache.update_and_fetch(column[:num_rows], value[:num_rows])
+        mx.eval(keys.sum() + values.sum())
+
+    step()  # into the buffers that were made here
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    assert cache.nbytes > 90 * 2**20
+    mx.async_eval(cache.lift(moves_to([7, 1, 2, 3, 4, 5, 6])))
+    cache.filter([7, 1, 2, 3, 4, 5, 6])
+    cache.count()
+    step()
+    cache.extend(newcomer)
+    cache.count()
+    step()
+    mx.synchronize()
+    assert mx.get_peak_memory() - before < cache.nbytes / 4
 
 
 def test_empty_prompts() -> None:

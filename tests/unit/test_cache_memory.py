@@ -8,12 +8,19 @@ from hypothesis import strategies as st
 from worker.cache_memory import EXPECTED_TOKENS, CacheCost, CacheMemory, expected_tokens
 
 
-def test_row_bytes() -> None:
-    """Whole steps of 256 tokens, one ahead; a window stops growing; a state of fixed size does not grow."""
-    assert CacheCost(10.0).row_bytes(255) == 2560
-    assert CacheCost(10.0).row_bytes(256) == 5120
-    assert CacheCost(10.0, bytes_per_row=7, windows=((1.0, 300),)).row_bytes(1000) == 10240 + 7 + 300
-    assert CacheCost(0.0, bytes_per_row=7).row_bytes(10**9) == 7
+def test_rows_bytes() -> None:
+    """Whole steps of 256 tokens, at least 128 ahead; a window stops growing; a state of fixed size does not grow."""
+    assert CacheCost(10.0).rows_bytes(1, 127) == 2560
+    assert CacheCost(10.0).rows_bytes(1, 128) == 5120
+    assert CacheCost(10.0, bytes_per_row=7, windows=((1.0, 300),)).rows_bytes(1, 800) == 10240 + 7 + 300
+    assert CacheCost(0.0, bytes_per_row=7).rows_bytes(1, 10**9) == 7
+
+
+def test_spare_slots() -> None:
+    """Of layers that keep every token, from eight rows on."""
+    assert CacheCost(1.0).rows_bytes(7, 100) == 7 * 256
+    assert CacheCost(1.0).rows_bytes(16, 100) == 18 * 256
+    assert CacheCost(0.0, bytes_per_row=7, windows=((1.0, 10),)).rows_bytes(16, 100) == 16 * 17
 
 
 def test_a_batch_is_as_long_as_its_longest_row() -> None:
@@ -24,6 +31,14 @@ def test_a_batch_is_as_long_as_its_longest_row() -> None:
     assert not memory.fits([100] * 5)
     assert not memory.fits([100, 100, 300])
     assert memory.fits([100, 300])
+
+
+def test_what_is_held_counts() -> None:
+    """Where it is more than the rows need, which others have left behind."""
+    memory = CacheMemory(CacheCost(1.0), 1000)
+    assert memory.left_bytes([100], 10) == 744
+    assert memory.left_bytes([100], 900) == 100
+    assert memory.left_bytes([], 900) == 100
 
 
 @given(most=st.integers(0, 10_000), room=st.integers(0, 20_000))

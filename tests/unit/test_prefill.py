@@ -120,3 +120,17 @@ def test_the_rest_of_a_long_prompt_comes_in_pieces_too() -> None:
         left -= num
     assert max(steps) <= TARGET_SECONDS
     assert sum(steps) == pytest.approx(30)
+
+
+def test_a_rest_after_reading() -> None:
+    """As long as it took, at most 20 ms, and only where few wait beside many: no burst and no lone row waits for it."""
+    budget = PrefillBudget(100_000)
+    assert not budget.may_rest(1, 100, since_seconds=0.0)
+    budget.took(45, seconds=0.007)
+    assert budget.may_rest(1, 8, since_seconds=0.006)
+    assert not budget.may_rest(1, 8, since_seconds=0.008)
+    assert not budget.may_rest(1, 7, since_seconds=0.0)
+    assert not budget.may_rest(2, 8, since_seconds=0.0)
+    budget.took(45, seconds=5.0)
+    assert budget.may_rest(1, 8, since_seconds=0.019)
+    assert not budget.may_rest(1, 8, since_seconds=0.021)
