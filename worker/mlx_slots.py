@@ -141,8 +141,8 @@ class SlotKVCache(BatchKVCache):
         """Copy rows that `filter` is to put down elsewhere.
 
         Returns:
-            The copies. Their computation must have been started by then: until that they hold on to the buffers, which
-            could not be written in place.
+            The copies. They should be computed by then: until that they hold on to the buffers, and MLX copies what is
+            written while somebody does.
         """
         if self.keys is None:
             return []

@@ -36,7 +36,7 @@ def test_padding_comes_and_goes(engine: MLXEngine, penalty: float) -> None:
             unpadded.append(all(cache.make_mask(1) is None for cache in batch.prompt_cache))
 
     for job_id, prompt in zip("ab", EVEN, strict=True):
-        engine.insert(greedy_job(job_id, prompt, 30), prompt, [])
+        engine.insert(greedy_job(job_id, prompt, 18), prompt, [])
     while len(found["a"]) < 6:
         step()
     assert unpadded[-1]
@@ -48,7 +48,7 @@ def test_padding_comes_and_goes(engine: MLXEngine, penalty: float) -> None:
         step()
     assert unpadded[-1]
     for job_id, prompt in zip("ab", EVEN, strict=True):
-        assert found[job_id] == of_mlx_lm(engine, prompt, 30)
+        assert found[job_id] == of_mlx_lm(engine, prompt, 18)
     if penalty == 1.0:
         assert found["c"] == of_mlx_lm(engine, SHORT, 6)
 

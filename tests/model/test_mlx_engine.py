@@ -310,7 +310,9 @@ def test_memory(demo_folder: Path) -> None:
     engine = MLXEngine(Settings(model=str(demo_folder), max_batch=8, memory_limit_gb=1.0))
     # 30 layers × 3 heads × 64 × (key and value) × 4 bytes a token (the model's config.json).
     room_tokens = engine._memory.room_bytes / (30 * 3 * 64 * 2 * 4)
-    assert engine.info.context_length == pytest.approx(room_tokens, abs=256)
+    assert engine.info.context_length == pytest.approx(
+        room_tokens, abs=256 + 128
+    )  # whole steps, and some to spare
     large = chat("a", max_tokens=int(room_tokens * 0.6))
     prompt = engine.encode(large)
     assert engine.has_room(large, len(prompt), 0)

@@ -200,7 +200,7 @@ def test_buffers_are_written_in_place() -> None:
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     assert cache.nbytes > 90 * 2**20
-    mx.async_eval(cache.lift(moves_to([7, 1, 2, 3, 4, 5, 6])))
+    mx.eval(cache.lift(moves_to([7, 1, 2, 3, 4, 5, 6])))
     cache.filter([7, 1, 2, 3, 4, 5, 6])
     cache.count()
     step()
