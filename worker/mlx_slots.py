@@ -34,8 +34,8 @@ class SlotKVCache(BatchKVCache):
     """One layer's keys and values.
 
     Row i is in slot i. All rows end at the same column and each begins at its own. What a slot has between the first column
-    that is looked at, `_first`, and its row's own is zero, or what mlx-lm computed for the padding of its prompt. `offset`, `left_padding` and `_idx` are mlx-lm's, counted from `_first`;
-    after `extend` and `filter` they are made by `count`.
+    that is looked at, `_first`, and its row's own is zero, or what mlx-lm computed for the padding of its prompt. `offset`,
+    `left_padding` and `_idx` are mlx-lm's, counted from `_first`; after `extend` and `filter` they are made by `count`.
 
     Args:
         cache: Rows that mlx-lm has read; its arrays are taken over.
