@@ -63,7 +63,7 @@ class Batch:
     Args:
         eos_token_ids: Each ends a row.
         step_tokens: Most prompt tokens read between two decode steps.
-        on_host: Whether tokens are chosen with NumPy; see `worker.sampler`.
+        on_host: Whether MLX computes on a CPU: tokens are chosen with NumPy then, see `worker.sampler`.
         wire: Whether mlx-lm may wire all of a Mac's recommended memory.
     """
 
@@ -82,6 +82,7 @@ class Batch:
         from mlx_lm.generate import BatchGenerator
 
         from worker.mlx_attention import PaddedAttention, cuda_kernel
+        from worker.mlx_cpu import FewerOperations
         from worker.mlx_decoding import DecodingBatch
         from worker.mlx_reading import ReadingBatch
 
@@ -98,7 +99,9 @@ class Batch:
         decoding = DecodingBatch.empty(model, self._sample)
         decoding.wants_logprobs = self._wants_logprobs
         decoding.most_rows = max_batch
-        if mx.cuda.is_available() and not on_host:
+        if on_host:
+            decoding.fewer = FewerOperations()
+        elif mx.cuda.is_available():
             decoding.attention = PaddedAttention(cuda_kernel())
         # mlx-lm has no other way to give it these.
         self._generator._generation_batch = decoding  # noqa: SLF001

@@ -1,15 +1,15 @@
 """mlx-lm's batch of decoding rows, with less to do in each step.
 
 A decode step of a small model on a GPU takes as long as the CPU needs to feed it: each operation costs some ten microseconds,
-however little it computes. Here a step has fewer of them than in mlx-lm 0.32, and rows come and go without new arrays of
-all others (`mlx_slots`); what is computed is the same. `mlx_batch` puts this batch into its `BatchGenerator`, and imports it
+however little it computes. Here a step has fewer of them than in mlx-lm 0.32 (on a CPU too: `mlx_cpu`), and rows come and go
+without new arrays of all others (`mlx_slots`); what is computed is the same. `mlx_batch` puts this batch into its `BatchGenerator`, and imports it
 late, since it imports MLX.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -17,6 +17,7 @@ from mlx_lm.generate import GenerationBatch
 from mlx_lm.models.cache import BatchKVCache
 
 from worker.mlx_attention import PaddedAttention
+from worker.mlx_cpu import FewerOperations
 from worker.mlx_reading import JoiningBatch
 from worker.mlx_slots import SlotKVCache, moves_to
 
@@ -33,16 +34,19 @@ class DecodingBatch(GenerationBatch):
     4. Layers that keep every token have slots for their rows, of which one can come or go alone.
     5. Where all layers do, newcomers have no step of their own: the last tokens of their prompts are read in the step that all
        take.
+    6. On a CPU the model's own operations are fewer.
 
     Attributes:
         wants_logprobs: By uid: whether a row's log-probabilities are looked at. Set before there are rows.
         most_rows: There will be. Set before there are rows.
         attention: Of padded rows; None: MLX's own.
+        fewer: For MLX's CPU back-end; None elsewhere.
     """
 
     wants_logprobs: Callable[[int], bool]
     most_rows: int
     attention: PaddedAttention | None = None
+    fewer: FewerOperations | None = None
     # mlx-lm's own annotations do not agree with what it assigns.
     logits_processors: Any
     _current_tokens: Any
@@ -103,12 +107,11 @@ class DecodingBatch(GenerationBatch):
     def _step(self) -> tuple[list[int], list[Any]]:
         """Start the next step; the tokens of the one before, and log-probabilities (None where nobody wants them)."""
         slots = self._slots
-        attention: AbstractContextManager[None] = self.attention or nullcontext()
         if any(self.logits_processors):
-            with attention:
+            with self._operations(slots):
                 return super()._step()
         inputs, current = self._next_tokens, self._next_logprobs
-        with attention:
+        with self._operations(slots):
             logits = self.model(inputs[:, None], cache=self.prompt_cache)[:, -1, :]
         for cache in slots[1:]:
             if cache._idx == slots[0]._idx:  # noqa: SLF001 (as many tokens)
@@ -123,6 +126,14 @@ class DecodingBatch(GenerationBatch):
         for row, token_id in zip(self.tokens, token_ids, strict=True):
             row.append(token_id)
         return token_ids, current
+
+    @contextmanager
+    def _operations(self, slots: list[SlotKVCache]) -> Iterator[None]:
+        """What the model is computed with."""
+        if self.fewer is not None and slots:
+            self.fewer.expect(slots[0].offset)
+        with self.fewer or nullcontext(), self.attention or nullcontext():
+            yield
 
 
 def _order(keep: list[int]) -> list[int]:

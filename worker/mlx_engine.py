@@ -90,11 +90,10 @@ class MLXEngine:
         self._info = replace(self._info, context_length=self._memory.longest_row(self._info.context_length))
         self._generator = self._new_generator()
         self._prefixes = PrefixCache(_prompt_cache_bytes(settings, self._memory))
-        if mlx_model.has_gpu():
-            warm_up(self)
-            # How fast it was the first time is nothing to learn from.
-            self._begin_anew()
-            self._prefixes = PrefixCache(_prompt_cache_bytes(settings, self._memory))
+        warm_up(self, on_gpu=mlx_model.has_gpu())
+        # How fast it was the first time is nothing to learn from.
+        self._begin_anew()
+        self._prefixes = PrefixCache(_prompt_cache_bytes(settings, self._memory))
 
     @property
     def info(self) -> ModelInfo:

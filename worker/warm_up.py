@@ -1,8 +1,9 @@
 """A few short rows for nobody, before a worker says that it is there.
 
-What a GPU needs for the first time takes longer than ever again: kernels are compiled or loaded, weights read. Without this the
+What is needed for the first time takes longer than ever again: kernels are compiled or loaded, weights read. Without this the
 first users of a worker would wait for it; on CUDA some of it is compiled only when rows leave a batch, seconds that
-everybody else in the batch waits for.
+everybody else in the batch waits for. On a CPU there is less of it: MLX has a few kernels compiled for one row and for several,
+which it keeps in files.
 """
 
 from __future__ import annotations
@@ -25,22 +26,29 @@ _ROWS: tuple[tuple[SamplingParams, bool], ...] = (
 )
 """How tokens are chosen, and whether log-probabilities are asked for."""
 
+_ROWS_ON_CPU = 2
+
 _PROMPT_TOKENS = 12
+_LEAST_TOKENS = 6
+_LEAST_TOKENS_ON_CPU = 2
 _STEPS_BEFORE_LATE = 3
 _MOST_STEPS = 200
 
 
-def warm_up(engine: Engine) -> None:
-    """Generate, with prompts of different lengths, rows that come late, and rows that leave one by one.
+def warm_up(engine: Engine, *, on_gpu: bool) -> None:
+    """Generate, with prompts of different lengths and rows that leave one by one, on a GPU with rows that come late too.
 
     It is no reason not to start if that fails: the log says why.
     """
-    log.info("warming up; on CUDA, what is needed is compiled the first time, which may take a minute")
+    if on_gpu:
+        log.info("warming up; on CUDA, what is needed is compiled the first time, which may take a minute")
     began = time.monotonic()
-    jobs = [_job(number, engine.info.vocab_size) for number in range(len(_ROWS))]
+    numbers = range(len(_ROWS) if on_gpu else _ROWS_ON_CPU)
+    least_tokens = _LEAST_TOKENS if on_gpu else _LEAST_TOKENS_ON_CPU
+    jobs = [_job(number, engine.info.vocab_size, least_tokens + 2 * number) for number in numbers]
     try:
         for first in range(0, len(jobs), engine.info.max_batch):
-            _generate(engine, jobs[first : first + engine.info.max_batch])
+            _generate(engine, jobs[first : first + engine.info.max_batch], some_late=on_gpu)
     except Exception:
         log.exception("the model could not be warmed up")
         for job, _ in jobs:
@@ -49,13 +57,14 @@ def warm_up(engine: Engine) -> None:
         log.info("warmed up in %.1f s", time.monotonic() - began)
 
 
-def _generate(engine: Engine, jobs: list[tuple[GenerationJob, list[int]]]) -> None:
-    half = (len(jobs) + 1) // 2
-    for job, prompt in jobs[:half]:
+def _generate(engine: Engine, jobs: list[tuple[GenerationJob, list[int]]], *, some_late: bool) -> None:
+    num_early = (len(jobs) + 1) // 2 if some_late else len(jobs)
+    for job, prompt in jobs[:num_early]:
         engine.insert(job, prompt, [])
-    for _ in range(_STEPS_BEFORE_LATE):
-        engine.step()
-    for job, prompt in jobs[half:]:
+    if some_late:
+        for _ in range(_STEPS_BEFORE_LATE):
+            engine.step()
+    for job, prompt in jobs[num_early:]:
         engine.insert(job, prompt, [])
     for _ in range(_MOST_STEPS):
         if engine.num_rows == 0:
@@ -64,7 +73,7 @@ def _generate(engine: Engine, jobs: list[tuple[GenerationJob, list[int]]]) -> No
     raise RuntimeError(f"{engine.num_rows} rows have not ended after {_MOST_STEPS} steps")
 
 
-def _job(number: int, vocab_size: int) -> tuple[GenerationJob, list[int]]:
+def _job(number: int, vocab_size: int, max_tokens: int) -> tuple[GenerationJob, list[int]]:
     """A job and its prompt: any token ids, of another length for each row."""
     sampling, wants_logprobs = _ROWS[number]
     prompt = [(1 + number + i) % vocab_size for i in range(_PROMPT_TOKENS - number)]
@@ -73,7 +82,7 @@ def _job(number: int, vocab_size: int) -> tuple[GenerationJob, list[int]]:
         model="",
         channel="",
         prompt=TokenPrompt(prompt),
-        max_tokens=6 + 2 * number,
+        max_tokens=max_tokens,
         sampling=sampling,
         top_logprobs=1 if wants_logprobs else None,
     )

@@ -35,7 +35,7 @@ class Watched(ScriptedEngine):
 def test_rows_come_late_and_leave_one_by_one() -> None:
     """Prompts differ in length, ways to choose tokens in kind; nothing is left behind."""
     engine = Watched()
-    warm_up(engine)
+    warm_up(engine, on_gpu=True)
     assert engine.num_rows == 0
     assert len({len(job.prompt.token_ids) for job in engine.jobs}) == len(engine.jobs) == 6
     steps = engine.num_rows_by_step
@@ -45,10 +45,21 @@ def test_rows_come_late_and_leave_one_by_one() -> None:
     assert any(job.top_logprobs is not None for job in engine.jobs)
 
 
+def test_two_rows_on_a_cpu() -> None:
+    """Padded, together and then one alone: there is no more to compile, and a CPU is slow."""
+    engine = Watched()
+    warm_up(engine, on_gpu=False)
+    assert engine.num_rows == 0
+    assert len({len(job.prompt.token_ids) for job in engine.jobs}) == len(engine.jobs) == 2
+    assert engine.num_rows_by_step[0] == 2
+    assert engine.num_rows_by_step[-1] == 1
+    assert len(engine.num_rows_by_step) < 8
+
+
 def test_a_batch_of_one() -> None:
     """A model that takes one row at a time gets one."""
     engine = Watched(max_batch=1)
-    warm_up(engine)
+    warm_up(engine, on_gpu=True)
     assert engine.num_rows == 0
     assert set(engine.num_rows_by_step) == {1}
     assert len(engine.jobs) == 6  # one after another
@@ -63,7 +74,7 @@ def test_a_failure_is_logged(where: str, caplog: pytest.LogCaptureFixture) -> No
     else:
         engine.refused["warm-up-4"] = RuntimeError("no such kernel")
     with caplog.at_level(logging.INFO):
-        warm_up(engine)
+        warm_up(engine, on_gpu=True)
     assert engine.num_rows == 0
     assert "no such kernel" in caplog.text
     assert "warmed up in" not in caplog.text
@@ -74,6 +85,6 @@ def test_rows_that_never_end(caplog: pytest.LogCaptureFixture) -> None:
     engine = Watched()
     engine.is_reading = True
     with caplog.at_level(logging.ERROR):
-        warm_up(engine)
+        warm_up(engine, on_gpu=True)
     assert engine.num_rows == 0
     assert "have not ended" in caplog.text

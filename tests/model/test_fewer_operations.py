@@ -1,0 +1,196 @@
+"""A decode step of fewer operations on a CPU: what MLX itself computes, to the last bit."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import BatchKVCache
+
+from common.settings import Settings
+from tests.model.reference import greedy_job
+from worker.mlx_cpu import FewerOperations
+from worker.mlx_engine import MLXEngine
+
+pytestmark = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="a GPU has kernels for these")
+
+TYPES = [mx.float32, mx.bfloat16]
+OWN = mx.fast.rope, mx.fast.rms_norm, mx.fast.scaled_dot_product_attention
+
+
+@pytest.fixture(scope="module")
+def fewer() -> FewerOperations:
+    """One for all kinds of arrays, as a worker has it."""
+    return FewerOperations()
+
+
+def random(*shape: int, dtype: mx.Dtype, seed: int = 0) -> mx.array:
+    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
+
+
+def num_operations(*arrays: mx.array, into: Path) -> int:
+    """Those that computing the arrays takes."""
+    mx.export_to_dot(str(into / "graph.dot"), *arrays)
+    return len(re.findall(r'label ?="[A-Z]', (into / "graph.dot").read_text()))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("traditional", [False, True])
+@pytest.mark.parametrize("dims", [64, 32])
+@pytest.mark.parametrize("has_freqs", [False, True])
+@pytest.mark.parametrize("is_expected", [False, True])
+def test_rotary_embeddings(
+    fewer: FewerOperations,
+    dtype: mx.Dtype,
+    *,
+    traditional: bool,
+    dims: int,
+    has_freqs: bool,
+    is_expected: bool,
+) -> None:
+    """Of all kinds, for one row and for several, of a part of a head too; angles that are kept are those of their options."""
+    freqs = mx.arange(1, dims // 2 + 1).astype(mx.float32) ** 2
+    for num_rows in (1, 3):
+        offset = mx.arange(num_rows) * 701 + 5
+        if is_expected:
+            fewer.expect(offset)
+        with fewer:
+            for scale in (1.0, 0.25, 1.0):
+                for num_heads in (9, 3):
+                    x = random(num_rows, num_heads, 1, 64, dtype=dtype, seed=num_heads)
+                    options: dict[str, Any] = {"traditional": traditional, "scale": scale, "offset": offset}
+                    options |= {"base": None, "freqs": freqs} if has_freqs else {"base": 1e5}
+                    found, wanted = mx.fast.rope(x, dims, **options), OWN[0](x, dims, **options)
+                    assert found.dtype == wanted.dtype
+                    assert mx.array_equal(found, wanted)
+
+
+def test_angles_are_of_their_offset(fewer: FewerOperations) -> None:
+    """Another offset than the expected one has its own, also one that is written in place; so has the next context."""
+    x = random(2, 3, 1, 64, dtype=mx.float32)
+    options: dict[str, Any] = {"traditional": False, "base": 1e4, "scale": 1.0}
+    expected, other = mx.array([4, 9]), mx.array([4, 9])
+    fewer.expect(expected)
+    with fewer:
+        mx.fast.rope(x, 64, offset=expected, **options)
+        mx.fast.rope(x, 64, offset=other, **options)
+        other += 1
+        assert mx.array_equal(
+            mx.fast.rope(x, 64, offset=other, **options), OWN[0](x, 64, offset=mx.array([5, 10]), **options)
+        )
+    expected += 1
+    with fewer:
+        assert mx.array_equal(
+            mx.fast.rope(x, 64, offset=expected, **options),
+            OWN[0](x, 64, offset=mx.array([5, 10]), **options),
+        )
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("eps", [1e-5, 1e-6])
+def test_norms(fewer: FewerOperations, dtype: mx.Dtype, eps: float) -> None:
+    """With and without weights, of three and of four dimensions."""
+    for shape in ((1, 1, 576), (3, 1, 9, 64)):
+        x, weight = random(*shape, dtype=dtype), random(shape[-1], dtype=dtype, seed=1)
+        with fewer:
+            assert mx.array_equal(mx.fast.rms_norm(x, weight, eps), OWN[1](x, weight, eps))
+            assert mx.array_equal(mx.fast.rms_norm(x, None, eps), OWN[1](x, None, eps))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("num_key_heads", [9, 3, 1])
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_attention(fewer: FewerOperations, dtype: mx.Dtype, num_key_heads: int, *, has_mask: bool) -> None:
+    """Of one query a row, with keys for one or more heads, with and without padding."""
+    for num_rows in (1, 3):
+        queries = random(num_rows, 9, 1, 64, dtype=dtype)
+        keys, values = (random(num_rows, num_key_heads, 70, 64, dtype=dtype, seed=seed) for seed in (1, 2))
+        padding = mx.arange(num_rows)[:, None] * 11
+        mask = (mx.arange(70)[None, :] >= padding)[:, None, None] if has_mask else None
+        with fewer:
+            found = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.125, mask=mask)
+        wanted = OWN[2](queries, keys, values, scale=0.125, mask=mask)
+        assert found.dtype == wanted.dtype
+        assert mx.allclose(found, wanted, rtol=1e-6 if dtype == mx.float32 else 1e-2, atol=1e-6)
+
+
+def test_what_is_not_known_is_mlx_s_own(fewer: FewerOperations) -> None:
+    """Several tokens a row, one position for all rows, masks of numbers, sinks, another stream."""
+    x = random(2, 9, 5, 64, dtype=mx.float32)
+    options: dict[str, Any] = {"traditional": False, "base": 1e4, "scale": 1.0}
+    keys = random(2, 3, 70, 64, dtype=mx.float32, seed=1)
+    masks: list[Any] = [
+        random(2, 9, 5, 70, dtype=mx.float32, seed=2),
+        "causal",
+        random(2, 9, 5, 70, dtype=mx.float32) > 0,
+    ]
+    with fewer:
+        assert mx.array_equal(
+            mx.fast.rope(x, 64, offset=mx.array([1, 2]), **options),
+            OWN[0](x, 64, offset=mx.array([1, 2]), **options),
+        )
+        assert mx.array_equal(
+            mx.fast.rope(x[:, :, :1], 64, offset=7, **options), OWN[0](x[:, :, :1], 64, offset=7, **options)
+        )
+        assert mx.array_equal(
+            mx.fast.rope(x[0], 64, offset=7, **options), OWN[0](x[0], 64, offset=7, **options)
+        )
+        for mask in masks:
+            found = mx.fast.scaled_dot_product_attention(x, keys, keys, scale=0.1, mask=mask)
+            assert mx.array_equal(found, OWN[2](x, keys, keys, scale=0.1, mask=mask))
+        for mask in (masks[0][:, :, :1], masks[2][:, :, :1]):
+            found = mx.fast.scaled_dot_product_attention(x[:, :, :1], keys, keys, scale=0.1, mask=mask)
+            assert mx.array_equal(found, OWN[2](x[:, :, :1], keys, keys, scale=0.1, mask=mask))
+        sinks = mx.ones((9,))
+        found = mx.fast.scaled_dot_product_attention(x[:, :, :1], keys, keys, scale=0.1, sinks=sinks)
+        assert mx.array_equal(found, OWN[2](x[:, :, :1], keys, keys, scale=0.1, sinks=sinks))
+        weight = mx.ones((64,))
+        assert mx.array_equal(
+            mx.fast.rms_norm(x, weight, 1e-5, stream=mx.cpu), OWN[1](x, weight, 1e-5, stream=mx.cpu)
+        )
+
+
+def test_they_end_with_their_context(fewer: FewerOperations) -> None:
+    """After an error too."""
+
+    def fail() -> None:
+        with fewer:
+            assert mx.fast.rope is not OWN[0]
+            raise ValueError("wrong")
+
+    with pytest.raises(ValueError, match="wrong"):
+        fail()
+    assert (mx.fast.rope, mx.fast.rms_norm, mx.fast.scaled_dot_product_attention) == OWN
+
+
+def test_a_step_is_of_fewer_operations(demo_folder: Path, tmp_path: Path) -> None:
+    """Of a real model, in the worker's batch: less than three fifths of those in mlx-lm's."""
+    engine = MLXEngine(Settings(model=str(demo_folder), max_batch=2, prompt_cache_gb=0))
+    for job_id, length in (("a", 20), ("b", 9)):
+        engine.insert(
+            greedy_job(job_id, list(range(100, 100 + length)), 20), list(range(100, 100 + length)), []
+        )
+    batch: Any = engine._generator._generator._generation_batch  # type: ignore[union-attr]  # this model can batch
+    for _ in range(5):
+        engine.step()
+    assert len(batch) == 2
+    model, counted = batch.model, []
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        logits = model(*arguments, **options)
+        counted.append(num_operations(logits, into=tmp_path))
+        return logits
+
+    batch.model = count
+    engine.step()
+    engine.step()
+    batch.model = model
+    inputs = mx.array([[5], [6]])
+    caches = [BatchKVCache([0, 11]) for _ in model.layers]
+    model(mx.array([list(range(100, 120)), list(range(100, 120))]), cache=caches)
+    mx.eval([cache.state for cache in caches])
+    of_mlx_lm = num_operations(model(inputs, cache=caches), into=tmp_path)
+    assert max(counted) < 0.6 * of_mlx_lm
