@@ -2,7 +2,7 @@
 
 On a GPU MLX 0.32 has one kernel each for rotary embeddings, RMS norms and attention. On a CPU it composes them of many small
 operations, of which each takes some microseconds on the thread that builds the step and again on the one that computes it,
-however little it computes. Here they are composed of fewer, to the same results. `mlx_decoding` has them used while it builds
+however little it computes. Here they are composed of fewer, to the same results (sums may round otherwise). `mlx_decoding` has them used while it builds
 a step.
 """
 
@@ -25,7 +25,7 @@ def _rotate(
 class FewerOperations:
     """A context in which models have these operations for those of `mlx.core.fast`, which they call by their names there.
 
-    What has options that are not known here, or is for more than one token a row, goes to MLX's own.
+    Rotations and attention of more than one token a row, and what has options that are not known here, go to MLX's own.
     """
 
     def __init__(self) -> None:
@@ -55,15 +55,19 @@ class FewerOperations:
         self._angles.clear()
 
     def _rms_norm(self, x: mx.array, weight: mx.array | None, eps: float, **options: Any) -> mx.array:
-        found: mx.array = (self._own_rms_norm if options else self._normalized)(x, weight, eps, **options)
+        # What is compiled checks no shapes, and writes where it must not for a last axis of one (MLX 0.32).
+        is_sound = x.shape[-1] > 1 and (weight is None or weight.shape == x.shape[-1:])
+        norm = self._normalized if is_sound and not options else self._own_rms_norm
+        found: mx.array = norm(x, weight, eps, **options)
         return found
 
     def _rope(
         self, a: mx.array, dims: int, *, traditional: bool, offset: int | mx.array, **options: Any
     ) -> mx.array:
         has_offsets = isinstance(offset, mx.array) and offset.shape == a.shape[:1]
-        is_one_token = a.shape[2:-1] == (1,)
-        if not has_offsets or not is_one_token or options.keys() - _ROPE_OPTIONS:
+        is_one_token = a.shape[2:-1] == (1,) and 0 < dims <= a.shape[-1]
+        has_angles = (options.get("base") is None) != (options.get("freqs") is None)
+        if not (has_offsets and is_one_token and has_angles) or options.keys() - _ROPE_OPTIONS:
             found: mx.array = self._own_rope(a, dims, traditional=traditional, offset=offset, **options)
             return found
         cosines, sines = self._cosines_and_sines(offset, dims, a.dtype, **options)
@@ -92,9 +96,10 @@ class FewerOperations:
             return self._angles[key][1:]
         if base is not None:
             half = dims // 2
-            frequencies = mx.exp(mx.arange(0, -half, -1, dtype=mx.float32) * (math.log(base) / half))
+            step = mx.array(math.log(base), mx.float32) / half  # rounded as MLX does
+            frequencies = mx.exp(mx.arange(0, -half, -1, dtype=mx.float32) * step)
         else:
-            frequencies = mx.reciprocal(freqs)
+            frequencies = mx.reciprocal(freqs.astype(mx.float32))
         angles = (offset[:, None, None, None].astype(mx.float32) * scale) * frequencies
         cosines, sines = mx.cos(angles).astype(dtype), mx.sin(angles).astype(dtype)
         if offset is self._offset:

@@ -1,4 +1,4 @@
-"""A decode step of fewer operations on a CPU: what MLX itself computes, to the last bit."""
+"""A decode step of fewer operations on a CPU: what MLX itself computes, rotations and norms to the last bit."""
 
 from __future__ import annotations
 
@@ -66,6 +66,28 @@ def test_rotary_embeddings(
                     found, wanted = mx.fast.rope(x, dims, **options), OWN[0](x, dims, **options)
                     assert found.dtype == wanted.dtype
                     assert mx.array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(("dims", "base"), [(72, 1e4), (80, 6e5), (96, 1.5e5), (120, 5e6)])
+def test_angles_far_away(fewer: FewerOperations, dims: int, base: float) -> None:
+    """Of heads of other sizes, where rounding shows; another base beside it has its own angles."""
+    offset = mx.array([8191, 5])
+    x = random(2, 3, 1, dims, dtype=mx.float32)
+    fewer.expect(offset)
+    with fewer:
+        for each in (base, 1e4, base):
+            options: dict[str, Any] = {"traditional": False, "base": each, "scale": 1.0, "offset": offset}
+            assert mx.array_equal(mx.fast.rope(x, dims, **options), OWN[0](x, dims, **options))
+
+
+def test_a_norm_that_cannot_be(fewer: FewerOperations) -> None:
+    """Weights of a wrong length are refused after good ones too; a norm of one number is MLX's own."""
+    x = random(3, 1, 64, dtype=mx.float32)
+    with fewer:
+        mx.fast.rms_norm(x, mx.ones((64,)), 1e-5)
+        with pytest.raises(ValueError, match="weight"):
+            mx.fast.rms_norm(x, mx.ones((32,)), 1e-5)
+        assert mx.array_equal(mx.fast.rms_norm(x[..., :1], None, 1e-5), OWN[1](x[..., :1], None, 1e-5))
 
 
 def test_angles_are_of_their_offset(fewer: FewerOperations) -> None:
