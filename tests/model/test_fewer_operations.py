@@ -130,7 +130,7 @@ def test_attention(fewer: FewerOperations, dtype: mx.Dtype, num_key_heads: int, 
     for num_rows in (1, 3):
         queries = random(num_rows, 9, 1, 64, dtype=dtype)
         keys, values = (random(num_rows, num_key_heads, 70, 64, dtype=dtype, seed=seed) for seed in (1, 2))
-        padding = mx.arange(num_rows)[:, None] * 11
+        padding = mx.arange(1, num_rows + 1)[:, None] * 11
         mask = (mx.arange(70)[None, :] >= padding)[:, None, None] if has_mask else None
         with fewer:
             found = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.125, mask=mask)
