@@ -44,7 +44,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 up: install ## run Redis, the API and a worker until Ctrl-C
 	@# exec: a shell in between would die of a Ctrl-C, and make would call that an error.
-	@exec $(BIN)/python -m common.up --workers="$(WORKERS)" --parent $$PPID
+	@exec $(BIN)/python -m common.pool.up --workers="$(WORKERS)" --parent $$PPID
 
 test: install ## run the tests, or some of them: make test ARGS=tests/unit
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)

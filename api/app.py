@@ -13,21 +13,22 @@ from typing import Any
 import falcon.asgi
 import redis.asyncio
 
-from api import errors, key_file
-from api.authentication import Authentication
-from api.chat_completions import ChatCompletions
-from api.command_batch import CommandBatch
-from api.completions import Completions
-from api.disconnect import App, with_disconnects
-from api.generation import Generations
-from api.headers import Connections, CrossOrigin, KnownMethods, RequestIds
-from api.health import Health
-from api.job_queue import JobQueue
-from api.model_directory import ModelDirectory
-from api.models import Model, Models
-from api.openapi import PATH as DESCRIPTION_PATH
-from api.openapi import Description
-from api.relay import Relay
+from api.auth import key_file
+from api.auth.authentication import Authentication
+from api.generation.command_batch import CommandBatch
+from api.generation.generation import Generations
+from api.generation.job_queue import JobQueue
+from api.generation.model_directory import ModelDirectory
+from api.generation.relay import Relay
+from api.http import errors
+from api.http.disconnect import App, with_disconnects
+from api.http.headers import Connections, CrossOrigin, KnownMethods, RequestIds
+from api.http.health import Health
+from api.openai.chat.resource import ChatCompletions
+from api.openai.completions.resource import Completions
+from api.openai.models import Model, Models
+from api.openai.openapi import PATH as DESCRIPTION_PATH
+from api.openai.openapi import Description
 from common import connections
 from common.settings import Settings
 

@@ -10,8 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-from api import key_file
-from api.key_file import Keys
+from api.auth import key_file
+from api.auth.key_file import Keys
 from common.errors import StartupError
 from common.settings import PREFIX, Settings
 

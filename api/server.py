@@ -16,8 +16,9 @@ from typing import Any
 
 from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 
-from api import gunicorn_protocol, key_file
-from api.headers import for_any_origin
+from api.auth import key_file
+from api.http import connection as gunicorn_protocol
+from api.http.headers import for_any_origin
 from common import connections, garbage
 from common import logging as common_logging
 from common.errors import StartupError

@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from bench.table import Table, say
-from worker.mlx_attention import CudaKernel
+from bench.harness.table import Table, say
+from worker.mlx.backends.cuda_attention import CudaKernel
 
 SHAPES = ((8, 300), (32, 600), (64, 600), (64, 2000), (8, 4000))
 MOST_PADDING = 23

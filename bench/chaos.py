@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from bench.load import Load, Stream, errors
-from bench.pool import Pool
-from bench.table import percentile, say
+from bench.harness.pool import Pool
+from bench.harness.table import percentile, say
+from bench.load.streams import Load, Stream, errors
 from common import connections, names
 
 MODEL = "synthetic"
@@ -85,7 +85,7 @@ class Workers:
         """One more; returns when it shows its card."""
         self._num_started += 1
         role = f"worker {self._num_started}"
-        command = ["bench.synthetic_worker", "--name", MODEL, "--log-level", "WARNING"]
+        command = ["bench.harness.synthetic_worker", "--name", MODEL, "--log-level", "WARNING"]
         command += ["--steps-per-second", str(STEPS_PER_SECOND), *self._flags]
         self.pool.start_worker(command, MODEL, role)
         self.roles.append(role)

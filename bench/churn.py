@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from bench.meter import wait_until_quiet
-from bench.table import Table, percentile, say
+from bench.harness.meter import wait_until_quiet
+from bench.harness.table import Table, percentile, say
 from common.protocol import GenerationJob, SamplingParams, TokenPrompt
 from common.settings import Settings
-from worker.mlx_engine import MLXEngine
+from worker.mlx.engine import MLXEngine
 
 PATIENCE_SECONDS = 60.0
 PROMPT_TOKENS = (30, 60)

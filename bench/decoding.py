@@ -1,7 +1,7 @@
 """A decode step of the worker's batch against one of mlx-lm's own, in one process, on the same model and rows.
 
 `python -m bench.decoding` interleaves rounds of mlx-lm's `BatchGenerator` as it comes, of the worker's batch in it
-(`worker.mlx_decoding`), and of the worker's whole generation loop with a journal that writes nothing. "Even" rows have prompts
+(`worker.mlx.decode`), and of the worker's whole generation loop with a journal that writes nothing. "Even" rows have prompts
 of one length, which need no padding, "uneven" ones have not. Decode steps alone are timed.
 """
 
@@ -15,14 +15,14 @@ from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any
 
-from bench.meter import wait_until_quiet
-from bench.table import Table, say
+from bench.harness.meter import wait_until_quiet
+from bench.harness.table import Table, say
 from common.protocol import GenerationJob, SamplingParams, TokenPrompt
 from common.settings import Settings
-from worker.generation_loop import GenerationLoop
-from worker.journal import Receipt, Row
-from worker.messages import Admit, Message, Withdraw, Withdrawal
-from worker.mlx_engine import MLXEngine
+from worker.jobs.redis_journal import Receipt, Row
+from worker.loop.generation_loop import GenerationLoop
+from worker.loop.messages import Admit, Message, Withdraw, Withdrawal
+from worker.mlx.engine import MLXEngine
 
 PATIENCE_SECONDS = 60.0
 PROMPT_TOKENS = 45
@@ -34,10 +34,10 @@ class NoJournal:
     """Takes everything, writes nothing."""
 
     def send(self, rows: Sequence[Row]) -> None:
-        """As `worker.journal.Journal.send`."""
+        """As `worker.jobs.redis_journal.Journal.send`."""
 
     def collect(self) -> Receipt:
-        """As `worker.journal.Journal.collect`."""
+        """As `worker.jobs.redis_journal.Journal.collect`."""
         return Receipt()
 
 

@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from bench.table import Table, percentile, say
-from common import grammar
+from bench.harness.table import Table, percentile, say
 from common.protocol import ToolUse
+from common.schema import grammar
 from common.settings import Settings
-from worker import demo_model, mlx_model
-from worker.grammar import Compiled, Grammars, Matcher, apply, num_words, unpacked
+from worker.mlx import model as mlx_model
+from worker.models import demo_model
+from worker.sampling.grammar import Compiled, Grammars, Matcher, apply, num_words, unpacked
 
 BATCH = 16
 NUM_STEPS = 200

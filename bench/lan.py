@@ -13,10 +13,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from bench.load import Load
-from bench.meter import in_quiet
-from bench.pool import Pool
-from bench.table import Table, percentile
+from bench.harness.meter import in_quiet
+from bench.harness.pool import Pool
+from bench.harness.table import Table, percentile
+from bench.load.streams import Load
 from bench.transport import MODEL, carried, run_checked, worker
 from common import connections
 
@@ -40,7 +40,15 @@ COLUMNS = (
 @contextmanager
 def distant(pool: Pool, delay_ms: float) -> Iterator[None]:
     """The pool's processes that are started now reach Redis through a proxy."""
-    command = [sys.executable, "-m", "bench.proxy", "--to", str(pool.redis_port), "--delay-ms", str(delay_ms)]
+    command = [
+        sys.executable,
+        "-m",
+        "bench.harness.proxy",
+        "--to",
+        str(pool.redis_port),
+        "--delay-ms",
+        str(delay_ms),
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as proxy:
         assert proxy.stdout is not None
         near, pool.redis_url = pool.redis_url, f"redis://127.0.0.1:{int(proxy.stdout.readline())}/0"

@@ -21,10 +21,10 @@ from typing import Any
 import httpx2
 import openai
 
-from bench.meter import wait_until_quiet
-from bench.pool import Pool, free_port
-from bench.table import Table, say
-from worker.demo_model import ensure_demo_model
+from bench.harness.meter import wait_until_quiet
+from bench.harness.pool import Pool, free_port
+from bench.harness.table import Table, say
+from worker.models.demo_model import ensure_demo_model
 
 MODEL = "demo"
 LONG_TOKENS = 3000
@@ -162,7 +162,7 @@ def stock_client() -> Iterator[openai.OpenAI]:
     """mlx_lm.server, started as it comes, with OpenBLAS where that is there."""
     port = free_port()
     code = (
-        "from worker.mlx_model import preload_blas; preload_blas(); import sys; "
+        "from worker.mlx.model import preload_blas; preload_blas(); import sys; "
         f"sys.argv = ['server', '--model', {str(ensure_demo_model(None))!r}, '--port', '{port}']; "
         "from mlx_lm.server import main; main()"
     )

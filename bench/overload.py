@@ -11,9 +11,9 @@ import sys
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from bench.load import Load, Stream
-from bench.pool import Pool
-from bench.table import percentile, say
+from bench.harness.pool import Pool
+from bench.harness.table import percentile, say
+from bench.load.streams import Load, Stream
 
 MODEL = "synthetic"
 MAX_BATCH = 8
@@ -104,7 +104,7 @@ def _advice_ratios(served: list[Stream], refused: list[Stream]) -> list[float]:
 
 def start(pool: Pool) -> None:
     """The worker and the API."""
-    command = ["bench.synthetic_worker", "--name", MODEL, "--max-batch", str(MAX_BATCH)]
+    command = ["bench.harness.synthetic_worker", "--name", MODEL, "--max-batch", str(MAX_BATCH)]
     command += ["--steps-per-second", str(STEPS_PER_SECOND), "--log-level", "WARNING"]
     pool.start_worker(command, MODEL)
     pool.start_api()

@@ -13,13 +13,13 @@ import sys
 import time
 from collections.abc import Callable
 
-from bench.meter import wait_until_quiet
-from bench.prompts import prompts
-from bench.table import Table, say
+from bench.harness.meter import wait_until_quiet
+from bench.harness.prompts import prompts
+from bench.harness.table import Table, say
 from common.protocol import ChatPrompt, GenerationJob, SamplingParams
 from common.settings import Settings
-from worker.engine import StepToken
-from worker.mlx_engine import MLXEngine
+from worker.loop.engine import StepToken
+from worker.mlx.engine import MLXEngine
 
 NUM_ROWS = 32
 PATIENCE_SECONDS = 60.0

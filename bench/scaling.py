@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
-from bench.load import Load, Stream, errors
-from bench.meter import Meter, Usage, wait_until_quiet
-from bench.pool import Pool
-from bench.table import Table, percentile, say
+from bench.harness.meter import Meter, Usage, wait_until_quiet
+from bench.harness.pool import Pool
+from bench.harness.table import Table, percentile, say
+from bench.load.streams import Load, Stream, errors
 from bench.transport import MODEL, worker
 
 SIZES = (1, 2, 4)

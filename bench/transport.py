@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from bench.load import Load, Stream, errors
-from bench.meter import Meter, Usage, in_quiet
-from bench.pool import Pool
-from bench.table import Table, percentile, say
+from bench.harness.meter import Meter, Usage, in_quiet
+from bench.harness.pool import Pool
+from bench.harness.table import Table, percentile, say
+from bench.load.streams import Load, Stream, errors
 
 MODEL = "synthetic"
 ROLES = ("api", "redis", "worker", "client")
@@ -35,7 +35,7 @@ NUM_SEQUENTIAL = 200
 def worker(*flags: str) -> list[str]:
     """The synthetic worker's command line."""
     return [
-        "bench.synthetic_worker",
+        "bench.harness.synthetic_worker",
         "--name",
         MODEL,
         "--max-batch",

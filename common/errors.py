@@ -1,7 +1,7 @@
 """The one tree of errors of mlx-pool.
 
 `RequestError` is what a client is told: raised by the API while it parses and by the worker while it admits, carried
-over the wire as `protocol.Failed`, and rendered in one file, `api/errors.py`. `StartupError` is what an operator is
+over the wire as `protocol.Failed`, and rendered in one file, `api/http/errors.py`. `StartupError` is what an operator is
 told: one sentence on standard error and an exit status other than 0, never a traceback.
 """
 

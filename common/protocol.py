@@ -107,7 +107,7 @@ class GenerationJob(msgspec.Struct, frozen=True, kw_only=True):
         stop: Non-empty strings at which the text ends.
         top_logprobs: How many alternatives to report with each token; 0: the token's own only; None: no logprobs.
         submitted_at: Unix seconds.
-        grammar: What the answer's text has to match, for llguidance (`common.grammar`).
+        grammar: What the answer's text has to match, for llguidance (`common.schema.grammar`).
         tool_use: Functions that may be called; of chats only.
         echo: Whether an `Echo` of the prompt comes first, with log-probabilities where `top_logprobs` says so.
     """

@@ -19,7 +19,8 @@ import pytest
 import redis
 
 from common.settings import Settings
-from worker import demo_model, mlx_model
+from worker.mlx import model as mlx_model
+from worker.models import demo_model
 
 LAYERS = ("unit", "redis", "model", "e2e", "chaos", "clients")
 SERVERS = ("redis", "valkey")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from worker.grammar import Compiled, Matcher, unpacked
+from worker.sampling.grammar import Compiled, Matcher, unpacked
 
 _LEAF = {
     "type": "object",

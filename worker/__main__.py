@@ -11,8 +11,8 @@ from logging import getLogger
 from common import connections, garbage, logging
 from common.errors import StartupError
 from common.settings import Settings, add_flags, from_arguments
-from worker.batch_worker import BatchWorker
-from worker.engine import Engine
+from worker.jobs.batch_worker import BatchWorker
+from worker.loop.engine import Engine
 
 FLAGS = (
     "model",
@@ -87,7 +87,7 @@ def run(flags: WorkerFlags, make_engine: Callable[[Settings], Engine], argv: lis
 
 def _load_engine(settings: Settings) -> Engine:
     log.info("loading %s", settings.model)
-    from worker.mlx_engine import MLXEngine
+    from worker.mlx.engine import MLXEngine
 
     engine = MLXEngine(settings)
     garbage.spare_what_is_loaded()

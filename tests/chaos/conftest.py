@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from bench import chaos
-from bench.load import Load, Stream
-from bench.pool import Pool
+from bench.harness.pool import Pool
+from bench.load.streams import Load, Stream
 from tests.redis.pool_of_workers import wait_until
 
 

@@ -13,13 +13,13 @@ import pytest
 
 from bench import chaos, overload
 from bench.chaos import STEPS_PER_SECOND
-from bench.pool import Pool
-from bench.proxy import Proxy
+from bench.harness.pool import Pool
+from bench.harness.proxy import Proxy
 from common import connections, names
 from common.rq import JsonQueue
 from tests.chaos.conftest import Chaos
 from tests.redis.pool_of_workers import wait_until
-from worker.watchdog import EXIT_STALLED
+from worker.jobs.watchdog import EXIT_STALLED
 
 
 def test_kills(running: Chaos) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.load import Load, Stream
-from bench.pool import Pool
+from bench.harness.pool import Pool
+from bench.load.streams import Load, Stream
 from tests.redis.pool_of_workers import wait_until
 
 NUM_TOKENS = 120

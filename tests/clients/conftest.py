@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from bench.pool import Pool
+from bench.harness.pool import Pool
 from tests.clients import environments
 from tests.conftest import missing
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from common.settings import Settings
-from worker import demo_model
+from worker.models import demo_model
 
 HERE = Path(__file__).parent
 INSTALL_SECONDS = 900

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from bench.pool import HOST, Pool
+from bench.harness.pool import HOST, Pool
 from tests.fake_worker import FakeWorker, Script, words
 
 MODEL = "org/fake: 1"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench.pool import Pool
+from bench.harness.pool import Pool
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from bench.pool import Pool
+from bench.harness.pool import Pool
 
 QUESTION: Any = [{"role": "user", "content": "Name an animal."}]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.pool import Pool
+from bench.harness.pool import Pool
 from tests.conformance import catalogue, report, runner
 from tests.conformance.server import Server
 

@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 
-from bench.pool import Pool
+from bench.harness.pool import Pool
 from tests.conftest import missing
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]

@@ -16,7 +16,7 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from bench.pool import Pool
+from bench.harness.pool import Pool
 
 QUESTION: Any = [{"role": "user", "content": "Tell me about the weather in Paris, as JSON."}]
 WEATHER: Any = {

@@ -89,7 +89,7 @@ def test_a_worker_on_another_host(hosts: tuple[Host, Host], server_binary: str, 
         first.command(server_binary, *options, "--unixsocket", str(socket)), stdout=subprocess.DEVNULL
     )
     environ = {k: v for k, v in os.environ.items() if not k.startswith("MLXPOOL_")}
-    command = second.command(sys.executable, "-m", "bench.synthetic_worker", "--name", "m")
+    command = second.command(sys.executable, "-m", "bench.harness.synthetic_worker", "--name", "m")
     worker = None
     try:
         wait_until(socket.exists)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.settings import Settings
-from worker import mlx_model
+from worker.mlx import model as mlx_model
 
 # MLX's CUDA back-end shortens float32 otherwise, and the tokens of a random model then depend on the rows beside it.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")

@@ -7,7 +7,7 @@ from typing import Any
 from mlx_lm.generate import BatchGenerator
 
 from common.protocol import GenerationJob, SamplingParams, TokenPrompt
-from worker.mlx_engine import MLXEngine
+from worker.mlx.engine import MLXEngine
 
 
 def greedy_job(job_id: str, prompt: list[int], max_tokens: int, **sampling: Any) -> GenerationJob:

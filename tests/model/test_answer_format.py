@@ -15,11 +15,12 @@ import pytest
 
 from common.errors import RequestError
 from common.protocol import ChatPrompt, GenerationJob, Reasoning, ToolArguments, ToolCall, ToolUse
-from worker import answer_format, answer_parser, mlx_model, prompts
-from worker.answer_format import CallForm, ModelFormat
-from worker.answer_parser import AnswerParser
-from worker.chat_template import CallStyle
-from worker.detokenizer import TokenBytes
+from worker.mlx import model as mlx_model
+from worker.text import answer_format, answer_parser, prompts
+from worker.text.answer_format import CallForm, ModelFormat
+from worker.text.answer_parser import AnswerParser
+from worker.text.chat_template import CallStyle
+from worker.text.detokenizer import TokenBytes
 
 TOOL = {
     "type": "function",

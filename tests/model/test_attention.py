@@ -11,7 +11,7 @@ import pytest
 
 from common.settings import Settings
 from tests.model.reference import greedy_job, of_mlx_lm
-from worker.mlx_attention import (
+from worker.mlx.backends.cuda_attention import (
     MOST_KEYS,
     CudaKernel,
     PaddedAttention,
@@ -20,7 +20,7 @@ from worker.mlx_attention import (
     fits,
     works,
 )
-from worker.mlx_engine import MLXEngine
+from worker.mlx.engine import MLXEngine
 
 PROMPTS = [list(range(100, 120)), list(range(200, 209)), list(range(300, 315))]
 NUM_TOKENS = 12

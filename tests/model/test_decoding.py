@@ -8,7 +8,7 @@ import pytest
 
 from common.settings import Settings
 from tests.model.reference import greedy_job, of_mlx_lm
-from worker.mlx_engine import MLXEngine
+from worker.mlx.engine import MLXEngine
 
 EVEN = [list(range(100, 120)), list(range(200, 220))]
 SHORT = list(range(300, 309))

@@ -14,7 +14,8 @@ import pytest
 
 from common.errors import StartupError
 from common.settings import Settings
-from worker import demo_model, mlx_model
+from worker.mlx import model as mlx_model
+from worker.models import demo_model
 
 ROOT = Path(__file__).parents[2]
 

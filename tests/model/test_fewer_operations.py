@@ -12,8 +12,8 @@ from mlx_lm.models.cache import BatchKVCache
 
 from common.settings import Settings
 from tests.model.reference import greedy_job
-from worker.mlx_cpu import FewerOperations
-from worker.mlx_engine import MLXEngine
+from worker.mlx.backends.cpu_ops import FewerOperations
+from worker.mlx.engine import MLXEngine
 
 pytestmark = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="a GPU has kernels for these")
 

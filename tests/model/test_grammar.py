@@ -9,12 +9,12 @@ import jsonschema
 import numpy as np
 import pytest
 
-from common import grammar
 from common.protocol import ToolUse
+from common.schema import grammar
 from tests.grammar_cases import SCHEMAS, Walk
-from worker import mlx_model
-from worker.detokenizer import TokenBytes
-from worker.grammar import Grammars, Matcher, apply, apply_mlx, num_words
+from worker.mlx import model as mlx_model
+from worker.sampling.grammar import Grammars, Matcher, apply, apply_mlx, num_words
+from worker.text.detokenizer import TokenBytes
 
 VOCAB_SIZE = 49152
 CITY = {

@@ -11,9 +11,11 @@ import pytest
 from common.errors import RequestError, StartupError
 from common.protocol import ChatPrompt, GenerationJob, SamplingParams, TextPrompt, TokenPrompt
 from common.settings import Settings
-from worker import mlx_batch, mlx_engine, mlx_model
-from worker.engine import RowFailure, StepToken
-from worker.mlx_engine import MLXEngine
+from worker.loop.engine import RowFailure, StepToken
+from worker.mlx import batch as mlx_batch
+from worker.mlx import engine as mlx_engine
+from worker.mlx import model as mlx_model
+from worker.mlx.engine import MLXEngine
 
 GREEDY = SamplingParams(temperature=0)
 QUESTION = "What is the capital of France?"

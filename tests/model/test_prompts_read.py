@@ -9,8 +9,8 @@ import pytest
 
 from common.protocol import ChatPrompt, GenerationJob, SamplingParams, TextPrompt, TokenPrompt
 from common.settings import Settings
-from worker.engine import Inserted, PromptRead, StepToken
-from worker.mlx_engine import MLXEngine
+from worker.loop.engine import Inserted, PromptRead, StepToken
+from worker.mlx.engine import MLXEngine
 
 GREEDY = SamplingParams(temperature=0)
 SYSTEM = "You answer in one word. " + "Never mind the weather, the news or the time of day. " * 12

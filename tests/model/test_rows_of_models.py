@@ -12,9 +12,9 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
 
 from common.protocol import SamplingParams
-from worker.mlx_batch import Batch, NewRow
-from worker.mlx_slots import SlotKVCache
-from worker.sampler import RowSampler
+from worker.mlx.batch import Batch, NewRow
+from worker.mlx.kv_slots import SlotKVCache
+from worker.sampling.sampler import RowSampler
 
 VOCABULARY = 97
 COMMON = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from common.protocol import SamplingParams
-from worker import mlx_model
-from worker.sampler import BatchSampler, RowSampler
+from worker.mlx import model as mlx_model
+from worker.sampling.sampler import BatchSampler, RowSampler
 
 VOCAB = 3001
 KINDS = [

@@ -9,8 +9,8 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
-from worker.mlx_decoding import _order
-from worker.mlx_slots import Move, SlotKVCache, moves_to
+from worker.mlx.decode import _order
+from worker.mlx.kv_slots import Move, SlotKVCache, moves_to
 
 HEADS, SIZE, VALUE_SIZE = 2, 4, 6
 

@@ -9,12 +9,12 @@ from typing import Any
 import jsonschema
 import pytest
 
-from common import grammar
 from common.errors import RequestError
 from common.protocol import ChatPrompt, GenerationJob, SamplingParams, ToolUse
+from common.schema import grammar
 from common.settings import Settings
-from worker.engine import StepToken
-from worker.mlx_engine import MLXEngine
+from worker.loop.engine import StepToken
+from worker.mlx.engine import MLXEngine
 
 SCHEMA: dict[str, Any] = {
     "type": "object",

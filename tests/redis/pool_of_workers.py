@@ -46,13 +46,13 @@ def wait_until(is_true: Callable[[], Any], seconds: float = 15.0) -> Any:
 
 
 class Worker:
-    """One `python -m bench.synthetic_worker` process."""
+    """One `python -m bench.harness.synthetic_worker` process."""
 
     def __init__(self, redis_url: str, model: str, steps_per_second: float, **settings: Any) -> None:
         environ = {k: v for k, v in os.environ.items() if not k.startswith("MLXPOOL_")}
         environ |= {"MLXPOOL_REDIS_URL": redis_url, "MLXPOOL_LEASE_SECONDS": str(LEASE_SECONDS)}
         environ |= {f"MLXPOOL_{name.upper()}": str(value) for name, value in settings.items()}
-        command = [sys.executable, "-m", "bench.synthetic_worker", "--name", model]
+        command = [sys.executable, "-m", "bench.harness.synthetic_worker", "--name", model]
         command += ["--steps-per-second", str(steps_per_second)]
         self.process = subprocess.Popen(command, cwd=ROOT, env=environ, stderr=subprocess.PIPE, text=True)
 

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 import redis
 
-from api.command_batch import CommandBatch
-from api.job_queue import JobQueue, QueueFullError
+from api.generation.command_batch import CommandBatch
+from api.generation.job_queue import JobQueue, QueueFullError
 from common import connections, names
 from common.errors import RequestError
 from common.protocol import Cancel, ChatPrompt, GenerationJob, SamplingParams, decode_control

@@ -11,7 +11,7 @@ from rq.defaults import RQ_KEY_PREFIX
 
 from common import connections, names
 from common.protocol import Delta, decode_step, encode
-from worker.journal import RedisJournal, Row
+from worker.jobs.redis_journal import RedisJournal, Row
 
 CHANNEL = "mlxpool:api:test"
 

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 import redis
 
-from api.command_batch import CommandBatch
-from api.model_directory import ModelDirectory
+from api.generation.command_batch import CommandBatch
+from api.generation.model_directory import ModelDirectory
 from common import connections, names
 from common.errors import RequestError
 from common.protocol import ModelCard

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from common import redis_server
-from common.supervise import CANNOT_START
+from common.pool import redis_server
+from common.pool.supervise import CANNOT_START
 from tests.conftest import binary, unused_port
 
 ROOT = Path(__file__).parents[2]

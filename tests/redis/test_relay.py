@@ -13,11 +13,11 @@ import pytest
 import redis
 import redis.asyncio
 
-from api import relay as module
-from api import subscription as subscription_module
-from api.command_batch import CommandBatch
-from api.relay import Relay
-from api.subscription import Subscription
+from api.generation import relay as module
+from api.generation import subscription as subscription_module
+from api.generation.command_batch import CommandBatch
+from api.generation.relay import Relay
+from api.generation.subscription import Subscription
 from common import connections, names
 from common.errors import StartupError
 from common.protocol import Delta, Event, Failed, Finished, Started, Usage, encode
@@ -386,6 +386,6 @@ def test_a_server_that_does_not_let_us_in(
         finally:
             client.auth("right")
             client.config_set("requirepass", "")
-    [said] = [record.getMessage() for record in caplog.records if record.name == "api.relay"]
+    [said] = [record.getMessage() for record in caplog.records if record.name == "api.generation.relay"]
     assert sentence in said
     assert "away" not in said

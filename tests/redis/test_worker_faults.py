@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from common import connections, names
+from common.pool.redis_server import arguments
 from common.protocol import Delta, Failed, Finished, Usage, encode
-from common.redis_server import arguments
 from common.rq import JsonJob, JsonQueue
 from tests.conftest import unused_port
 from tests.redis.pool_of_workers import LEASE_SECONDS, Workers, exact, wait_until
-from worker.takeover import Takeover
+from worker.jobs.takeover import Takeover
 
 
 @pytest.fixture
@@ -195,8 +195,8 @@ def test_redis_goes_and_comes_back(server_binary: str, tmp_path: Path) -> None:
         assert worker.process.stderr is not None
         said = worker.process.stderr.read()
         assert said.count("Redis does not answer") == said.count("Redis answers again") == 1
-        assert said.count("WARNING worker.batch_worker") == 1, said
-        assert "WARNING worker.intake" not in said, said
+        assert said.count("WARNING worker.jobs.batch_worker") == 1, said
+        assert "WARNING worker.jobs.intake" not in said, said
         assert "Traceback" not in said
 
 

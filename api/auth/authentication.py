@@ -1,0 +1,51 @@
+"""Who may ask: `Authorization: Bearer KEY` against the key file, before a route or a body is looked at.
+
+falcon middleware. What says whether the API is alive, or how it is called, needs no key, and neither do a browser's
+preflights.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import falcon.asgi
+
+from api.auth.key_file import KeyFile
+from common.errors import RequestError
+
+log = logging.getLogger(__name__)
+
+_OPEN_PATHS = ("/health", "/livez", "/readyz", "/openapi.json")
+
+
+class Authentication:
+    """See the module.
+
+    Args:
+        file: Who has a key.
+    """
+
+    def __init__(self, file: KeyFile) -> None:
+        self._file = file
+
+    async def process_request(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
+        """Raises:
+        RequestError: 401.
+        """
+        if req.path in _OPEN_PATHS or req.method == "OPTIONS":
+            return
+        scheme, _, secret = (req.get_header("authorization") or "").strip().partition(" ")
+        if scheme.lower() != "bearer" or not secret.strip():
+            raise _unauthorized(
+                resp,
+                "You didn't provide an API key. Send one in the header `Authorization: Bearer YOUR_KEY`.",
+            )
+        name = self._file.keys.name_of(secret.strip())
+        if name is None:
+            raise _unauthorized(resp, "The API key is not valid, or not any more.")
+        log.debug("request %s: the key of %s", req.context.request_id, name)
+
+
+def _unauthorized(resp: falcon.asgi.Response, message: str) -> RequestError:
+    resp.set_header("www-authenticate", "Bearer")
+    return RequestError(message, status=401, code="invalid_api_key")

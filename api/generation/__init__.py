@@ -1,0 +1,1 @@
+"""One request's way through Redis: the queue, the relay of its events, overload, live models."""

@@ -1,0 +1,220 @@
+"""The relay: one pub/sub connection for all requests of this API process, and what keeps it honest.
+
+`subscribe` before the job is enqueued; then each message is decoded once and handed to its subscriptions. A dropped or
+half-open connection is noticed and made anew, and every journal is read after it; a job that ends without a word is
+noticed by its status. Called by the generations; knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from typing import Any
+
+import msgspec
+import redis
+import redis.asyncio
+
+from api.generation.command_batch import CommandBatch
+from api.generation.subscription import Subscription
+from common import connections, names
+from common.protocol import Event, Failed, decode_event, decode_step
+from common.rq import JsonJob
+
+log = logging.getLogger(__name__)
+
+START_SECONDS = 2.0
+"""How long a process waits for its subscription before it listens; without Redis it answers 503."""
+
+PING_SECONDS = 2.0
+"""Silence on the channel before it is asked whether it is alive: a half-open socket just stays silent."""
+
+PONG_SECONDS = 3.0
+RECONNECT_SECONDS = 0.25
+
+TICK_SECONDS = 1.0
+"""How often waiting handlers look at their clocks."""
+
+SILENT_SECONDS = 5.0
+"""Silence of one job before its status is asked for, and between two such questions."""
+
+_SHUTDOWN = Failed(
+    0, "The server is shutting down.", status=503, code="shutting_down", retry_after_seconds=1.0
+)
+
+_IS_WELL = (b"queued", b"started", b"deferred", b"scheduled")
+
+
+class Relay:
+    """See the module.
+
+    Attributes:
+        channel: Where workers publish for this process; made by `start`, since a process may be forked before it.
+        is_connected: Whether the channel is subscribed now.
+
+    Args:
+        reads: For journals and job states.
+        max_events: Held for each request; beyond, they are read from the journal.
+        queue_seconds: How long a job may wait in the queue.
+    """
+
+    def __init__(
+        self, client: redis.asyncio.Redis, reads: CommandBatch, *, max_events: int, queue_seconds: int
+    ) -> None:
+        self.channel = ""
+        self.is_connected = False
+        self._client = client
+        self._reads = reads
+        self._max_events = max_events
+        self._queue_seconds = queue_seconds
+        self._subscriptions: dict[str, Subscription] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._connected = asyncio.Event()
+
+    @property
+    def num_subscriptions(self) -> int:
+        """Requests that are waited for now."""
+        return len(self._subscriptions)
+
+    async def start(self) -> None:
+        """Listen from now on; returns when the channel is subscribed, or without Redis after START_SECONDS."""
+        self.channel = names.api_channel(secrets.token_hex(8))
+        self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._tick())]
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._connected.wait(), START_SECONDS)
+
+    def end_all(self) -> None:
+        """The process ends: what is still waited for ends with an error, and its job is cancelled by its handler."""
+        for subscription in self._subscriptions.values():
+            subscription.give_up(_SHUTDOWN)
+
+    async def stop(self) -> None:
+        """Listen no more."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def subscribe(self, job_id: str) -> Subscription:
+        """Listen for a job that is not in the queue yet; `unsubscribe` ends it."""
+        subscription = Subscription(job_id, self._read_journal, self._max_events)
+        self._subscriptions[job_id] = subscription
+        return subscription
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        """Forget a job."""
+        self._subscriptions.pop(subscription.job_id, None)
+
+    # -- the channel ------------------------------------------------------------------------------------------------
+
+    async def _listen(self) -> None:
+        is_first_failure = True
+        while True:
+            pubsub = self._client.pubsub()
+            try:
+                await self._listen_on(pubsub)
+            except (redis.RedisError, OSError) as error:
+                if self.is_connected or is_first_failure:
+                    log.warning("%s; requests are answered 503 meanwhile", self._what_is_wrong(error))
+                is_first_failure = False
+            except Exception:
+                log.exception("the relay failed and starts again")
+            finally:
+                self.is_connected = False
+                with contextlib.suppress(redis.RedisError, OSError):
+                    await pubsub.aclose()
+            await asyncio.sleep(RECONNECT_SECONDS)
+
+    def _what_is_wrong(self, error: Exception) -> str:
+        if isinstance(error, redis.AuthenticationError):
+            return connections.refusal(self._client, error)
+        return f"Redis is away ({error})"
+
+    async def _listen_on(self, pubsub: Any) -> None:
+        """Hand on messages until the connection fails; every message, also a pong, says that it has not."""
+        await pubsub.subscribe(self.channel)
+        while True:
+            message = await pubsub.get_message(timeout=PING_SECONDS)
+            if message is None:
+                await pubsub.ping()
+                message = await pubsub.get_message(timeout=PONG_SECONDS)
+                if message is None:
+                    raise redis.TimeoutError("no answer on the subscribed connection")
+            if message["type"] == "message":
+                self._hand_on(message["data"])
+            elif message["type"] == "subscribe":
+                self._is_subscribed()
+
+    def _is_subscribed(self) -> None:
+        """The channel is subscribed, perhaps again: what was published in between is in the journals."""
+        if not self.is_connected:
+            log.info("listening on %s", self.channel)
+        self.is_connected = True
+        self._connected.set()
+        self._look_in_all_journals()
+
+    def _hand_on(self, data: bytes) -> None:
+        now = asyncio.get_running_loop().time()
+        subscriptions = self._subscriptions
+        try:
+            step = decode_step(data)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            log.exception("a message on %s is not one of ours", self.channel)
+            self._look_in_all_journals()
+            return
+        for job_id, event in step:
+            subscription = subscriptions.get(job_id)
+            if subscription is not None:
+                subscription.heard_at = now
+                subscription.offer(event)
+
+    # -- what was not heard -----------------------------------------------------------------------------------------
+
+    def _look_in_all_journals(self) -> None:
+        for subscription in self._subscriptions.values():
+            subscription.look_in_journal()
+
+    async def _read_journal(self, job_id: str, first_n: int, max_entries: int) -> list[Event]:
+        command = ("XRANGE", names.journal(job_id), f"{first_n}-0", "+", "COUNT", max_entries)
+        [entries] = await self._reads.execute([command])
+        return [decode_event(fields[b"d"]) for _, fields in entries]
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            try:
+                await self._check_silent()
+            except (redis.RedisError, OSError):
+                pass  # said by the listener
+            except Exception:
+                log.exception("silent jobs could not be checked")
+            for subscription in self._subscriptions.values():
+                subscription.wake()
+
+    async def _check_silent(self) -> None:
+        """Ask for the state of the jobs that were not heard of lately."""
+        now = asyncio.get_running_loop().time()
+        silent = [s for s in self._subscriptions.values() if now - s.heard_at >= SILENT_SECONDS]
+        if not silent:
+            return
+        for subscription in silent:
+            subscription.heard_at = now
+        commands = [("HGET", JsonJob.key_for(s.job_id), "status") for s in silent]
+        for subscription, status in zip(silent, await self._reads.execute(commands), strict=True):
+            if status not in _IS_WELL:
+                subscription.look_in_journal(self._verdict(subscription, status))
+
+    def _verdict(self, subscription: Subscription, status: bytes | None) -> Failed:
+        """What a client is told of a job that has ended, should its journal not say so."""
+        if status is None and not subscription.has_begun:
+            return Failed(
+                0,
+                f"The request is no longer in the queue: {self._queue_seconds} seconds went by, or it was removed.",
+                status=503,
+                code="queue_timeout",
+                retry_after_seconds=10.0,
+            )
+        if status in (b"stopped", b"canceled"):
+            return Failed(0, "The request was stopped by an operator.", status=503, code="stopped")
+        return Failed(0, "The request failed before its answer was whole.", code="answer_lost")

@@ -1,0 +1,188 @@
+"""What answers look like, for the description (`api.openai.openapi`); the renderings write the same as ready bytes.
+
+A test holds both together: each answer and each chunk has to be one of these, without a field that is not here.
+https://platform.openai.com/docs/api-reference/chat/object
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, get_args
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from common.protocol import FinishReason
+
+_REASONS = tuple(
+    reason for reason in get_args(FinishReason) if reason != "cancelled"
+)  # such an answer is an error
+
+Reason = Annotated[str, Meta(extra_json_schema={"enum": _REASONS})]
+Count = Annotated[int, Meta(ge=0)]
+UnixSeconds = Annotated[int, Meta(ge=0)]
+Byte = Annotated[int, Meta(ge=0, le=255)]
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    cached_tokens: Annotated[Count, Meta(description="Not computed anew for this request.")]
+
+
+class CompletionTokensDetails(msgspec.Struct, frozen=True):
+    reasoning_tokens: Count
+
+
+class UsageObject(msgspec.Struct, frozen=True, kw_only=True):
+    """Token counts."""
+
+    prompt_tokens: Count
+    completion_tokens: Annotated[Count, Meta(description="Every generated token, of all choices.")]
+    total_tokens: Count
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
+
+
+class TopLogprob(msgspec.Struct, frozen=True):
+    """One of the most likely tokens in a place."""
+
+    token: str
+    logprob: float
+    bytes: list[Byte]
+
+
+class TokenLogprobs(TopLogprob, frozen=True):
+    """A token that was sampled."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    """Together the tokens are the content, as text and as bytes."""
+
+    content: list[TokenLogprobs] | None
+    refusal: None
+
+
+class CalledFunction(msgspec.Struct, frozen=True):
+    name: str
+    arguments: Annotated[str, Meta(description="A JSON object as text.")]
+
+
+class MessageToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A function that the model calls."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class AnswerMessage(msgspec.Struct, frozen=True, kw_only=True):
+    """What the model said."""
+
+    role: Literal["assistant"]
+    content: Annotated[str | None, Meta(description="Null where the answer is tool calls.")]
+    refusal: None
+    tool_calls: list[MessageToolCall] | UnsetType = UNSET
+    reasoning_content: str | UnsetType | None = UNSET
+
+
+class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
+    index: Count
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Reason
+
+
+class AnswerHead(msgspec.Struct, frozen=True, kw_only=True):
+    """What is the same in all chunks of an answer."""
+
+    id: str
+    created: UnixSeconds
+    model: Annotated[str, Meta(description="As the request named it.")]
+    system_fingerprint: str
+    service_tier: str | UnsetType = UNSET
+
+
+class ChatCompletion(AnswerHead, frozen=True, kw_only=True):
+    """The answer of a chat as a whole."""
+
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+    usage: UsageObject
+
+
+class CalledFunctionDelta(msgspec.Struct, frozen=True):
+    name: str | UnsetType = UNSET
+    arguments: str | UnsetType = UNSET
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of a call: its id and name come first, then its arguments in pieces."""
+
+    index: Count
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+    function: CalledFunctionDelta | UnsetType = UNSET
+
+
+class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
+    """What is new; the role is in the first chunk of a choice only."""
+
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType | None = UNSET
+    refusal: UnsetType | None = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
+    reasoning_content: str | UnsetType | None = UNSET
+
+
+class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
+    index: Count
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: Reason | None
+
+
+class ChatCompletionChunk(AnswerHead, frozen=True, kw_only=True):
+    """A frame of a chat's stream; one without choices has the usage."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatChunkChoice]
+    usage: UsageObject | UnsetType | None = UNSET
+
+
+class CompletionLogprobs(msgspec.Struct, frozen=True, kw_only=True):
+    """Four arrays of one length. The first token of an echoed prompt has no log-probability."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[Count]
+
+
+class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
+    index: Count
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Reason
+
+
+class CompletionChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
+    index: Count
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Reason | None
+
+
+class Completion(AnswerHead, frozen=True, kw_only=True):
+    """The answer to a prompt as a whole."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+    usage: UsageObject
+
+
+class CompletionChunk(AnswerHead, frozen=True, kw_only=True):
+    """A frame of a completion's stream; one without choices has the usage."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChunkChoice]
+    usage: UsageObject | UnsetType | None = UNSET

@@ -1,0 +1,91 @@
+"""`response_format`: what an answer has to be, as a grammar; and the check of grammars before anything is queued.
+
+https://platform.openai.com/docs/guides/structured-outputs. Used by the chat request; a worker holds the answer to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import lru_cache
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from api.openai import request_fields as fields
+from common.errors import invalid
+from common.schema import grammar
+
+_CHECKS_KEPT = 512
+
+
+class JsonSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A schema with its name; without a schema, any JSON object.
+
+    `strict` asks for an answer that validates, which every answer here does; `description` is for a model that is told of
+    the format, and the ones here are not.
+    """
+
+    name: Annotated[str, fields.whole("[a-zA-Z0-9_-]{1,64}")]
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+    description: str | None = None
+
+
+class ResponseFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """OpenAI's."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+Wanted = Annotated[
+    ResponseFormat,
+    Meta(
+        extra_json_schema={
+            "if": {"properties": {"type": {"const": "json_schema"}}},
+            "then": {"properties": {"json_schema": {"type": "object"}}, "required": ["json_schema"]},
+        }
+    ),
+]
+"""As a schema says it."""
+
+
+def grammar_of(response_format: ResponseFormat | None) -> str | None:
+    """What the answer's text has to match; None: anything.
+
+    Raises:
+        RequestError: 400.
+    """
+    if response_format is None or response_format.type == "text":
+        return None
+    if response_format.type == "json_object":
+        return grammar.for_json_object()
+    if response_format.json_schema is None:
+        raise invalid(
+            "`response_format.json_schema` is missing; it has a name and a schema.",
+            "response_format.json_schema",
+        )
+    schema = response_format.json_schema.schema
+    return grammar.for_json_object() if schema is None else grammar.for_json_schema(schema)
+
+
+async def check(answer: str | None) -> None:
+    """Compile what a worker is going to compile, beside the event loop: some schemas take a while.
+
+    Args:
+        answer: What `grammar_of` gave.
+
+    Raises:
+        RequestError: 400; it cannot be expressed, or nothing can match it.
+    """
+    if answer is not None and (wrong := await asyncio.to_thread(_wrong, answer)):
+        raise invalid(
+            f"`response_format.json_schema.schema` is not supported: {wrong}",
+            "response_format.json_schema.schema",
+        )
+
+
+@lru_cache(maxsize=_CHECKS_KEPT)
+def _wrong(text: str) -> str | None:
+    return grammar.check(text)

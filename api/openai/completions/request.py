@@ -1,0 +1,135 @@
+"""`POST /v1/completions`: the body, parsed once into a typed and checked value.
+
+https://platform.openai.com/docs/api-reference/completions/create; what is not supported is refused by name, never ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from api.generation.model_directory import ServedModel
+from api.generation.request import GenerationRequest
+from api.openai import request_fields as fields
+from common.errors import invalid
+from common.protocol import ChatPrompt, TextPrompt, TokenPrompt
+
+DEFAULT_MAX_TOKENS = 16
+
+TokenId = Annotated[int, Meta(extra_json_schema={"minimum": 0})]  # checked with its model's vocabulary
+TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
+Prompts = Annotated[
+    list[str | TokenId | TokenIds],
+    Meta(
+        min_length=1,
+        # msgspec 0.22 takes one kind of list in a union
+        extra_json_schema={"oneOf": [{"items": {"type": kind}} for kind in ("string", "integer", "array")]},
+    ),
+]
+
+
+class CompletionBody(fields.Body, frozen=True, kw_only=True):
+    """The fields of OpenAI's description."""
+
+    prompt: str | Prompts | None
+    max_tokens: Annotated[int, Meta(ge=0, le=fields.MAX_TOKENS)] | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
+    best_of: Annotated[int, Meta(ge=1, le=20)] | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+
+
+NEUTRAL = fields.NEUTRAL
+ONLY_WITH = fields.ONLY_WITH
+
+_decoder = msgspec.json.Decoder(CompletionBody)
+
+
+def parse(body: bytes) -> GenerationRequest:
+    """Read and check a request.
+
+    Raises:
+        RequestError: 400, in `param` what is wrong or not supported.
+    """
+    completion, ignored = fields.decode(body, _decoder)
+    fields.check_neutral(completion, NEUTRAL)
+    fields.check_only_with(completion, ONLY_WITH)
+    n = completion.n or 1
+    return GenerationRequest(
+        model=completion.model,
+        prompts=_with_suffix(_prompts(completion.prompt), completion),
+        n=n,
+        best_of=_best_of(completion, n),
+        echo=bool(completion.echo),
+        max_tokens=DEFAULT_MAX_TOKENS if completion.max_tokens is None else completion.max_tokens,
+        stop=fields.stops(completion),
+        top_logprobs=completion.logprobs,
+        sampling=fields.sampling(completion),
+        stream=bool(completion.stream),
+        include_usage=completion.stream_options is not None and bool(completion.stream_options.include_usage),
+        service_tier="default" if completion.service_tier is not None else None,
+        ignored=ignored,
+    )
+
+
+def _best_of(completion: CompletionBody, n: int) -> int:
+    if completion.best_of is None:
+        return n
+    if completion.best_of < n:
+        raise invalid(f"`best_of` must be at least `n`, which is {n}.", "best_of")
+    if completion.stream and completion.best_of > n:
+        raise invalid("`best_of` cannot be streamed: the best is known in the end.", "best_of")
+    return completion.best_of
+
+
+def _prompts(prompt: str | list[str | int | list[int]] | None) -> list[TextPrompt | TokenPrompt]:
+    """A text, a list of token ids, or a list of several of either; null is the beginning of a new document."""
+    if prompt is None:
+        return [TextPrompt("")]
+    if isinstance(prompt, str):
+        return [TextPrompt(prompt)]
+    kinds = {type(item) for item in prompt}
+    if len(kinds) > 1:
+        raise invalid("`prompt` mixes strings, token ids and lists of them.", "prompt")
+    if kinds == {int}:
+        return [TokenPrompt([item for item in prompt if isinstance(item, int)])]
+    return [_prompt(item) for item in prompt]
+
+
+def _prompt(prompt: str | int | list[int]) -> TextPrompt | TokenPrompt:
+    if isinstance(prompt, str):
+        return TextPrompt(prompt)
+    assert isinstance(prompt, list)
+    return TokenPrompt(prompt)
+
+
+def _with_suffix(
+    prompts: list[TextPrompt | TokenPrompt], completion: CompletionBody
+) -> list[ChatPrompt | TextPrompt | TokenPrompt]:
+    if not completion.suffix:
+        return [*prompts]
+    if completion.echo:
+        raise invalid("`echo` and `suffix` cannot go together.", "echo")
+    filled: list[ChatPrompt | TextPrompt | TokenPrompt] = []
+    for prompt in prompts:
+        if not isinstance(prompt, TextPrompt):
+            raise invalid("With `suffix`, `prompt` must be text.", "suffix")
+        filled.append(TextPrompt(prompt.text, completion.suffix))
+    return filled
+
+
+def check_prompts(request: GenerationRequest, model: ServedModel) -> None:
+    """Raises:
+    RequestError: 400, a token id is outside of the model's vocabulary, or it cannot fill a gap.
+    """
+    for prompt in request.prompts:
+        if isinstance(prompt, TextPrompt) and prompt.suffix is not None and not model.can_fill:
+            raise invalid(f"The model `{model.id}` cannot fill a gap before a suffix.", "suffix")
+        for token_id in prompt.token_ids if isinstance(prompt, TokenPrompt) else ():
+            if not 0 <= token_id < model.vocab_size:
+                raise invalid(
+                    f"`prompt` has the token id {token_id}, which is outside of the vocabulary of {model.vocab_size}.",
+                    "prompt",
+                )

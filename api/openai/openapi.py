@@ -1,0 +1,389 @@
+"""`GET /openapi.json`: what this server takes and says, for client generators, gateways and fuzzers.
+
+Made from the types that parse requests and from the small tables beside them (what is supported, what goes only with
+what), so that it cannot say other than they do; what only statuses and headers say is here. Built once, with its process.
+https://spec.openapis.org/oas/v3.1.1
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import falcon
+import falcon.asgi
+import msgspec
+
+from api.http import health
+from api.http.errors import ErrorBody
+from api.openai import answer, models
+from api.openai.answer_types import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk
+from api.openai.chat import request as chat_request
+from api.openai.completions import request as completion_request
+from common.settings import Settings
+
+Json = dict[str, Any]
+
+PATH = "/openapi.json"
+PREFIXES = ("/v1", "")
+MODEL_PATH = "/models/{model_id}"
+
+_JSON = falcon.MEDIA_JSON
+_REF = "#/components/schemas/{name}"
+
+_STATUSES: Mapping[int, str] = {
+    400: "Something in the request is wrong or not supported; `param` names it.",
+    401: "The API key is missing or nobody knows it.",
+    404: "Nobody knows the model.",
+    405: "The path has no such method; `Allow` lists those that it has.",
+    408: "The request's body did not come.",
+    413: "The request's body is too large.",
+    414: "The request's URL is too long.",
+    415: "The request's body says that it is something other than JSON, or compressed.",
+    429: "Too much waits for the model; `Retry-After` says when to come back.",
+    431: "The request's headers are too large.",
+    500: "A fault of the server's.",
+    501: "The request's body is coded in a way that this server does not know.",
+    503: "The queue does not answer, or the model has no worker at the moment.",
+    504: "The answer was not whole in time.",
+}
+_TOO_MANY_REQUESTS, _UNAVAILABLE, _NOT_ALLOWED = 429, 503, 405
+
+_ALWAYS = (400, 405, 414, 431, 500, 501)
+_LISTING = (401, 503)
+_ONE_MODEL = (401, 404, 503)
+_GENERATING = (401, 404, 408, 413, 415, 429, 503, 504)
+
+_HEADERS: Mapping[str, Json] = {
+    "X-Request-Id": {
+        "description": "The request's own where it is sane, else a new one.",
+        "required": True,
+        "schema": {"type": "string"},
+    },
+    "X-Should-Retry": {
+        "description": "`false` where a repeat cannot help, whatever the status is.",
+        "schema": {"const": "false"},
+    },
+    "Retry-After": {"description": "In seconds.", "schema": {"type": "integer", "minimum": 1}},
+    "Allow": {"description": "The path's methods.", "required": True, "schema": {"type": "string"}},
+    "X-Ignored-Parameters": {
+        "description": "Fields of the request that nobody knows.",
+        "schema": {"type": "string"},
+    },
+    "ETag": {"required": True, "schema": {"type": "string"}},
+}
+
+_NOT_SUPPORTED = "Known to OpenAI and not supported yet: only what asks for nothing."
+
+
+class Generating(NamedTuple):
+    """An endpoint that generates."""
+
+    path: str
+    operation_id: str
+    summary: str
+    body: Any
+    whole: Any
+    chunk: Any
+    neutral: Mapping[str, tuple[Any, ...]]
+    only_with: Mapping[str, str]
+    example: Json
+
+
+GENERATING = (
+    Generating(
+        "/chat/completions",
+        "createChatCompletion",
+        "Answer a conversation",
+        chat_request.ChatBody,
+        ChatCompletion,
+        ChatCompletionChunk,
+        chat_request.NEUTRAL,
+        chat_request.ONLY_WITH,
+        {"messages": [{"role": "user", "content": "What is the capital of France?"}]},
+    ),
+    Generating(
+        "/completions",
+        "createCompletion",
+        "Go on from a text",
+        completion_request.CompletionBody,
+        Completion,
+        CompletionChunk,
+        completion_request.NEUTRAL,
+        completion_request.ONLY_WITH,
+        {"prompt": "The capital of France is"},
+    ),
+)
+_OTHER_TYPES = (
+    models.ModelList,
+    models.ModelObject,
+    health.Alive,
+    health.Unready,
+    health.HealthReport,
+    ErrorBody,
+)
+
+
+class Description:
+    """The resource; its bytes are ready before the first request."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._data = msgspec.json.encode(document(settings))
+        self._etag = falcon.ETag(hashlib.sha256(self._data).hexdigest()[:32])
+
+    async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
+        resp.etag = self._etag
+        resp.cache_control = ["no-cache"]  # it may be kept, if it is asked for again each time
+        if any(known in ("*", self._etag) for known in req.if_none_match or ()):
+            resp.status = falcon.HTTP_304
+        else:
+            resp.data = self._data
+
+    on_head = on_get
+
+
+def document(settings: Settings) -> Json:
+    """The whole description."""
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "mlx-pool",
+            "description": "OpenAI-compatible answers from MLX models on any number of Macs.",
+            "version": answer.version(),
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "servers": [{"url": "/"}],
+        "paths": _paths(),
+        "components": {
+            "schemas": _schemas(settings),
+            "responses": {str(status): _error(status) for status in _STATUSES},
+            "headers": _HEADERS,
+            "parameters": _parameters(settings),
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+# -- schemas ------------------------------------------------------------------------------------------------------------
+
+
+def _schemas(settings: Settings) -> Json:
+    types = [t for endpoint in GENERATING for t in (endpoint.body, endpoint.whole, endpoint.chunk)]
+    _, schemas = msgspec.json.schema_components([*types, *_OTHER_TYPES], ref_template=_REF)
+    for endpoint in GENERATING:
+        schema = schemas[endpoint.body.__name__]
+        for name, values in endpoint.neutral.items():
+            schema["properties"][name] = _neutral(schema["properties"][name], values)
+        schema["allOf"] = [_only_with(name, other) for name, other in endpoint.only_with.items()]
+        if settings.strict_parameters:
+            schema["additionalProperties"] = False
+    for schema in schemas.values():
+        if schema.get("required") == []:
+            del schema["required"]
+    _use_ecma_patterns(schemas)
+    return schemas
+
+
+def _use_ecma_patterns(schema: Any) -> None:
+    r"""JSON Schema's expressions end with `$`; Python's with `\Z`, which is an error for clients in JavaScript."""
+    if isinstance(schema, dict) and isinstance(pattern := schema.get("pattern"), str):
+        schema["pattern"] = re.sub(r"\\Z$", "$", pattern)
+    for value in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        _use_ecma_patterns(value)
+
+
+def _neutral(schema: Json, values: tuple[Any, ...]) -> Json:
+    """A field with only the values that ask for nothing."""
+    plain = [msgspec.to_builtins(value) for value in values]
+    objects = [value for value in plain if isinstance(value, dict)]
+    if not objects:
+        return {"description": _NOT_SUPPORTED, "enum": [*plain, None], "default": None}
+    # Objects may have fields that nobody knows.
+    consts = [
+        {"properties": {key: {"const": value} for key, value in fields.items()}, "required": list(fields)}
+        for fields in objects
+    ]
+    return schema | {"description": _NOT_SUPPORTED, "allOf": [{"anyOf": [{"type": "null"}, *consts]}]}
+
+
+def _only_with(name: str, other: str) -> Json:
+    """`name` may be given only where `other` is true."""
+    return {
+        "anyOf": [
+            {"properties": {name: {"type": "null"}}},
+            {"properties": {other: {"const": True}}, "required": [other]},
+        ]
+    }
+
+
+def _ref(kind: Any) -> Json:
+    return {"$ref": _REF.format(name=kind.__name__)}
+
+
+# -- responses ----------------------------------------------------------------------------------------------------------
+
+
+def _error(status: int) -> Json:
+    names = ["X-Request-Id"]
+    if status in (_TOO_MANY_REQUESTS, _UNAVAILABLE):
+        names.append("Retry-After")
+    if status == _NOT_ALLOWED:
+        names.append("Allow")
+    return _response(_STATUSES[status], ErrorBody, [*names, "X-Should-Retry"])
+
+
+def _response(description: str, kind: Any, headers: Sequence[str] = ("X-Request-Id",)) -> Json:
+    return {
+        "description": description,
+        "headers": _headers(headers),
+        "content": {_JSON: {"schema": _ref(kind)}},
+    }
+
+
+def _headers(names: Sequence[str]) -> Json:
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
+def _responses(ok: Json, statuses: Sequence[int]) -> Json:
+    """By status, in order; `ok` are those that are described where they are used."""
+    errors = {str(status): {"$ref": f"#/components/responses/{status}"} for status in [*_ALWAYS, *statuses]}
+    return dict(sorted((errors | ok).items()))
+
+
+# -- paths --------------------------------------------------------------------------------------------------------------
+
+
+def _parameters(settings: Settings) -> Json:
+    return {
+        "RequestId": {
+            "name": "X-Request-Id",
+            "in": "header",
+            "description": "An id for logs; a new one is made where it is odd.",
+            "schema": {"type": "string"},
+        },
+        "RequestTimeout": {
+            "name": "X-Request-Timeout",
+            "in": "header",
+            "description": "The request's deadline in seconds.",
+            "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": settings.request_seconds},
+        },
+        "ModelId": {
+            "name": "model_id",
+            "in": "path",
+            "required": True,
+            "description": "As `/models` lists it; a slash may be sent as it is, or as `%2F`.",
+            "schema": {"type": "string", "minLength": 1},
+        },
+    }
+
+
+def _paths() -> Json:
+    paths: Json = {}
+    for prefix in PREFIXES:
+        suffix = "" if prefix else "Unversioned"
+        for endpoint in GENERATING:
+            paths[prefix + endpoint.path] = {"post": _generating(endpoint, suffix)}
+        listed = {"200": _response("The models that can be used now.", models.ModelList)}
+        listed["200"]["links"] = {
+            "first": {
+                "operationId": f"retrieveModel{suffix}",
+                "parameters": {"model_id": "$response.body#/data/0/id"},
+            }
+        }
+        paths[f"{prefix}/models"] = _reading(
+            f"listModels{suffix}", "List the models", "Models", _responses(listed, _LISTING), is_open=False
+        )
+        one = {"200": _response("The model.", models.ModelObject)}
+        paths[prefix + MODEL_PATH] = {"parameters": [_parameter("ModelId")]} | _reading(
+            f"retrieveModel{suffix}", "Look up a model", "Models", _responses(one, _ONE_MODEL), is_open=False
+        )
+    alive = {"200": _response("The process runs.", health.Alive)}
+    ready = {
+        "200": _response("Redis answers, and a model has a worker.", health.Alive),
+        "503": _response("Requests would fail.", health.Unready, ("X-Request-Id", "Retry-After")),
+    }
+    report = {"200": _response("The process runs.", health.HealthReport)}
+    for path, summary, ok in (
+        ("livez", "Whether the process runs", alive),
+        ("readyz", "Whether requests can be served", ready),
+        ("health", "What the process sees", report),
+    ):
+        paths[f"/{path}"] = _reading(path, summary, "Health", _responses(ok, ()), is_open=True)
+    paths[PATH] = _reading("describe", "This description", "Description", _described(), is_open=True)
+    return paths
+
+
+def _described() -> Json:
+    headers = _headers(("X-Request-Id", "ETag"))
+    return _responses(
+        {
+            "200": {
+                "description": "An OpenAPI description.",
+                "headers": headers,
+                "content": {_JSON: {"schema": {"type": "object"}}},
+            },
+            "304": {"description": "It is what `If-None-Match` has.", "headers": headers},
+        },
+        (),
+    )
+
+
+def _reading(operation_id: str, summary: str, tag: str, responses: Json, *, is_open: bool) -> Json:
+    """GET, and HEAD, which says the same without a body."""
+    get: Json = {
+        "operationId": operation_id,
+        "summary": summary,
+        "tags": [tag],
+        "parameters": [_parameter("RequestId")],
+        "responses": responses,
+    }
+    if not is_open:
+        get["security"] = _security()
+    bare = {status: _without_content(status, response) for status, response in responses.items()}
+    return {"get": get, "head": get | {"operationId": f"{operation_id}Head", "responses": bare}}
+
+
+def _without_content(status: str, response: Json) -> Json:
+    full = response if "$ref" not in response else _error(int(status))
+    return {name: value for name, value in full.items() if name != "content"}
+
+
+def _generating(endpoint: Generating, suffix: str) -> Json:
+    data = {
+        "type": "string",
+        "contentMediaType": _JSON,
+        "contentSchema": {"anyOf": [_ref(endpoint.chunk), _ref(ErrorBody)]},
+    }
+    event = {
+        "description": "With `stream`: one event of the stream; after an error, and after `[DONE]`, comes no other.",
+        "type": "object",
+        "properties": {"data": {"anyOf": [data, {"const": "[DONE]"}]}},
+        "required": ["data"],
+    }
+    ok = _response("The answer.", endpoint.whole, ("X-Request-Id", "X-Ignored-Parameters"))
+    ok["content"]["text/event-stream"] = {"schema": event}
+    return {
+        "operationId": endpoint.operation_id + suffix,
+        "summary": endpoint.summary,
+        "tags": ["Generation"],
+        "parameters": [_parameter("RequestId"), _parameter("RequestTimeout")],
+        "requestBody": {
+            "required": True,
+            "content": {
+                _JSON: {"schema": _ref(endpoint.body), "examples": {"plain": {"value": endpoint.example}}}
+            },
+        },
+        "responses": _responses({"200": ok}, _GENERATING),
+        "security": _security(),
+    }
+
+
+def _parameter(name: str) -> Json:
+    return {"$ref": f"#/components/parameters/{name}"}
+
+
+def _security() -> list[Json]:
+    """A key, or none where the server asks for none."""
+    return [{"bearer": []}, {}]

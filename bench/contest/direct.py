@@ -1,0 +1,183 @@
+"""A client without the API: puts jobs into a model's RQ queue and hears the pub/sub channel itself.
+
+What a worker and Redis cost without HTTP. `python -m bench.contest.direct` measures the synthetic worker that way; `Direct` is
+also how `bench.contest` tells the worker's part from the API's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import secrets
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from redis.client import PubSub
+
+from bench.harness.pool import Pool
+from bench.harness.table import Table, percentile
+from common import connections, names
+from common.protocol import ChatPrompt, Delta, Failed, Finished, GenerationJob, SamplingParams, decode_step
+from common.rq import JsonQueue
+
+_MARK = re.compile(r" (\d+)@(\d+)")
+
+
+@dataclass(slots=True)
+class Heard:
+    """What came of the jobs.
+
+    Attributes:
+        num_tokens: By job.
+        latencies_us: From the end of a step to this process, where the worker writes time stamps.
+        first_at: Monotonic seconds of the first token of any job.
+        wrong: Jobs whose tokens did not come in order, and what happened.
+    """
+
+    num_tokens: dict[str, int]
+    latencies_us: list[int] = field(default_factory=list)
+    began_at: float = 0.0
+    first_at: float = 0.0
+    last_at: float = 0.0
+    wrong: list[str] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """From the submission to the last token."""
+        return sum(self.num_tokens.values()) / (self.last_at - self.began_at)
+
+
+class Direct:
+    """Submits jobs for one model and hears them."""
+
+    def __init__(self, redis_url: str, model: str) -> None:
+        self._redis = connections.connect(redis_url)
+        self._queue = JsonQueue(model, connection=self._redis)
+        self._model = model
+        self._channel = names.api_channel(secrets.token_hex(8))
+        self._pubsub: PubSub = self._redis.pubsub(ignore_subscribe_messages=True)
+        self._pubsub.subscribe(self._channel)
+        self._pubsub.get_message(timeout=5.0)
+
+    def close(self) -> None:
+        """Hang up."""
+        self._pubsub.close()
+        self._redis.close()
+
+    def generate(self, prompts: list[str], max_tokens: int, sampling: SamplingParams) -> Heard:
+        """Ask for `max_tokens` of each prompt, all at once, and wait for the last one."""
+        jobs = [self._job(prompt, max_tokens, sampling) for prompt in prompts]
+        heard = Heard({job.job_id: 0 for job in jobs}, began_at=time.monotonic())
+        with self._redis.pipeline() as pipe:
+            for job in jobs:
+                self._queue.enqueue_call(
+                    names.JOB_FUNCTION,
+                    kwargs=msgspec.to_builtins(job),
+                    job_id=job.job_id,
+                    description="benchmark",
+                    result_ttl=60,
+                    pipeline=pipe,
+                )
+            pipe.execute()
+        num_open = len(jobs)
+        while num_open:
+            message: Any = self._pubsub.get_message(timeout=30.0)
+            if message is None:
+                raise TimeoutError(f"{num_open} of {len(jobs)} jobs went silent")
+            if message["type"] == "message":
+                num_open -= _take(heard, message["data"])
+        return heard
+
+    def _job(self, prompt: str, max_tokens: int, sampling: SamplingParams) -> GenerationJob:
+        return GenerationJob(
+            job_id=secrets.token_hex(16),
+            model=self._model,
+            channel=self._channel,
+            prompt=ChatPrompt([{"role": "user", "content": prompt}]),
+            max_tokens=max_tokens,
+            sampling=sampling,
+            submitted_at=time.time(),
+        )
+
+
+def _take(heard: Heard, data: bytes) -> int:
+    """Account for one message; how many jobs ended in it."""
+    now_us = time.time_ns() // 1000
+    heard.last_at = time.monotonic()
+    num_ended = 0
+    for job_id, event in decode_step(data):
+        if isinstance(event, Delta):
+            heard.first_at = heard.first_at or heard.last_at
+            heard.num_tokens[job_id] += 1
+            if event.n != heard.num_tokens[job_id]:
+                heard.wrong.append(f"{job_id}: {event.n} after {heard.num_tokens[job_id] - 1}")
+            if mark := _MARK.fullmatch(event.text):
+                heard.latencies_us.append(now_us - int(mark[2]))
+        elif isinstance(event, Finished | Failed):
+            num_ended += 1
+            if isinstance(event, Failed):
+                heard.wrong.append(f"{job_id}: {event.message}")
+    return num_ended
+
+
+def measure(
+    num_streams: int, steps_per_second: float, seconds: float, *, timestamps: bool = True
+) -> list[str]:
+    """One row of the table: the synthetic worker with `num_streams` rows."""
+    rate = steps_per_second or 150_000 / num_streams
+    worker = ["bench.harness.synthetic_worker", "--name", "direct", "--max-batch", str(num_streams)]
+    worker += ["--steps-per-second", str(steps_per_second), *(["--timestamps"] if timestamps else [])]
+    with Pool() as pool:
+        pool.start_worker(worker, "direct")
+        direct = Direct(pool.redis_url, "direct")
+        prompts = ["go"] * num_streams
+        direct.generate(prompts, 50, SamplingParams())
+        cpu_before, own_before, began = pool.cpu_seconds(), time.process_time(), time.monotonic()
+        heard = direct.generate(prompts, max(1, round(rate * seconds)), SamplingParams())
+        lasted = time.monotonic() - began
+        cpu, own = pool.cpu_seconds(), time.process_time() - own_before
+        direct.close()
+    if heard.wrong:
+        raise RuntimeError(f"{len(heard.wrong)} wrong: {heard.wrong[:3]}")
+    num_tokens = sum(heard.num_tokens.values())
+    used = {role: cpu[role] - cpu_before[role] for role in cpu} | {"client": own}
+    return [
+        str(num_streams),
+        f"{steps_per_second:.0f}" if steps_per_second else "flat out",
+        f"{num_tokens / lasted:,.0f}",
+        f"{statistics.median(heard.latencies_us) / 1000:.2f}" if heard.latencies_us else "-",
+        f"{percentile(heard.latencies_us, 99) / 1000:.2f}" if heard.latencies_us else "-",
+        *(f"{used[role] / num_tokens * 1e6:.1f}" for role in ("worker", "redis", "client")),
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure the loads given; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.contest.direct", description=__doc__)
+    parser.add_argument("loads", nargs="*", default=["64x100", "64x400", "64x0", "256x100"], metavar="NxR")
+    parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="length of each load")
+    arguments = parser.parse_args(argv)
+    table = Table(
+        [
+            "streams",
+            "steps/s",
+            "tokens/s",
+            "step to client, median ms",
+            "p99 ms",
+            "worker µs/token",
+            "Redis",
+            "client",
+        ]
+    )
+    for load in arguments.loads:
+        num_streams, steps = load.split("x")
+        table.add(measure(int(num_streams), float(steps), arguments.seconds))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""The baseline without batching: an RQ job function that answers one prompt with mlx-lm, for a stock `rq worker`.
+
+Run by `rq worker --worker-class rq.SimpleWorker`, one job after another; the model is loaded at the first. What somebody
+would write who has RQ and mlx-lm and an afternoon.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from common.settings import Settings
+from worker.mlx import model as mlx_model
+
+
+@functools.cache
+def _model() -> mlx_model.LoadedModel:
+    return mlx_model.load_model(Settings.load())
+
+
+def generate(prompt: str, max_tokens: int) -> int:
+    """Answer greedily; the number of tokens."""
+    loaded = _model()
+    from mlx_lm import stream_generate
+
+    token_ids = loaded.tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True
+    )
+    num_tokens = 0
+    for response in stream_generate(loaded.model, loaded.tokenizer, token_ids, max_tokens=max_tokens):
+        num_tokens = response.generation_tokens
+    return num_tokens

@@ -1,0 +1,116 @@
+"""A picture of what `bench.contest --json FILE` kept: `python -m bench.contest.plot FILE PICTURE.svg`.
+
+Three panels over the number of streams: tokens a second, time to the first token, and gaps between tokens. A line is the
+median; the shade above it reaches to the 99th percentile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib as mpl
+import msgspec
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from bench.contest.contenders import Alone
+from bench.contest.rounds import POOL, STOCK, Summary
+
+_COLOURS = {Alone.name: "#555555", POOL: "#0072b2", STOCK: "#d55e00"}
+_OTHERS = ("#009e73", "#cc79a7", "#e69f00")
+"""Okabe and Ito's palette, which colour-blind people can tell apart."""
+
+_WIDTH_INCHES, _HEIGHT_INCHES = 11.0, 3.8
+
+Value = Callable[[Summary], float]
+
+_PANELS: tuple[tuple[str, Value, Value | None], ...] = (
+    ("tokens a second", lambda each: each.tokens_per_second, None),
+    ("first token, ms", lambda each: each.first_ms[0], lambda each: each.first_ms[1]),
+    ("gap between tokens, ms", lambda each: each.gaps_ms[0], lambda each: each.gaps_ms[1]),
+)
+
+
+def picture(found: list[Summary], title: str) -> Figure:
+    """All contenders of one contest.
+
+    Args:
+        found: In any order; a contender need not have been at every number of streams.
+    """
+    names = list(dict.fromkeys(each.contender for each in found))
+    others = iter(_OTHERS * len(names))
+    colours = {name: _COLOURS.get(name) or next(others) for name in names}
+    figure = Figure(figsize=(_WIDTH_INCHES, _HEIGHT_INCHES), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    for axes, (label, median, p99) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
+        for name in names:
+            of_name = sorted(
+                (each for each in found if each.contender == name), key=lambda each: each.num_streams
+            )
+            _line(axes, of_name, median, p99, colours[name])
+        _dress(axes, label, sorted({each.num_streams for each in found}))
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(names),
+        frameon=False,
+    )
+    return figure
+
+
+def _line(axes: Axes, found: list[Summary], median: Value, p99: Value | None, colour: str) -> None:
+    known = [each for each in found if math.isfinite(median(each))]
+    if not known:
+        return
+    streams, medians = [each.num_streams for each in known], [median(each) for each in known]
+    axes.plot(streams, medians, color=colour, marker="o", markersize=4, label=known[0].contender)
+    if p99 is not None:
+        axes.fill_between(
+            streams, medians, [p99(each) for each in known], color=colour, alpha=0.12, linewidth=0
+        )
+
+
+def _dress(axes: Axes, label: str, streams: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(streams, [str(num) for num in streams])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    axes.set_xlabel("streams")
+    axes.set_title(label, fontsize=10)
+    axes.grid(visible=True, color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.contest.plot", description=__doc__)
+    parser.add_argument(
+        "figures", type=Path, nargs="+", help="what `bench.contest --json` wrote; several are put together"
+    )
+    parser.add_argument("picture", type=Path, help="to be written: .svg or .png")
+    parser.add_argument("--title", default="")
+    arguments = parser.parse_args(argv)
+    found = [
+        each
+        for path in arguments.figures
+        for each in msgspec.json.decode(path.read_bytes(), type=list[Summary])
+    ]
+    mpl.rcParams["svg.hashsalt"] = "mlx-pool"  # the same figures make the same file
+    mpl.rcParams["svg.fonttype"] = "none"
+    is_svg = arguments.picture.suffix == ".svg"
+    picture(found, arguments.title).savefig(
+        arguments.picture, facecolor="white", metadata={"Date": None} if is_svg else None
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,243 @@
+"""How fast a real model comes through everything, beside the same model with nothing around it, and beside other servers.
+
+`python -m bench.contest` has all contenders answer the same prompts, greedily, in one run: mlx-lm's `BatchGenerator` alone; the
+pool, over HTTP, as users have it; mlx_lm.server; and whatever else is named (`--server 'NAME=COMMAND {model} {port}'`). Rounds are
+interleaved, and who is first changes, so that all meet the same machine. `--mix` gives four of five streams a seed,
+penalties, log-probabilities or a grammar, whose answers are as long (up to 800 tokens). `--json FILE` keeps the figures for `python -m bench.contest.plot`. `--model-cpus N` gives all contenders of
+a round the same N CPUs for the processes that run the model, and others in each round (`bench.contest.placement`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bench.contest.contenders import STOCK_SERVER, Alone, Contender, Figures, OneAtATime, Served, started
+from bench.contest.placement import Placement
+from bench.contest.raw_generator import RawGenerator
+from bench.harness.meter import busy_seconds, wait_until_quiet
+from bench.harness.pool import Pool
+from bench.harness.prompts import prompts
+from bench.harness.table import Table, percentile, say
+from worker.models.demo_model import ensure_demo_model
+
+POOL = "mlx-pool"
+STOCK = "mlx_lm.server"
+NUM_STREAMS = (1, 8, 16, 32)
+COLUMNS = (
+    "streams",
+    "contender",
+    "tokens/s",
+    "÷ alone",
+    "rounds",
+    "first token ms, p50",
+    "p99",
+    "gap ms, p50",
+    "p99",
+    "failed streams",
+    "CPU ms a token",
+    "CPUs others used",
+)
+
+_LONG_FORM = {
+    "type": "object",
+    "properties": {"numbers": {"type": "array", "items": {"type": "integer"}, "minItems": 400}},
+    "required": ["numbers"],
+    "additionalProperties": False,
+}
+_FORMAT = {"type": "json_schema", "json_schema": {"name": "numbers", "strict": True, "schema": _LONG_FORM}}
+_MIX: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0.8, "seed": 7},
+    {"temperature": 0.7, "frequency_penalty": 0.3, "presence_penalty": 0.3},
+    {"temperature": 1.0, "top_p": 0.9, "logprobs": True, "top_logprobs": 2},
+    {"temperature": 0.0, "response_format": _FORMAT},
+)
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """All rounds of one contender at one number of streams.
+
+    Attributes:
+        ratios: Tokens a second ÷ `BatchGenerator` alone, by round.
+        cpu_ms: Of each process, for a token.
+        others: CPUs that anything else kept busy, in the mean.
+    """
+
+    contender: str
+    num_streams: int
+    tokens_per_second: float
+    ratios: list[float]
+    first_ms: tuple[float, float]
+    gaps_ms: tuple[float, float]
+    num_failed: int
+    cpu_ms: dict[str, float]
+    others: float
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One contender's round, and what the machine did meanwhile."""
+
+    figures: Figures
+    cpu_seconds: dict[str, float]
+    others: float
+
+
+def measure(contender: Contender, num_streams: int, number: int, arguments: argparse.Namespace) -> Round:
+    """One round, when the machine is quiet; the prompts go by its number."""
+    wait_until_quiet(arguments.patience)
+    fields = [_MIX[i % len(_MIX)] if arguments.mix else {} for i in range(num_streams)]
+    began, busy, used, own = time.monotonic(), busy_seconds(), contender.cpu_seconds(), time.process_time()
+    figures = contender.run(prompts(num_streams, number), arguments.max_tokens, fields)
+    cpu = {role: seconds - used.get(role, 0.0) for role, seconds in contender.cpu_seconds().items()}
+    cpu["client"] = time.process_time() - own
+    seconds = time.monotonic() - began
+    return Round(figures, cpu, max(0.0, busy_seconds() - busy - sum(cpu.values())) / seconds)
+
+
+def summary(name: str, num_streams: int, rounds: Sequence[Round], alone: Sequence[Round]) -> Summary:
+    """The medians of all rounds."""
+    figures = [each.figures for each in rounds]
+    num_tokens = sum(each.num_tokens for each in figures) or 1
+    first = [1000 * seconds for each in figures for seconds in each.first_seconds]
+    roles = rounds[0].cpu_seconds
+    return Summary(
+        name,
+        num_streams,
+        statistics.median(each.tokens_per_second for each in figures),
+        [a.tokens_per_second / b.figures.tokens_per_second for a, b in zip(figures, alone, strict=False)],
+        (percentile(first, 50), percentile(first, 99)),
+        (
+            statistics.median(each.gaps_ms[0] for each in figures),
+            statistics.median(each.gaps_ms[1] for each in figures),
+        ),
+        sum(len(each.errors) for each in figures),
+        {role: 1000 * sum(each.cpu_seconds[role] for each in rounds) / num_tokens for role in roles},
+        statistics.mean(each.others for each in rounds),
+    )
+
+
+def compare(
+    contenders: Sequence[Contender],
+    num_streams: int,
+    placement: Placement,
+    arguments: argparse.Namespace,
+    table: Table,
+) -> list[Summary]:
+    """Interleaved rounds of all contenders at one number of streams, after one that does not count.
+
+    A GPU's first batch of each shape takes many times as long as the next.
+    """
+    for contender in contenders:
+        contender.run(prompts(num_streams, 1000 * num_streams + 999), 16, [{}] * num_streams)
+    measured: dict[str, list[Round]] = {contender.name: [] for contender in contenders}
+    for number in range(arguments.rounds):
+        placement.begin(number)
+        shift = number % len(contenders)
+        for contender in (*contenders[shift:], *contenders[:shift]):
+            measured[contender.name].append(
+                measure(contender, num_streams, 1000 * num_streams + number, arguments)
+            )
+    alone = measured.get(Alone.name, [])
+    found = [summary(name, num_streams, rounds, alone) for name, rounds in measured.items()]
+    for each in found:
+        table.add(_cells(each))
+        for error in sorted({e for r in measured[each.contender] for e in r.figures.errors})[:3]:
+            say(f"<!-- {each.contender}: {error[:200]} -->")
+    return found
+
+
+def _cells(found: Summary) -> list[str]:
+    ratio = f"**{statistics.median(found.ratios):.3f}**" if found.ratios else ""
+    return [
+        str(found.num_streams),
+        found.contender,
+        f"{found.tokens_per_second:,.1f}",
+        ratio if found.contender != Alone.name else "1",
+        " ".join(f"{each:.2f}" for each in found.ratios) if found.contender != Alone.name else "",
+        *(f"{ms:,.0f}" for ms in found.first_ms),
+        *(f"{ms:,.1f}" for ms in found.gaps_ms),
+        str(found.num_failed),
+        ", ".join(f"{role} {ms:.3g}" for role, ms in found.cpu_ms.items()),
+        f"{found.others:.2f}",
+    ]
+
+
+@contextmanager
+def everybody(arguments: argparse.Namespace) -> Iterator[tuple[list[Contender], Placement]]:
+    """All contenders, loaded, and who places their processes."""
+    folder = str(ensure_demo_model(None)) if arguments.model == "demo" else arguments.model
+    most = max(arguments.streams)
+    settings = {"MLXPOOL_MODEL": arguments.model, "MLXPOOL_MAX_BATCH": str(max(32, most))}
+    with ExitStack() as stack:
+        contenders: list[Contender] = []
+        if "alone" in arguments.contenders:
+            contenders.append(Alone(stack.enter_context(RawGenerator(settings))))
+        pool = stack.enter_context(Pool(settings | {"MLXPOOL_MODEL_NAME": "contest"}))
+        if "pool" in arguments.contenders:
+            pool.start_worker(["worker", "--log-level", "WARNING"], "contest")
+            pool.start_api(arguments.api_processes)
+            contenders.append(
+                Served(POOL, pool.url, "contest", pool.cpu_seconds, lambda: pool.pids("worker"))
+            )
+        if "stock" in arguments.contenders:
+            contenders.append(stack.enter_context(started(STOCK, STOCK_SERVER, folder, most)))
+        for server in arguments.server:
+            name, _, command = server.partition("=")
+            contenders.append(stack.enter_context(started(name, command, folder, most)))
+        if "one" in arguments.contenders:
+            contenders.append(OneAtATime(pool))
+        placement = Placement(
+            arguments.model_cpus,
+            models=lambda: [pid for contender in contenders for pid in contender.model_pids()],
+            others=lambda: [os.getpid(), *pool.pids("redis"), *pool.pids("api")],
+        )
+        yield contenders, placement
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compare; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench.contest", description=__doc__)
+    parser.add_argument("--model", default="demo", help="'demo' or a folder")
+    parser.add_argument("--streams", type=int, nargs="+", default=list(NUM_STREAMS), metavar="N")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N")
+    parser.add_argument("--max-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--api-processes", type=int, default=1, metavar="N")
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        choices=("alone", "pool", "stock", "one"),
+        default=["alone", "pool", "stock"],
+        help="'one' is a stock RQ SimpleWorker, one job after another",
+    )
+    parser.add_argument(
+        "--server", action="append", default=[], metavar="NAME=COMMAND", help="another one, to be started"
+    )
+    parser.add_argument(
+        "--model-cpus", type=int, default=0, metavar="N", help="CPUs for the processes that run the model"
+    )
+    parser.add_argument("--mix", action="store_true", help="seeds, penalties, log-probabilities and grammars")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures")
+    parser.add_argument(
+        "--patience", type=float, default=60.0, metavar="SECONDS", help="wait for a quiet machine"
+    )
+    arguments = parser.parse_args(argv)
+    say(f"\n{arguments.model}, {arguments.max_tokens} tokens a stream, {arguments.rounds} rounds\n")
+    table = Table(COLUMNS)
+    found: list[Summary] = []
+    with everybody(arguments) as (contenders, placement):
+        for num_streams in arguments.streams:
+            found += compare(contenders, num_streams, placement, arguments, table)
+            if arguments.json:
+                arguments.json.write_bytes(msgspec.json.encode(found))
+    return 0

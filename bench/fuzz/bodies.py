@@ -1,0 +1,249 @@
+"""Nearly valid request bodies, as a Hypothesis strategy: what a client sends that has a bug, or means harm.
+
+A valid body, then one or a few faults: in a field (a wrong type, a huge number, odd text), in the JSON (a field twice, NaN,
+deep nesting), or in the bytes (cut off, not UTF-8). Fields are those of the types that parse requests, so that a new one is
+there at once. Used by `bench.fuzz`; knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import strategies as st
+
+from api.openai.openapi import GENERATING
+
+MODEL = "synthetic"
+MAX_TOKENS = 6
+
+_HUGE_DIGITS = 5000
+_DEPTHS = (3, 100, 100_000)
+_LENGTHS = (1_000, 200_000)
+_MAX_FAULTS = 3
+
+
+@dataclass(frozen=True)
+class Body:
+    """What is sent where."""
+
+    path: str
+    type_name: str
+    data: bytes
+
+
+# -- values -------------------------------------------------------------------------------------------------------------
+
+_ODD_TEXTS = st.sampled_from(
+    [
+        "",
+        " ",
+        "\0",
+        "\r\n\r\nHTTP/1.1 200 OK\r\n\r\n",
+        "a` - at `$.model",  # as the parser's own errors have it
+        "../../etc/passwd",
+        "{{ 7 * 7 }}",
+        "%00%ff%s%n",
+        "\u2028\u2029\ufeff\ufffe\uffff",
+        "\u202eright to left",
+        "e\u0301" * 50,
+        "👩‍👩‍👧‍👦",
+        "\U0010ffff",
+        "\ud800",  # alone
+        "\udfff\ud800",
+        "constructor",
+        "null",
+        "<|im_end|>",
+        "data: [DONE]\n\n",
+    ]
+)
+_TEXTS = st.one_of(st.text(max_size=20), _ODD_TEXTS)
+_NUMBERS = st.one_of(
+    st.integers(),
+    st.floats(),  # NaN and infinity too, which json writes as JavaScript does
+    st.sampled_from(
+        [
+            0,
+            1,
+            -1,
+            2**31 - 1,
+            2**31,
+            2**53 + 1,
+            2**63 - 1,
+            2**63,
+            2**64,
+            -(2**63) - 1,
+            10**40,
+            -0.0,
+            5e-324,
+            1e308,
+        ]
+    ),
+)
+_SCALARS = st.one_of(st.none(), st.booleans(), _NUMBERS, _TEXTS)
+_ODD = st.one_of(
+    _SCALARS,
+    _TEXTS,
+    st.lists(_SCALARS, max_size=5),
+    st.dictionaries(_TEXTS, _SCALARS, max_size=4),
+    st.recursive(
+        _SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_TEXTS, inner, max_size=3)
+    ),
+    st.lists(st.just({}), min_size=1, max_size=200),
+    st.sampled_from(_LENGTHS).map(lambda length: "x" * length),
+)
+
+# -- valid bodies -------------------------------------------------------------------------------------------------------
+
+_PLAIN = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+_MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {
+            "role": st.sampled_from(["system", "developer", "user", "assistant"]),
+            "content": _PLAIN
+            | st.lists(_PLAIN.map(lambda text: {"type": "text", "text": text}), min_size=1, max_size=3),
+        },
+        optional={"name": _PLAIN},
+    ),
+    min_size=1,
+    max_size=3,
+)
+_STREAMS: st.SearchStrategy[dict[str, Any]] = st.sampled_from(
+    [{}, {"stream": False}, {"stream": True}, {"stream": True, "stream_options": {"include_usage": True}}]
+)
+_SHARED: dict[str, st.SearchStrategy[Any]] = {
+    "model": st.just(MODEL),
+    "temperature": st.floats(0, 2),
+    "top_p": st.floats(0, 1),
+    "stop": _PLAIN.filter(bool) | st.lists(_PLAIN.filter(bool), max_size=4),
+    "seed": st.integers(-(2**63), 2**63 - 1),
+    "repetition_penalty": st.floats(0.1, 10),
+    "repetition_context_size": st.integers(1, 2**31 - 1),
+    "logit_bias": st.dictionaries(st.integers(0, 999).map(str), st.floats(-100, 100), max_size=3),
+    "n": st.integers(1, 3),
+    "presence_penalty": st.floats(-2, 2),
+    "frequency_penalty": st.floats(-2, 2),
+    "top_k": st.integers(-1, 2000),
+    "min_p": st.floats(0, 1),
+    "xtc_probability": st.floats(0, 1),
+    "xtc_threshold": st.floats(0, 0.5),
+    "user": _PLAIN,
+}
+_CHAT = st.builds(
+    lambda fields, stream, logprobs: fields | stream | logprobs,
+    st.fixed_dictionaries(
+        {"messages": _MESSAGES, "max_tokens": st.integers(1, MAX_TOKENS)},
+        optional=_SHARED
+        | {
+            "role_mapping": st.dictionaries(_PLAIN, _PLAIN, max_size=3),
+            "reasoning_effort": st.sampled_from(["none", "low", "high"]),
+            "response_format": st.just({"type": "text"}),
+            "chat_template_kwargs": st.just({"enable_thinking": False}),
+        },
+    ),
+    _STREAMS,
+    st.sampled_from([{}, {"logprobs": True}, {"logprobs": True, "top_logprobs": 3}]),
+)
+_COMPLETION = st.builds(
+    lambda fields, stream: fields | stream,
+    st.fixed_dictionaries(
+        {
+            "prompt": _PLAIN | st.lists(st.integers(0, 999), min_size=1, max_size=5),
+            "max_tokens": st.integers(1, MAX_TOKENS),
+        },
+        optional=_SHARED | {"logprobs": st.integers(0, 5), "echo": st.just(False)},
+    ),
+    _STREAMS,
+)
+
+# -- faults -------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def _with_field_faults(draw: st.DrawFn, valid: st.SearchStrategy[dict[str, Any]], names: list[str]) -> Any:
+    """A body with some of its fields wrong, missing or unheard of."""
+    body = copy.deepcopy(draw(valid))  # what a strategy gives again is not ours to change
+    for _ in range(draw(st.integers(0, _MAX_FAULTS))):
+        match draw(st.sampled_from(["set", "set", "inside", "text", "drop", "unknown"])):
+            case "set":
+                body[draw(st.sampled_from(names))] = copy.deepcopy(draw(_ODD))
+            case "inside":
+                place, key = draw(st.sampled_from(_places(body)))
+                place[key] = copy.deepcopy(draw(_ODD))
+            case "text":
+                place, key = draw(st.sampled_from(_places(body)))
+                place[key] = draw(_ODD_TEXTS)
+            case "drop":
+                body.pop(draw(st.sampled_from(sorted(body) or [""])), None)
+            case _:
+                body[draw(_TEXTS)] = copy.deepcopy(draw(_ODD))
+    return body
+
+
+def _places(value: Any) -> list[tuple[Any, Any]]:
+    """Each container with each of its keys, from the outside in."""
+    if not isinstance(value, dict | list):
+        return [({}, 0)]
+    items = list(value.items() if isinstance(value, dict) else enumerate(value))
+    inner = [place for _, item in items if isinstance(item, dict | list) and item for place in _places(item)]
+    return [(value, key) for key, _ in items] + inner or [({}, 0)]
+
+
+@st.composite
+def _as_bytes(draw: st.DrawFn, body: dict[str, Any]) -> bytes:
+    """The body as JSON, now and then not quite."""
+    data = json.dumps(body, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
+    if not draw(st.sampled_from([False, False, False, True])):
+        return data
+    spoil = draw(st.sampled_from([_broken, _doubled, _replaced]))
+    spoiled: bytes = draw(spoil(body, data))
+    return spoiled
+
+
+def _broken(_body: dict[str, Any], data: bytes) -> st.SearchStrategy[bytes]:
+    """Bytes that are not there, or are too many or others."""
+    places = st.integers(1, len(data))
+    bad = st.sampled_from([b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\0", b'"', b"}"])
+    return st.one_of(
+        places.map(lambda at: data[:at]),
+        st.builds(lambda at, more: data[:at] + more + data[at:], places, st.binary(min_size=1, max_size=3)),
+        st.builds(lambda at, other: data[:at] + other + data[at + 1 :], places, bad),
+        st.sampled_from([b"\xef\xbb\xbf", b"[", b"\0", b" \n\t"]).map(lambda before: before + data),
+    )
+
+
+def _doubled(body: dict[str, Any], data: bytes) -> st.SearchStrategy[bytes]:
+    """One more field at the end: one that is there already, one that is deep, one with more digits than Python reads."""
+
+    def add(name: str, value: bytes) -> bytes:
+        return data[:-1] + b"," + json.dumps(name).encode() + b":" + value + b"}"
+
+    odd = _ODD.map(lambda value: json.dumps(value).encode())
+    deep = st.sampled_from(_DEPTHS).map(lambda depth: b"[" * depth + b"]" * depth)
+    digits = st.just(b"1" * _HUGE_DIGITS)
+    return st.one_of(
+        st.builds(add, st.sampled_from(sorted(body) or [""]), odd),
+        st.builds(add, st.sampled_from(["zzz", "metadata", "stop", "messages"]), deep),
+        st.builds(add, st.sampled_from(["zzz", "seed", "temperature", "user", "max_tokens"]), digits),
+    )
+
+
+def _replaced(_body: dict[str, Any], data: bytes) -> st.SearchStrategy[bytes]:
+    """Another JSON value, or none."""
+    others = [b"{}", b"[]", b"null", b'"x"', b"5", b"NaN", data + data, data[::-1], b""]
+    return st.sampled_from(others)
+
+
+def _of(endpoint: Any, valid: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[Body]:
+    names = sorted(endpoint.body.__struct_fields__)
+    paths = st.sampled_from([f"/v1{endpoint.path}", endpoint.path])
+    data = _with_field_faults(valid, names).flatmap(_as_bytes)
+    return st.builds(Body, paths, st.just(endpoint.body.__name__), data)
+
+
+BODIES: st.SearchStrategy[Body] = st.one_of(
+    *(_of(endpoint, valid) for endpoint, valid in zip(GENERATING, (_CHAT, _COMPLETION), strict=True))
+)
+"""One body."""

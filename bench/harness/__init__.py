@@ -1,0 +1,1 @@
+"""What benchmarks share: private pools, a worker without a model, meters."""

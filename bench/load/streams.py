@@ -1,0 +1,312 @@
+"""A load client for any server with OpenAI's streaming chat API: many streams, one thread, little CPU.
+
+`python -m bench.load --url http://127.0.0.1:8080 --model MODEL_ID --streams 64` asks for that many answers at once and
+says how fast they came. Sockets and a selector rather than an HTTP library: on the machine that also runs the pool, the
+client's share must be small, and it is measured. Against `bench.harness.synthetic_worker` each stream is checked token by token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import re
+import selectors
+import socket
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from bench.harness.table import percentile, say
+
+_READ_BYTES = 1 << 16
+_SELECT_SECONDS = 0.5
+
+
+class _Delta(msgspec.Struct, frozen=True, gc=False):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct, frozen=True, gc=False):
+    delta: _Delta = _Delta()
+    finish_reason: str | None = None
+
+
+class _Usage(msgspec.Struct, frozen=True, gc=False):
+    completion_tokens: int = 0
+
+
+class _Chunk(msgspec.Struct, frozen=True, gc=False):
+    """As much of a chunk as is measured."""
+
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: dict[str, Any] | None = None
+
+
+_decode_chunk = msgspec.json.Decoder(_Chunk).decode
+
+
+class Stream:
+    """One request and what came of it.
+
+    Attributes:
+        began_at: Monotonic seconds before the connection was made.
+        answered_at: When the head of the answer had come.
+        retry_after_seconds: What a refusal said.
+        first_at: When the first text came; 0 where none did.
+        last_at: When the last text came.
+        num_chunks: Chunks with text: tokens, for a server that sends each in its own.
+        gaps_seconds: Between one text and the next.
+        latencies_us: From the end of a token's step to its arrival here, where the synthetic worker says when it was.
+        completion_tokens: As the server counts them, where it was asked to.
+        text: All of it, where it is kept.
+        error: What went wrong; None where the stream ended as it should.
+
+    Args:
+        check: The text must be the synthetic worker's: " 1 2 3 ...", each once and in order.
+        keep_text: Keep the text.
+    """
+
+    def __init__(self, request: bytes, *, check: bool = False, keep_text: bool = False) -> None:
+        self.request = request
+        self.status = 0
+        self.began_at = self.answered_at = self.first_at = self.last_at = 0.0
+        self.retry_after_seconds: int | None = None
+        self.num_chunks = 0
+        self.num_checked = 0
+        self.completion_tokens = 0
+        self.gaps_seconds: list[float] = []
+        self.latencies_us: list[int] = []
+        self.finish_reason: str | None = None
+        self.error: str | None = None
+        self.is_done = False
+        self._check = check
+        self._keep_text = keep_text
+        self._texts: list[str] = []
+        self._raw = b""  # from the socket, not yet whole chunks
+        self._body = b""  # of the answer, not yet whole events
+        self._is_chunked = False
+
+    @property
+    def text(self) -> str:
+        return "".join(self._texts)
+
+    def feed(self, data: bytes) -> None:
+        """Take what came from the socket; no data: the server hung up."""
+        if not data:
+            self._end(f"the server hung up (status {self.status}): {self._body[:300]!r}")
+            return
+        self._raw += data
+        if self.status == 0 and not self._read_head():
+            return
+        self._read_body()
+
+    def _read_head(self) -> bool:
+        head, separator, rest = self._raw.partition(b"\r\n\r\n")
+        if not separator:
+            return False
+        self.status = int(head[9:12])
+        self.answered_at = time.monotonic()
+        if retry_after := re.search(rb"\r\nretry-after: (\d+)", head, re.IGNORECASE):
+            self.retry_after_seconds = int(retry_after[1])
+        self._is_chunked = b"transfer-encoding: chunked" in head.lower()
+        self._raw = rest
+        return True
+
+    def _read_body(self) -> None:
+        if not self._is_chunked:
+            self._body += self._raw
+            self._raw = b""
+        else:
+            self._read_transfer_chunks()
+        if self.status != 200:  # noqa: PLR2004
+            return
+        events = self._body.split(b"\n\n")
+        self._body = events.pop()
+        now, now_us = time.monotonic(), time.time_ns() // 1000
+        for event in events:
+            if event.startswith(b"data: "):
+                self._take(event[6:], now, now_us)
+
+    def _read_transfer_chunks(self) -> None:
+        raw, at, parts = self._raw, 0, [self._body]
+        while (end := raw.find(b"\r\n", at)) >= 0:
+            size = int(raw[at:end], 16)
+            if len(raw) < end + size + 4:
+                break
+            parts.append(raw[end + 2 : end + 2 + size])
+            at = end + size + 4
+        self._raw, self._body = raw[at:], b"".join(parts)
+
+    def _take(self, data: bytes, now: float, now_us: int) -> None:
+        if data == b"[DONE]":
+            self._end(None if self.finish_reason else "[DONE] came before a finish_reason")
+            return
+        chunk = _decode_chunk(data)
+        if chunk.error is not None:
+            self._end(f"error frame: {chunk.error}")
+            return
+        if chunk.usage is not None:
+            self.completion_tokens = chunk.usage.completion_tokens
+        for choice in chunk.choices:
+            self.finish_reason = choice.finish_reason or self.finish_reason
+            if choice.delta.content:
+                self._take_text(choice.delta.content, now, now_us)
+
+    def _take_text(self, text: str, now: float, now_us: int) -> None:
+        if self.num_chunks:
+            self.gaps_seconds.append(now - self.last_at)
+        else:
+            self.first_at = now
+        self.last_at = now
+        self.num_chunks += 1
+        if self._keep_text:
+            self._texts.append(text)
+        if self._check:
+            for word in text.split(" ")[1:]:
+                number, _, mark = word.partition("@")
+                self.num_checked += 1
+                if number != str(self.num_checked):
+                    self._end(f"token {number} where {self.num_checked} was to come")
+                    return
+                if mark:
+                    self.latencies_us.append(now_us - int(mark))
+
+    def _end(self, error: str | None) -> None:
+        if not self.is_done:
+            self.is_done, self.error = True, error
+
+
+class Load:
+    """Requests to one server."""
+
+    def __init__(self, url: str, model: str, api_key: str | None = None) -> None:
+        parts = urlsplit(url)
+        self._address = (parts.hostname or "127.0.0.1", parts.port or 80)
+        self._model = model
+        self._api_key = api_key
+
+    def request(self, prompt: str, max_tokens: int, **options: Any) -> bytes:
+        """A streaming chat request, as bytes for a new connection."""
+        body = msgspec.json.encode(
+            {
+                "model": self._model,
+                "messages": [{"role": "user", "content": prompt}],
+                "stream": True,
+                "max_tokens": max_tokens,
+            }
+            | options
+        )
+        key = f"Authorization: Bearer {self._api_key}\r\n" if self._api_key else ""
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: {self._address[0]}:{self._address[1]}\r\n{key}"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+        )
+        return head.encode() + body
+
+    def run(
+        self, streams: Iterable[Stream], timeout_seconds: float = 120.0, *, apart_seconds: float = 0.0
+    ) -> list[Stream]:
+        """Send all of them, each on a connection of its own; returns when each has ended.
+
+        Args:
+            apart_seconds: From one to the next, whatever the server does meanwhile; 0: all at once.
+        """
+        streams = list(streams)
+        began_at = time.monotonic()
+        deadline = began_at + timeout_seconds
+        coming = deque(enumerate(streams))
+        with selectors.DefaultSelector() as selector:
+            num_open = len(streams)
+            while num_open and (now := time.monotonic()) < deadline:
+                while coming and coming[0][0] * apart_seconds <= now - began_at:
+                    self._connect(coming.popleft()[1], selector)
+                for key, _ in selector.select(
+                    min(_SELECT_SECONDS, apart_seconds) if coming else _SELECT_SECONDS
+                ):
+                    stream = key.data
+                    self._on_ready(stream, key, selector)
+                    if stream.is_done:
+                        selector.unregister(key.fileobj)
+                        key.fileobj.close()  # type: ignore[union-attr]
+                        num_open -= 1
+            for key in list(selector.get_map().values()):
+                key.fileobj.close()  # type: ignore[union-attr]
+        for stream in streams:
+            if not stream.is_done:
+                stream.error = f"not whole after {timeout_seconds:.0f} s"
+        return streams
+
+    def _connect(self, stream: Stream, selector: selectors.BaseSelector) -> None:
+        stream.began_at = time.monotonic()
+        connection = socket.socket()
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if connection.connect_ex(self._address) not in (0, errno.EINPROGRESS):
+            raise OSError(f"nobody listens at {self._address}")
+        selector.register(connection, selectors.EVENT_WRITE, stream)
+
+    @staticmethod
+    def _on_ready(stream: Stream, key: selectors.SelectorKey, selector: selectors.BaseSelector) -> None:
+        connection: Any = key.fileobj
+        try:
+            if key.events & selectors.EVENT_WRITE:  # a request fits into a socket's buffer at once
+                connection.send(stream.request)
+                selector.modify(connection, selectors.EVENT_READ, stream)
+            else:
+                stream.feed(connection.recv(_READ_BYTES))
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            stream.is_done, stream.error = True, str(error)
+
+
+def errors(streams: Iterable[Stream]) -> list[str]:
+    """What went wrong, of the streams where something did."""
+    return [stream.error for stream in streams if stream.error is not None]
+
+
+def summary(streams: list[Stream], own_cpu_seconds: float) -> str:
+    """A few lines about one run."""
+    good = [stream for stream in streams if stream.error is None]
+    lines = [f"{len(good)} of {len(streams)} streams are whole"]
+    lines += sorted(set(errors(streams)))[:5]
+    if good:
+        num_chunks = sum(stream.num_chunks for stream in good)
+        seconds = max(stream.last_at for stream in good) - min(stream.began_at for stream in good)
+        first = [1000 * (stream.first_at - stream.began_at) for stream in good]
+        gaps = [1000 * gap for stream in good for gap in stream.gaps_seconds]
+        lines += [
+            f"{num_chunks} chunks in {seconds:.2f} s: {num_chunks / seconds:,.1f} a second",
+            f"first text after {percentile(first, 50):.1f} ms in the median, {percentile(first, 99):.1f} ms p99",
+            f"gaps {percentile(gaps, 50):.1f} ms in the median, {percentile(gaps, 99):.1f} ms p99",
+            f"the longest gap {max(gaps, default=0):.1f} ms",
+            f"this client used {1e6 * own_cpu_seconds / num_chunks:.1f} µs a chunk",
+        ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Load a server; the exit status is 1 where a stream was not whole."""
+    parser = argparse.ArgumentParser(prog="python -m bench.load", description=__doc__)
+    parser.add_argument("--url", default="http://127.0.0.1:8080")
+    parser.add_argument("--model", required=True, metavar="MODEL_ID")
+    parser.add_argument("--api-key", metavar="KEY")
+    parser.add_argument("--streams", type=int, default=16, metavar="N")
+    parser.add_argument("--max-tokens", type=int, default=100, metavar="N")
+    parser.add_argument("--prompt", default="Write a long story about the sea.")
+    parser.add_argument("--check", action="store_true", help="the texts must be the synthetic worker's")
+    parser.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS")
+    arguments = parser.parse_args(argv)
+    load = Load(arguments.url, arguments.model, arguments.api_key)
+    request = load.request(arguments.prompt, arguments.max_tokens)
+    began = time.process_time()
+    streams = load.run(
+        [Stream(request, check=arguments.check) for _ in range(arguments.streams)], arguments.timeout
+    )
+    say(summary(streams, time.process_time() - began))
+    return 1 if errors(streams) else 0

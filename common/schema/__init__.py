@@ -1,0 +1,1 @@
+"""JSON schemas as grammars, and what of a schema is refused."""

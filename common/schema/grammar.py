@@ -1,0 +1,207 @@
+"""What an answer has to match, as text for llguidance: JSON, a JSON Schema, calls of functions.
+
+The API makes these texts, checks them before anything is queued, and sends them as `GenerationJob.grammar`; a worker
+compiles them (`worker.sampling.grammar`). A text is llguidance's own: a JSON object with a list of grammars, the first of which is
+where it starts. Knows no model: what is checked here is checked with a vocabulary of bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from common.protocol import ToolUse
+from common.schema import json_schema
+from common.schema import limits as schema_limits
+from common.schema.document import Schema
+
+if TYPE_CHECKING:
+    from llguidance import LLParserLimits, LLTokenizer
+
+CALL_BEGIN = "<tool_call>"
+CALL_END = "</tool_call>"
+
+MOST_BYTES = 512 * 1024
+_MOST_MESSAGE_CHARACTERS = 300
+
+_WHITESPACE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+"""At most one space behind a comma and a colon, which is how most JSON was written that models learnt from. With more,
+small models write nothing but white space until they run out of tokens."""
+
+_END = 256  # the one token beside the 256 bytes
+
+
+def for_json_object() -> str:
+    """Any JSON object."""
+    return for_json_schema({"type": "object"})
+
+
+def for_json_schema(schema: Schema) -> str:
+    """JSON that validates against `schema`, its objects' keys in the schema's order."""
+    return _text(_json_grammar("answer", schema))
+
+
+def for_tool_calls(tool_use: ToolUse, *, answer: str | None = None) -> str:
+    """Calls as ``<tool_call>{"name": ..., "arguments": ...}</tool_call>``, or an answer.
+
+    Where a call is not required, text may come before the calls or instead of them; in that text, ``<tool_call>`` always
+    begins a call.
+
+    Args:
+        answer: A grammar of this module that stands in place of text.
+    """
+    functions = [tool["function"] for tool in tool_use.tools]
+    if tool_use.function is not None:
+        functions = [function for function in functions if function["name"] == tool_use.function]
+    grammars = [_json_grammar(f"arguments{i}", _parameters(function)) for i, function in enumerate(functions)]
+    must_call = tool_use.is_required or tool_use.function is not None
+    lines = _call_rules([function["name"] for function in functions], is_parallel=tool_use.is_parallel)
+    begin, text = _quoted(CALL_BEGIN), f"/(?s:.*)/ & ~/(?s:.*){CALL_BEGIN}(?s:.*)/"
+    if must_call:
+        lines += [f"start: {begin} calls"]
+    elif answer is None:
+        # Lazy: it ends with the first mark. What has none is TEXT.
+        lines += [
+            "start: TEXT | until_call calls",
+            f"until_call[lazy]: /(?s:.*){CALL_BEGIN}/",
+            f"TEXT: {text}",
+        ]
+    else:
+        lines += [f"start: @answer | {begin} calls"]
+        grammars += _named_answer(answer)
+    return _text({"name": "calls", "lark_grammar": "\n".join(lines) + "\n"}, *grammars)
+
+
+def check(grammar: str) -> str | None:
+    """What is wrong with a grammar, as one line for the client, or None.
+
+    Takes up to some tens of milliseconds for the largest that it lets pass, without the interpreter's lock.
+    """
+    if len(grammar) > MOST_BYTES:
+        return f"The grammar is longer than {MOST_BYTES} bytes."
+    try:
+        grammars = msgspec.json.decode(grammar)["grammars"]
+        schemas = [each["json_schema"] for each in grammars if each.get("json_schema") is not None]
+    except (msgspec.DecodeError, RecursionError, LookupError, TypeError, AttributeError):
+        return "The grammar is not a JSON object with a list of grammars."
+    for schema in schemas:
+        if complaint := schema_limits.refusal(schema):
+            return line(complaint)
+    return _compiler_refusal(grammar)
+
+
+def limits() -> LLParserLimits:
+    """What a grammar may cost, here and in a worker."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
+        max_items_in_row=10_000,
+        initial_lexer_fuel=500_000,
+        step_lexer_fuel=100_000,
+        step_max_items=10_000,
+        max_lexer_states=50_000,
+        max_grammar_size=200_000,
+        verbose_errors=False,
+    )
+
+
+def _compiler_refusal(grammar: str) -> str | None:
+    """Compile it, and ask for what may come first: some of what is too much shows only then."""
+    from llguidance import LLMatcher
+
+    matcher = LLMatcher(_bytes_tokenizer(), grammar, log_level=0, limits=limits())
+    if not matcher.is_error():
+        mask = matcher.compute_bitmask()
+        if not matcher.is_error() and any(mask):
+            return None
+    return line(_explained(matcher.get_error()) or "The schema has no answer that matches it.")
+
+
+def _explained(error: str) -> str:
+    if error.startswith("oneOf"):
+        return (
+            "oneOf is supported where its options exclude each other by type or by a required property with "
+            "const or enum; use anyOf."
+        )
+    if error == "Unsatisfiable schema: anyOf is empty":
+        return "Unsatisfiable schema: no value matches it, or none that comes to an end."
+    if error.startswith("Unimplemented keys: "):
+        return (
+            f"The schema has keywords that are not supported: {error.removeprefix('Unimplemented keys: ')}."
+        )
+    return error.replace("<non-verbose/>", "").split("\n  while processing")[0]
+
+
+@functools.cache
+def _bytes_tokenizer() -> LLTokenizer:
+    """A vocabulary of the 256 bytes: a grammar that can go on with bytes can go on with any model's tokens."""
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    class Bytes:
+        eos_token_id = _END
+        bos_token_id = None
+        tokens = (*(bytes([byte]) for byte in range(256)), b"<end>")
+        special_token_ids = (_END,)
+
+        def __call__(self, text: bytes) -> list[int]:
+            return list(text)
+
+    return LLTokenizer(TokenizerWrapper(Bytes()), eos_token=_END, slices=[])
+
+
+def _call_rules(names: list[str], *, is_parallel: bool) -> list[str]:
+    """`calls`: what follows the first begin mark, up to the end mark of the last call."""
+    begin, end = _quoted(CALL_BEGIN), _quoted(CALL_END)
+    more = f" (NEWLINES? {begin} call)*" if is_parallel else ""
+    functions = [
+        f'function{i}: "{{\\"name\\":" SPACE? {_quoted(json.dumps(name))} "," SPACE? "\\"arguments\\":" SPACE? '
+        f'@arguments{i} "}}"'
+        for i, name in enumerate(names)
+    ]
+    return [
+        f"calls: call{more}",
+        f"call: NEWLINES? ({' | '.join(f'function{i}' for i in range(len(names)))}) NEWLINES? {end}",
+        *functions,
+        'SPACE: " "',
+        r"NEWLINES: /\n{1,2}/",
+    ]
+
+
+def _parameters(function: dict[str, Any]) -> Schema:
+    """Of a function's arguments, which are an object whatever the schema says of other types."""
+    parameters = function.get("parameters")
+    if parameters is None:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    if isinstance(parameters, dict) and not parameters.keys() & {"type", "$ref", "anyOf", "oneOf", "allOf"}:
+        return {"type": "object", **parameters}
+    return parameters if isinstance(parameters, (dict, bool)) else False
+
+
+def _json_grammar(name: str, schema: Schema) -> dict[str, Any]:
+    whole = json_schema.treated(schema)
+    if isinstance(whole, bool):
+        whole = {} if whole else {"anyOf": []}  # llguidance takes its options from an object
+    return {"name": name, "json_schema": {**whole, "x-guidance": _WHITESPACE}}
+
+
+def _named_answer(grammar: str) -> list[dict[str, Any]]:
+    first, *others = msgspec.json.decode(grammar)["grammars"]
+    return [{**first, "name": "answer"}, *others]
+
+
+def _text(*grammars: dict[str, Any]) -> str:
+    return msgspec.json.encode({"grammars": grammars}).decode()
+
+
+def _quoted(text: str) -> str:
+    """As a string of Lark, which has JSON's escapes."""
+    return json.dumps(text)
+
+
+def line(text: str) -> str:
+    """A message of llguidance as one line that is not too long."""
+    line = " ".join(text.split())
+    return line if len(line) <= _MOST_MESSAGE_CHARACTERS else line[: _MOST_MESSAGE_CHARACTERS - 1] + "…"

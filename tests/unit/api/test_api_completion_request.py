@@ -1,0 +1,144 @@
+"""What `POST /v1/completions` takes and refuses, without a server."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+
+from api.generation import request as generation_request
+from api.generation.model_directory import ServedModel
+from api.generation.request import GenerationRequest
+from api.openai import request_fields
+from api.openai.completions import request as completion_request
+from common.errors import RequestError
+from common.protocol import SamplingParams, TextPrompt, TokenPrompt
+
+MODEL = ServedModel(
+    id="m", created=1, context_length=100, vocab_size=50, num_workers=1, free_slots=1, quantization=""
+)
+
+
+def parse(**fields: Any) -> GenerationRequest:
+    return completion_request.parse(json.dumps({"prompt": "hi"} | fields).encode())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parsed"),
+    [
+        ("hi", TextPrompt("hi")),
+        ("", TextPrompt("")),
+        (None, TextPrompt("")),
+        (["hi"], TextPrompt("hi")),
+        ([""], TextPrompt("")),
+        ([1, 2, 3], TokenPrompt([1, 2, 3])),
+        ([[1, 2, 3]], TokenPrompt([1, 2, 3])),
+    ],
+)
+def test_one_prompt_in_each_of_its_forms(prompt: Any, parsed: TextPrompt | TokenPrompt) -> None:
+    """Text or token ids, alone or as the only one of a list."""
+    assert parse(prompt=prompt).prompts == [parsed]
+
+
+def test_several_prompts_with_choices() -> None:
+    """A job for each choice of each prompt, in OpenAI's order; the first one of each draws as a single one would."""
+    request = parse(prompt=["a", "b"], n=2, best_of=3, seed=7)
+    jobs = request.jobs("m", "c", [10, 20])
+    assert [job.prompt for job in jobs] == [TextPrompt("a")] * 3 + [TextPrompt("b")] * 3
+    assert [job.sampling.seed == 7 for job in jobs] == [True, False, False] * 2
+    assert len({job.sampling.seed for job in jobs}) == 3
+    assert len({job.job_id for job in jobs}) == 6
+    assert {job.top_logprobs for job in jobs} == {0}  # to find the best
+    assert [job.sampling for job in jobs[:3]] == [job.sampling for job in jobs[3:]]
+
+
+def test_what_one_request_may_become() -> None:
+    """Choices are bounded, and so are the copies of a prompt; the parameter that multiplies is named."""
+    generation_request.check_size(parse(prompt=["a"] * 1024), 10_000)
+    for fields, num_bytes, param in (
+        ({"prompt": ["a"] * 1025}, 10_000, "prompt"),
+        ({"prompt": ["a"] * 9, "n": 128}, 10_000, "n"),
+        ({"n": 128}, 2**20, "n"),
+    ):
+        with pytest.raises(RequestError) as raised:
+            generation_request.check_size(parse(**fields), num_bytes)
+        assert (raised.value.status, raised.value.param) == (400, param)
+
+
+def test_gaps_are_filled_by_models_that_can() -> None:
+    """Others refuse a suffix by name."""
+    request = parse(suffix="x")
+    assert request.prompts == [TextPrompt("hi", "x")]
+    completion_request.check_prompts(request, msgspec.structs.replace(MODEL, can_fill=True))
+    with pytest.raises(RequestError) as raised:
+        completion_request.check_prompts(request, MODEL)
+    assert raised.value.param == "suffix"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": {}}, "prompt"),
+        ({"prompt": [[]]}, "prompt[0]"),
+        ({"prompt": [None]}, "prompt[0]"),
+        ({"prompt": [True]}, "prompt[0]"),
+        ({"prompt": [1.5]}, "prompt[0]"),
+        ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": [1, [2]]}, "prompt"),
+        ({"prompt": [["a"]]}, "prompt[0][0]"),
+        ({"prompt": [[1], []]}, "prompt[1]"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"logprobs": 6}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"best_of": 2, "stream": True}, "best_of"),
+        ({"best_of": 2, "n": 3}, "best_of"),
+        ({"best_of": 0}, "best_of"),
+        ({"best_of": 21}, "best_of"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"echo": 0}, "echo"),
+        ({"echo": True, "suffix": "x"}, "echo"),
+        ({"prompt": [1], "suffix": "x"}, "suffix"),
+        ({"stream_options": {}}, "stream_options"),
+    ],
+)
+def test_what_is_wrong_or_not_supported_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    """The legacy endpoint's own rules; those that it shares are tested with the chat's."""
+    with pytest.raises(RequestError) as raised:
+        parse(**fields)
+    assert (raised.value.status, raised.value.param) == (400, param)
+
+
+def test_defaults() -> None:
+    """OpenAI's default of 16 tokens, and no log-probabilities."""
+    request = parse()
+    assert (request.max_tokens, request.top_logprobs, request.stream) == (16, None, False)
+    assert parse(logprobs=0).top_logprobs == 0
+    assert parse(max_tokens=0, echo=True).max_tokens == 0
+
+
+def test_neutral_values_are_accepted() -> None:
+    """What asks for nothing is no error and counts as known."""
+    assert parse(n=1, best_of=1, echo=False, suffix=None, user="u").ignored == []
+
+
+@pytest.mark.parametrize("token_id", [-1, 50, 10**30])
+def test_token_ids_are_inside_the_vocabulary(token_id: int) -> None:
+    """Neither a prompt nor a bias may name a token that the model does not have."""
+    with pytest.raises(RequestError) as raised:
+        completion_request.check_prompts(parse(prompt=[0, token_id]), MODEL)
+    assert (raised.value.status, raised.value.param) == (400, "prompt")
+    with pytest.raises(RequestError) as raised:
+        request_fields.check_logit_bias(SamplingParams(logit_bias={token_id: 1.0}), MODEL)
+    assert (raised.value.status, raised.value.param) == (400, "logit_bias")
+
+
+def test_the_last_token_id_is_fine() -> None:
+    """The border belongs to the vocabulary."""
+    completion_request.check_prompts(parse(prompt=[0, 49]), MODEL)
+    request_fields.check_logit_bias(SamplingParams(logit_bias={0: 1.0, 49: 1.0}), MODEL)

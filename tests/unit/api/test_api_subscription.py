@@ -1,0 +1,241 @@
+"""A subscription hands on each event once and in order, whatever came, came twice or did not come."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+import redis
+from hypothesis import given
+from hypothesis import strategies as st
+
+from api.generation import subscription as module
+from api.generation.subscription import Subscription
+from common.protocol import Delta, Event, Failed, Finished, Started, Usage
+
+NUM_TOKENS = 10
+END = Finished(NUM_TOKENS + 1, "stop", Usage(1, NUM_TOKENS))
+ALL: list[Event] = [*(Delta(n, n, f" {n}") for n in range(1, NUM_TOKENS + 1)), END]
+PATIENCE_SECONDS = 10
+VERDICT = Failed(0, "gone", status=503)
+
+
+class Journal:
+    """A journal whose reader can fail."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.failures = 0
+        self.num_reads = 0
+
+    async def read(self, _job_id: str, first_n: int, most: int) -> list[Event]:
+        self.num_reads += 1
+        if self.failures:
+            self.failures -= 1
+            raise redis.ConnectionError("away")
+        return [event for event in self.events if event.n >= first_n][:most]
+
+
+def play(coroutine: Callable[[Journal], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(coroutine(Journal()), PATIENCE_SECONDS))
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0)
+
+
+async def take_all(subscription: Subscription) -> list[Event]:
+    """All events up to the terminal one."""
+    taken: list[Event] = []
+    while subscription.terminal is None or subscription.terminal not in taken:
+        taken += await subscription.take()
+    return taken
+
+
+def test_events_in_order() -> None:
+    """What comes as it should goes on as it came, Started first."""
+
+    async def run(journal: Journal) -> None:
+        subscription = Subscription("j", journal.read, 100)
+        for event in [Started(0, 5), *ALL]:
+            subscription.offer(event)
+        assert await subscription.take() == [Started(0, 5), *ALL]
+        assert subscription.terminal == END
+        assert (subscription.num_tokens, subscription.is_given_up, journal.num_reads) == (
+            NUM_TOKENS,
+            False,
+            0,
+        )
+
+    play(run)
+
+
+def test_duplicates_are_dropped() -> None:
+    """A repeated event, a second Started after a takeover, anything behind the end: none goes on."""
+
+    async def run(journal: Journal) -> None:
+        subscription = Subscription("j", journal.read, 100)
+        for event in [Started(0, 5), ALL[0], ALL[0], Started(0, 5), *ALL, *ALL, Failed(NUM_TOKENS + 2, "x")]:
+            subscription.offer(event)
+        assert await subscription.take() == [Started(0, 5), *ALL]
+
+    play(run)
+
+
+def test_a_gap_is_read_from_the_journal() -> None:
+    """Nothing behind the gap goes on before what is in it."""
+
+    async def run(journal: Journal) -> None:
+        journal.events = ALL[:6]
+        subscription = Subscription("j", journal.read, 100)
+        subscription.offer(ALL[0])
+        subscription.offer(ALL[4])
+        assert await subscription.take() == ALL[:1]
+        assert await subscription.take() == ALL[1:6]
+        subscription.offer(ALL[6])
+        assert await subscription.take() == ALL[6:7]
+        assert journal.num_reads == 1
+
+    play(run)
+
+
+def test_what_is_published_while_the_journal_is_read() -> None:
+    """It is noticed though it is dropped, and read next; also when it is the end."""
+
+    async def run(journal: Journal) -> None:
+        subscription = Subscription("j", journal.read, 100)
+
+        async def read(job_id: str, first_n: int, most: int) -> list[Event]:
+            events = await journal.read(job_id, first_n, most)
+            journal.events = ALL
+            subscription.offer(END)
+            return events
+
+        subscription = Subscription("j", read, 100)
+        journal.events = ALL[:3]
+        subscription.look_in_journal()
+        assert await take_all(subscription) == ALL
+
+    play(run)
+
+
+def test_memory_is_bounded_for_a_slow_client() -> None:
+    """Beyond its buffer nothing is kept; what was dropped comes from the journal, in pieces of that size."""
+
+    async def run(journal: Journal) -> None:
+        journal.events = ALL
+        subscription = Subscription("j", journal.read, 4)
+        for event in ALL:
+            subscription.offer(event)
+        pieces = []
+        while subscription.terminal is None:
+            pieces.append(await subscription.take())
+        assert [len(piece) for piece in pieces] == [4, 4, 3]
+        assert [event for piece in pieces for event in piece] == ALL
+
+    play(run)
+
+
+def test_redis_away_is_waited_for() -> None:
+    """A journal that cannot be read now is read later; meanwhile the handler gets its turn."""
+
+    async def run(journal: Journal) -> None:
+        journal.events, journal.failures = ALL, 2
+        subscription = Subscription("j", journal.read, 100)
+        subscription.look_in_journal()
+        assert [await subscription.take(), await subscription.take()] == [[], []]
+        assert await subscription.take() == ALL
+
+    play(run)
+
+
+def test_a_verdict_is_the_journals_to_overrule() -> None:
+    """A job that is said to have ended ends as its journal says, and only without that as it was said."""
+
+    async def run(journal: Journal) -> None:
+        journal.events = ALL
+        told = Subscription("j", journal.read, 100)
+        told.look_in_journal(VERDICT)
+        assert await take_all(told) == ALL
+        assert not told.is_given_up
+        journal.events = ALL[:2]
+        untold = Subscription("j", journal.read, 100)
+        untold.look_in_journal(VERDICT)
+        assert await take_all(untold) == [*ALL[:2], Failed(3, "gone", status=503)]
+        assert untold.is_given_up
+        assert untold.num_tokens == 2
+
+    play(run)
+
+
+def test_an_event_that_is_lost_for_good_ends_the_answer() -> None:
+    """A journal that never has what was published is not asked for ever."""
+
+    async def run(journal: Journal) -> None:
+        subscription = Subscription("j", journal.read, 100)
+        subscription.offer(ALL[0])
+        subscription.offer(ALL[5])
+        taken = await take_all(subscription)
+        assert taken[0] == ALL[0]
+        assert isinstance(taken[1], Failed)
+        assert taken[1].n == 2
+        assert journal.num_reads == module.MAX_EMPTY_READS
+
+    play(run)
+
+
+def test_a_wait_can_be_woken_for_nothing() -> None:
+    """The handler looks at its clock then."""
+
+    async def run(journal: Journal) -> None:
+        subscription = Subscription("j", journal.read, 100)
+        taking = asyncio.create_task(subscription.take())
+        await asyncio.sleep(0)
+        subscription.wake()
+        assert await taking == []
+
+    play(run)
+
+
+def test_a_wait_can_be_cancelled() -> None:
+    """And the next one gets what came since."""
+
+    async def run(journal: Journal) -> None:
+        subscription = Subscription("j", journal.read, 100)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await subscription.take()
+        subscription.offer(ALL[0])
+        assert await subscription.take() == ALL[:1]
+
+    play(run)
+
+
+@given(data=st.data())
+def test_any_mischief_gives_the_same_answer(data: st.DataObject) -> None:
+    """For any loss, repetition and reordering of messages, reconnects and slowness: each event once, in order."""
+
+    async def run(journal: Journal) -> None:
+        subscription = Subscription("j", journal.read, data.draw(st.integers(1, 5), label="buffer"))
+        taken: list[Event] = []
+        for event in ALL:
+            journal.events.append(event)
+            for offered in data.draw(st.lists(st.sampled_from(journal.events), max_size=3), label="offered"):
+                subscription.offer(offered)
+            if data.draw(st.booleans(), label="reconnect"):
+                subscription.look_in_journal()
+            subscription.wake()
+            if data.draw(st.booleans(), label="take") and subscription.terminal is None:
+                taking = asyncio.create_task(subscription.take())
+                await asyncio.sleep(0)
+                subscription.wake()
+                taken += await taking
+        subscription.look_in_journal()
+        while END not in taken:
+            taken += await subscription.take()
+        assert taken == ALL
+
+    play(run)

@@ -1,0 +1,286 @@
+"""Functions, calls and reasoning in a request, as OpenAI describes them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from api.generation.request import GenerationRequest
+from api.openai.chat import request as chat_request
+from common.errors import RequestError
+from common.protocol import (
+    ChatPrompt,
+    ToolUse,
+)
+
+HI = [{"role": "user", "content": "hi"}]
+INEXPRESSIBLE = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
+SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
+
+
+def tool(name: Any = "f", **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name} | more}
+
+
+def parsed(name: str, parameters: Any = None, **more: Any) -> dict[str, Any]:
+    """A tool as it travels."""
+    return tool(
+        name,
+        parameters=parameters or {"type": "object", "properties": {}, "additionalProperties": False},
+        **more,
+    )
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def allowed(*names: str, mode: str = "auto") -> dict[str, Any]:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [named(n) for n in names]}}
+
+
+def parse(**fields: Any) -> GenerationRequest:
+    return chat_request.parse(json.dumps({"messages": HI} | fields).encode())
+
+
+def prompt(**fields: Any) -> ChatPrompt:
+    (only,) = parse(**fields).prompts
+    assert isinstance(only, ChatPrompt)
+    return only
+
+
+F, G = tool("f"), tool("g")
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"tools": [tool("f")]}, ToolUse(tools=[parsed("f")])),
+        (
+            {"tools": [tool("f-1_X", description="d", parameters=SCHEMA, strict=True)]},
+            ToolUse(tools=[parsed("f-1_X", SCHEMA, description="d", strict=True)]),
+        ),
+        ({"tools": [tool("f", parameters={}, strict=None, description=None)]}, ToolUse(tools=[parsed("f")])),
+        (
+            {"tools": [tool("f", parameters=INEXPRESSIBLE)]},
+            ToolUse(tools=[parsed("f", INEXPRESSIBLE)]),
+        ),
+        ({"tools": [F], "tool_choice": "auto"}, ToolUse(tools=[parsed("f")])),
+        ({"tools": [F], "tool_choice": None}, ToolUse(tools=[parsed("f")])),
+        ({"tools": [F], "tool_choice": "none"}, None),
+        ({"tools": [F], "tool_choice": "required"}, ToolUse(tools=[parsed("f")], is_required=True)),
+        (
+            {"tools": [F, G], "tool_choice": named("g")},
+            ToolUse(tools=[parsed("f"), parsed("g")], is_required=True, function="g", is_parallel=False),
+        ),
+        ({"tools": [F, G], "tool_choice": allowed("g")}, ToolUse(tools=[parsed("g")])),
+        (
+            {"tools": [F, G], "tool_choice": allowed("g", "f", mode="required")},
+            ToolUse(tools=[parsed("f"), parsed("g")], is_required=True),
+        ),
+        ({"tools": [F], "parallel_tool_calls": True}, ToolUse(tools=[parsed("f")])),
+        ({"tools": [F], "parallel_tool_calls": False}, ToolUse(tools=[parsed("f")], is_parallel=False)),
+        ({"functions": [F["function"]]}, ToolUse(tools=[parsed("f")], is_parallel=False)),
+        ({"functions": [F["function"]], "function_call": "none"}, None),
+        (
+            {"functions": [F["function"]], "function_call": {"name": "f"}},
+            ToolUse(tools=[parsed("f")], is_required=True, function="f", is_parallel=False),
+        ),
+        ({"tools": [], "tool_choice": "none"}, None),
+        ({}, None),
+    ],
+    ids=lambda value: json.dumps(value)[:80] if isinstance(value, dict) else "",
+)
+def test_functions_reach_the_worker(fields: dict[str, Any], expected: ToolUse | None) -> None:
+    """Each way to say what may be called comes down to one value."""
+    request = parse(**fields)
+    assert request.tool_use == expected
+    assert request.jobs("m", "c", [1])[0].tool_use == expected
+    assert request.answers_functions == ("functions" in fields)
+    assert request.ignored == []
+
+
+def assistant(*calls: Any, **more: Any) -> list[dict[str, Any]]:
+    return [*HI, {"role": "assistant", "content": None, "tool_calls": list(calls)} | more]
+
+
+def made(arguments: Any = "{}", **more: Any) -> dict[str, Any]:
+    return {"id": "x", "type": "function", "function": {"name": "f", "arguments": arguments}} | more
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": {}}, "tools"),
+        ({"tools": [5]}, "tools[0]"),
+        ({"tools": [{}]}, "tools[0].type"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [tool(5)]}, "tools[0].function.name"),
+        ({"tools": [tool("")]}, "tools[0].function.name"),
+        ({"tools": [tool("a b")]}, "tools[0].function.name"),
+        ({"tools": [tool("f\n")]}, "tools[0].function.name"),
+        ({"tools": [tool("é")]}, "tools[0].function.name"),
+        ({"tools": [tool("x" * 65)]}, "tools[0].function.name"),
+        ({"tools": [F, tool("f")]}, "tools[1].function.name"),
+        ({"tools": [tool(f"f{i}") for i in range(129)]}, "tools"),
+        ({"tools": [tool(description=5)]}, "tools[0].function.description"),
+        ({"tools": [tool(strict="yes")]}, "tools[0].function.strict"),
+        ({"tools": [tool(parameters="{}")]}, "tools[0].function.parameters"),
+        ({"tools": [tool(parameters={"type": "string"})]}, "tools[0].function.parameters"),
+        (
+            {"tools": [tool(parameters={"type": "object", "properties": []})]},
+            "tools[0].function.parameters.properties",
+        ),
+        (
+            {"tools": [F, tool("g", strict=True, parameters=INEXPRESSIBLE)]},
+            "tools[1].function.parameters",
+        ),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [], "tool_choice": named("f")}, "tool_choice"),
+        ({"tools": [F], "tool_choice": "any"}, "tool_choice"),
+        ({"tools": [F], "tool_choice": 5}, "tool_choice"),
+        ({"tools": [F], "tool_choice": {}}, "tool_choice.type"),
+        ({"tools": [F], "tool_choice": {"type": "custom", "custom": {"name": "f"}}}, "tool_choice.type"),
+        ({"tools": [F], "tool_choice": {"type": "function"}}, "tool_choice.function"),
+        ({"tools": [F], "tool_choice": named("g")}, "tool_choice.function.name"),
+        ({"tools": [F], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools"),
+        ({"tools": [F], "tool_choice": allowed("f", mode="none")}, "tool_choice.allowed_tools.mode"),
+        ({"tools": [F], "tool_choice": allowed()}, "tool_choice.allowed_tools.tools"),
+        (
+            {"tools": [F], "tool_choice": allowed("f", "g")},
+            "tool_choice.allowed_tools.tools[1].function.name",
+        ),
+        ({"tools": [F], "parallel_tool_calls": 1}, "parallel_tool_calls"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"functions": [F["function"]], "tools": [F]}, "tools"),
+        ({"functions": [F["function"]], "tool_choice": "auto"}, "tool_choice"),
+        ({"functions": [{"name": "f"}, {"name": "f"}]}, "functions[1].name"),
+        ({"functions": [{"name": "f", "parameters": {"type": "array"}}]}, "functions[0].parameters"),
+        ({"functions": [{"name": "f"}], "function_call": {"name": "g"}}, "function_call.name"),
+        ({"functions": [{"name": "f"}], "function_call": "required"}, "function_call"),
+        ({"function_call": {"name": "f"}}, "function_call"),
+        ({"messages": [{"role": "tool", "content": "hi"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "tool", "content": "hi", "tool_call_id": 5}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "tool", "tool_call_id": "x"}]}, "messages[0].content"),
+        ({"messages": [{"role": "function", "content": "hi"}]}, "messages[0].name"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [made()]}]}, "messages[0].tool_calls"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}]},
+            "messages[0].content[0].type",
+        ),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, "messages[0].content"),
+        ({"messages": assistant({"id": "x"})}, "messages[1].tool_calls[0].type"),
+        ({"messages": assistant({"id": "x", "type": "function"})}, "messages[1].tool_calls[0].function"),
+        ({"messages": assistant(made(type="custom"))}, "messages[1].tool_calls[0].type"),
+        ({"messages": assistant(made(id=None))}, "messages[1].tool_calls[0].id"),
+        ({"messages": assistant(made({}))}, "messages[1].tool_calls[0].function.arguments"),
+        ({"reasoning_effort": "much"}, "reasoning_effort"),
+        ({"reasoning_effort": 5}, "reasoning_effort"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs.chat_template"),
+        ({"chat_template_kwargs": {"return_tensors": "np"}}, "chat_template_kwargs.return_tensors"),
+        ({"chat_template_kwargs": {"tools": True}}, "chat_template_kwargs.tools"),
+        (
+            {"chat_template_kwargs": {"add_generation_prompt": False}},
+            "chat_template_kwargs.add_generation_prompt",
+        ),
+        ({"chat_template_kwargs": {"enable_thinking": "no"}}, "chat_template_kwargs.enable_thinking"),
+        ({"chat_template_kwargs": {"thinking_budget": True}}, "chat_template_kwargs.thinking_budget"),
+        ({"chat_template_kwargs": {"reasoning_effort": ["low"]}}, "chat_template_kwargs.reasoning_effort"),
+        ({"chat_template_kwargs": {"date_string": "x" * 999}}, "chat_template_kwargs.date_string"),
+        (
+            {"chat_template_kwargs": {"enable_thinking": True}, "reasoning_effort": "none"},
+            "reasoning_effort",
+        ),
+    ],
+    ids=lambda value: json.dumps(value)[:90] if isinstance(value, dict) else "",
+)
+def test_what_is_wrong_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    """A 400 that says where."""
+    with pytest.raises(RequestError) as raised:
+        parse(**fields)
+    assert (raised.value.status, raised.value.type, raised.value.param) == (
+        400,
+        "invalid_request_error",
+        param,
+    )
+
+
+def test_messages_with_calls_reach_the_template_as_it_knows_them() -> None:
+    """Arguments become an object, results get their function's name, and what was thought or refused stays."""
+    messages = [
+        *assistant(made('{"a": 1}'), made("", id="y"), reasoning_content="hm"),
+        {
+            "role": "tool",
+            "content": [{"type": "text", "text": "1"}, {"type": "text", "text": "2"}],
+            "tool_call_id": "x",
+        },
+        {"role": "tool", "content": "", "tool_call_id": "?"},
+        {"role": "assistant", "content": None, "refusal": "no"},
+        {
+            "role": "assistant",
+            "content": [{"type": "text", "text": "a"}, {"type": "refusal", "refusal": "b"}],
+        },
+        {"role": "assistant", "content": "c", "tool_calls": []},
+    ]
+
+    def call(call_id: str, arguments: Any) -> dict[str, Any]:
+        return {"id": call_id, "type": "function", "function": {"name": "f", "arguments": arguments}}
+
+    assert prompt(messages=messages).messages == [
+        *HI,
+        {
+            "role": "assistant",
+            "content": "",
+            "reasoning_content": "hm",
+            "tool_calls": [call("x", {"a": 1}), call("y", {})],
+        },
+        {"role": "tool", "content": "12", "tool_call_id": "x", "name": "f"},
+        {"role": "tool", "content": "", "tool_call_id": "?"},
+        {"role": "assistant", "content": "no"},
+        {"role": "assistant", "content": "ab"},
+        {"role": "assistant", "content": "c"},
+    ]
+
+
+def test_the_deprecated_messages_become_calls_and_results() -> None:
+    """The result belongs to the call, though neither has an id."""
+    messages = [
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+        {"role": "function", "name": "f", "content": "1"},
+    ]
+    call, result = prompt(messages=messages).messages
+    assert call["tool_calls"][0]["function"] == {"name": "f", "arguments": {}}
+    assert result == {
+        "role": "tool",
+        "content": "1",
+        "name": "f",
+        "tool_call_id": call["tool_calls"][0]["id"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {}),
+        ({"chat_template_kwargs": {}}, {}),
+        ({"chat_template_kwargs": {"enable_thinking": None}}, {}),
+        ({"reasoning_effort": "high"}, {"reasoning_effort": "high"}),
+        ({"reasoning_effort": "none"}, {"reasoning_effort": "none", "enable_thinking": False}),
+        (
+            {
+                "chat_template_kwargs": {"enable_thinking": False, "thinking_budget": 5},
+                "reasoning_effort": "low",
+            },
+            {"enable_thinking": False, "thinking_budget": 5, "reasoning_effort": "low"},
+        ),
+    ],
+)
+def test_what_the_template_is_told(fields: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Reasoning effort and the safe keywords."""
+    assert prompt(**fields).template_arguments == expected

@@ -1,0 +1,79 @@
+"""What a request weighs in the queue, and what one that is too many is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from api.generation.model_directory import ServedModel
+from api.generation.overload import estimated_tokens, refusal
+from api.generation.request import GenerationRequest
+from common import names
+from common.protocol import SamplingParams, TextPrompt, TokenPrompt
+from worker.jobs.heartbeat import BusyRate
+
+
+def served(**fields: float) -> ServedModel:
+    return ServedModel("m", 0, 1000, 100, 1, 1, "", **fields)
+
+
+def request(prompt: TextPrompt | TokenPrompt, max_tokens: int | None) -> GenerationRequest:
+    return GenerationRequest(
+        model="m",
+        prompts=[prompt],
+        max_tokens=max_tokens,
+        stop=[],
+        top_logprobs=None,
+        sampling=SamplingParams(),
+        stream=False,
+        include_usage=False,
+        service_tier=None,
+        ignored=[],
+    )
+
+
+def weight(
+    prompt: TextPrompt | TokenPrompt, max_tokens: int | None, model: ServedModel, num_bytes: int
+) -> int:
+    return estimated_tokens(request(prompt, max_tokens), prompt, model, num_bytes)
+
+
+def test_weights() -> None:
+    """Token ids are counted, text is estimated; the answer is as long as asked, else as usual; neither beyond the context."""
+    assert weight(TokenPrompt([1] * 30), 7, served(), 9999) == 37
+    assert weight(TextPrompt("x"), 7, served(), 400) == 108
+    assert weight(TextPrompt("x"), None, served(), 400) == 101 + 256
+    assert weight(TextPrompt("x"), None, served(mean_tokens=50.4), 400) == 101 + 50
+    assert weight(TextPrompt("x"), 10**9, served(), 10**9) == 2000
+
+
+def test_weight_in_an_id() -> None:
+    """An id keeps its weight, up to what it has digits for, and no two are the same."""
+    assert names.estimated_tokens(names.new_job_id(1234)) == 1234
+    assert names.estimated_tokens(names.new_job_id(10**12)) == names.MOST_ID_TOKENS
+    assert len({names.new_job_id(5) for _ in range(100)}) == 100
+
+
+@pytest.mark.parametrize(
+    ("speed", "seconds"),
+    [({}, 5.0), ({"tokens_per_second": 100.0, "mean_tokens": 50.0}, 20.0), ({"mean_tokens": 5.0}, 5.0)],
+)
+def test_retry_after(speed: dict[str, float], seconds: float) -> None:
+    """As long as what waits takes at the speed that was seen; a guess while none was."""
+    error = refusal(served(**speed), 40, is_tokens=False)
+    assert (error.status, error.code, error.type) == (429, "rate_limit_exceeded", "requests")
+    assert error.retry_after_seconds == seconds
+
+
+def test_rate_while_busy() -> None:
+    """Idle time does not count, one odd second changes little, and a beat that comes early waits for a longer look."""
+    rate = BusyRate()
+    rate.look(0.0, 0, is_busy=True)
+    rate.look(0.5, 500, is_busy=True)
+    assert rate.per_second == 0.0
+    rate.look(2.0, 2000, is_busy=True)
+    assert rate.per_second == 1000.0
+    rate.look(100.0, 2000, is_busy=False)
+    rate.look(200.0, 2000, is_busy=True)
+    assert rate.per_second == 1000.0
+    rate.look(201.0, 2000, is_busy=True)
+    assert rate.per_second == 700.0

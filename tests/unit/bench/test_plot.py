@@ -1,0 +1,41 @@
+"""The picture of a contest shows what was measured."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import msgspec
+
+from bench.contest import plot
+from bench.contest.rounds import Summary
+
+
+def _summary(contender: str, num_streams: int, tokens_per_second: float) -> Summary:
+    gaps_ms = (
+        (math.nan, math.nan) if contender == "one after another" else (2.0 * num_streams, 9.0 * num_streams)
+    )
+    return Summary(contender, num_streams, tokens_per_second, [], (1.0, 3.0), gaps_ms, 0, {}, 0.0)
+
+
+def test_lines_are_the_medians() -> None:
+    """A line for each contender and panel, by streams, with the figures as they are; what was not measured has none."""
+    found = [_summary("a", 8, 80.0), _summary("a", 1, 10.0), _summary("one after another", 8, 5.0)]
+    tokens, _, gaps = plot.picture(found, "title").axes
+    assert [line.get_xydata().tolist() for line in tokens.lines] == [[[1, 10.0], [8, 80.0]], [[8, 5.0]]]
+    assert [line.get_xydata().tolist() for line in gaps.lines] == [[[1, 2.0], [8, 16.0]]]
+    assert len(gaps.collections) == 1  # up to the 99th percentile
+
+
+def test_the_same_figures_make_the_same_file(tmp_path: Path) -> None:
+    """Files of several runs are put together; nothing in the picture changes without them."""
+    for name, streams in (("one", 1), ("eight", 8)):
+        (tmp_path / name).write_bytes(msgspec.json.encode([_summary("mlx-pool", streams, 10.0)]))
+    pictures = [tmp_path / "first.svg", tmp_path / "second.svg"]
+    for path in pictures:
+        assert (
+            plot.main([str(tmp_path / "one"), str(tmp_path / "eight"), str(path), "--title", "<H200>"]) == 0
+        )
+    first, second = (path.read_text() for path in pictures)
+    assert first == second
+    assert "mlx-pool" in first

@@ -1,0 +1,359 @@
+"""Grammars as texts: what they let through, what is refused at once, and what a client is told."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import llguidance
+import msgspec
+import pytest
+
+from common.protocol import ToolUse
+from common.schema import grammar, json_schema
+from common.schema import limits as schema_limits
+
+CITY = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "get", "parameters": CITY}},
+    {"type": "function", "function": {"name": "get-all_2"}},
+]
+GET = '{"name": "get", "arguments": {"city": "Paris"}}'
+ALL = '{"name":"get-all_2","arguments":{}}'
+
+
+def accepts(text: str, answer: str) -> bool:
+    """Whether a whole answer matches."""
+    matcher = llguidance.LLMatcher(grammar._bytes_tokenizer(), text, log_level=0, limits=grammar.limits())
+    data = list(answer.encode())
+    return matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize("answer", ["{}", '{"a":1}', '{"a": [1, {"b": null}], "c": "d\\n"}', '{"é": "ü"}'])
+def test_json_object(answer: str) -> None:
+    """Any object, compact or with a space behind commas and colons."""
+    assert accepts(grammar.for_json_object(), answer)
+
+
+@pytest.mark.parametrize(
+    "answer", ["[]", "1", '{"a":  1}', '{ "a":1}', '{"a":1}\n', '{"a":1,}', '{"a\n":1}', "{"]
+)
+def test_json_object_and_nothing_else(answer: str) -> None:
+    """No other value, and no white space that could go on for ever."""
+    assert not accepts(grammar.for_json_object(), answer)
+
+
+def test_keys_come_in_the_schemas_order() -> None:
+    """What is asked first is answered first, as OpenAI has it."""
+    schema = {
+        "type": "object",
+        "properties": {"b": {"type": "integer"}, "a": {"type": "integer"}},
+        "required": ["b", "a"],
+    }
+    text = grammar.for_json_schema(schema)
+    assert accepts(text, '{"b":1,"a":2}')
+    assert not accepts(text, '{"a":2,"b":1}')
+    assert accepts(text, '{"b":1,"a":2,"more":[]}')
+
+
+def test_a_schema_cannot_change_the_options() -> None:
+    """llguidance reads options from a key of the schema: a client's are not for it."""
+    text = grammar.for_json_schema(
+        {"type": "object", "x-guidance": {"whitespace_flexible": True, "lenient": True}}
+    )
+    assert not accepts(text, "{   }")
+
+
+@pytest.mark.parametrize(
+    ("schema", "told"),
+    [
+        ({"enum": []}, "comes to an end"),
+        (False, "comes to an end"),
+        ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "incompatible types"),
+        ({"type": "object", "required": ["a"], "additionalProperties": False}, "'a' is unsatisfiable"),
+        ({"$ref": "https://example.com/schema"}, "https://example.com/schema"),
+        ({"$ref": "#/$defs/missing"}, "#/$defs/missing"),
+        ({"$ref": "#"}, "comes to an end"),
+        ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "comes to an end"),
+        ({"type": "array", "minItems": 1, "items": {"$ref": "#"}}, "comes to an end"),
+        ({"properties": {"a": {"$id": "https://example.com/a"}}}, "$id"),
+        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+        ({"not": {"type": "string"}}, "not"),
+        ({"if": {}, "then": {}}, "if"),
+        ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "use anyOf"),
+        ({"oneOf": 5}, "oneOf"),
+        ({"type": "blah"}, "blah"),
+        ({"type": "string", "pattern": "^(?=a)b"}, "look-around"),
+        ({"type": "string", "pattern": "^ab$", "maxLength": 1}, "empty"),
+        ({"type": "integer", "minimum": 1, "maximum": 2, "multipleOf": 5}, "multiple of 5"),
+        ({"type": "integer", "multipleOf": 0}, "multipleOf"),
+        ({"type": "object", "propertyNames": {"minLength": 3}}, "propertyNames"),
+    ],
+)
+def test_refused_at_once(schema: Any, told: str) -> None:
+    """What has no answer, or cannot be promised, is said before anything is queued: in one line that names it."""
+    message = grammar.check(grammar.for_json_schema(schema))
+    assert message is not None
+    assert told in message
+    assert len(message) <= 300
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{}",
+        "[]",
+        "null",
+        '{"grammars": 5}',
+        '{"grammars": [5]}',
+        '{"grammars": []}',
+        "start: /a/",
+        "[" * 10**6,
+    ],
+)
+def test_not_a_grammar(text: str) -> None:
+    """A text that is none of ours is refused, not compiled."""
+    assert grammar.check(text) is not None
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Hello.",
+        "",
+        "2 < 3 and <tool_cal",
+        f"<tool_call>{GET}</tool_call>",
+        f"<tool_call>\n{GET}\n</tool_call>",
+        f"<tool_call>{ALL}</tool_call>\n<tool_call>\n{GET}\n</tool_call>",
+        f"Let me look.\n<tool_call>{GET}</tool_call>",
+    ],
+)
+def test_text_or_calls(answer: str) -> None:
+    """Where no call is required: text, calls, or text and then calls."""
+    text = grammar.for_tool_calls(ToolUse(tools=TOOLS))
+    assert grammar.check(text) is None
+    assert accepts(text, answer)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "<tool_call>",
+        "<tool_call> I shall call",
+        f"<tool_call>{GET}",
+        f"<tool_call>{GET}</tool_call> and text",
+        "text <tool_call> text",
+        '<tool_call>{"name": "other", "arguments": {}}</tool_call>',
+        '<tool_call>{"name": "get", "arguments": {}}</tool_call>',
+        '<tool_call>{"name": "get-all_2", "arguments": {"city": "Paris"}}</tool_call>',
+    ],
+)
+def test_a_mark_begins_a_call(answer: str) -> None:
+    """What begins with the mark is a whole call of a known function with its arguments, or cannot be written."""
+    assert not accepts(grammar.for_tool_calls(ToolUse(tools=TOOLS)), answer)
+
+
+def test_required() -> None:
+    """A required call is no text."""
+    text = grammar.for_tool_calls(ToolUse(tools=TOOLS, is_required=True))
+    assert grammar.check(text) is None
+    assert accepts(text, f"<tool_call>{GET}</tool_call><tool_call>{ALL}</tool_call>")
+    assert not accepts(text, "Hello.")
+    assert not accepts(text, "")
+
+
+def test_named_function() -> None:
+    """A named function is the only one that may be called."""
+    text = grammar.for_tool_calls(ToolUse(tools=TOOLS, function="get-all_2"))
+    assert accepts(text, f"<tool_call>{ALL}</tool_call>")
+    assert not accepts(text, f"<tool_call>{GET}</tool_call>")
+    assert not accepts(text, "Hello.")
+
+
+def test_not_parallel() -> None:
+    """One call and then the end."""
+    text = grammar.for_tool_calls(ToolUse(tools=TOOLS, is_parallel=False))
+    assert accepts(text, f"<tool_call>{GET}</tool_call>")
+    assert not accepts(text, f"<tool_call>{GET}</tool_call><tool_call>{ALL}</tool_call>")
+
+
+def test_calls_or_json() -> None:
+    """With a response format beside tools: calls, or what the format says, and no text."""
+    answer = grammar.for_json_schema({"type": "array", "items": {"type": "integer"}})
+    text = grammar.for_tool_calls(ToolUse(tools=TOOLS), answer=answer)
+    assert grammar.check(text) is None
+    assert accepts(text, "[1, 2]")
+    assert accepts(text, f"<tool_call>{GET}</tool_call>")
+    assert not accepts(text, "Hello.")
+    assert not accepts(text, "{}")
+
+
+def test_references_stay_within_their_function() -> None:
+    """Each function's schema is a document of its own: the same name under $defs means another thing in each."""
+
+    def tool(name: str, kind: str) -> dict[str, Any]:
+        schema = {
+            "type": "object",
+            "properties": {"v": {"$ref": "#/$defs/V"}},
+            "required": ["v"],
+            "$defs": {"V": {"type": kind}},
+        }
+        return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+    text = grammar.for_tool_calls(
+        ToolUse(tools=[tool("a", "integer"), tool("b", "boolean")], is_required=True)
+    )
+    assert accepts(text, '<tool_call>{"name": "b", "arguments": {"v": true}}</tool_call>')
+    assert not accepts(text, '<tool_call>{"name": "a", "arguments": {"v": true}}</tool_call>')
+
+
+def test_arguments_are_an_object() -> None:
+    """Parameters that forget to say so mean an object all the same."""
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}}},
+        }
+    ]
+    text = grammar.for_tool_calls(ToolUse(tools=tools, is_required=True))
+    assert accepts(text, '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>')
+    assert not accepts(text, '<tool_call>{"name": "f", "arguments": 1}</tool_call>')
+
+
+def test_tools_schemas_are_checked() -> None:
+    """A function whose parameters cannot be met is a 400 like any other schema."""
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"$ref": "#/nowhere"}}}]
+    assert "#/nowhere" in (grammar.check(grammar.for_tool_calls(ToolUse(tools=tools))) or "")
+
+
+def test_what_is_rewritten_is_never_laxer() -> None:
+    """What llguidance is given lets nothing through that the client's schema refuses."""
+    values = [
+        None,
+        True,
+        1,
+        1.5,
+        "a",
+        "zz",
+        [],
+        [1],
+        {},
+        {"kind": "a"},
+        {"kind": "b"},
+        {"a": 1},
+        {"c": 1},
+        {"a": "x"},
+    ]
+    schemas: list[Any] = [
+        {"oneOf": [{"type": "integer"}, {"type": "string"}]},
+        {"oneOf": [{"const": "a"}, {"enum": ["b", 1]}]},
+        {
+            "oneOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}],
+            "$defs": {
+                k: {"type": "object", "properties": {"kind": {"const": k}}, "required": ["kind"]}
+                for k in "ab"
+            },
+        },
+        {
+            "type": "object",
+            "propertyNames": {"enum": ["a", "b"]},
+            "additionalProperties": {"type": "integer"},
+        },
+        {"type": "object", "propertyNames": {"pattern": "^a"}},
+        {"anyOf": [{"not": {}}, {"type": "integer"}]},
+    ]
+    for schema in schemas:
+        treated = json_schema.treated(schema)
+        assert treated != schema
+        for value in values:
+            is_let_through = jsonschema.Draft202012Validator(treated).is_valid(value)
+            assert not is_let_through or jsonschema.Draft202012Validator(schema).is_valid(value), (
+                schema,
+                value,
+            )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [{"type": "integer"}, {"type": "number"}],
+        [{"const": 1}, {"const": 1.0}],
+        [{"type": "object"}, {"type": "object", "required": ["a"]}],
+        [
+            {"type": "object", "properties": {"k": {"const": "a"}}},
+            {"type": "object", "properties": {"k": {"const": "b"}}},
+        ],
+        [{"type": "string"}, {"$ref": "https://example.com"}],
+        [{}, {"type": "string"}],
+        [{"type": ["string", "null"]}, {"type": ["integer", "null"]}],
+    ],
+)
+def test_one_of_that_may_be_both(options: list[Any]) -> None:
+    """Options that some value could match at once are not taken for alternatives."""
+    assert json_schema.treated({"oneOf": options}) == {"oneOf": options}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "steps"),
+    [
+        ("^abc$", 5),
+        ("a{10}", 10),
+        ("(a{10}){10}", 100),
+        ("((ab){2,3}c){4}", 28),
+        ("[a-z{2}]{3}", 3),
+        (r"\{{2}", 2),
+        (r"\p{L}{1,5}", 5),
+        (r"\d{1,100000}", 1000),
+        ("(ab){5,}", 10),
+        ("a{,5}", 6),
+        (")(", 0),
+    ],
+)
+def test_steps_of_a_pattern(pattern: str, steps: int) -> None:
+    """Repetitions multiply where they are nested, and only there; what stands in a class or is escaped is none."""
+    assert abs(schema_limits.pattern_steps(pattern) - steps) <= 1 + (pattern == "a{,5}") * 5
+
+
+def test_texts_are_json() -> None:
+    """A grammar's text is one JSON object, whatever a name holds."""
+    schema = {
+        "type": "object",
+        "properties": {'"\\\n</tool_call>': {"type": "integer"}},
+        "additionalProperties": False,
+    }
+    text = grammar.for_json_schema(schema)
+    assert json.loads(text)["grammars"][0]["json_schema"]["properties"] == schema["properties"]
+    assert msgspec.json.decode(text)
+    assert accepts(text, json.dumps({'"\\\n</tool_call>': 1}))
+
+
+@pytest.mark.parametrize(
+    ("schema", "answer", "matches"),
+    [
+        ({"type": "string", "pattern": '^[^"]*$'}, '"a\\"b"', False),
+        ({"type": "string", "pattern": '^[^"]*$'}, '"a b\u00e9"', True),
+        ({"type": "string", "pattern": '^[^\\\\/:*?"<>|]+$'}, '"a\\\\b\\"c"', False),
+        ({"type": "string", "pattern": "^[a\\[^]+$"}, '"a[^"', True),
+        (
+            {"type": "object", "patternProperties": {'^[^"]$': True}, "additionalProperties": False},
+            '{"\\"":1}',
+            False,
+        ),
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, "0", False),
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, "0.25", True),
+        ({"type": "number", "exclusiveMinimum": 2, "maximum": 2.5}, "2", False),
+        ({"type": "number", "minimum": -0.5, "exclusiveMaximum": 0}, "-0", False),
+        ({"type": "number", "minimum": -5, "exclusiveMaximum": 0}, "-4.5", True),
+    ],
+)
+def test_what_a_class_or_a_bound_leaves_out(schema: dict[str, Any], answer: str, matches: bool) -> None:
+    """Escapes of characters that a class leaves out, and bounds that are excluded: such answers would not validate."""
+    assert accepts(grammar.for_json_schema(schema), answer) == matches

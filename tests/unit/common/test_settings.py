@@ -1,0 +1,166 @@
+"""Settings: what is read, what is refused and in which words, and that the documents say the same."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from common.errors import StartupError
+from common.settings import EMBEDDED_REDIS_URL, Settings, add_flags, describe, from_arguments, markdown
+from worker.__main__ import WorkerFlags
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_defaults_without_variables() -> None:
+    """Nothing set: loopback, the demo model and the embedded server."""
+    settings = Settings.load({})
+    assert settings == Settings()
+    assert (settings.host, settings.port, settings.model) == ("127.0.0.1", 8080, "demo")
+    assert settings.redis_url == EMBEDDED_REDIS_URL
+
+
+def test_variables_are_converted() -> None:
+    """Texts become numbers and booleans; other programs' variables do not matter."""
+    settings = Settings.load(
+        {
+            "MLXPOOL_PORT": "9000",
+            "MLXPOOL_TRUST_REMOTE_CODE": "1",
+            "MLXPOOL_LEASE_SECONDS": "2.5",
+            "PORT": "x",
+        }
+    )
+    assert (settings.port, settings.trust_remote_code, settings.lease_seconds) == (9000, True, 2.5)
+
+
+def test_empty_variable_is_unset() -> None:
+    """`MLXPOOL_PORT=` is the default, as an empty line of an env file is meant."""
+    assert Settings.load({"MLXPOOL_PORT": "", "MLXPOOL_ADAPTER_PATH": ""}) == Settings()
+
+
+def test_overrides_win() -> None:
+    """A flag wins over the environment; one that is not given does not."""
+    settings = Settings.load({"MLXPOOL_PORT": "9000", "MLXPOOL_HOST": "::1"}, {"port": "9001", "host": None})
+    assert (settings.port, settings.host) == (9001, "::1")
+
+
+def test_unknown_variable_is_refused_with_a_hint() -> None:
+    """A typing error in a name stops the process, and the nearest name is offered."""
+    with pytest.raises(
+        StartupError, match=r"MLXPOOL_PROT is not a setting of mlx-pool; did you mean MLXPOOL_PORT\?"
+    ):
+        Settings.load({"MLXPOOL_PROT": "1"})
+    with pytest.raises(
+        StartupError, match=r"MLXPOOL_ZZZ is not a setting of mlx-pool; docs/settings\.md has all"
+    ):
+        Settings.load({"MLXPOOL_ZZZ": "1"})
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("MLXPOOL_PORT", "0", "a whole number >= 1"),
+        ("MLXPOOL_PORT", "70000", "a whole number <= 65535"),
+        ("MLXPOOL_PORT", "http", "a whole number"),
+        ("MLXPOOL_MAX_BATCH", "1.5", "a whole number"),
+        ("MLXPOOL_LEASE_SECONDS", "soon", "a number"),
+        ("MLXPOOL_CACHE_LIMIT_GB", "little", "a number"),
+        ("MLXPOOL_CACHE_LIMIT_GB", "-1", "a number >= 0.0"),
+        ("MLXPOOL_LOG_LEVEL", "LOUD", "DEBUG, INFO, WARNING or ERROR"),
+        ("MLXPOOL_TRUST_REMOTE_CODE", "maybe", "true or false"),
+    ],
+)
+def test_bad_value_is_refused(variable: str, value: str, expected: str) -> None:
+    """The sentence names the variable, or the flag where one was given, what was expected and what came."""
+    name = variable.removeprefix("MLXPOOL_").lower()
+    with pytest.raises(StartupError) as caught:
+        Settings.load({variable: value})
+    assert str(caught.value) == f"{variable} must be {expected}, not {value!r}"
+    with pytest.raises(StartupError) as caught:
+        Settings.load({}, {name: value})
+    assert str(caught.value) == f"--{name.replace('_', '-')} must be {expected}, not {value!r}"
+
+
+@pytest.mark.parametrize("name", Settings.__struct_fields__)
+def test_every_bad_value_has_words(name: str) -> None:
+    """Whatever a setting's type is, what it refuses is said without a type's name in quotes."""
+    for value in ("?", "-1", "-0.5", "0", "99999999999999999999"):
+        try:
+            Settings.load({}, {name: value})
+        except StartupError as error:
+            assert re.fullmatch(r"--[a-z-]+ must be [^`]+, not '[^']+'", str(error))  # noqa: PT017
+
+
+def test_each_setting_that_a_worker_reads_is_a_flag_of_it() -> None:
+    """As docs/settings.md says."""
+    read = {
+        name
+        for path in (ROOT / "worker").glob("*.py")
+        for name in re.findall(r"settings\.(\w+)", path.read_text())
+    }
+    parsed = vars(WorkerFlags("worker", "").parser.parse_args([]))
+    assert read & set(Settings.__struct_fields__) <= set(parsed)
+    assert "model_name" in parsed
+
+
+def test_a_variable_is_written_in_capitals() -> None:
+    """`make up port=9000` is refused, and does not depend on what reads it."""
+    with pytest.raises(StartupError, match=r"MLXPOOL_port is not a setting .* did you mean MLXPOOL_PORT\?"):
+        Settings.load({"MLXPOOL_port": "9000"})
+
+
+def test_to_environ_round_trip() -> None:
+    """A child process that is given `to_environ` reads the same settings."""
+    settings = msgspec.structs.replace(
+        Settings(), port=9000, trust_remote_code=True, cache_limit_gb=1.5, model="/a b/c", adapter_path="x"
+    )
+    assert Settings.load(settings.to_environ()) == settings
+    assert Settings().to_environ() == {}
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "expected"),
+    [
+        ("demo", None, "demo"),
+        ("org/name", None, "org/name"),
+        ("/models/Llama-1B/", None, "Llama-1B"),
+        ("./Llama-1B", None, "Llama-1B"),
+        ("/models/Llama-1B", "llama", "llama"),
+    ],
+)
+def test_model_id(model: str, name: str | None, expected: str) -> None:
+    """Clients call a model as it is set, or as its folder is called, or as it was given."""
+    assert Settings(model=model, model_name=name).model_id == expected
+
+
+def test_model_id_that_cannot_be_a_queue() -> None:
+    """RQ's tools split queue names at commas: such a name is refused at the start."""
+    with pytest.raises(StartupError, match="'a,b' cannot be a model id"):
+        _ = Settings(model_name="a,b").model_id
+
+
+def test_flags_are_settings() -> None:
+    """`--max-batch 8 --trust-remote-code` is the same as the variables."""
+    parser = argparse.ArgumentParser()
+    add_flags(parser, ["max_batch", "trust_remote_code", "model"])
+    settings = from_arguments(parser.parse_args(["--max-batch", "8", "--trust-remote-code"]))
+    assert (settings.max_batch, settings.trust_remote_code, settings.model) == (8, True, "demo")
+
+
+def test_every_setting_is_described() -> None:
+    """`--help` and docs/settings.md have words for each."""
+    assert all(about for _, _, about in describe())
+
+
+def test_readme_table() -> None:
+    """The table is what `python -m common.settings` prints, and the README's short one names settings that exist."""
+    written = (ROOT / "docs" / "settings.md").read_text()
+    assert markdown() in written, (
+        "run `python -m common.settings` and put what it prints into docs/settings.md"
+    )
+    named = set(re.findall(r"MLXPOOL_[A-Z_]*[A-Z]", (ROOT / "README.md").read_text()))
+    assert named <= {variable for variable, _, _ in describe()}

@@ -1,0 +1,104 @@
+"""The supervisor around each process of `make up`: what it starts again, and when."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.pool import supervise
+from common.pool.supervise import LAST_PAUSE_SECONDS, Pauses, Supervisor
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def counting(folder: Path, *statuses: int) -> list[str]:
+    """A command that ends with each status in turn; a negative one is a signal that kills it."""
+    code = (
+        "import os, pathlib, sys\n"
+        f"runs = pathlib.Path({str(folder / 'runs')!r})\n"
+        "n = len(runs.read_text()) if runs.exists() else 0\n"
+        "runs.write_text('x' * (n + 1))\n"
+        f"status = {list(statuses)}[n]\n"
+        "os.kill(os.getpid(), -status) if status < 0 else sys.exit(status)\n"
+    )
+    return [sys.executable, "-c", code]
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "FIRST_PAUSE_SECONDS", 0.01)
+
+
+def test_it_is_started_again_until_it_ends_well(tmp_path: Path) -> None:
+    """A crash, a kill and, once it has run, also a failed start: each is said, and followed by another run."""
+    said: list[str] = []
+    assert Supervisor(counting(tmp_path, 3, -9, 1, 0), said.append).run() == 0
+    assert (tmp_path / "runs").read_text() == "xxxx"
+    assert ["ended with status 3" in said[0], "killed by signal 9" in said[1], "status 1" in said[2]] == [
+        True
+    ] * 3
+
+
+def test_what_cannot_start_is_not_tried_again(tmp_path: Path) -> None:
+    """Its sentence says what to do, and is not repeated for ever."""
+    said: list[str] = []
+    assert Supervisor(counting(tmp_path, 1, 0), said.append).run() == 1
+    assert said == []
+
+
+def test_pauses() -> None:
+    """Twice as long each time, up to a limit; a run that went well starts again from the first."""
+    pauses = Pauses()
+    lengths = [pauses.after(1.0) for _ in range(20)]
+    assert lengths[:3] == [0.01, 0.02, 0.04]
+    assert lengths[-1] == LAST_PAUSE_SECONDS
+    assert pauses.after(3600.0) == 0.01
+
+
+def test_a_signal_ends_both() -> None:
+    """SIGTERM reaches the command, and nothing is started after it."""
+    sleeper = [sys.executable, "-m", "common.pool.supervise", "sleep", "60"]
+    process = subprocess.Popen(sleeper, cwd=ROOT)
+    child = _child_of(process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+def test_a_command_for_nobody_ends() -> None:
+    """Killed, the process that it is all for says nothing: the command ends within moments all the same."""
+    with subprocess.Popen(["sleep", "60"]) as parent:
+        supervised = ["--group", "--parent", str(parent.pid), "sleep", "60"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "common.pool.supervise", *supervised],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        child = _child_of(process)
+        assert process.poll() is None
+        parent.kill()
+        parent.wait()
+    assert "was killed: sleep 60 ends, too" in process.communicate(timeout=10)[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+def _child_of(process: subprocess.Popen[Any]) -> int:
+    """The id of a supervisor's command, once that runs."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
+        if found.stdout.strip():
+            return int(found.stdout)
+        time.sleep(0.05)
+    raise AssertionError("nothing was started")

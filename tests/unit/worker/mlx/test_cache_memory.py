@@ -1,0 +1,57 @@
+"""How many rows fit: arithmetic on caches of different kinds."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.mlx.memory import EXPECTED_TOKENS, CacheCost, CacheMemory, expected_tokens
+
+
+def test_rows_bytes() -> None:
+    """Whole steps of 256 tokens, at least 128 ahead; a window stops growing; a state of fixed size does not grow."""
+    assert CacheCost(10.0).rows_bytes(1, 127) == 2560
+    assert CacheCost(10.0).rows_bytes(1, 128) == 5120
+    assert CacheCost(10.0, bytes_per_row=7, windows=((1.0, 300),)).rows_bytes(1, 800) == 10240 + 7 + 300
+    assert CacheCost(0.0, bytes_per_row=7).rows_bytes(1, 10**9) == 7
+
+
+def test_spare_slots() -> None:
+    """Of layers that keep every token, from eight rows on."""
+    assert CacheCost(1.0).rows_bytes(7, 100) == 7 * 256
+    assert CacheCost(1.0).rows_bytes(16, 100) == 18 * 256
+    assert CacheCost(0.0, bytes_per_row=7, windows=((1.0, 10),)).rows_bytes(16, 100) == 16 * 17
+
+
+def test_a_batch_is_as_long_as_its_longest_row() -> None:
+    """One long row makes all the others cost as much."""
+    memory = CacheMemory(CacheCost(1.0), 4 * 256)
+    assert memory.fits([])
+    assert memory.fits([100] * 4)
+    assert not memory.fits([100] * 5)
+    assert not memory.fits([100, 100, 300])
+    assert memory.fits([100, 300])
+
+
+def test_what_is_held_counts() -> None:
+    """Where it is more than the rows need, which others have left behind."""
+    memory = CacheMemory(CacheCost(1.0), 1000)
+    assert memory.left_bytes([100], 10) == 744
+    assert memory.left_bytes([100], 900) == 100
+    assert memory.left_bytes([], 900) == 100
+
+
+@given(most=st.integers(0, 10_000), room=st.integers(0, 20_000))
+def test_longest_row(most: int, room: int) -> None:
+    """The longest that fits, and one longer does not."""
+    memory = CacheMemory(CacheCost(2.0), room)
+    longest = memory.longest_row(most)
+    assert longest == 0 or memory.fits([longest])
+    assert longest == most or not memory.fits([longest + 1])
+
+
+def test_expected_tokens() -> None:
+    """A short limit is believed, a long one only as far as answers usually go, and what is there counts."""
+    assert expected_tokens(10, 0, 5) == 15
+    assert expected_tokens(10, 0, 100_000) == 10 + EXPECTED_TOKENS
+    assert expected_tokens(10, 4000, 100_000) == 4010

@@ -1,0 +1,136 @@
+"""The prefill budget: what is read between two decode steps."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.mlx.prefill import (
+    LEAST_TOKENS,
+    MOST_IN_PIECES,
+    MOST_PROMPTS,
+    TARGET_SECONDS,
+    PrefillBudget,
+    PrefillPlan,
+)
+
+LENGTHS = st.lists(st.integers(1, 5000), max_size=12)
+
+
+def budget_of(num_tokens: int) -> PrefillBudget:
+    budget = PrefillBudget(100_000)
+    budget.num_tokens = budget.piece_tokens = num_tokens
+    return budget
+
+
+@pytest.mark.parametrize(
+    ("begun", "waiting", "plan"),
+    [
+        ([], [37] * 16, PrefillPlan([0, 1, 2, 3], 40)),  # whole ones, as many as there is room for
+        (
+            [],
+            [37, 37, 300, 37],
+            PrefillPlan([0, 1], 80),
+        ),  # a long one would have the first two read in pieces
+        (
+            [],
+            [300, 37, 37],
+            PrefillPlan([0, 1, 2], 13),
+        ),  # short ones are read beside a long one, in its pieces
+        ([300], [37, 300, 37], PrefillPlan([0, 2], 13)),  # and overtake another long one that waits
+        ([300], [160, 150], PrefillPlan([1], 20)),  # if they are at most half as long
+        ([300, 300], [37], PrefillPlan([0], 13)),
+        ([], [5000], PrefillPlan([0], 40)),
+        ([5000], [], PrefillPlan([], 40)),
+        ([], [], PrefillPlan([], 160)),
+        ([], [0] * 200, PrefillPlan(list(range(MOST_PROMPTS)), 2)),  # prompts of one token
+        ([5000] * MOST_IN_PIECES, [1], PrefillPlan([], 5)),
+        ([], [5000, *[1] * 20], PrefillPlan(list(range(MOST_IN_PIECES)), 5)),
+    ],
+)
+def test_plan(begun: list[int], waiting: list[int], plan: PrefillPlan) -> None:
+    """With room for 160 tokens, or 40 in pieces: which prompts are read, and how much of each."""
+    budget = budget_of(160)
+    budget.piece_tokens = 40
+    assert budget.plan(begun, waiting) == plan
+
+
+@given(begun=LENGTHS.map(lambda lengths: lengths[:MOST_IN_PIECES]), waiting=LENGTHS, num=st.integers(1, 4096))
+def test_a_plan_keeps_to_the_budget(begun: list[int], waiting: list[int], num: int) -> None:
+    """Whatever waits: the tokens of all prompts together stay within it, some are always read, and the first one joins."""
+    plan = budget_of(num).plan(begun, waiting)
+    num_prompts = len(begun) + len(plan.joining)
+    assert plan.num_tokens >= 1
+    assert num_prompts >= min(1, len(begun) + len(waiting))
+    assert num_prompts <= MOST_PROMPTS
+    assert plan.joining == sorted(set(plan.joining))
+    assert num_prompts * plan.num_tokens <= max(num, num_prompts)
+    if waiting and not begun:
+        assert plan.joining[0] == 0
+
+
+def test_learning() -> None:
+    """Steps that take long get smaller, fast ones grow again, within what the setting and sense say."""
+    budget = PrefillBudget(512)
+    budget.num_tokens = 512
+    budget.took(512, 4 * TARGET_SECONDS)
+    assert budget.num_tokens == 128
+    assert budget.piece_tokens == LEAST_TOKENS
+    budget.took(128, 1000.0)
+    assert budget.num_tokens == LEAST_TOKENS
+    for _ in range(10):
+        budget.took(budget.num_tokens, 0.01)
+    assert budget.num_tokens == 512
+    assert PrefillBudget(16).num_tokens == 16
+
+
+def test_what_a_copy_is_worth() -> None:
+    """The faster prompts are read, the longer a beginning must be to be worth a copy; slow and small steps say little."""
+    budget = PrefillBudget(4096)
+    assert budget.copy_tokens == 0
+    budget.took(300, 1.0)
+    assert budget.copy_tokens == 1
+    budget.took(2000, 0.05)
+    fast = budget.copy_tokens
+    assert fast == 160
+    budget.took(1, 1e-9)
+    budget.took(400, 1.0)
+    assert 0.9 * fast < budget.copy_tokens <= fast
+
+
+def test_few_tokens_say_little() -> None:
+    """A short prompt costs more for each token than many do: it makes the budget no smaller."""
+    budget = budget_of(200)
+    budget.took(4, 0.2)
+    assert budget.num_tokens == 200
+    budget.took(100, 0.2)
+    assert budget.num_tokens == 400
+    budget.took(100, 2 * TARGET_SECONDS)
+    assert budget.num_tokens == 50
+
+
+def test_the_rest_of_a_long_prompt_comes_in_pieces_too() -> None:
+    """On a machine that reads 100 tokens a second, no step of a long prompt takes much longer than it may, the last ones neither."""
+    budget, left, steps = PrefillBudget(2048), 3000, []
+    while left:
+        num = min(left, budget.plan([left], []).num_tokens)
+        steps.append(num / 100)
+        budget.took(num, num / 100)
+        left -= num
+    assert max(steps) <= TARGET_SECONDS
+    assert sum(steps) == pytest.approx(30)
+
+
+def test_a_rest_after_reading() -> None:
+    """As long as it took, at most 20 ms, and only where few wait beside many: no burst and no lone row waits for it."""
+    budget = PrefillBudget(100_000)
+    assert not budget.may_rest(1, 100, since_seconds=0.0)
+    budget.took(45, seconds=0.007)
+    assert budget.may_rest(1, 8, since_seconds=0.006)
+    assert not budget.may_rest(1, 8, since_seconds=0.008)
+    assert not budget.may_rest(1, 7, since_seconds=0.0)
+    assert not budget.may_rest(2, 8, since_seconds=0.0)
+    budget.took(45, seconds=5.0)
+    assert budget.may_rest(1, 8, since_seconds=0.019)
+    assert not budget.may_rest(1, 8, since_seconds=0.021)

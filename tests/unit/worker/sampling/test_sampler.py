@@ -1,0 +1,258 @@
+"""The choice of tokens: each filter against its definition, draws against their probabilities, rows against each other."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.protocol import SamplingParams
+from worker.sampling.sampler import BatchSampler, RowSampler
+
+VOCAB = 40
+
+
+def sampler(never_excluded: tuple[int, ...] = ()) -> BatchSampler:
+    return BatchSampler(np, start=lambda _array: None, never_excluded=never_excluded)
+
+
+def logprobs(seed: int, num_rows: int = 1, spread: float = 2.0, vocab: int = VOCAB) -> Any:
+    logits = np.random.default_rng(seed).normal(0, spread, (num_rows, vocab))
+    return (logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))).astype(np.float32)
+
+
+def drawn(
+    params: SamplingParams, values: Any, num: int, *, never_excluded: tuple[int, ...] = ()
+) -> list[int]:
+    """The tokens that so many positions of one row draw from the same log-probabilities."""
+    row, batch = RowSampler(params), sampler(never_excluded)
+    tokens = []
+    for _ in range(num):
+        token_ids = batch.sample([row], values)
+        assert token_ids is not None
+        tokens.append(int(token_ids[0]))
+    return tokens
+
+
+def allowed(params: SamplingParams, values: Any) -> set[int]:
+    """What min_p, top_k and top_p leave, straight from their definitions."""
+    scaled = values[0].astype(np.float64) / params.temperature
+    probs = np.exp(scaled - scaled.max())
+    order = [int(i) for i in np.argsort(-scaled, kind="stable")]
+    kept = [i for i in order if probs[i] >= params.min_p * probs.max()]
+    kept = kept[: params.top_k or None]
+    total, mass, nucleus = sum(probs[i] for i in kept), 0.0, []
+    for i in kept:
+        if nucleus and mass >= params.top_p * total:
+            break
+        nucleus.append(i)
+        mass += probs[i]
+    return set(nucleus)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    seed=st.integers(0, 10**6),
+    temperature=st.floats(0.2, 2.0),
+    top_p=st.one_of(st.just(1.0), st.floats(0.0, 0.999)),
+    top_k=st.integers(0, VOCAB + 5),
+    min_p=st.one_of(st.just(0.0), st.floats(0.001, 1.0)),
+)
+def test_filters_as_defined(seed: int, temperature: float, top_p: float, top_k: int, min_p: float) -> None:
+    """Nothing is drawn that the filters' definitions leave out, and something always is."""
+    params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
+    values = logprobs(seed)
+    wanted = allowed(params, values)
+    # A border that rounding decides may fall to either side.
+    loose = allowed(
+        SamplingParams(
+            temperature=temperature, top_p=min(1.0, top_p + 1e-4), top_k=top_k, min_p=min_p * (1 - 1e-4)
+        ),
+        values,
+    )
+    assert wanted
+    assert set(drawn(params, values, 60)) <= wanted | loose
+
+
+@pytest.mark.parametrize("vocab", [255, 256, 257, 5000])
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=1.0, seed=4),
+        SamplingParams(temperature=1.0, top_p=0.6, seed=4),
+        SamplingParams(temperature=2.0, top_p=0.9, seed=4),  # more tokens than are first looked at
+        SamplingParams(temperature=1.0, top_p=0.99, min_p=0.001, seed=4),
+        SamplingParams(temperature=1.0, top_k=2000, seed=4),
+    ],
+)
+def test_a_large_vocabulary(params: SamplingParams, vocab: int) -> None:
+    """Of the tokens that the definitions leave, only those, and the likely ones as often as they are likely."""
+    values, num = logprobs(11, spread=1.5, vocab=vocab), 1500
+    kept = sorted(allowed(params, values))
+    mass = np.exp(values[0, kept].astype(np.float64) / params.temperature)
+    probs = np.zeros(vocab)
+    probs[kept] = mass / mass.sum()
+    counts = np.bincount(drawn(params, values, num), minlength=vocab)
+    assert counts[probs == 0].sum() <= 1  # where rounding decides what is kept
+    assert (np.abs(counts - num * probs) < 5 * np.sqrt(num * probs) + 5).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.5, 2.0])
+def test_rounding_moves_no_draw(temperature: float) -> None:
+    """Seeds repeat in a batch, where a model's numbers are rounded otherwise than alone, at high temperatures, too."""
+    values = logprobs(12, spread=2.5, vocab=30_000)
+    noise = np.random.default_rng(13).normal(0, 3e-5, values.shape).astype(np.float32)
+    params = SamplingParams(temperature=temperature, seed=6)
+    alone, beside = drawn(params, values, 300), drawn(params, values + noise, 300)
+    assert len(set(alone)) > 100
+    assert sum(one != other for one, other in zip(alone, beside, strict=True)) <= 1
+
+
+def test_neighbouring_seeds_and_positions_have_nothing_in_common() -> None:
+    """Of two rows or positions, as many draws agree as chance says."""
+    values, num = np.zeros((1, VOCAB), dtype=np.float32), 4000
+    one = drawn(SamplingParams(temperature=1.0, seed=1), values, num + 1)
+    other = drawn(SamplingParams(temperature=1.0, seed=2), values, num)
+    for agreeing in (np.equal(one[:num], other), np.equal(one[1:], one[:num])):
+        assert abs(agreeing.sum() - num / VOCAB) < 5 * math.sqrt(num / VOCAB)
+
+
+def test_filters_leave_all_that_they_should() -> None:
+    """Each token that the definitions leave is drawn at some time."""
+    params = SamplingParams(temperature=2.0, top_p=0.9, top_k=12, seed=5)
+    values = logprobs(3, spread=0.3)
+    assert set(drawn(params, values, 2000)) == allowed(params, values)
+
+
+def test_draws_have_their_probabilities() -> None:
+    """Frequencies are the probabilities at the temperature, within four standard deviations; seeds fix the outcome."""
+    values, num = logprobs(1, spread=1.0), 8000
+    probs = np.exp(values[0] / 1.3)
+    probs /= probs.sum()
+    counts = np.bincount(drawn(SamplingParams(temperature=1.3, seed=9), values, num), minlength=VOCAB)
+    assert (np.abs(counts - num * probs) < 4 * np.sqrt(num * probs) + 4).all()
+
+
+def test_xtc() -> None:
+    """Always: only the least likely of the tokens above the threshold, and all below it. Never: everything. Some tokens are spared."""
+    probs = np.array([[0.4, 0.3, 0.2, 0.06, 0.04]])
+    values = np.log(probs).astype(np.float32)
+    always = SamplingParams(temperature=1.0, xtc_probability=1.0, xtc_threshold=0.1, seed=1)
+    assert set(drawn(always, values, 300)) == {2, 3, 4}
+    assert set(drawn(always, values, 300, never_excluded=(0, 99))) == {0, 2, 3, 4}
+    half = SamplingParams(temperature=1.0, xtc_probability=0.5, xtc_threshold=0.1, seed=1)
+    counts = np.bincount(drawn(half, values, 4000), minlength=5) / 4000
+    # Half of the time as the model says; else 2, 3 and 4 share everything.
+    expected = 0.5 * probs[0] + 0.5 * np.array([0, 0, 0.2, 0.06, 0.04]) / 0.3
+    assert np.abs(counts - expected).max() < 0.03
+    one_above = SamplingParams(temperature=1.0, xtc_probability=1.0, xtc_threshold=0.35, seed=1)
+    assert set(drawn(one_above, values, 300)) == {0, 1, 2, 3, 4}
+
+
+def test_penalties_and_bias_as_openai_says() -> None:
+    """Of sampled tokens only: presence once, frequency times the count, beside the bias; greedy rows choose by them."""
+    row = RowSampler(
+        SamplingParams(temperature=0, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={3: 1.0}),
+        wants_logprobs=True,
+    )
+    row.took([1, 1, 3])
+    added: dict[int, float] = {}
+    for ids, amounts in row.additions():
+        for token_id, amount in zip(ids.tolist(), amounts.tolist(), strict=True):
+            added[token_id] = added.get(token_id, 0.0) + amount
+    assert added == {1: -1.0, 3: 0.25}
+    values = np.log(np.array([[0.1, 0.5, 0.2, 0.2]])).astype(np.float32)
+    token_ids = sampler().sample([row], values)
+    adjusted = np.log([0.1, 0.5, 0.2, 0.2]) + np.array([0, -1.0, 0, 0.25])
+    assert token_ids is not None
+    assert int(token_ids[0]) == int(adjusted.argmax())
+    expected = adjusted - math.log(np.exp(adjusted).sum())
+    assert row.logprobs[0] == pytest.approx(expected, abs=1e-5)
+
+
+class Evens:
+    """Allows even tokens, and knows what it was told."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def advance(self, token_id: int) -> None:
+        assert token_id % 2 == 0
+        self.seen.append(token_id)
+
+    def fill(self, words: Any) -> None:
+        words[:] = 0x55555555
+
+
+def test_grammars() -> None:
+    """Only what a matcher allows is drawn, and it is told each token before the next one is chosen."""
+    matcher = Evens()
+    row = RowSampler(SamplingParams(temperature=1.5, seed=2), matcher=matcher)
+    batch, tokens = sampler(), []
+    for position in range(50):
+        token_ids = batch.sample([row], logprobs(position))
+        assert token_ids is not None
+        assert matcher.seen == tokens
+        tokens.append(int(token_ids[0]))
+    assert len(set(tokens)) > 10
+    assert row.error is None
+
+
+class Broken:
+    def advance(self, token_id: int) -> None:
+        raise ValueError("no")
+
+    def fill(self, words: Any) -> None:
+        words[:] = 0xFFFFFFFF
+
+
+def test_a_matcher_that_raises_is_its_rows_own_failure() -> None:
+    """The row is marked; those beside it draw what they would alone."""
+    rows = [RowSampler(SamplingParams(seed=1), matcher=Broken()), RowSampler(SamplingParams(seed=2))]
+    alone = RowSampler(SamplingParams(seed=2))
+    batch = sampler()
+    for position in range(3):
+        values = logprobs(position, 2)
+        both = batch.sample(rows, values)
+        single = sampler().sample([alone], values[1:])
+        assert both is not None
+        assert single is not None
+        assert both[1] == single[0]
+    assert isinstance(rows[0].error, ValueError)
+    assert rows[1].error is None
+
+
+KINDS = [
+    SamplingParams(temperature=0),
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=0.7, top_p=0.8),
+    SamplingParams(temperature=1.2, top_k=5, min_p=0.05),
+    SamplingParams(temperature=1.0, xtc_probability=0.6, xtc_threshold=0.1),
+    SamplingParams(temperature=0, logit_bias={3: 5.0}),
+    SamplingParams(temperature=1.0, frequency_penalty=1.0),
+]
+
+
+@given(kinds=st.lists(st.sampled_from(range(len(KINDS))), min_size=1, max_size=8), seed=st.integers(0, 2**63))
+def test_rows_do_not_see_each_other(kinds: list[int], seed: int) -> None:
+    """Whatever is in a batch, each row draws exactly what it draws alone."""
+    batch = sampler()
+    rows = [RowSampler(_seeded(kind, seed + i)) for i, kind in enumerate(kinds)]
+    singles = [(RowSampler(_seeded(kind, seed + i)), sampler()) for i, kind in enumerate(kinds)]
+    for step in range(4):
+        values = logprobs(step, len(kinds))
+        together = batch.sample(rows, values)
+        for i, (row, single) in enumerate(singles):
+            own = values[i].argmax() if together is None else together[i]
+            token_ids = single.sample([row], values[i : i + 1])
+            assert own == (values[i].argmax() if token_ids is None else token_ids[0])
+
+
+def _seeded(kind: int, seed: int) -> SamplingParams:
+    import msgspec
+
+    return msgspec.structs.replace(KINDS[kind], seed=seed)

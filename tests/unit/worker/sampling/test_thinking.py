@@ -1,0 +1,81 @@
+"""Grammars behind thoughts: what is free, what is held, and how the one becomes the other."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from worker.sampling.thinking import AfterThinking, after_thinking
+
+EOS, START, END_1, END_2 = 0, 40, 41, 42
+
+
+class Digits:
+    """Allows the tokens 1 to 9 and the end, and knows what it was told."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+        self.eos_words = np.array([1, 0], dtype=np.uint32)
+
+    def fill(self, words: Any) -> None:
+        words[:] = (0b11_1111_1111, 0)
+
+    def advance(self, token_id: int) -> None:
+        assert token_id < 10
+        self.seen.append(token_id)
+
+
+def matcher(*, is_thinking: bool, start: tuple[int, ...] = (START,)) -> tuple[AfterThinking, Digits]:
+    inner: Any = Digits()
+    return AfterThinking(inner, start, (END_1, END_2), is_thinking=is_thinking), inner
+
+
+def allowed(held: AfterThinking) -> set[int]:
+    words = np.zeros(2, dtype=np.uint32)
+    held.fill(words)
+    return {i for i in range(64) if words[i // 32] >> np.uint32(i % 32) & 1}
+
+
+def test_thoughts_that_the_prompt_opened() -> None:
+    """Anything but an end until they are closed, by all tokens of the mark; then the grammar, which never saw them."""
+    held, inner = matcher(is_thinking=True)
+    for token_id in (5, 63, END_1, 7, END_2, END_1):
+        assert allowed(held) == set(range(64)) - {EOS}
+        held.advance(token_id)
+    held.advance(END_2)
+    assert allowed(held) == set(range(10))
+    held.advance(3)
+    assert inner.seen == [3]
+
+
+def test_thoughts_that_the_model_opens() -> None:
+    """With its first token only, if it does."""
+    held, inner = matcher(is_thinking=False)
+    assert allowed(held) == {*range(10), START}
+    held.advance(START)
+    assert allowed(held) == set(range(64)) - {EOS}
+    for token_id in (END_1, END_2, 4):
+        held.advance(token_id)
+    assert inner.seen == [4]
+    assert allowed(held) == set(range(10))
+    silent, inner = matcher(is_thinking=False)
+    silent.advance(4)
+    assert allowed(silent) == set(range(10))
+    assert inner.seen == [4]
+
+
+def test_a_mark_of_several_tokens_is_not_opened() -> None:
+    """A mask is for one token: such a model answers at once, unless its prompt has opened them."""
+    held, _ = matcher(is_thinking=False, start=(START, START + 1))
+    assert allowed(held) == set(range(10))
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_only_models_that_think_have_thoughts(thinks: bool) -> None:
+    """Others have their matcher as it is."""
+    inner: Any = Digits()
+    tokenizer = SimpleNamespace(has_thinking=thinks, think_start_tokens=(START,), think_end_tokens=(END_1,))
+    assert (after_thinking(inner, tokenizer, is_thinking=False) is inner) is not thinks

@@ -1,0 +1,305 @@
+"""A row's matcher on a small vocabulary: what it lets through, where it may end, and that no way is a dead end."""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from common.errors import RequestError
+from common.protocol import ToolUse
+from common.schema import grammar
+from tests.grammar_cases import SCHEMAS, Walk, allowed_ids
+from worker.sampling.grammar import Grammars, Matcher, RowError, apply, num_words, unpacked
+
+SPECIAL = ["<end>", "<pad>", "<tool_call>", "</tool_call>"]
+END, PAD, CALL = 0, 1, 2
+TEXT = [
+    '{"name": "Ann", "arguments": {"city": "Paris", "kind": "cat", "a": [1, 2, 3], "b": null, "c": true}}',
+    '[{"value": 12, "children": []}, {"x": -1.5e3, "color": "red", "ok": false}]',
+    "2024-05-17T12:00:00Z is a day on which one could have said: “naïve” 日本語 😀",
+]
+VOCAB_SIZE = 700
+"""Of the model: more than the tokenizer has, and no multiple of 32."""
+
+
+@functools.cache
+def backend() -> tokenizers.Tokenizer:
+    """A byte-level vocabulary of some 400 tokens, most of them from JSON."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXT * 3, trainer)
+    return tokenizer
+
+
+class Fast:
+    """What `Grammars` needs of mlx-lm's wrapper around a fast tokenizer."""
+
+    def __init__(self) -> None:
+        self.backend_tokenizer = backend()
+        pieces = [
+            self.backend_tokenizer.id_to_token(i) for i in range(self.backend_tokenizer.get_vocab_size())
+        ]
+        self.detokenizer = SimpleNamespace(tokenmap=pieces)
+        self.added_tokens_decoder = self.backend_tokenizer.get_added_tokens_decoder()
+
+    def get_vocab(self) -> dict[str, int]:
+        return dict(self.backend_tokenizer.get_vocab())
+
+
+@functools.cache
+def grammars() -> Grammars:
+    """For a model with two tokens that end an answer."""
+    return Grammars(Fast(), VOCAB_SIZE, [END, PAD])
+
+
+def text_of(token_id: int) -> bytes:
+    """A token's bytes, by GPT-2's alphabet the other way round."""
+    piece = backend().id_to_token(token_id)
+    table = _bytes_by_character()
+    return piece.encode() if piece in SPECIAL else bytes(table[character] for character in piece)
+
+
+@functools.cache
+def _bytes_by_character() -> dict[str, int]:
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def encoded(text: str) -> list[int]:
+    """As the model's own tokenizer has it."""
+    return list(backend().encode(text, add_special_tokens=False).ids)
+
+
+def matcher(text: str) -> Matcher:
+    """In the state before the first token."""
+    return Matcher(grammars().compile(text))
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_whatever_is_drawn_validates(name: str) -> None:
+    """Tokens drawn blindly from what is allowed always come to an end, and make JSON that matches the client's schema."""
+    schema = SCHEMAS[name]
+    text = grammar.for_json_schema(schema)
+    assert grammar.check(text) is None
+    validator = jsonschema.Draft202012Validator(schema)
+    for seed in range(6):
+        walk = Walk(grammars().compile(text), text_of, seed).run()
+        validator.validate(json.loads(walk.text))
+
+
+@pytest.mark.parametrize(
+    "name", ["strict", "strings", "formats", "tree", "endless branch", "pydantic's union", "numbers"]
+)
+def test_no_dead_end(name: str) -> None:
+    """From every state on the way, every token that is allowed leads to a state from which an end is found."""
+    compiled = grammars().compile(grammar.for_json_schema(SCHEMAS[name]))
+    way = Walk(compiled, text_of, seed=3, num_free=12).run().token_ids
+    for length in range(0, min(len(way), 36), 3):
+        here = Matcher(compiled)
+        here.replay(way[:length])
+        for token_id in allowed_ids(here)[:: max(1, len(allowed_ids(here)) // 8)]:
+            if token_id not in (END, PAD):
+                branch = Walk(compiled, text_of, seed=1, num_free=0)
+                branch.token_ids = [*way[:length], token_id]
+                branch.run()
+
+
+def test_replay_is_the_same_as_live() -> None:
+    """A row that goes on elsewhere, with the tokens that it had, stands where it stood: mask by mask."""
+    text = grammar.for_json_schema(SCHEMAS["tree"])
+    way = Walk(grammars().compile(text), text_of, seed=5).run().token_ids
+    live = matcher(text)
+    other = Grammars(Fast(), VOCAB_SIZE, [END, PAD]).compile(text)
+    for length, token_id in enumerate(way):
+        again = Matcher(other)
+        again.replay(way[:length])
+        assert np.array_equal(again.allowed(), live.allowed())
+        live.advance(token_id)
+    assert live.is_finished
+
+
+def test_rows_of_one_grammar_do_not_touch() -> None:
+    """What one row does changes no other, nor what was compiled."""
+    compiled = grammars().compile(grammar.for_json_schema({"type": "boolean"}))
+    first, second = Matcher(compiled), Matcher(compiled)
+    before = second.allowed()
+    first.replay(encoded("true"))
+    assert first.is_finished
+    assert np.array_equal(second.allowed(), before)
+    assert np.array_equal(Matcher(compiled).allowed(), before)
+
+
+def test_every_end_token_exactly_where_the_answer_can_end() -> None:
+    """A number may end or go on; before its first digit it may not end; a closed object may only end."""
+    number = matcher(grammar.for_json_schema({"type": "integer"}))
+    assert not {END, PAD} & set(allowed_ids(number))
+    number.replay(encoded("7"))
+    assert {END, PAD} < set(allowed_ids(number))
+    assert not number.is_finished
+    closed = matcher(grammar.for_json_schema({"type": "object", "additionalProperties": False}))
+    closed.replay(encoded("{}"))
+    assert closed.is_finished
+    assert set(allowed_ids(closed)) == {END, PAD}
+
+
+@pytest.mark.parametrize("end", [END, PAD])
+def test_after_the_end(end: int) -> None:
+    """Once an end token has come, nothing else may."""
+    row = matcher(grammar.for_json_schema({"type": "integer"}))
+    row.replay([*encoded("7"), end])
+    assert row.is_finished
+    assert set(allowed_ids(row)) == {END, PAD}
+    with pytest.raises(RowError):
+        row.advance(encoded("8")[0])
+
+
+def test_what_is_not_allowed_ends_the_row() -> None:
+    """A token against the grammar, an end too early, an id that no token has."""
+    text = grammar.for_json_schema({"type": "integer"})
+    for token_id in (encoded("x")[0], END, 699, 10**6):
+        with pytest.raises(RowError):
+            matcher(text).advance(token_id)
+
+
+def test_a_mask_is_as_long_as_the_models_vocabulary() -> None:
+    """Padding of the model's has no bits; `fill` writes a whole row, whatever was in it."""
+    row = matcher(grammar.for_tool_calls(ToolUse(tools=[{"type": "function", "function": {"name": "f"}}])))
+    batch = np.full((2, num_words(VOCAB_SIZE)), 0xFFFFFFFF, np.uint32)
+    row.fill(batch[1])
+    bits = unpacked(batch, VOCAB_SIZE)
+    assert bits.shape == (2, VOCAB_SIZE)
+    assert bits[0].all()
+    assert not bits[1, backend().get_vocab_size() :].any()
+    assert 200 < bits[1].sum() < 400
+
+
+def test_a_model_that_has_fewer_logits_than_its_tokenizer_tokens() -> None:
+    """Masks are as long as the model's logits, and what lies beyond may not come."""
+    few = Grammars(Fast(), 300, [END])
+    row = Matcher(
+        few.compile(grammar.for_tool_calls(ToolUse(tools=[{"type": "function", "function": {"name": "f"}}])))
+    )
+    assert row.allowed().shape == (num_words(300),)
+
+
+def test_apply() -> None:
+    """Logits stay where the bit is set, and are minus infinity elsewhere, row by row."""
+    words = np.array([[0b101, 1 << 31], [0, 0xFFFFFFFF]], np.uint32)
+    logits = np.arange(2 * 40, dtype=np.float32).reshape(2, 40)
+    out = apply(words, logits)
+    assert np.flatnonzero(np.isfinite(out[0])).tolist() == [0, 2]
+    assert np.flatnonzero(np.isfinite(out[1])).tolist() == [*range(32, 40)]
+    assert (out[1, 32:] == logits[1, 32:]).all()
+    assert out.dtype == np.float32
+
+
+@pytest.mark.parametrize("as_one_token", [True, False])
+def test_the_mark_of_a_call_is_text(as_one_token: bool) -> None:
+    """A tokenizer may call the mark special: it is written all the same, as one token or letter by letter."""
+    tools = ToolUse(tools=[{"type": "function", "function": {"name": "f"}}], is_required=True)
+    row = matcher(grammar.for_tool_calls(tools))
+    row.replay([CALL] if as_one_token else [backend().token_to_id(c) for c in "<tool_call>"])
+    row.replay([backend().token_to_id(c) for c in '{"'])
+    row.replay(encoded('name": "f", "arguments": {}}'))
+    row.replay([CALL + 1])
+    assert {END, PAD} < set(allowed_ids(row))
+
+
+def test_text_that_reads_like_a_special_token() -> None:
+    """A value that is written like an end token comes letter by letter, and ends nothing."""
+    compiled = grammars().compile(grammar.for_json_schema({"const": "a<end><pad>"}))
+    walk = Walk(compiled, text_of, seed=1).run()
+    assert walk.text == '"a<end><pad>"'
+    assert not {END, PAD} & set(walk.token_ids)
+
+
+def test_special_tokens_are_no_text() -> None:
+    """Free text has every token but those that only a template writes."""
+    tools = ToolUse(tools=[{"type": "function", "function": {"name": "f"}}])
+    row = Matcher(Grammars(Fast(), VOCAB_SIZE, [END]).compile(grammar.for_tool_calls(tools)))
+    assert PAD not in allowed_ids(row)
+    assert set(encoded("Ann said “naïve”")) < set(allowed_ids(row))
+
+
+def test_compiling_again_costs_nothing() -> None:
+    """The same text is compiled once; another is not it."""
+    text = grammar.for_json_schema({"const": "once"})
+    assert grammars().compile(text) is grammars().compile(text)
+    assert grammars().compile(text) is not grammars().compile(grammar.for_json_schema({"const": "twice"}))
+
+
+def test_many_threads_compile() -> None:
+    """Threads that compile at once, also the same text, each get what they asked for."""
+    texts = [grammar.for_json_schema({"const": f"value {i % 5}"}) for i in range(20)]
+    found: dict[int, Matcher] = {}
+
+    def work(i: int) -> None:
+        found[i] = Matcher(grammars().compile(texts[i]))
+        found[i].replay(encoded(f'"value {i % 5}"'))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(found[i].is_finished for i in range(20))
+
+
+def test_what_does_not_compile_is_the_requests_fault() -> None:
+    """A grammar that no API of ours would have sent is a 400, here as well."""
+    with pytest.raises(RequestError) as raised:
+        grammars().compile(grammar.for_json_schema({"enum": []}))
+    assert (raised.value.status, raised.value.param) == (400, "response_format")
+    with pytest.raises(RequestError):
+        grammars().compile("start: nothing")
+
+
+class Words:
+    """A vocabulary that llguidance cannot read from a file: whole words, without bytes."""
+
+    vocabulary = ("<end>", "true", "false", "tr", "ue", "x")
+    all_special_ids = (0,)
+
+    def __init__(self) -> None:
+        self.detokenizer = SimpleNamespace()
+        self.added_tokens_decoder: dict[int, str] = {}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {word: i for i, word in enumerate(self.vocabulary)}
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join(self.vocabulary[i] for i in token_ids)
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return [self.vocabulary.index(text)] if text in self.vocabulary else []
+
+
+def test_a_vocabulary_without_a_file() -> None:
+    """Where there is no fast tokenizer, the tokens' bytes do."""
+    few = Grammars(Words(), 40, [0])
+    row = Matcher(few.compile(grammar.for_json_schema({"type": "boolean"})))
+    assert set(allowed_ids(row)) == {1, 2, 3}
+    row.advance(3)
+    row.advance(4)
+    assert set(allowed_ids(row)) == {0}
+
+
+def test_a_vocabulary_that_has_no_word_for_it() -> None:
+    """A grammar that the vocabulary cannot write is refused, not waited for."""
+    with pytest.raises(RequestError):
+        Grammars(Words(), 40, [0]).compile(grammar.for_json_schema({"type": "integer"}))

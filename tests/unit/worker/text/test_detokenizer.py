@@ -1,0 +1,131 @@
+"""Text from token ids for each family of vocabularies, one token at a time."""
+
+from __future__ import annotations
+
+import codecs
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.text.detokenizer import TokenBytes
+
+
+class Streaming:
+    """What mlx-lm's streaming detokenizers show of themselves."""
+
+    def __init__(self, tokenmap: list[Any], *, trim_space: bool | None = None) -> None:
+        self.tokenmap = tokenmap
+        if trim_space is not None:
+            self.trim_space = trim_space
+
+
+class Tokenizer:
+    """What `TokenBytes` needs of mlx-lm's wrapper."""
+
+    def __init__(self, streaming: Any, added: dict[int, str] | None = None) -> None:
+        self.detokenizer = streaming
+        self.added_tokens_decoder = added or {}
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(f"<{i}>" for i in ids)
+
+
+def byte_level(data: bytes) -> str:
+    """A token as byte-level BPE writes it, worked out the other way round than in the code: GPT-2's own algorithm."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    table, extra = {}, 0
+    for byte in range(256):
+        if byte in printable:
+            table[byte] = chr(byte)
+        else:
+            table[byte] = chr(256 + extra)
+            extra += 1
+    return "".join(table[byte] for byte in data)
+
+
+ALL_BYTES = TokenBytes(Tokenizer(Streaming([byte_level(bytes([byte])) for byte in range(256)])))
+
+
+@given(st.text())
+def test_text_comes_back_from_its_bytes(text: str) -> None:
+    """Any text, one byte a token: nothing is lost, and no half character ever comes out."""
+    detokenizer = ALL_BYTES.detokenizer(after_template=True)
+    pieces = [detokenizer.add(byte) for byte in text.encode()]
+    assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
+    assert "".join(pieces) + detokenizer.flush() == text
+
+
+@given(st.binary(max_size=40))
+def test_any_bytes_and_again(data: bytes) -> None:
+    """What is no UTF-8 becomes U+FFFD as Python does it; the same ids give the same text again."""
+
+    def run() -> str:
+        detokenizer = ALL_BYTES.detokenizer(after_template=False)
+        return "".join(detokenizer.add(byte) for byte in data) + detokenizer.flush()
+
+    assert run() == run() == codecs.decode(data, "utf-8", "replace")
+
+
+def test_half_a_character_at_the_end() -> None:
+    """A character that never became whole is one replacement character, at the very end."""
+    detokenizer = ALL_BYTES.detokenizer(after_template=True)
+    assert [detokenizer.add(byte) for byte in "🌊".encode()[:3]] == ["", "", ""]
+    assert detokenizer.flush() == "\ufffd"
+
+
+def test_leading_space_of_a_byte_level_token_stays() -> None:
+    """A completion goes on with its prompt: its first space is text."""
+    tokens = TokenBytes(Tokenizer(Streaming([byte_level(b" Paris")])))
+    assert tokens.detokenizer(after_template=False).add(0) == " Paris"
+
+
+def test_added_tokens_are_themselves() -> None:
+    """An added token is not in the byte alphabet, even where its characters are."""
+    tokens = TokenBytes(Tokenizer(Streaming([byte_level(b"a"), "é"]), added={1: "é"}))
+    assert tokens[1] == "é".encode()
+
+
+def test_a_padded_vocabulary() -> None:
+    """A model may sample ids that its tokenizer does not have."""
+    assert ALL_BYTES[1000] == b""
+
+
+def test_sentencepiece() -> None:
+    """Its mark is a space; the first one is dropped behind a template only; byte tokens make characters together."""
+    pieces = ["\u2581Hello".encode(), "\u2581you".encode(), b"\xf0", b"\x9f", b"\x8c", b"\x8a"]
+    tokens = TokenBytes(Tokenizer(Streaming(pieces, trim_space=True)))
+    chat, plain = tokens.detokenizer(after_template=True), tokens.detokenizer(after_template=False)
+    assert [chat.add(0), chat.add(1)] == ["Hello", " you"]
+    assert [plain.add(0), plain.add(1)] == [" Hello", " you"]
+    assert [chat.add(i) for i in (2, 3, 4, 5)] == ["", "", "", "🌊"]
+
+
+def test_other_vocabularies_go_through_mlx_lm() -> None:
+    """A tokenizer without a table is decoded by mlx-lm's own detokenizer, a copy for each row."""
+
+    class Naive:
+        def __init__(self) -> None:
+            self.reset()
+
+        def reset(self) -> None:
+            self.segment = ""
+
+        def add_token(self, token: int) -> None:
+            self.segment = f"[{token}]"
+
+        def finalize(self) -> None:
+            self.segment = "end"
+
+        @property
+        def last_segment(self) -> str:
+            return self.segment
+
+    tokens = TokenBytes(Tokenizer(Naive()))
+    first, second = tokens.detokenizer(after_template=True), tokens.detokenizer(after_template=True)
+    assert (first.add(1), second.add(2), first.flush()) == ("[1]", "[2]", "end")
+    assert tokens[5] == b"<5>"

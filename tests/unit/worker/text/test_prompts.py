@@ -1,0 +1,102 @@
+"""Prompts to token ids, with a tokenizer that shows what it was given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from common.errors import RequestError
+from common.protocol import ChatPrompt, GenerationJob, TextPrompt, TokenPrompt
+from worker.text.prompts import tokenize
+
+
+class Tokenizer:
+    """A token a character; the template writes roles and texts."""
+
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+
+    def __init__(self, *, has_chat_template: bool = True, error: Exception | None = None) -> None:
+        self.has_chat_template = has_chat_template
+        self._error = error
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(char) for char in text]
+
+    def apply_chat_template(
+        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool
+    ) -> list[int]:
+        assert add_generation_prompt
+        if self._error is not None:
+            raise self._error
+        return self.encode("".join(f"{m['role']}:{m['content']};" for m in messages))
+
+
+def read(
+    prompt: ChatPrompt | TextPrompt | TokenPrompt, tokenizer: Any = None, context_length: int = 100
+) -> list[int]:
+    job = GenerationJob(job_id="a", model="m", channel="c", prompt=prompt)
+    return tokenize(job, tokenizer or Tokenizer(), context_length)
+
+
+def text(ids: list[int]) -> str:
+    return "".join(map(chr, ids))
+
+
+HELLO = [{"role": "user", "content": "hi"}]
+
+
+def test_the_models_template() -> None:
+    """Messages go through the template where there is one."""
+    assert text(read(ChatPrompt(HELLO))) == "user:hi;"
+
+
+def test_role_mapping() -> None:
+    """A model without a template gets its messages behind the prefixes of roles: as given, or as mlx_lm.server does."""
+    base = Tokenizer(has_chat_template=False)
+    assert text(read(ChatPrompt(HELLO), base)) == "USER: hi\nASSISTANT:"
+    mapping = {"user": "Q: ", "assistant": "A: ", "stop": " | "}
+    assert text(read(ChatPrompt(HELLO, mapping), base)) == "Q: hi | A:"
+
+
+def test_token_ids_and_text_as_they_are() -> None:
+    """A plain prompt is not changed."""
+    assert read(TokenPrompt([5, 6])) == [5, 6]
+    assert text(read(TextPrompt(" x "))) == " x "
+
+
+def test_an_empty_prompt_begins_a_document() -> None:
+    """As OpenAI: from the beginning-of-text token, or the end-of-text one, or not at all."""
+    tokenizer = Tokenizer()
+    assert read(TextPrompt(""), tokenizer) == [1]
+    tokenizer.bos_token_id = None
+    assert read(TextPrompt(""), tokenizer) == [2]
+    tokenizer.eos_token_id = None
+    with pytest.raises(RequestError) as refused:
+        read(TextPrompt(""), tokenizer)
+    assert (refused.value.status, refused.value.param) == (400, "prompt")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param"),
+    [(TextPrompt("x" * 100), "prompt"), (ChatPrompt([{"role": "user", "content": "x" * 99}]), "messages")],
+)
+def test_no_room_for_an_answer(prompt: Any, param: str) -> None:
+    """A prompt as long as the context is a 400 that names what is too long."""
+    with pytest.raises(RequestError) as refused:
+        read(prompt)
+    assert (refused.value.status, refused.value.code, refused.value.param) == (
+        400,
+        "context_length_exceeded",
+        param,
+    )
+    assert len(read(TextPrompt("x" * 99))) == 99
+
+
+def test_a_template_that_refuses() -> None:
+    """What a template raises is the messages' fault, and its words are passed on."""
+    with pytest.raises(RequestError) as refused:
+        read(ChatPrompt(HELLO), Tokenizer(error=ValueError("roles must alternate")))
+    assert (refused.value.status, refused.value.param) == (400, "messages")
+    assert "roles must alternate" in refused.value.message

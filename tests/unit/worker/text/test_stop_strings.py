@@ -1,0 +1,65 @@
+"""Stop strings: the text before them, whole, and never a character of them, however the text is cut into tokens."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.text.stop_strings import StopMatcher
+
+
+def run(stops: list[str], pieces: list[str]) -> tuple[str, bool]:
+    """All that comes out, and whether a stop string ended it."""
+    matcher = StopMatcher(stops)
+    out = ""
+    for piece in pieces:
+        text, stopped = matcher.feed(piece)
+        out += text
+        if stopped:
+            return out, True
+    return out + matcher.flush(), False
+
+
+def expected(stops: list[str], text: str) -> tuple[str, bool]:
+    """The definition: the stop string that ends first wins, of those the one that starts first."""
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    return (text[: min(ends)[1]], True) if ends else (text, False)
+
+
+@pytest.mark.parametrize(
+    ("stops", "pieces", "out"),
+    [
+        (["stop"], ["one st", "op two"], ("one ", True)),
+        (["stop"], ["stop"], ("", True)),
+        (["stop"], ["s", "t", "o", "p"], ("", True)),
+        (["stop"], ["st", "ay"], ("stay", False)),
+        (["stop"], ["a st"], ("a st", False)),
+        (["aab"], ["aa", "ab"], ("a", True)),
+        (["b", "abc"], ["a", "bc"], ("a", True)),
+        (["abc", "bc"], ["xabc"], ("x", True)),
+        (["é🌊"], ["caf", "é", "🌊!"], ("caf", True)),
+        ([], ["anything"], ("anything", False)),
+    ],
+)
+def test_examples(stops: list[str], pieces: list[str], out: tuple[str, bool]) -> None:
+    """Inside a piece, across pieces, at the first character, look-alikes, overlaps, several at once, non-ASCII."""
+    assert run(stops, pieces) == out
+
+
+@given(
+    st.lists(st.text("ab🌊", min_size=1, max_size=4), min_size=1, max_size=4),
+    st.lists(st.text("ab🌊", max_size=4), max_size=12),
+)
+def test_cutting_does_not_matter(stops: list[str], pieces: list[str]) -> None:
+    """Any text cut anyhow gives what the whole text gives, and no stop string is ever in it."""
+    out, stopped = run(stops, pieces)
+    assert (out, stopped) == expected(stops, "".join(pieces))
+    assert not any(stop in out for stop in stops)
+
+
+def test_text_is_not_held_longer_than_it_must() -> None:
+    """What cannot be the start of a stop string comes out at once."""
+    matcher = StopMatcher(["stop"])
+    assert matcher.feed("some s") == ("some ", False)
+    assert matcher.feed("un") == ("sun", False)

@@ -1,0 +1,1 @@
+"""All of RQ and Redis in a worker: taking jobs, leases, takeover, the journal."""

