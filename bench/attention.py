@@ -17,7 +17,7 @@ from bench.harness.table import Table, say
 from worker.mlx.backends.cuda_attention import CudaKernel
 
 SHAPES = ((8, 300), (32, 600), (64, 600), (64, 2000), (8, 4000))
-MOST_PADDING = 23
+MAX_PADDING = 23
 NUM_CALLS = 64
 ROUNDS = 5
 SCALE = 64**-0.5
@@ -37,7 +37,7 @@ def calls(num_rows: int, num_keys: int) -> list[Callable[[], mx.array]]:
     q = mx.random.normal((num_rows, 32, 1, 64)).astype(mx.bfloat16)
     buffers = mx.random.normal((2, num_rows, 8, 4096, 64)).astype(mx.bfloat16)
     k, v = buffers[0][:, :, :num_keys], buffers[1][:, :, :num_keys]
-    start = mx.array([i % MOST_PADDING for i in range(num_rows)], dtype=mx.int32)
+    start = mx.array([i % MAX_PADDING for i in range(num_rows)], dtype=mx.int32)
     mask = (mx.arange(num_keys)[None, :] >= start[:, None])[:, None, None, :]
     mx.eval(q, k, v, start, mask)
     return [

@@ -19,14 +19,14 @@ from bench.harness.meter import wait_until_quiet
 from bench.harness.table import Table, say
 from common.protocol import GenerationJob, SamplingParams, TokenPrompt
 from common.settings import Settings
-from worker.jobs.redis_journal import Receipt, Row
+from worker.jobs.redis_journal import AppendResult, Row
 from worker.loop.generation_loop import GenerationLoop
-from worker.loop.messages import Admit, Message, Withdraw, Withdrawal
+from worker.loop.messages import Abort, AbortReason, Admit, Message
 from worker.mlx.engine import MLXEngine
 
 PATIENCE_SECONDS = 60.0
 PROMPT_TOKENS = 45
-MOST_PADDING = 23
+MAX_PADDING = 23
 NUM_ROWS = (1, 8, 32)
 
 
@@ -36,15 +36,15 @@ class NoJournal:
     def send(self, rows: Sequence[Row]) -> None:
         """As `worker.jobs.redis_journal.Journal.send`."""
 
-    def collect(self) -> Receipt:
+    def collect(self) -> AppendResult:
         """As `worker.jobs.redis_journal.Journal.collect`."""
-        return Receipt()
+        return AppendResult()
 
 
 def prompts(num_rows: int, *, is_even: bool) -> list[list[int]]:
     """Token ids for each row; what they say is of no account."""
     whole = list(range(5, 5 + PROMPT_TOKENS))
-    return [whole if is_even else whole[i * 5 % MOST_PADDING :] for i in range(num_rows)]
+    return [whole if is_even else whole[i * 5 % MAX_PADDING :] for i in range(num_rows)]
 
 
 def raw(engine: MLXEngine, rows: list[list[int]], num_steps: int) -> float:
@@ -88,7 +88,7 @@ def loop(engine: MLXEngine, rows: list[list[int]], num_steps: int) -> float:
 
     seconds = _median_step(turn, len(rows), num_steps)
     for job in jobs:
-        inbox.put(Withdraw(job.job_id, Withdrawal.HANDED_OVER))
+        inbox.put(Abort(job.job_id, AbortReason.REQUEUED))
     turn()
     return seconds
 

@@ -164,17 +164,17 @@ def measure_many(num_streams: int, num_api: int, table: Table) -> None:
         pool.start_api(num_api)
         run_clients(pool.url, 1, 64, 2)
         before = pool.rss_bytes()
-        most_bytes = dict(before)
+        max_bytes = dict(before)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=context) as executor:
             future = executor.submit(client, pool.url, num_streams, SLOW_TOKENS)
             while not future.done():
                 time.sleep(0.5)
-                most_bytes = {role: max(num, most_bytes[role]) for role, num in pool.rss_bytes().items()}
+                max_bytes = {role: max(num, max_bytes[role]) for role, num in pool.rss_bytes().items()}
             part = future.result()
     first = [1000 * seconds for seconds in part.first_seconds]
     figures = f"{percentile(first, 50):,.0f}", f"{percentile(first, 99):,.0f}"
-    added = [f"{(most_bytes[role] - before[role]) / 1024 / num_streams:.1f}" for role in MEMORY_ROLES]
+    added = [f"{(max_bytes[role] - before[role]) / 1024 / num_streams:.1f}" for role in MEMORY_ROLES]
     table.add([str(num_streams), str(num_api), str(len(part.errors)), *figures, *added])
     for error in sorted(set(part.errors))[:3]:
         say(f"<!-- {error} -->")

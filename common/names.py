@@ -40,7 +40,7 @@ JOB_FUNCTION = "mlxpool.generate"
 
 
 _ID_TOKENS_DIGITS = 6
-MOST_ID_TOKENS = 16**_ID_TOKENS_DIGITS - 1
+MAX_ID_TOKENS = 16**_ID_TOKENS_DIGITS - 1
 
 
 def new_job_id(num_tokens: int) -> str:
@@ -49,7 +49,7 @@ def new_job_id(num_tokens: int) -> str:
     So a queue, which is a list of ids, says by itself how much waits in it: a counter would have to be kept true through
     every crash.
     """
-    return f"{secrets.token_hex(12)}{min(max(num_tokens, 0), MOST_ID_TOKENS):0{_ID_TOKENS_DIGITS}x}"
+    return f"{secrets.token_hex(12)}{min(max(num_tokens, 0), MAX_ID_TOKENS):0{_ID_TOKENS_DIGITS}x}"
 
 
 def estimated_tokens(job_id: str) -> int:

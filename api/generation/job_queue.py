@@ -40,14 +40,14 @@ _LARGE_JOB_BYTES = 64 * 1024
 # as its number of words and its words. A queue's ids say how many tokens each job is (`names.new_job_id`). What finds the
 # queue empty is never too much. Answer: whether the jobs were put into the queue, and how many requests and tokens wait.
 _SUBMIT = """
-local queue, most, most_tokens, own = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[5])
+local queue, most, max_tokens, own = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[5])
 local num, tokens, i = redis.call('LLEN', queue), 0, 6
 if num > 0 then
   if num + ARGV[4] > most then return {0, num, 0} end
   for _, id in ipairs(redis.call('LRANGE', queue, 0, -1)) do
     tokens = tokens + (tonumber(string.sub(id, -6), 16) or 0)
   end
-  if tokens + own > most_tokens then return {0, num, tokens} end
+  if tokens + own > max_tokens then return {0, num, tokens} end
 end
 while i <= #ARGV do
   local last = i + ARGV[i]

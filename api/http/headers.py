@@ -39,19 +39,19 @@ def new_request_id() -> str:
     return "req_" + secrets.token_hex(12)
 
 
-def timeout_seconds(req: falcon.asgi.Request, most_seconds: float) -> float:
-    """The request's deadline: `x-request-timeout` in seconds, else `most_seconds`.
+def timeout_seconds(req: falcon.asgi.Request, max_seconds: float) -> float:
+    """The request's deadline: `x-request-timeout` in seconds, else `max_seconds`.
 
     Raises:
         RequestError: 400; the header says something else.
     """
     given = req.get_header("x-request-timeout")
     if given is None:
-        return most_seconds
+        return max_seconds
     seconds = float(given) if _SANE_SECONDS.fullmatch(given) else 0.0
-    if not 0.0 < seconds <= most_seconds:
+    if not 0.0 < seconds <= max_seconds:
         raise invalid(
-            f"The header X-Request-Timeout takes seconds, above 0 and at most {most_seconds:g}, not '{given[:40]}'.",
+            f"The header X-Request-Timeout takes seconds, above 0 and at most {max_seconds:g}, not '{given[:40]}'.",
             "X-Request-Timeout",
         )
     return seconds

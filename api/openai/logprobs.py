@@ -14,7 +14,7 @@ from typing import Any
 
 from common.protocol import Delta, Echo, TokenLogprob
 
-LEAST_LOGPROB = -9999.0
+MIN_LOGPROB = -9999.0
 """OpenAI's number for "never"; JSON has no infinity."""
 
 
@@ -49,7 +49,7 @@ class LogprobAligner:
         own = delta.logprob
         if own is not None:
             text = self._decoder.decode(own.data)
-            self._open.append(Item(text, own.data, max(own.logprob, LEAST_LOGPROB), delta.top))
+            self._open.append(Item(text, own.data, max(own.logprob, MIN_LOGPROB), delta.top))
             if text and not self._decoder.getstate()[0]:
                 self._close_group()
         items: list[Item] = []
@@ -138,7 +138,7 @@ def _length(group: list[Item]) -> int:
 def _top_token(token: TokenLogprob) -> dict[str, Any]:
     return {
         "token": token.data.decode("utf-8", "replace"),
-        "logprob": max(token.logprob, LEAST_LOGPROB),
+        "logprob": max(token.logprob, MIN_LOGPROB),
         "bytes": list(token.data),
     }
 
@@ -173,7 +173,7 @@ def legacy_arrays(items: list[Item], start: int) -> dict[str, list[Any]]:
         "top_logprobs": [
             None
             if item.logprob is None
-            else {_key(token.data): max(token.logprob, LEAST_LOGPROB) for token in item.top}
+            else {_key(token.data): max(token.logprob, MIN_LOGPROB) for token in item.top}
             | {item.text or _key(item.data): item.logprob}
             for item in items
         ],

@@ -19,7 +19,7 @@ from common.errors import StartupError, invalid
 from common.protocol import ChatPrompt, GenerationJob, TextPrompt
 from common.settings import Settings
 from worker.__main__ import WorkerFlags, run
-from worker.loop.engine import Inserted, ModelInfo, RowFailure, StepEvent, StepToken
+from worker.loop.engine import Inserted, ModelInfo, SequenceFailure, StepEvent, StepToken
 
 CONTEXT_LENGTH = 1_000_000
 VOCAB_SIZE = 1_000_000
@@ -135,7 +135,7 @@ class SyntheticEngine:
                     raise RuntimeError("as asked")
                 case _:
                     self.remove(job_id)
-                    failures.append(RowFailure(job_id, RuntimeError("as asked")))
+                    failures.append(SequenceFailure(job_id, RuntimeError("as asked")))
         return failures
 
     def _next_token(self, job_id: str, mark: str) -> StepToken:

@@ -14,7 +14,7 @@ import msgspec
 
 Schema = dict[str, Any] | bool
 
-MOST_SCHEMAS = 2_000
+MAX_SCHEMAS = 2_000
 
 ANNOTATIONS = frozenset(
     "$comment $defs default definitions deprecated description examples readOnly title writeOnly".split()  # noqa: SIM905 (a table)
@@ -25,11 +25,11 @@ _ONE = ("items", "additionalItems", "additionalProperties", "propertyNames", "co
 _LISTED = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _NAMED = ("$defs", "definitions", "properties", "patternProperties")
 _TYPES = ("null", "boolean", "number", "string", "array", "object")
-_MOST_HOPS = 100
+_MAX_HOPS = 100
 
 
 class Document:
-    """A schema with its subschemas; no more of them than one over `MOST_SCHEMAS`, give or take a list's.
+    """A schema with its subschemas; no more of them than one over `MAX_SCHEMAS`, give or take a list's.
 
     Attributes:
         nodes: By JSON pointer.
@@ -38,7 +38,7 @@ class Document:
     def __init__(self, root: dict[str, Any]) -> None:
         self.nodes: dict[str, Any] = {"": root}
         pending = [("", root)]
-        while pending and len(self.nodes) <= MOST_SCHEMAS:
+        while pending and len(self.nodes) <= MAX_SCHEMAS:
             pointer, node = pending.pop()
             for step, child in children(node):
                 self.nodes[pointer + step] = child
@@ -58,7 +58,7 @@ class Document:
 
     def resolved(self, node: Any) -> Any:
         """`node`, or where its reference leads, if it is nothing but a reference."""
-        for _ in range(_MOST_HOPS):
+        for _ in range(_MAX_HOPS):
             if not isinstance(node, dict) or "$ref" not in node or node.keys() - ANNOTATIONS - {"$ref"}:
                 break
             node = self.target(node["$ref"])

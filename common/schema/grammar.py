@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 CALL_BEGIN = "<tool_call>"
 CALL_END = "</tool_call>"
 
-MOST_BYTES = 512 * 1024
-_MOST_MESSAGE_CHARACTERS = 300
+MAX_BYTES = 512 * 1024
+_MAX_MESSAGE_CHARACTERS = 300
 
 _WHITESPACE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 """At most one space behind a comma and a colon, which is how most JSON was written that models learnt from. With more,
@@ -80,8 +80,8 @@ def check(grammar: str) -> str | None:
 
     Takes up to some tens of milliseconds for the largest that it lets pass, without the interpreter's lock.
     """
-    if len(grammar) > MOST_BYTES:
-        return f"The grammar is longer than {MOST_BYTES} bytes."
+    if len(grammar) > MAX_BYTES:
+        return f"The grammar is longer than {MAX_BYTES} bytes."
     try:
         grammars = msgspec.json.decode(grammar)["grammars"]
         schemas = [each["json_schema"] for each in grammars if each.get("json_schema") is not None]
@@ -204,4 +204,4 @@ def _quoted(text: str) -> str:
 def line(text: str) -> str:
     """A message of llguidance as one line that is not too long."""
     line = " ".join(text.split())
-    return line if len(line) <= _MOST_MESSAGE_CHARACTERS else line[: _MOST_MESSAGE_CHARACTERS - 1] + "…"
+    return line if len(line) <= _MAX_MESSAGE_CHARACTERS else line[: _MAX_MESSAGE_CHARACTERS - 1] + "…"

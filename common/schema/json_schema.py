@@ -21,9 +21,9 @@ _CLASS = re.compile(r"\\.|\[\^?(?:\\.|[^\]\\])*\]", re.DOTALL)
 """An escape, or a class of characters."""
 _INSIDE = 1 / 1024
 """How much of a range is given up at an excluded bound."""
-_MOST_OPTIONS = 100
+_MAX_OPTIONS = 100
 """Of a `oneOf`: each is compared to each."""
-_MOST_PASSES = 8
+_MAX_PASSES = 8
 """What is not known to end by then counts as endless; schemas that people write need two."""
 
 
@@ -98,7 +98,7 @@ def _numbers(node: dict[str, Any], *keys: str) -> list[float]:
 
 
 def _exclude_each_other(options: list[Any], document: Document) -> bool:
-    if len(options) > _MOST_OPTIONS:
+    if len(options) > _MAX_OPTIONS:
         return False
     whole = [document.resolved(option) for option in options]
     return all(_excludes(a, b, document) for i, a in enumerate(whole) for b in whole[i + 1 :])
@@ -151,7 +151,7 @@ def _pruned(root: Schema) -> Schema:
     document = Document(root)
     nodes = document.inner_first()
     ending: set[int] = set()
-    for _ in range(_MOST_PASSES):
+    for _ in range(_MAX_PASSES):
         num_known = len(ending)
         for node in nodes:
             if id(node) not in ending and _ends(node, ending, document):

@@ -17,7 +17,7 @@ import msgspec
 
 from common.schema.document import (
     ANNOTATIONS,
-    MOST_SCHEMAS,
+    MAX_SCHEMAS,
     Document,
     Schema,
     as_dict,
@@ -26,26 +26,26 @@ from common.schema.document import (
     types,
 )
 
-MOST_BYTES = 128 * 1024
-MOST_LEVELS = 100
+MAX_BYTES = 128 * 1024
+MAX_LEVELS = 100
 """Of JSON, not of schemas: serde_json stops at 128."""
-MOST_VALUES = 5_000
+MAX_VALUES = 5_000
 """Of all enums together, those inside objects and arrays counted too."""
-MOST_CHARACTERS = 5_000
+MAX_CHARACTERS = 5_000
 """Of a pattern, a name or a value."""
-MOST_PATTERNS = 200
-MOST_PATTERNS_TOGETHER = 6
+MAX_PATTERNS = 200
+MAX_PATTERNS_TOGETHER = 6
 """The time to intersect them is exponential: hard ones take 4 ms if they are eight, and 7 s if they are fourteen."""
-MOST_ALTERNATIVES = 300
+MAX_ALTERNATIVES = 300
 """Objects and arrays that a parser has to follow at once. Thirty that are thirty arrays of each other: 1.5 s a mask."""
-MOST_PATTERN_PROPERTIES = 20
-MOST_MULTIPLE = 10_000
+MAX_PATTERN_PROPERTIES = 20
+MAX_MULTIPLE = 10_000
 """An automaton with a state a remainder."""
-MOST_PATTERN_STEPS = 20_000
+MAX_PATTERN_STEPS = 20_000
 """Of an automaton that counts every repetition out: ``(a{100}){100}`` has ten thousand."""
-_MOST_STEPS_OF_ONE = 1_000
+_MAX_STEPS_OF_ONE = 1_000
 """A repetition of a single character is cheap, however long."""
-_MOST_VISITS = 20_000
+_MAX_VISITS = 20_000
 _COMPOSED = frozenset(("object", "array"))
 
 
@@ -58,12 +58,12 @@ def refusal(schema: Schema) -> str | None:
 
 def size_refusal(schema: dict[str, Any]) -> str | None:
     """The first of it: what is too large is not to be walked through in Python."""
-    if _num_levels(schema) > MOST_LEVELS:
-        return f"The schema has more than {MOST_LEVELS} levels."
-    if len(msgspec.json.encode(schema)) > MOST_BYTES:
-        return f"The schema is longer than {MOST_BYTES} bytes."
-    if len(Document(schema).nodes) > MOST_SCHEMAS:
-        return f"The schema consists of more than {MOST_SCHEMAS} schemas."
+    if _num_levels(schema) > MAX_LEVELS:
+        return f"The schema has more than {MAX_LEVELS} levels."
+    if len(msgspec.json.encode(schema)) > MAX_BYTES:
+        return f"The schema is longer than {MAX_BYTES} bytes."
+    if len(Document(schema).nodes) > MAX_SCHEMAS:
+        return f"The schema consists of more than {MAX_SCHEMAS} schemas."
     return None
 
 
@@ -73,7 +73,7 @@ def pattern_steps(pattern: str) -> int:
     for part in _REGEX_PARTS.finditer(pattern):
         if part["count"]:
             count = int((part["most"] or part["least"])[:9])
-            more = last * (min(count, _MOST_STEPS_OF_ONE) if is_one else count) - last
+            more = last * (min(count, _MAX_STEPS_OF_ONE) if is_one else count) - last
             groups[-1] += more
             last, is_one = last + more, False
         elif part["atom"]:
@@ -97,7 +97,7 @@ _REGEX_PARTS = re.compile(
 def _num_levels(value: Any) -> int:
     """How deep a JSON value is nested, at most one more than allowed; without recursion, since it may be very deep."""
     level, row = 0, [value]
-    while row and level <= MOST_LEVELS:
+    while row and level <= MAX_LEVELS:
         level, row = level + 1, _insides(row)
     return level
 
@@ -105,7 +105,7 @@ def _num_levels(value: Any) -> int:
 def _num_values(values: list[Any]) -> int:
     """All of them, and those inside."""
     num, row = 0, values
-    while row and num <= MOST_VALUES:
+    while row and num <= MAX_VALUES:
         num, row = num + len(row), _insides(row)
     return num
 
@@ -120,14 +120,14 @@ def _insides(row: list[Any]) -> list[Any]:
 
 def _complaints(document: Document) -> Iterator[str]:
     nodes = list(document.schemas)
-    if sum(len(as_list(node.get("required"))) for node in nodes) > MOST_SCHEMAS:
-        yield f"The schema has more than {MOST_SCHEMAS} required properties."
-    if sum(_num_values(literal_values(node)) for node in nodes) > MOST_VALUES:
-        yield f"The schema's enums have more than {MOST_VALUES} values."
-    if sum(len(_patterns(node)) + ("format" in node) for node in nodes) > MOST_PATTERNS:
-        yield f"The schema has more than {MOST_PATTERNS} patterns."
-    if sum(_num_alternatives(node, document) for node in nodes) > MOST_ALTERNATIVES:
-        yield f"The schema has more than {MOST_ALTERNATIVES} alternatives that are objects or arrays."
+    if sum(len(as_list(node.get("required"))) for node in nodes) > MAX_SCHEMAS:
+        yield f"The schema has more than {MAX_SCHEMAS} required properties."
+    if sum(_num_values(literal_values(node)) for node in nodes) > MAX_VALUES:
+        yield f"The schema's enums have more than {MAX_VALUES} values."
+    if sum(len(_patterns(node)) + ("format" in node) for node in nodes) > MAX_PATTERNS:
+        yield f"The schema has more than {MAX_PATTERNS} patterns."
+    if sum(_num_alternatives(node, document) for node in nodes) > MAX_ALTERNATIVES:
+        yield f"The schema has more than {MAX_ALTERNATIVES} alternatives that are objects or arrays."
     for node in nodes:
         yield from _complaints_of_one(node, document)
     yield from _complaints_of_multiples(nodes)
@@ -152,16 +152,16 @@ def _complaints_of_one(node: dict[str, Any], document: Document) -> Iterator[str
         yield f"$ref has to lead to a schema in the schema (#/...), and {str(node['$ref'])[:60]} does not."
     if isinstance(node.get("$id"), str):
         yield "$id is supported at the top of the schema only."
-    if len(as_dict(node.get("patternProperties"))) > MOST_PATTERN_PROPERTIES:
-        yield f"patternProperties has more than {MOST_PATTERN_PROPERTIES} patterns."
+    if len(as_dict(node.get("patternProperties"))) > MAX_PATTERN_PROPERTIES:
+        yield f"patternProperties has more than {MAX_PATTERN_PROPERTIES} patterns."
     if "oneOf" in node and not as_list(node.get("oneOf")):
         yield "oneOf has to be a list of schemas."
     strings: list[Any] = [*as_dict(node.get("properties")), *_patterns(node)]
     strings += [*literal_values(node), *as_list(node.get("required"))]
-    if any(len(text) > MOST_CHARACTERS for text in strings if isinstance(text, str)):
-        yield f"A pattern, a name or a value in the schema is longer than {MOST_CHARACTERS} characters."
-    if any(pattern_steps(pattern) > MOST_PATTERN_STEPS for pattern in _patterns(node)):
-        yield f"A pattern repeats what it repeats, more than {MOST_PATTERN_STEPS} times in all."
+    if any(len(text) > MAX_CHARACTERS for text in strings if isinstance(text, str)):
+        yield f"A pattern, a name or a value in the schema is longer than {MAX_CHARACTERS} characters."
+    if any(pattern_steps(pattern) > MAX_PATTERN_STEPS for pattern in _patterns(node)):
+        yield f"A pattern repeats what it repeats, more than {MAX_PATTERN_STEPS} times in all."
 
 
 def _complaints_of_multiples(nodes: list[dict[str, Any]]) -> Iterator[str]:
@@ -173,12 +173,12 @@ def _complaints_of_multiples(nodes: list[dict[str, Any]]) -> Iterator[str]:
         return
     # Where schemas are intersected, multiples of one and of the other become multiples of both.
     for group in [set(values)] if any(map(_is_intersection, nodes)) else [{value} for value in values]:
-        if _common_multiple(group) > MOST_MULTIPLE:
-            yield f"multipleOf of more than {MOST_MULTIPLE} steps is not supported."
+        if _common_multiple(group) > MAX_MULTIPLE:
+            yield f"multipleOf of more than {MAX_MULTIPLE} steps is not supported."
 
 
 def _complaints_of_intersections(document: Document) -> Iterator[str]:
-    if len({pattern for node in document.schemas for pattern in _patterns(node)}) <= MOST_PATTERNS_TOGETHER:
+    if len({pattern for node in document.schemas for pattern in _patterns(node)}) <= MAX_PATTERNS_TOGETHER:
         return
     num_visits = 0
     for node in filter(_is_intersection, document.schemas):
@@ -190,12 +190,12 @@ def _complaints_of_intersections(document: Document) -> Iterator[str]:
                 seen[id(inner)] = inner
                 pending += document.inner(inner)
         num_visits += len(seen)
-        if len({pattern for inner in seen.values() for pattern in _patterns(inner)}) > MOST_PATTERNS_TOGETHER:
+        if len({pattern for inner in seen.values() for pattern in _patterns(inner)}) > MAX_PATTERNS_TOGETHER:
             yield (
-                f"More than {MOST_PATTERNS_TOGETHER} patterns are below an allOf, patternProperties, or a $ref, anyOf "
+                f"More than {MAX_PATTERNS_TOGETHER} patterns are below an allOf, patternProperties, or a $ref, anyOf "
                 "or oneOf with other keywords beside it."
             )
-        if num_visits > _MOST_VISITS:
+        if num_visits > _MAX_VISITS:
             yield "The schema combines too many schemas that have patterns."
 
 
@@ -213,7 +213,7 @@ def _common_multiple(values: set[float]) -> int:
         last = min([0, *(int(value.as_tuple().exponent) for value in decimals)])
         return math.lcm(*(int(value.scaleb(-last)) for value in decimals))
     except (InvalidOperation, OverflowError, ValueError):
-        return MOST_MULTIPLE + 1
+        return MAX_MULTIPLE + 1
 
 
 def _patterns(node: dict[str, Any]) -> list[str]:

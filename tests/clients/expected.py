@@ -11,8 +11,8 @@ UNKNOWN_MODEL = "The model `no-such-model` does not exist."
 
 _CONTINENTS = ("Africa", "Asia", "Europe")
 _UNITS = ("celsius", "fahrenheit")
-_MOST_DISTRICTS = 2
-_MOST_LETTERS = 12
+_MAX_DISTRICTS = 2
+_MAX_LETTERS = 12
 
 
 def is_city(value: Any) -> bool:
@@ -20,10 +20,10 @@ def is_city(value: Any) -> bool:
     return (
         set(value) == {"name", "continent", "is_capital", "districts"}
         and isinstance(value["name"], str)
-        and len(value["name"]) <= _MOST_LETTERS
+        and len(value["name"]) <= _MAX_LETTERS
         and value["continent"] in _CONTINENTS
         and isinstance(value["is_capital"], bool)
-        and len(value["districts"]) <= _MOST_DISTRICTS
+        and len(value["districts"]) <= _MAX_DISTRICTS
         and all(type(district) is int for district in value["districts"])
     )
 
@@ -35,7 +35,7 @@ def is_call(name: str, arguments: Any) -> bool:
     return (
         name == "get_weather"
         and set(arguments) == {"city", "unit"}
-        and len(arguments["city"]) <= _MOST_LETTERS
+        and len(arguments["city"]) <= _MAX_LETTERS
         and arguments["unit"] in _UNITS
     )
 

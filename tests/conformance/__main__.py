@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"{asked.url} cannot be reached: {error}\n")
         return 1
     results = runner.run(
-        server, behaviours, asked.most_seconds, _tell if sys.stderr.isatty() else lambda _: None
+        server, behaviours, asked.max_seconds, _tell if sys.stderr.isatty() else lambda _: None
     )
     _print(report.table(results, with_all=asked.all))
     server.close()
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="demo", help="model to ask for (default: demo)")
     parser.add_argument("--key", default="", help="API key, if it asks for one")
     parser.add_argument("--only", default="", metavar="TEXT", help="behaviours with TEXT in their id")
-    parser.add_argument("--most-seconds", type=float, default=900.0, help="for all together (default: 900)")
+    parser.add_argument("--max-seconds", type=float, default=900.0, help="for all together (default: 900)")
     parser.add_argument("--strict", action="store_true", help="fail where a behaviour is not shown")
     parser.add_argument("--all", action="store_true", help="a line for what is shown, too")
     parser.add_argument("--list", action="store_true", help="print the catalogue and ask nobody")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from tests.conformance.catalogue import Behaviour
-from tests.conformance.server import MOST_SECONDS, Broken, NotShown, Server
+from tests.conformance.server import MAX_SECONDS, Broken, NotShown, Server
 
 BACK_SECONDS = 30.0
 """What a server that died gets to be back."""
@@ -37,21 +37,21 @@ class Result(msgspec.Struct, frozen=True):
 def run(
     server: Server,
     behaviours: Iterable[Behaviour],
-    most_seconds: float = float("inf"),
+    max_seconds: float = float("inf"),
     tell: Callable[[Result], None] = lambda _: None,
 ) -> list[Result]:
     """Look at all of them.
 
     Args:
-        most_seconds: For all together; what is left then is not shown.
+        max_seconds: For all together; what is left then is not shown.
         tell: Called with each result as it is there.
     """
-    ends_at = time.monotonic() + most_seconds
+    ends_at = time.monotonic() + max_seconds
     results: list[Result] = []
     is_gone = False
     for behaviour in behaviours:
         if time.monotonic() > ends_at:
-            result = Result(behaviour, f"no time was left of {most_seconds:g} s", 0.0)
+            result = Result(behaviour, f"no time was left of {max_seconds:g} s", 0.0)
         elif is_gone and not _is_alive(server, _GONE_SECONDS):
             result = Result(behaviour, "the server died before, and is not back", 0.0)
         else:
@@ -63,7 +63,7 @@ def run(
 
 def _look_at(server: Server, behaviour: Behaviour) -> tuple[Result, bool]:
     """The result, and whether the server is gone for good."""
-    server.give(MOST_SECONDS)
+    server.give(MAX_SECONDS)
     began_at = time.monotonic()
     reason: str | None = None
     may_be_dead = False

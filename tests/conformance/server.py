@@ -22,11 +22,11 @@ from tests.conformance import schema
 CHAT = "/v1/chat/completions"
 LEGACY = "/v1/completions"
 
-MOST_SECONDS = 30.0
+MAX_SECONDS = 30.0
 """That a behaviour may take."""
 
 _OK, _REDIRECTS = 200, 300
-_MOST_AT_ONCE = 64
+_MAX_AT_ONCE = 64
 
 
 class NotShown(Exception):  # noqa: N818 (it is no error)
@@ -124,7 +124,7 @@ class Server:
         self.url = self.url.rstrip("/").removesuffix("/v1")
         self._client = httpx2.Client(
             base_url=self.url,
-            limits=httpx2.Limits(max_connections=_MOST_AT_ONCE),
+            limits=httpx2.Limits(max_connections=_MAX_AT_ONCE),
             trust_env=False,
             verify=self.url.startswith("https"),  # certificates take a while to load
         )
@@ -133,7 +133,7 @@ class Server:
     def close(self) -> None:
         self._client.close()
 
-    def give(self, seconds: float = MOST_SECONDS) -> None:
+    def give(self, seconds: float = MAX_SECONDS) -> None:
         """Time for what is asked next."""
         self.deadline = time.monotonic() + seconds
 
@@ -172,7 +172,7 @@ class Server:
                 for piece in response.iter_bytes():
                     data += piece
                     if time.monotonic() > self.deadline:
-                        raise Broken(f"the answer did not end within {MOST_SECONDS:g} s")
+                        raise Broken(f"the answer did not end within {MAX_SECONDS:g} s")
                 found = {name.lower(): value for name, value in response.headers.items()}
                 if _OK <= response.status_code < _REDIRECTS and method in ("GET", "POST"):
                     self.complaints += schema.complaints(path, found.get("content-type", ""), bytes(data))

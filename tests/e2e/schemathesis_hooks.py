@@ -10,7 +10,7 @@ from schemathesis import Case, CheckContext, HookContext, Response
 
 from bench.fuzz.fuzzer import is_beyond_description
 
-LEAST_SECONDS = 10.0
+MIN_SECONDS = 10.0
 HEADER = "X-Request-Timeout"
 
 
@@ -19,7 +19,7 @@ def before_call(_context: HookContext, case: Case, _kwargs: dict[str, Any]) -> N
     """Ask for the model that is there, and leave it the time to answer: 404 and 504 would be right, and say little."""
     if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
         del case.body["model"]
-    if 0 < _seconds((case.headers or {}).get(HEADER)) < LEAST_SECONDS:
+    if 0 < _seconds((case.headers or {}).get(HEADER)) < MIN_SECONDS:
         del case.headers[HEADER]
 
 

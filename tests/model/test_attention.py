@@ -12,7 +12,7 @@ import pytest
 from common.settings import Settings
 from tests.model.reference import greedy_job, of_mlx_lm
 from worker.mlx.backends.cuda_attention import (
-    MOST_KEYS,
+    MAX_KEYS,
     CudaKernel,
     PaddedAttention,
     TriedKernel,
@@ -161,7 +161,7 @@ def test_a_kernel_is_tried_once_for_each_kind(
         ((2, 4, 1, 112), (2, 2, 9, 112), (2, 2, 9, 112), mx.float32),  # a size that it has no threads for
         ((2, 4, 1, 128), (2, 2, 9, 128), (2, 2, 9, 64), mx.float32),  # values of another size, as with MLA
         ((1, 4, 1, 64), (2, 2, 9, 64), (2, 2, 9, 64), mx.float32),  # queries for some of the rows
-        ((2, 4, 1, 64), (2, 2, MOST_KEYS, 64), (2, 2, MOST_KEYS, 64), mx.float32),
+        ((2, 4, 1, 64), (2, 2, MAX_KEYS, 64), (2, 2, MAX_KEYS, 64), mx.float32),
         ((2, 4, 1, 64), (2, 2, 9, 64), (2, 2, 9, 64), mx.float16),  # queries in float32 beside such keys
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 from common.errors import RequestError, StartupError
 from common.protocol import ChatPrompt, GenerationJob, SamplingParams, TextPrompt, TokenPrompt
 from common.settings import Settings
-from worker.loop.engine import RowFailure, StepToken
+from worker.loop.engine import SequenceFailure, StepToken
 from worker.mlx import batch as mlx_batch
 from worker.mlx import engine as mlx_engine
 from worker.mlx import model as mlx_model
@@ -276,7 +276,7 @@ def test_a_bad_row_fails_alone(engine: MLXEngine, monkeypatch: pytest.MonkeyPatc
             patched.setattr(engine, "_matcher", lambda *_: broken)
         engine.insert(bad, engine.encode(bad), [])
     tokens = [token for _ in range(20) for token in engine.step()]
-    failures = [token for token in tokens if isinstance(token, RowFailure)]
+    failures = [token for token in tokens if isinstance(token, SequenceFailure)]
     assert [(f.job_id, str(f.error)) for f in failures] == [("bad", "bad row")]
     assert text([t for t in tokens if t.job_id == "good"]) == "The capital of France is Paris."
     assert engine.num_rows == 0
@@ -374,16 +374,16 @@ def test_memory_stays_within_its_limit(demo_folder: Path) -> None:
         for i in range(12)
     ]
     mx.reset_peak_memory()
-    most_rows = num_ended = 0
+    max_rows = num_ended = 0
     while waiting or engine.num_rows:
         while waiting and (
             not engine.num_rows or engine.has_room(waiting[-1], len(engine.encode(waiting[-1])), 0)
         ):
             job = waiting.pop()
             engine.insert(job, engine.encode(job), [])
-        most_rows = max(most_rows, engine.num_rows)
+        max_rows = max(max_rows, engine.num_rows)
         num_ended += sum(getattr(token, "finish_reason", None) is not None for token in engine.step())
         assert not engine.is_over_memory
     assert num_ended == 12
-    assert 1 < most_rows < 12
+    assert 1 < max_rows < 12
     assert mx.get_peak_memory() - others_bytes < limit_gb * 2**30

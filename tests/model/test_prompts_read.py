@@ -9,7 +9,7 @@ import pytest
 
 from common.protocol import ChatPrompt, GenerationJob, SamplingParams, TextPrompt, TokenPrompt
 from common.settings import Settings
-from worker.loop.engine import Inserted, PromptRead, StepToken
+from worker.loop.engine import Inserted, PromptEcho, StepToken
 from worker.mlx.engine import MLXEngine
 
 GREEDY = SamplingParams(temperature=0)
@@ -44,13 +44,13 @@ def insert(engine: MLXEngine, *jobs: GenerationJob) -> list[Inserted]:
     return [engine.insert(each, engine.encode(each), []) for each in jobs]
 
 
-def run(engine: MLXEngine) -> tuple[dict[str, list[StepToken]], dict[str, PromptRead]]:
+def run(engine: MLXEngine) -> tuple[dict[str, list[StepToken]], dict[str, PromptEcho]]:
     """Until nothing is left: tokens and echoes by job."""
     tokens: dict[str, list[StepToken]] = {}
-    echoes: dict[str, PromptRead] = {}
+    echoes: dict[str, PromptEcho] = {}
     while engine.num_rows:
         for event in engine.step():
-            if isinstance(event, PromptRead):
+            if isinstance(event, PromptEcho):
                 assert event.job_id not in tokens
                 echoes[event.job_id] = event
             else:

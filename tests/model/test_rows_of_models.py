@@ -14,7 +14,7 @@ from mlx_lm.sample_utils import make_logits_processors
 from common.protocol import SamplingParams
 from worker.mlx.batch import Batch, NewRow
 from worker.mlx.kv_slots import SlotKVCache
-from worker.sampling.sampler import RowSampler
+from worker.sampling.sampler import SequenceSampler
 
 VOCABULARY = 97
 COMMON = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
@@ -86,13 +86,13 @@ def alone(model: Any, token_ids: list[int], num_tokens: int, penalty: float = 0.
     return found
 
 
-def batch_of(model: Any, most_rows: int) -> Batch:
-    return Batch(model, [], most_rows, 64, on_host=True, never_excluded=[], wire=False)
+def batch_of(model: Any, max_rows: int) -> Batch:
+    return Batch(model, [], max_rows, 64, on_host=True, never_excluded=[], wire=False)
 
 
 def new_row(token_ids: list[int], num_tokens: int, penalty: float = 0.0) -> NewRow:
     made = processors(penalty=penalty) if penalty else []
-    return NewRow(token_ids, num_tokens, RowSampler(SamplingParams(temperature=0)), made)
+    return NewRow(token_ids, num_tokens, SequenceSampler(SamplingParams(temperature=0)), made)
 
 
 @pytest.fixture(scope="module", params=list(MODELS))

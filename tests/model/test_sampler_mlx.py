@@ -10,7 +10,7 @@ import pytest
 
 from common.protocol import SamplingParams
 from worker.mlx import model as mlx_model
-from worker.sampling.sampler import BatchSampler, RowSampler
+from worker.sampling.sampler import BatchSampler, SequenceSampler
 
 VOCAB = 3001
 KINDS = [
@@ -43,12 +43,12 @@ class Thirds:
         words[:] = np.packbits(bits, bitorder="little").view(np.uint32)
 
 
-def rows() -> list[RowSampler]:
+def rows() -> list[SequenceSampler]:
     made = [
-        RowSampler(msgspec.structs.replace(kind, seed=i), wants_logprobs=i % 2 == 0)
+        SequenceSampler(msgspec.structs.replace(kind, seed=i), wants_logprobs=i % 2 == 0)
         for i, kind in enumerate(KINDS)
     ]
-    held = [RowSampler(kind, matcher=Thirds(), wants_logprobs=True) for kind in KINDS[:4]]
+    held = [SequenceSampler(kind, matcher=Thirds(), wants_logprobs=True) for kind in KINDS[:4]]
     return [*made, *held]
 
 
@@ -58,7 +58,7 @@ def test_mlx_chooses_as_numpy_does(only: str | None) -> None:
     mlx_model.preload_blas()
     import mlx.core as mx
 
-    def chosen() -> list[RowSampler]:
+    def chosen() -> list[SequenceSampler]:
         return [
             row
             for row in rows()

@@ -18,9 +18,9 @@ HEADS, SIZE, VALUE_SIZE = 2, 4, 6
 class Rows:
     """A cache, and beside it what each row's keys must be."""
 
-    def __init__(self, seed: int, most_rows: int = 8) -> None:
+    def __init__(self, seed: int, max_rows: int = 8) -> None:
         self.chance = random.Random(seed)  # noqa: S311 (the same each time)
-        self.most_rows = most_rows
+        self.max_rows = max_rows
         self.cache: SlotKVCache | None = None
         self.histories: list[list[float]] = []
         self.num_rebuilt = 0
@@ -31,7 +31,7 @@ class Rows:
         histories = [[self._number() for _ in range(length)] for length in lengths]
         read = BatchKVCache.merge([_kept(history) for history in histories])
         if self.cache is None:
-            self.cache = SlotKVCache(read, self.most_rows, None)
+            self.cache = SlotKVCache(read, self.max_rows, None)
             rebuild = self.cache._rebuild
 
             def counted(*arguments: Any, **options: Any) -> None:
@@ -113,10 +113,10 @@ def test_rows_come_and_go(seed: int) -> None:
     rows.join(*(chance.randrange(2, 30) for _ in range(3)))
     for _ in range(60):
         what, num_rows = chance.random(), len(rows.histories)
-        if what < 0.35 and num_rows < rows.most_rows:
+        if what < 0.35 and num_rows < rows.max_rows:
             most = chance.choice([5, 30, 300])
             rows.join(
-                *(chance.randrange(1, most) for _ in range(chance.randint(1, rows.most_rows - num_rows)))
+                *(chance.randrange(1, most) for _ in range(chance.randint(1, rows.max_rows - num_rows)))
             )
         elif what < 0.6 and num_rows > 1:
             gone = chance.sample(range(num_rows), chance.randint(1, num_rows - 1))
@@ -162,7 +162,7 @@ def test_what_rows_leave_behind_is_not_looked_at() -> None:
 
 def test_buffers_shrink() -> None:
     """Where a long row leaves few columns behind, and many rows few slots."""
-    rows = Rows(seed=0, most_rows=16)
+    rows = Rows(seed=0, max_rows=16)
     rows.join(*[700] * 15, 3000)
     rows.step()
     cache = rows.cache

@@ -87,7 +87,7 @@ def test_a_takeover_of_many_lets_heartbeats_through(workers: Workers) -> None:
         workers.client.lrem(queue.key, 1, job)
         workers.client.hset(JsonJob.key_for(job), "status", "started")
         workers.client.zadd(queue.started_job_registry.key, {f"{job}:gone": time.time() + 3600})
-    takeover = Takeover(queue, live_ttl_seconds=60, final_ttl_seconds=60, most_seconds=0.0)
+    takeover = Takeover(queue, live_ttl_seconds=60, final_ttl_seconds=60, max_seconds=0.0)
     for num_back in (1, 2, 3):
         assert takeover.run() == 0.0
         assert queue.count == num_back

@@ -31,14 +31,14 @@ from rq.worker.base import BaseWorker
 from common import names
 from common.protocol import decode_control
 from common.rq import JsonJob, JsonQueue
+from worker.jobs.finalizer import Finalizer
 from worker.jobs.heartbeat import BACKSTOP_SECONDS, Heartbeat
 from worker.jobs.intake import Intake
 from worker.jobs.redis_journal import RedisJournal
-from worker.jobs.settlement import Settler
 from worker.jobs.takeover import Takeover
 from worker.jobs.watchdog import end_if_stuck, start_thread
 from worker.loop.generation_loop import GenerationLoop
-from worker.loop.messages import Message, Quit, Settlement, Withdraw, Withdrawal
+from worker.loop.messages import Abort, AbortReason, JobEnd, Message, Shutdown
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
@@ -95,7 +95,7 @@ class BatchWorker(BaseWorker):
         longest_seconds = max(settings.queue_seconds, math.ceil(settings.request_seconds))
         self._live_ttl_seconds = longest_seconds + settings.journal_ttl_seconds
         self._inbox: SimpleQueue[Message] = SimpleQueue()
-        self._settlements: SimpleQueue[Settlement | None] = SimpleQueue()
+        self._job_ends: SimpleQueue[JobEnd | None] = SimpleQueue()
         self._slots: SimpleQueue[None] = SimpleQueue()
         # NOTE: signal handlers touch these two. SimpleQueue.put may be called in one; the lock of a threading.Event may not.
         self._wake: SimpleQueue[None] = SimpleQueue()
@@ -108,7 +108,7 @@ class BatchWorker(BaseWorker):
             self.queue,
             live_ttl_seconds=self._live_ttl_seconds,
             final_ttl_seconds=settings.journal_ttl_seconds,
-            most_seconds=self._beat_seconds,
+            max_seconds=self._beat_seconds,
         )
         self._intake: Intake | None = None
         self._ready: SimpleQueue[tuple[GenerationLoop, Engine] | BaseException] = SimpleQueue()
@@ -133,7 +133,7 @@ class BatchWorker(BaseWorker):
         self._install_signal_handlers()  # type: ignore[no-untyped-call]  # RQ is typed in part
         try:
             self.set_state(WorkerStatus.IDLE)
-            settler = Settler(self, inbox=self._settlements, slots=self._slots, given_up=self._gave_up)
+            finalizer = Finalizer(self, inbox=self._job_ends, slots=self._slots, given_up=self._gave_up)
             self._intake = Intake(
                 self,
                 slots=self._slots,
@@ -143,7 +143,7 @@ class BatchWorker(BaseWorker):
                 holding_off=lambda: self._heartbeat.is_suspended or loop.is_full,
                 num_workers=lambda: self._heartbeat.num_workers,
             )
-            self._start_thread("settlement", settler.run)
+            self._start_thread("settlement", finalizer.run)
             self._intake_thread = self._start_thread("intake", self._intake.run)
             log.info("%s serves %s, %d at a time", self.name, self.queue.name, info.max_batch)
             while not self._is_done():
@@ -171,7 +171,7 @@ class BatchWorker(BaseWorker):
             engine=engine,
             journal=journal,
             inbox=self._inbox,
-            settle=self._settlements.put,
+            settle=self._job_ends.put,
             live_ttl_seconds=self._live_ttl_seconds,
             final_ttl_seconds=self._settings.journal_ttl_seconds,
             orphan_seconds=self._settings.orphan_seconds,
@@ -207,15 +207,15 @@ class BatchWorker(BaseWorker):
             return True
         if time.monotonic() - self._drain_began_at >= self._drain_seconds:
             for execution in list(self.executions.values()):
-                self._inbox.put(Withdraw(execution.job_id, Withdrawal.HANDED_OVER, execution.id))
+                self._inbox.put(Abort(execution.job_id, AbortReason.REQUEUED, execution.id))
         return False
 
     def _shut_down(self) -> None:
         """End the threads, then leave RQ's books; each in its time, also when Redis is gone."""
         self._is_draining = True
-        self._inbox.put(Quit())
+        self._inbox.put(Shutdown())
         self._threads[0].join(_SHUTDOWN_PATIENCE_SECONDS * 2)
-        self._settlements.put(None)
+        self._job_ends.put(None)
         for thread in self._threads[1:]:
             thread.join(_SHUTDOWN_PATIENCE_SECONDS)
         try:
@@ -249,7 +249,7 @@ class BatchWorker(BaseWorker):
         self._next_lease_seconds = math.inf
         try:
             for execution in self._heartbeat.beat(draining=self._is_draining):
-                self._inbox.put(Withdraw(execution.job_id, Withdrawal.FENCED, execution.id))
+                self._inbox.put(Abort(execution.job_id, AbortReason.FENCED, execution.id))
             self._show_state()
             if not self._is_draining:
                 self._next_lease_seconds = self._takeover.run()
@@ -307,14 +307,14 @@ class BatchWorker(BaseWorker):
 
     def _handle_control(self, message: dict[str, Any]) -> None:
         for job_id in decode_control(message["data"]).job_ids:
-            self._inbox.put(Withdraw(job_id, Withdrawal.CANCELLED))
+            self._inbox.put(Abort(job_id, AbortReason.CANCELLED))
 
     def handle_payload(self, message: dict[str, Any]) -> None:
         """RQ's commands. Stock stop-job looks at one execution only, and its kill-horse needs a child process."""
         payload = parse_payload(message)
         match payload.get("command"):
             case "stop-job":
-                self._inbox.put(Withdraw(str(payload.get("job_id")), Withdrawal.STOPPED))
+                self._inbox.put(Abort(str(payload.get("job_id")), AbortReason.STOPPED))
             case "kill-horse":
                 for execution in list(self.executions.values()):
                     self.request_stop_execution(execution.id)
@@ -325,7 +325,7 @@ class BatchWorker(BaseWorker):
         """As RQ asks for one of several executions."""
         execution = self.executions.get(execution_id)
         if execution is not None:
-            self._inbox.put(Withdraw(execution.job_id, Withdrawal.STOPPED, execution_id))
+            self._inbox.put(Abort(execution.job_id, AbortReason.STOPPED, execution_id))
 
     # -- executions: called by intake and settlement -----------------------------------------------------------------
 
@@ -365,7 +365,7 @@ class BatchWorker(BaseWorker):
             self._stopped_job_id = job.id
         self.handle_job_failure(job, self.queue, exc_string=reason, execution=execution)
 
-    def hand_over(self, job: Job, execution: Execution) -> None:
+    def requeue(self, job: Job, execution: Execution) -> None:
         """Back to the front of the queue, once: not if the execution has gone meanwhile."""
         with self.connection.pipeline() as pipe:
             while True:

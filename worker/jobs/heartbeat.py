@@ -163,7 +163,7 @@ class BusyRate:
         per_second: Smoothed over some seconds; 0: not known.
     """
 
-    LEAST_SECONDS = 1.0
+    MIN_SECONDS = 1.0
     NEW_SHARE = 0.3
 
     def __init__(self) -> None:
@@ -176,7 +176,7 @@ class BusyRate:
             self._since = (now, num_tokens) if is_busy else None
             return
         at, num_before = self._since
-        if now - at < self.LEAST_SECONDS:
+        if now - at < self.MIN_SECONDS:
             return
         rate = (num_tokens - num_before) / (now - at)
         self.per_second += (rate - self.per_second) * (self.NEW_SHARE if self.per_second else 1.0)

@@ -21,7 +21,7 @@ from common import names
 from common.errors import RequestError
 from common.protocol import Event, GenerationJob
 from common.rq import ForeignJobError, JsonJob, JsonQueue
-from worker.jobs.records import read_journal, read_strikes, restored
+from worker.jobs.records import read_crash_count, read_journal, restored
 from worker.loop.messages import Admit
 
 if TYPE_CHECKING:
@@ -75,9 +75,9 @@ class Found(NamedTuple):
     place: int | None
 
     @property
-    def is_suspect(self) -> bool:
+    def is_poison_candidate(self) -> bool:
         """Whether it is to be tried alone."""
-        return not self.is_cancelled and read_strikes(self.fields).is_suspect
+        return not self.is_cancelled and read_crash_count(self.fields).is_poison_candidate
 
 
 _NUM_READ = len(Found._fields) - 1
@@ -92,7 +92,7 @@ class Taken(NamedTuple):
     execution: Execution
     request: GenerationJob
     journal: list[Event]
-    is_suspect: bool
+    is_poison_candidate: bool
 
 
 class Intake:
@@ -221,12 +221,12 @@ class Intake:
 
         A worker that dies leaves a mark on every job it holds: the jobs that only wait for a suspect are not to get one.
         """
-        suspects = [each for each in found if each.is_suspect]
+        suspects = [each for each in found if each.is_poison_candidate]
         if not suspects:
             self._suspects_since = math.inf
             return found
         self._suspects_since = min(self._suspects_since, time.monotonic())
-        kept = [] if self._suspects_waited() else [each for each in found if not each.is_suspect]
+        kept = [] if self._suspects_waited() else [each for each in found if not each.is_poison_candidate]
         if is_idle:
             kept = suspects[:1]
         with self._redis.pipeline(transaction=True) as pipe:
@@ -298,7 +298,7 @@ class Intake:
         job = restored(job_id, found.fields, self._redis)
         request, journal = job.request(), read_journal(found.entries)
         execution = self._worker.start_execution(job, pipe)
-        return [Taken(found.raw_id, job, execution, request, journal, found.is_suspect)]
+        return [Taken(found.raw_id, job, execution, request, journal, found.is_poison_candidate)]
 
     def _fail(self, job_id: str, reason: str) -> None:
         """In RQ's books, if RQ can make sense of the job; else there is nothing to be written."""
@@ -312,8 +312,10 @@ class Intake:
         kept = [each for each in taken if each.raw_id not in lost]
         for each in sorted(kept, key=lambda each: len(each.job.data)):
             prompt = self._encoded(each.request)
-            self._admit(Admit(each.request, each.execution.id, prompt, each.journal, each.is_suspect))
-            if each.is_suspect:
+            self._admit(
+                Admit(each.request, each.execution.id, prompt, each.journal, each.is_poison_candidate)
+            )
+            if each.is_poison_candidate:
                 time.sleep(_HOLD_OFF_SECONDS)  # until the loop has it, and `holding_off` says so
         for each in taken:
             if each.raw_id in lost:

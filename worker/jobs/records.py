@@ -13,37 +13,39 @@ import redis
 from common.protocol import Event, Failed, Finished, decode_event
 from common.rq import ForeignJobError, JsonJob
 
-STRIKES = "mlxpool_strikes"
+CRASHES_FIELD = "mlxpool_strikes"
 """A field beside RQ's in a job's hash: how many workers in a row died with it without a new token of it."""
 
-LAST_N = "mlxpool_last_n"
+LAST_N_FIELD = "mlxpool_last_n"
 """Another: the last n of its journal when it was last taken over."""
 
-SUSPECT_STRIKES = 2
+POISON_CANDIDATE_CRASHES = 2
 
 
-class Strikes(NamedTuple):
-    """What stands against a job: see STRIKES and LAST_N."""
+class CrashCount(NamedTuple):
+    """What stands against a job: see CRASHES_FIELD and LAST_N_FIELD."""
 
     num: int = 0
     last_n: int = 0
 
     @property
-    def is_suspect(self) -> bool:
+    def is_poison_candidate(self) -> bool:
         """Whether it is tried alone. Once may be anything, such as a power cut."""
-        return self.num >= SUSPECT_STRIKES
+        return self.num >= POISON_CANDIDATE_CRASHES
 
-    def after_death(self, last_n: int) -> Strikes:
+    def after_death(self, last_n: int) -> CrashCount:
         """One more, unless the job had got on: what kills a worker at once is not the one that has run for minutes."""
-        return Strikes(1 if last_n > self.last_n else self.num + 1, last_n)
+        return CrashCount(1 if last_n > self.last_n else self.num + 1, last_n)
 
 
-def read_strikes(fields: dict[bytes, bytes]) -> Strikes:
+def read_crash_count(fields: dict[bytes, bytes]) -> CrashCount:
     """From a job's hash; nothing stands against one that was never taken over, or whose fields are no numbers."""
     try:
-        return Strikes(int(fields.get(STRIKES.encode(), 0)), int(fields.get(LAST_N.encode(), 0)))
+        return CrashCount(
+            int(fields.get(CRASHES_FIELD.encode(), 0)), int(fields.get(LAST_N_FIELD.encode(), 0))
+        )
     except ValueError:
-        return Strikes()
+        return CrashCount()
 
 
 def restored(job_id: str, fields: dict[bytes, bytes], connection: redis.Redis) -> JsonJob:

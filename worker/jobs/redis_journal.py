@@ -85,7 +85,7 @@ class Row(msgspec.Struct, frozen=True, gc=False):
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
+class AppendResult:
     """The answer to one call.
 
     Attributes:
@@ -103,7 +103,7 @@ class Journal(Protocol):
     def send(self, rows: Sequence[Row]) -> None:
         """Hand over one step's rows; the call before must have been collected."""
 
-    def collect(self) -> Receipt:
+    def collect(self) -> AppendResult:
         """The answer to the last `send`; called once for each."""
 
 
@@ -135,7 +135,7 @@ class RedisJournal:
         self._sent = (list(by_channel), arguments)
         self._write()
 
-    def collect(self) -> Receipt:
+    def collect(self) -> AppendResult:
         """As `Journal.collect`.
 
         Raises:
@@ -143,7 +143,7 @@ class RedisJournal:
         """
         refused, listeners = self._read()
         channels, self._sent = self._sent[0], ([], [])
-        return Receipt(
+        return AppendResult(
             {execution_id.decode() for execution_id in refused},
             {channel: count for channel, count in zip(channels, listeners, strict=True) if count >= 0},
         )

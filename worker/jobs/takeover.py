@@ -22,7 +22,15 @@ from common.errors import RequestError
 from common.protocol import encode
 from common.rq import ForeignJobError, JsonJob, JsonQueue
 from worker.jobs.intake import GIVE_BACK
-from worker.jobs.records import LAST_N, STRIKES, Strikes, has_ended, read_journal, read_strikes, restored
+from worker.jobs.records import (
+    CRASHES_FIELD,
+    LAST_N_FIELD,
+    CrashCount,
+    has_ended,
+    read_crash_count,
+    read_journal,
+    restored,
+)
 from worker.loop.sequence import failed_event
 
 if TYPE_CHECKING:
@@ -50,18 +58,18 @@ class Takeover:
     Args:
         live_ttl_seconds: What a job has to live until it is taken.
         final_ttl_seconds: What a journal has to live after a terminal event.
-        most_seconds: How long one look may take, about: each job is several round trips, and no lease of this worker's own is
+        max_seconds: How long one look may take, about: each job is several round trips, and no lease of this worker's own is
             renewed meanwhile.
     """
 
     def __init__(
-        self, queue: JsonQueue, *, live_ttl_seconds: int, final_ttl_seconds: int, most_seconds: float
+        self, queue: JsonQueue, *, live_ttl_seconds: int, final_ttl_seconds: int, max_seconds: float
     ) -> None:
         self._queue = queue
         self._redis: redis.Redis = queue.connection
         self._live_ttl_seconds = live_ttl_seconds
         self._final_ttl_seconds = final_ttl_seconds
-        self._most_seconds = most_seconds
+        self._max_seconds = max_seconds
         self._rescue_script = self._redis.register_script(GIVE_BACK)
         self._first_seen: dict[bytes, float] = {}
 
@@ -78,7 +86,7 @@ class Takeover:
 
     def _reap(self) -> float:
         """Put back the executions whose lease ran out; as `run`."""
-        late_at = time.monotonic() + self._most_seconds
+        late_at = time.monotonic() + self._max_seconds
         registry = self._queue.started_job_registry
         entries: Any = self._redis.zrange(registry.key, 0, -1)
         composites = [entry.decode() for entry in entries if entry.isascii()]  # what is not, is none of RQ's
@@ -155,7 +163,7 @@ class Takeover:
         pipe.zrem(registry_key, composite)
         runs.remove(dead, pipe)
         if goes_on and job is not None:
-            if not is_whole and not self._count_strike(pipe, job, read_strikes(fields), num_events):
+            if not is_whole and not self._count_strike(pipe, job, read_crash_count(fields), num_events):
                 self._give_up(pipe, job, num_events)
             else:
                 self._queue.put_back(job, pipe, self._live_ttl_seconds)
@@ -163,14 +171,14 @@ class Takeover:
         return goes_on
 
     @staticmethod
-    def _count_strike(pipe: Pipeline, job: JsonJob, strikes: Strikes, num_events: int) -> bool:
+    def _count_strike(pipe: Pipeline, job: JsonJob, crashes: CrashCount, num_events: int) -> bool:
         """Record on `pipe` what stands against a job now, in RQ's retries too; whether it may be tried again."""
-        allowed = (job.retries_left or 0) + strikes.num
-        now = strikes.after_death(num_events)
+        allowed = (job.retries_left or 0) + crashes.num
+        now = crashes.after_death(num_events)
         if now.num > allowed:
             return False
         job.retries_left = allowed - now.num
-        pipe.hset(job.key, mapping={STRIKES: now.num, LAST_N: now.last_n})
+        pipe.hset(job.key, mapping={CRASHES_FIELD: now.num, LAST_N_FIELD: now.last_n})
         return True
 
     def _give_up(self, pipe: Pipeline, job: JsonJob, num_events: int) -> None:

@@ -28,7 +28,7 @@ class Admission:
     """
 
     def __init__(self, has_room: HasRoom) -> None:
-        self.suspect: str | None = None
+        self.poison_candidate: str | None = None
         self._has_room = has_room
         self._waiting: deque[Admit] = deque()
 
@@ -42,20 +42,20 @@ class Admission:
 
     def next(self, num_running: int) -> Admit | None:
         """The job to start now; it waits no more."""
-        if not self._waiting or self.suspect is not None:
+        if not self._waiting or self.poison_candidate is not None:
             return None
         first = self._waiting[0]
         num_prompt, num_done = len(first.token_ids), len(first.replay)
-        if num_running and (first.is_suspect or not self._has_room(first.job, num_prompt, num_done)):
+        if num_running and (first.is_poison_candidate or not self._has_room(first.job, num_prompt, num_done)):
             return None
-        if first.is_suspect:
-            self.suspect = first.job.job_id
+        if first.is_poison_candidate:
+            self.poison_candidate = first.job.job_id
         return self._waiting.popleft()
 
-    def acquit(self, job_id: str) -> None:
+    def clear_poison(self, job_id: str) -> None:
         """A job that runs has a new token, or has ended."""
-        if job_id == self.suspect:
-            self.suspect = None
+        if job_id == self.poison_candidate:
+            self.poison_candidate = None
 
     def remove(self, job_id: str, execution_id: str | None = None) -> Admit | None:
         """Take a job out of the line; None if it (or this run of it) is not in it."""

@@ -54,7 +54,7 @@ class StepToken(msgspec.Struct, frozen=True):  # a dataclass would cost a micros
     top: list[TokenLogprob] = []
 
 
-class PromptRead(msgspec.Struct, frozen=True):
+class PromptEcho(msgspec.Struct, frozen=True):
     """The prompt of a job that wants it echoed; comes before its first token.
 
     Attributes:
@@ -69,14 +69,14 @@ class PromptRead(msgspec.Struct, frozen=True):
     tops: list[list[TokenLogprob]] = []
 
 
-class RowFailure(msgspec.Struct, frozen=True):
+class SequenceFailure(msgspec.Struct, frozen=True):
     """One job cannot go on (its sampler or a logits processor raised); the engine has let go of its row."""
 
     job_id: str
     error: Exception
 
 
-StepEvent = StepToken | PromptRead | RowFailure
+StepEvent = StepToken | PromptEcho | SequenceFailure
 
 
 @dataclass(frozen=True, slots=True)

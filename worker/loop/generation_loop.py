@@ -16,15 +16,15 @@ from queue import Empty, SimpleQueue
 
 from common.errors import RequestError
 from common.protocol import Event, Failed, Finished, GenerationJob, encode
-from worker.jobs.redis_journal import Journal, Receipt, Row
+from worker.jobs.redis_journal import AppendResult, Journal, Row
 from worker.loop.admission import Admission
-from worker.loop.engine import Engine, Inserted, PromptRead, RowFailure, StepEvent
-from worker.loop.messages import Admit, Message, Outcome, Quit, Settlement, Withdraw, Withdrawal
+from worker.loop.engine import Engine, Inserted, PromptEcho, SequenceFailure, StepEvent
+from worker.loop.messages import Abort, AbortReason, Admit, JobEnd, Message, Outcome, Shutdown
 from worker.loop.sequence import Sequence, failed_event
 
 log = logging.getLogger(__name__)
 
-EARLY_WITHDRAWAL_SECONDS = 30.0
+EARLY_ABORT_SECONDS = 30.0
 """How long a withdrawal is kept for a job that is still on its way from intake."""
 
 LONGEST_GATHER_SECONDS = 0.02
@@ -40,10 +40,10 @@ _ROW_FAILED = RequestError(
     "The model failed while it generated this answer.", status=500, type="server_error"
 )
 _OUTCOMES = {
-    Withdrawal.CANCELLED: Outcome.FINISHED,
-    Withdrawal.STOPPED: Outcome.STOPPED,
-    Withdrawal.FENCED: Outcome.FENCED,
-    Withdrawal.HANDED_OVER: Outcome.HANDED_OVER,
+    AbortReason.CANCELLED: Outcome.FINISHED,
+    AbortReason.STOPPED: Outcome.STOPPED,
+    AbortReason.FENCED: Outcome.FENCED,
+    AbortReason.REQUEUED: Outcome.REQUEUED,
 }
 
 
@@ -71,7 +71,7 @@ class GenerationLoop:
         engine: Engine,
         journal: Journal,
         inbox: SimpleQueue[Message],
-        settle: Callable[[Settlement], None],
+        settle: Callable[[JobEnd], None],
         live_ttl_seconds: int = 900,
         final_ttl_seconds: int = 300,
         orphan_seconds: float = 10.0,
@@ -90,10 +90,10 @@ class GenerationLoop:
         self._admission = Admission(engine.has_room)
         self._running: dict[str, Sequence] = {}
         self._rows: list[Row] = []
-        self._endings: list[Settlement] = []  # their terminal events are among `_rows`
-        self._endings_in_flight: list[Settlement] = []  # theirs were sent and are not answered
+        self._endings: list[JobEnd] = []  # their terminal events are among `_rows`
+        self._endings_in_flight: list[JobEnd] = []  # theirs were sent and are not answered
         self._in_flight = False
-        self._early: dict[str, tuple[Withdrawal, float]] = {}
+        self._early: dict[str, tuple[AbortReason, float]] = {}
         self._unheard_since: dict[str, float] = {}
         self._quitting = False
         self.num_steps = 0
@@ -104,10 +104,10 @@ class GenerationLoop:
     @property
     def is_full(self) -> bool:
         """Whether nothing more is to come now: a job waits to start, or one is tried alone. Read by other threads."""
-        return len(self._admission) > 0 or self._admission.suspect is not None
+        return len(self._admission) > 0 or self._admission.poison_candidate is not None
 
     def run(self) -> None:
-        """Turn until `Quit` came and everything is settled."""
+        """Turn until `Shutdown` came and everything is settled."""
         while not (self._quitting and self._is_idle()):
             self.turn()
 
@@ -156,9 +156,9 @@ class GenerationLoop:
         match message:
             case Admit():
                 self._admit(message)
-            case Withdraw():
-                self._withdraw(message)
-            case Quit():
+            case Abort():
+                self._abort(message)
+            case Shutdown():
                 self._quitting = True
 
     def _admit(self, message: Admit) -> None:
@@ -171,18 +171,18 @@ class GenerationLoop:
         5. Else it starts as soon as `Admission` says so.
         """
         job_id = message.job.job_id
-        self._withdraw(Withdraw(job_id, Withdrawal.FENCED))
+        self._abort(Abort(job_id, AbortReason.FENCED))
         terminal = message.journal[-1] if message.journal else None
         if isinstance(terminal, Finished | Failed):
             outcome = Outcome.FINISHED if isinstance(terminal, Finished) else Outcome.FAILED
-            self._settle(Settlement(job_id, message.execution_id, outcome, terminal))
+            self._settle(JobEnd(job_id, message.execution_id, outcome, terminal))
             return
         if isinstance(message.prompt, RequestError):
             self._refuse(message, message.prompt)
             return
         self._admission.add(message)
         if job_id in self._early:
-            self._withdraw(Withdraw(job_id, self._early.pop(job_id)[0]))
+            self._abort(Abort(job_id, self._early.pop(job_id)[0]))
 
     def _start_waiting(self) -> None:
         while (message := self._admission.next(len(self._running))) is not None:
@@ -193,7 +193,7 @@ class GenerationLoop:
         try:
             inserted = self._engine.insert(message.unread_job, message.token_ids, message.replay)
         except Exception as error:  # noqa: BLE001 (whatever one request does to the engine is its own failure)
-            self._admission.acquit(message.job.job_id)
+            self._admission.clear_poison(message.job.job_id)
             self._refuse(message, error)
             return
         sequence = self._sequence(message, inserted)
@@ -207,18 +207,18 @@ class GenerationLoop:
             error = RequestError("The model could not take this request.", status=500, type="server_error")
         failed = failed_event(message.last_n + 1, error)
         self._rows.append(self._row(message.job, message.execution_id, failed))
-        self._endings.append(Settlement(message.job.job_id, message.execution_id, Outcome.FAILED, failed))
+        self._endings.append(JobEnd(message.job.job_id, message.execution_id, Outcome.FAILED, failed))
 
-    def _withdraw(self, message: Withdraw) -> None:
+    def _abort(self, message: Abort) -> None:
         job_id, why = message.job_id, message.why
         sequence = self._found(job_id, message.execution_id)
         if sequence is None:
             self._remember_early(job_id, why)
             return
         terminal: Finished | Failed | None = None
-        if why is Withdrawal.CANCELLED:
+        if why is AbortReason.CANCELLED:
             terminal = sequence.finished("cancelled")
-        elif why is Withdrawal.STOPPED:
+        elif why is AbortReason.STOPPED:
             terminal = sequence.failed(_STOPPED)
         self._end(sequence, _OUTCOMES[why], terminal)
 
@@ -236,12 +236,12 @@ class GenerationLoop:
         n, num_tokens = message.last_n, len(message.replay)
         return Sequence(message.unread_job, message.execution_id, inserted, n=n, num_tokens=num_tokens)
 
-    def _remember_early(self, job_id: str, why: Withdrawal) -> None:
+    def _remember_early(self, job_id: str, why: AbortReason) -> None:
         """Every worker of the model hears of every job: most of these are another's, and are forgotten soon."""
         now = self._clock()
-        while self._early and now - next(iter(self._early.values()))[1] >= EARLY_WITHDRAWAL_SECONDS:
+        while self._early and now - next(iter(self._early.values()))[1] >= EARLY_ABORT_SECONDS:
             del self._early[next(iter(self._early))]
-        if why in (Withdrawal.CANCELLED, Withdrawal.STOPPED):
+        if why in (AbortReason.CANCELLED, AbortReason.STOPPED):
             self._early[job_id] = (why, now)
 
     # -- a step ------------------------------------------------------------------------------------------------------
@@ -267,22 +267,22 @@ class GenerationLoop:
         while len(self._running) > 1 and self._engine.is_over_memory:
             youngest = next(reversed(self._running.values()))
             log.warning("job %s goes back to the queue: memory is short", youngest.job.job_id)
-            self._end(youngest, Outcome.HANDED_OVER, None)
+            self._end(youngest, Outcome.REQUEUED, None)
 
     def _take(self, token: StepEvent) -> None:
         sequence = self._running.get(token.job_id)
         if sequence is None:  # ended earlier in this step
             return
-        if isinstance(token, RowFailure):
+        if isinstance(token, SequenceFailure):
             log.error("job %s failed", token.job_id, exc_info=token.error)
             self._end(sequence, Outcome.FAILED, sequence.failed(_ROW_FAILED))
             return
-        if isinstance(token, PromptRead):
+        if isinstance(token, PromptEcho):
             self._append(sequence, sequence.echo(token))
             self._end_if_whole(sequence)
             return
         self.num_tokens += 1
-        self._admission.acquit(token.job_id)
+        self._admission.clear_poison(token.job_id)
         delta, reason = sequence.take(token)
         self._append(sequence, delta)
         if reason is not None:
@@ -303,10 +303,10 @@ class GenerationLoop:
         job_id = sequence.job.job_id
         if self._running.pop(job_id, None) is not None:
             self._engine.remove(job_id)
-            self._admission.acquit(job_id)
+            self._admission.clear_poison(job_id)
         if terminal is not None:
             self._append(sequence, terminal)
-        self._endings.append(Settlement(job_id, sequence.execution_id, outcome, terminal, sequence))
+        self._endings.append(JobEnd(job_id, sequence.execution_id, outcome, terminal, sequence))
 
     # -- the journal -------------------------------------------------------------------------------------------------
 
@@ -347,7 +347,7 @@ class GenerationLoop:
                 self._end(sequence, Outcome.FENCED, None)
         self._withdraw_unheard(receipt)
 
-    def _withdraw_unheard(self, receipt: Receipt) -> None:
+    def _withdraw_unheard(self, receipt: AppendResult) -> None:
         """Cancel the jobs of an API process that has not listened for a while: it died, and its clients with it."""
         now = self._clock()
         for channel, num_listeners in receipt.listeners.items():
@@ -356,7 +356,7 @@ class GenerationLoop:
             elif now - self._unheard_since.setdefault(channel, now) >= self._orphan_seconds:
                 for sequence in [s for s in self._running.values() if s.job.channel == channel]:
                     log.warning("nobody listens for job %s any more", sequence.job.job_id)
-                    self._withdraw(Withdraw(sequence.job.job_id, Withdrawal.CANCELLED))
+                    self._abort(Abort(sequence.job.job_id, AbortReason.CANCELLED))
                 del self._unheard_since[channel]
         if self._unheard_since:  # silence counts while there is something to hear
             channels = {sequence.job.channel for sequence in self._running.values()}

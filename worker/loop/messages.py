@@ -1,6 +1,6 @@
 """What the worker's threads tell each other: jobs and withdrawals to the generation loop, ends of jobs from it.
 
-Frozen values; whoever gets one owns what it says. Read by intake, the main thread, the loop and settlement.
+Frozen values; whoever gets one owns what it says. Read by intake, the main thread, the loop and job_end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from worker.loop.sequence import Sequence
 
 
-class Withdrawal(Enum):
+class AbortReason(Enum):
     """Why a job leaves before its answer is whole."""
 
     CANCELLED = "cancelled"
@@ -27,7 +27,7 @@ class Withdrawal(Enum):
     """An operator stopped it, with RQ's stop-job."""
     FENCED = "fenced"
     """Its lease is lost: it is another worker's now, and nothing more may be written."""
-    HANDED_OVER = "handed over"
+    REQUEUED = "handed over"
     """This worker drains: another one is to go on."""
 
 
@@ -38,7 +38,7 @@ class Outcome(Enum):
     FAILED = "failed"
     STOPPED = "stopped"
     FENCED = "fenced"
-    HANDED_OVER = "handed over"
+    REQUEUED = "handed over"
     CRASHED = "crashed"
     """A step failed with it and perhaps others: it is tried again as if the worker had died."""
 
@@ -50,14 +50,14 @@ class Admit:
     Attributes:
         prompt: Its token ids, or why there are none.
         journal: What other workers wrote of it, in order; empty for a fresh job.
-        is_suspect: Whether workers died with it again and again: it may be why.
+        is_poison_candidate: Whether workers died with it again and again: it may be why.
     """
 
     job: GenerationJob
     execution_id: str
     prompt: list[int] | RequestError
     journal: list[Event] = field(default_factory=list)
-    is_suspect: bool = False
+    is_poison_candidate: bool = False
 
     @property
     def token_ids(self) -> list[int]:
@@ -89,21 +89,21 @@ class Admit:
 
 
 @dataclass(frozen=True, slots=True)
-class Withdraw:
+class Abort:
     """To the loop: a job is to leave (or only one run of it). One that is not here (yet) is fine."""
 
     job_id: str
-    why: Withdrawal
+    why: AbortReason
     execution_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Quit:
+class Shutdown:
     """To the loop: return, once nothing is in flight."""
 
 
 @dataclass(frozen=True, slots=True)
-class Settlement:
+class JobEnd:
     """From the loop: a job has ended here, and everything of it is in the journal.
 
     Attributes:
@@ -117,4 +117,4 @@ class Settlement:
     sequence: Sequence | None = None
 
 
-Message = Admit | Withdraw | Quit
+Message = Admit | Abort | Shutdown

@@ -22,7 +22,7 @@ from common.protocol import (
     Started,
     Usage,
 )
-from worker.loop.engine import Inserted, PromptRead, StepToken
+from worker.loop.engine import Inserted, PromptEcho, StepToken
 from worker.text.answer_parser import AnswerParser
 from worker.text.stop_strings import StopMatcher
 from worker.text.tool_calls import Part
@@ -64,7 +64,7 @@ class Sequence:
         """The event that says that the prompt was accepted."""
         return Started(0, self.inserted.prompt_tokens, self.inserted.cached_tokens)
 
-    def echo(self, read: PromptRead) -> Echo:
+    def echo(self, read: PromptEcho) -> Echo:
         """The event with the prompt."""
         self.is_echoed = True
         self.n += 1

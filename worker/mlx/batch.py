@@ -1,6 +1,6 @@
 """How rows are read and decoded together: mlx-lm's `BatchGenerator`, or one row after another where a model cannot batch.
 
-Used by `mlx_engine` alone. Both kinds take rows with a `RowSampler` each and know which row is which when a step's tokens
+Used by `mlx_engine` alone. Both kinds take rows with a `SequenceSampler` each and know which row is which when a step's tokens
 are chosen. mlx-lm 0.32 calls a shared sampler once for a whole batch, a sampler of a row's own once a row.
 """
 
@@ -14,8 +14,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from worker.mlx.prefill import MOST_PROMPTS, PrefillBudget
-from worker.sampling.sampler import BatchSampler, RowSampler
+from worker.mlx.prefill import MAX_PROMPTS, PrefillBudget
+from worker.sampling.sampler import BatchSampler, SequenceSampler
 
 
 class Response(Protocol):
@@ -48,7 +48,7 @@ class NewRow:
 
     token_ids: list[int]
     max_tokens: int
-    sampler: RowSampler
+    sampler: SequenceSampler
     processors: list[Any]
     cached_ids: list[int] = field(default_factory=list)
     caches: list[Any] | None = None
@@ -81,7 +81,7 @@ class Batch:
         import mlx.core as mx
         from mlx_lm.generate import BatchGenerator
 
-        from worker.mlx.backends.cpu_ops import FewerOperations
+        from worker.mlx.backends.cpu_ops import FusedCpuOps
         from worker.mlx.backends.cuda_attention import PaddedAttention, cuda_kernel
         from worker.mlx.decode import DecodingBatch
         from worker.mlx.prompt_batch import ReadingBatch
@@ -92,21 +92,21 @@ class Batch:
             stop_tokens=[[token_id] for token_id in eos_token_ids],
             sampler=self._sample,
             completion_batch_size=max_batch,
-            prefill_batch_size=min(max_batch, MOST_PROMPTS),
+            prefill_batch_size=min(max_batch, MAX_PROMPTS),
             prefill_step_size=step_tokens,
             stream=mx.default_stream(mx.default_device()),
         )
         decoding = DecodingBatch.empty(model, self._sample)
         decoding.wants_logprobs = self._wants_logprobs
-        decoding.most_rows = max_batch
+        decoding.max_rows = max_batch
         if on_host:
-            decoding.fewer = FewerOperations()
+            decoding.fewer = FusedCpuOps()
         elif mx.cuda.is_available():
             decoding.attention = PaddedAttention(cuda_kernel())
         # mlx-lm has no other way to give it these.
         self._generator._generation_batch = decoding  # noqa: SLF001
         self._generator._prompt_batch = ReadingBatch.empty(model, self._sample, step_tokens)  # noqa: SLF001
-        self._rows: dict[int, RowSampler] = {}
+        self._rows: dict[int, SequenceSampler] = {}
         self._budget = PrefillBudget(step_tokens)
         # By row that does not decode yet: prompt tokens left to read; oldest first.
         self._reading: dict[int, int] = {}
@@ -216,7 +216,7 @@ class Batch:
                 self._reading[prompt.uid] = num_all - num_done - 1
                 num_read.append(left_before[prompt.uid] - self._reading[prompt.uid])
         if num_read:
-            self._budget.took(len(num_read) * max(num_read), stats.prompt_time)
+            self._budget.observe(len(num_read) * max(num_read), stats.prompt_time)
             self._read_at = time.perf_counter()
         self._join()
         return list(responses)
@@ -342,7 +342,7 @@ class OneAtATime:
         return [_Response(self._uid, token, logprobs, reason)]
 
 
-def alone(row: RowSampler, processor: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+def alone(row: SequenceSampler, processor: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """A logits processor whose error ends its own row and no other."""
 
     def guarded(token_ids: Any, logits: Any) -> Any:
@@ -362,7 +362,7 @@ def _sampler(*, on_host: bool, never_excluded: list[int]) -> BatchSampler:
     return BatchSampler(np if on_host else mx, start=mx.async_eval, never_excluded=never_excluded)
 
 
-def _sampled(sampler: BatchSampler, rows: list[RowSampler], logprobs: Any) -> Any:
+def _sampled(sampler: BatchSampler, rows: list[SequenceSampler], logprobs: Any) -> Any:
     """mx.array (rows,) of token ids."""
     import mlx.core as mx
 

@@ -16,12 +16,12 @@ import mlx.core as mx
 from mlx_lm.generate import GenerationBatch
 from mlx_lm.models.cache import BatchKVCache
 
-from worker.mlx.backends.cpu_ops import FewerOperations
+from worker.mlx.backends.cpu_ops import FusedCpuOps
 from worker.mlx.backends.cuda_attention import PaddedAttention
 from worker.mlx.kv_slots import SlotKVCache, moves_to
 from worker.mlx.prompt_batch import JoiningBatch
 
-_MOST_MOVES = 8
+_MAX_MOVES = 8
 """Copies of neighbouring rows into slots of others; instead of more there are new buffers."""
 
 
@@ -38,15 +38,15 @@ class DecodingBatch(GenerationBatch):
 
     Attributes:
         wants_logprobs: By uid: whether a row's log-probabilities are looked at. Set before there are rows.
-        most_rows: There will be. Set before there are rows.
+        max_rows: There will be. Set before there are rows.
         attention: Of padded rows; None: MLX's own.
         fewer: For MLX's CPU back-end; None elsewhere.
     """
 
     wants_logprobs: Callable[[int], bool]
-    most_rows: int
+    max_rows: int
     attention: PaddedAttention | None = None
-    fewer: FewerOperations | None = None
+    fewer: FusedCpuOps | None = None
     # mlx-lm's own annotations do not agree with what it assigns.
     logits_processors: Any
     _current_tokens: Any
@@ -70,7 +70,7 @@ class DecodingBatch(GenerationBatch):
             self._newcomers |= dict(zip(batch.uids, batch.matchers, strict=True))
         if not self.uids:
             batch.prompt_cache = [
-                SlotKVCache(cache, self.most_rows, self.attention) if type(cache) is BatchKVCache else cache
+                SlotKVCache(cache, self.max_rows, self.attention) if type(cache) is BatchKVCache else cache
                 for cache in batch.prompt_cache
             ]
         super().extend(batch)  # type: ignore[no-untyped-call]
@@ -80,7 +80,7 @@ class DecodingBatch(GenerationBatch):
         """Fewer rows: those at the places `keep`, perhaps in another order."""
         slots, order = self._slots, _order(keep)
         moves = moves_to(order)
-        if not keep or len(moves) > _MOST_MOVES or any(cache.is_wasteful(keep) for cache in slots):
+        if not keep or len(moves) > _MAX_MOVES or any(cache.is_wasteful(keep) for cache in slots):
             order = keep
         elif moves:
             mx.async_eval([copied for cache in slots for copied in cache.lift(moves)])

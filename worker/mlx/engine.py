@@ -16,15 +16,15 @@ import numpy as np
 
 from common.errors import invalid
 from common.protocol import ChatPrompt, GenerationJob, SamplingParams, TextPrompt, TokenLogprob
-from worker.loop.engine import Inserted, ModelInfo, PromptRead, RowFailure, StepEvent, StepToken
+from worker.loop.engine import Inserted, ModelInfo, PromptEcho, SequenceFailure, StepEvent, StepToken
 from worker.mlx import model as mlx_model
 from worker.mlx.batch import Batch, NewRow, OneAtATime, Response, alone
 from worker.mlx.memory import CacheMemory, expected_tokens
-from worker.mlx.prefix_cache import Found, PrefixCache, had_better_wait
+from worker.mlx.prefix_cache import Found, PrefixCache, should_wait_for
 from worker.mlx.scoring import PromptScoring, most_likely
 from worker.mlx.warm_up import warm_up
 from worker.sampling.grammar import Compiled, Grammars, Matcher
-from worker.sampling.sampler import RowSampler
+from worker.sampling.sampler import SequenceSampler
 from worker.sampling.thinking import after_thinking
 from worker.text import answer_format, answer_parser, prompts
 from worker.text.detokenizer import Detokenizer, TokenBytes
@@ -50,7 +50,7 @@ class _Row:
 
     job: GenerationJob
     detokenizer: Detokenizer
-    sampler: RowSampler
+    sampler: SequenceSampler
     token_ids: list[int]
     num_prompt: int
     num_done: int
@@ -134,13 +134,13 @@ class MLXEngine:
             replayed_texts=[detokenizer.add(token_id) for token_id in replay],
             parser=answer_parser.for_job(job, self._format, prompt, self._token_bytes),
         )
-        sampler = RowSampler(
+        sampler = SequenceSampler(
             job.sampling,
             num_drawn=len(replay),
             matcher=self._matcher(job, inserted),
             wants_logprobs=job.top_logprobs is not None,
         )
-        sampler.took(replay)
+        sampler.observe(replay)
         num_prompt, num_done = len(prompt), len(replay)
         row = _Row(job, detokenizer, sampler, prompt + replay, num_prompt, num_done, max_tokens, inserted)
         if job.echo:
@@ -188,7 +188,7 @@ class MLXEngine:
             found = Found(row.scoring.caches, row.num_prompt - 1)
         reading = [(uid, other) for uid, other in self._by_uid.items() if self._generator.is_reading(uid)]
         others = [other.token_ids for _, other in reading]
-        place = had_better_wait(row.token_ids, found.num_cached, others, self._prefixes.least_tokens)
+        place = should_wait_for(row.token_ids, found.num_cached, others, self._prefixes.min_tokens)
         if place is not None:
             row.waits_for = reading[place][0]
             return
@@ -229,7 +229,7 @@ class MLXEngine:
         self._make_room()
         return [*echoes, *tokens]
 
-    def _echo(self) -> list[PromptRead]:
+    def _echo(self) -> list[PromptEcho]:
         """Go on with the first of the prompts that are echoed; it, when it is done."""
         row = next((row for row in self._rows.values() if not row.is_echoed), None)
         if row is None:
@@ -246,7 +246,7 @@ class MLXEngine:
             del self._rows[row.job.job_id]
         return [echo]
 
-    def _prompt_read(self, row: _Row) -> PromptRead:
+    def _prompt_read(self, row: _Row) -> PromptEcho:
         token_ids, scores = row.token_ids[: row.num_prompt], row.scoring.scores if row.scoring else []
         if isinstance(row.job.prompt, TextPrompt):
             # What a tokenizer puts before a text, such as a begin-of-text token, is no part of it.
@@ -256,11 +256,11 @@ class MLXEngine:
             detokenizer = self._token_bytes.detokenizer(after_template=False)
             text = "".join([*(detokenizer.add(i) for i in token_ids), detokenizer.flush()])
         if row.scoring is None or not token_ids:
-            return PromptRead(row.job.job_id, text)
+            return PromptEcho(row.job.job_id, text)
         tokens = [self._logprob(token_ids[0], 0.0)]
         tokens += [self._logprob(i, score.logprob) for i, score in zip(token_ids[1:], scores, strict=True)]
         tops: list[list[TokenLogprob]] = [[], *([self._logprob(*b) for b in score.best] for score in scores)]
-        return PromptRead(row.job.job_id, text, tokens, tops)
+        return PromptEcho(row.job.job_id, text, tokens, tops)
 
     def _num_added(self, text: str, token_ids: list[int]) -> int:
         """How many tokens the tokenizer has put before the text's own."""
@@ -278,7 +278,7 @@ class MLXEngine:
         tokens = [token for token in tokens if token.job_id not in failed]
         for job_id, row in failed.items():
             self.remove(job_id)
-            tokens.append(RowFailure(job_id, row.sampler.error or RuntimeError("no reason")))
+            tokens.append(SequenceFailure(job_id, row.sampler.error or RuntimeError("no reason")))
         return tokens
 
     def _token(self, response: Response) -> StepToken:
@@ -351,7 +351,7 @@ def _as_float32(logprobs: Any) -> Any:
     return logprobs if logprobs.dtype == mx.float32 else logprobs.astype(mx.float32)
 
 
-def _logits_processors(sampling: SamplingParams, row: RowSampler) -> list[Any]:
+def _logits_processors(sampling: SamplingParams, row: SequenceSampler) -> list[Any]:
     """What needs the logits themselves; everything else is the sampler's."""
     if sampling.repetition_penalty == 1.0:
         return []

@@ -39,7 +39,7 @@ class SlotKVCache(BatchKVCache):
 
     Args:
         cache: Rows that mlx-lm has read; its arrays are taken over.
-        most_rows: There will be.
+        max_rows: There will be.
         attention: Of rows that begin at different columns; None: MLX's own.
 
     Attributes:
@@ -47,10 +47,10 @@ class SlotKVCache(BatchKVCache):
         starts: By row, its first column.
     """
 
-    def __init__(self, cache: BatchKVCache, most_rows: int, attention: PaddedAttention | None) -> None:
+    def __init__(self, cache: BatchKVCache, max_rows: int, attention: PaddedAttention | None) -> None:
         super().__init__([])
         self.attention = attention
-        self._most_rows = most_rows
+        self._max_rows = max_rows
         self.keys: Any = cache.keys
         self.values: Any = cache.values
         padding: Any = cache.left_padding.tolist()
@@ -188,7 +188,7 @@ class SlotKVCache(BatchKVCache):
             first: The column that becomes column 0; what is before it is let go. It may be negative.
         """
         begin = max(first, self._first)
-        num_slots = max(num_rows, min(self._most_rows, slots(num_rows)))
+        num_slots = max(num_rows, min(self._max_rows, slots(num_rows)))
         num_columns = columns(self._end - first + num_more)
         padding = [
             (0, num_slots - len(rows)),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 _GROWS_BY_TOKENS = 256
 """Caches get longer in steps of this, mlx-lm's (0.32, `KVCache.step`) and those in slots."""
 
-_LEAST_SPARE_TOKENS = 128
+_MIN_SPARE_TOKENS = 128
 """Or arrays that were just made would soon be too short again."""
 
 EXPECTED_TOKENS = 512
@@ -68,9 +68,9 @@ class CacheMemory:
         needed_bytes = self.cost.rows_bytes(len(num_tokens_by_row), max(num_tokens_by_row))
         return self.room_bytes - max(needed_bytes, held_bytes)
 
-    def longest_row(self, most_tokens: int) -> int:
-        """The longest row that has room alone, up to `most_tokens`."""
-        low, high = 0, most_tokens
+    def longest_row(self, max_tokens: int) -> int:
+        """The longest row that has room alone, up to `max_tokens`."""
+        low, high = 0, max_tokens
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self.fits([middle]) else (low, middle - 1)
@@ -84,7 +84,7 @@ def slots(num_rows: int) -> int:
 
 def columns(num_tokens: int) -> int:
     """How long arrays for so many tokens are, with some to spare."""
-    return -(-(num_tokens + _LEAST_SPARE_TOKENS) // _GROWS_BY_TOKENS) * _GROWS_BY_TOKENS
+    return -(-(num_tokens + _MIN_SPARE_TOKENS) // _GROWS_BY_TOKENS) * _GROWS_BY_TOKENS
 
 
 def expected_tokens(num_prompt: int, num_done: int, max_tokens: int) -> int:

@@ -43,7 +43,7 @@ _WORKING_SHARE = 0.05
 _WORKING_BYTES = 256 * 2**20
 """What a step needs beside weights and caches, at least."""
 
-_LEAST_CONTEXT_TOKENS = 512
+_MIN_CONTEXT_TOKENS = 512
 
 _LARGEST_BELIEVED_CONTEXT = 10**9
 """transformers writes 10**30 where a tokenizer knows no limit."""
@@ -163,7 +163,7 @@ def cache_memory(loaded: LoadedModel, limit_gb: float | None) -> CacheMemory:
     weight_bytes = sum(weight.nbytes for _, weight in parameters)
     room_bytes = limit_bytes - weight_bytes - max(_WORKING_BYTES, _WORKING_SHARE * limit_bytes)
     memory = CacheMemory(cost, room_bytes)
-    if not memory.longest_row(_LEAST_CONTEXT_TOKENS):
+    if not memory.longest_row(_MIN_CONTEXT_TOKENS):
         raise StartupError(
             f"the model's weights are {weight_bytes / 2**30:.1f} GB, which leaves no room for requests in "
             f"{limit_bytes / 2**30:.3g} GB; take a smaller model, or give more with --memory-limit-gb"

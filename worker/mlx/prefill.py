@@ -15,9 +15,9 @@ meanwhile. Less costs throughput: a batch decodes as long for the first rows of 
 PIECE_SECONDS = 0.25
 """The same for a piece of a prompt that is longer than that: it holds them up again and again."""
 
-LEAST_TOKENS = 32
-MOST_PROMPTS = 64
-MOST_IN_PIECES = 8
+MIN_TOKENS = 32
+MAX_PROMPTS = 64
+MAX_IN_PIECES = 8
 """Beside a long prompt: each of its pieces is divided among them."""
 
 _COPY_SECONDS = 0.004
@@ -58,10 +58,10 @@ class PrefillBudget:
         copy_tokens: As many are read in the time in which a beginning that was read before is copied.
     """
 
-    def __init__(self, most_tokens: int) -> None:
-        self._most_tokens = most_tokens
-        self.num_tokens = min(most_tokens, _FIRST_TOKENS)
-        self.piece_tokens = min(most_tokens, _FIRST_PIECE_TOKENS)
+    def __init__(self, max_tokens: int) -> None:
+        self._max_tokens = max_tokens
+        self.num_tokens = min(max_tokens, _FIRST_TOKENS)
+        self.piece_tokens = min(max_tokens, _FIRST_PIECE_TOKENS)
         self.gather_seconds = 0.0
         self.rest_seconds = 0.0
         self._best_per_second = 0.0
@@ -87,7 +87,7 @@ class PrefillBudget:
         chosen, joining = list(begun), []
         for place, num_left in enumerate(waiting):
             in_pieces = self._is_in_pieces(chosen)
-            if len(chosen) >= (MOST_IN_PIECES if in_pieces else MOST_PROMPTS):
+            if len(chosen) >= (MAX_IN_PIECES if in_pieces else MAX_PROMPTS):
                 break
             if not chosen or (
                 num_left <= max(chosen) // 2 if in_pieces else self._has_room(chosen, num_left)
@@ -113,12 +113,12 @@ class PrefillBudget:
     def _has_room(self, chosen: list[int], num_left: int) -> bool:
         return max(*chosen, num_left) <= self.num_tokens // (len(chosen) + 1)
 
-    def took(self, num_tokens: int, seconds: float) -> None:
+    def observe(self, num_tokens: int, seconds: float) -> None:
         """Learn from a step that read `num_tokens`, padding included."""
         self.gather_seconds = min(_GATHER_SECONDS, _GATHER_SHARE * seconds)
         self.rest_seconds = min(_REST_SECONDS, seconds)
         per_second = num_tokens / max(seconds, 1e-6)
-        if num_tokens >= LEAST_TOKENS:
+        if num_tokens >= MIN_TOKENS:
             # Of many steps the best: a few tokens, and the first of a shape, take longer than what they add.
             self._best_per_second = max(per_second, 0.98 * self._best_per_second)
         self.num_tokens = self._learned(self.num_tokens, num_tokens, seconds, per_second, TARGET_SECONDS)
@@ -132,4 +132,4 @@ class PrefillBudget:
             # A few tokens cost more apiece than many: only the best of many steps speaks against the budget.
             best = int(self._best_per_second * target_seconds) or before
             affordable = max(affordable, min(before, best))
-        return max(min(LEAST_TOKENS, self._most_tokens), min(self._most_tokens, affordable))
+        return max(min(MIN_TOKENS, self._max_tokens), min(self._max_tokens, affordable))

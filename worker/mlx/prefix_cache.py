@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 from worker.mlx.prefix_index import PrefixIndex, num_common
 
-_LEAST_CACHED_TOKENS = 16
+_MIN_CACHED_TOKENS = 16
 """A shorter beginning is never worth it."""
 
-_LEAST_SHARED_TOKENS = 64
+_MIN_SHARED_TOKENS = 64
 """A shorter beginning is not worth waiting for."""
 
-_MOST_ENTRIES = 4096
+_MAX_ENTRIES = 4096
 
 
 class Found(NamedTuple):
@@ -36,16 +36,16 @@ class PrefixCache:
     """See the module.
 
     Attributes:
-        least_tokens: A shorter beginning is read again rather than kept, found and copied.
+        min_tokens: A shorter beginning is read again rather than kept, found and copied.
 
     Args:
         limit_bytes: 0: nothing is kept.
     """
 
     def __init__(self, limit_bytes: int) -> None:
-        self.least_tokens = _LEAST_CACHED_TOKENS
+        self.min_tokens = _MIN_CACHED_TOKENS
         self._limit_bytes = limit_bytes
-        self._index: PrefixIndex[list[Any]] = PrefixIndex(limit_bytes, _MOST_ENTRIES)
+        self._index: PrefixIndex[list[Any]] = PrefixIndex(limit_bytes, _MAX_ENTRIES)
 
     @property
     def num_bytes(self) -> int:
@@ -54,18 +54,18 @@ class PrefixCache:
 
     def expect(self, copy_tokens: int) -> None:
         """Go by how many tokens are read in the time of a copy."""
-        self.least_tokens = max(_LEAST_CACHED_TOKENS, copy_tokens)
+        self.min_tokens = max(_MIN_CACHED_TOKENS, copy_tokens)
 
     def wants(self, token_ids: list[int]) -> bool:
         """Whether such a row is worth a `put`."""
-        return self._limit_bytes > 0 and len(token_ids) >= self.least_tokens
+        return self._limit_bytes > 0 and len(token_ids) >= self.min_tokens
 
     def find(self, token_ids: list[int]) -> Found:
         """The longest beginning of a row that was read before; at least one token is left to read."""
-        if len(token_ids) <= self.least_tokens:
+        if len(token_ids) <= self.min_tokens:
             return Found(None, 0)
         nearest = self._index.nearest(token_ids[:-1])
-        if nearest is None or nearest.num_shared < self.least_tokens:
+        if nearest is None or nearest.num_shared < self.min_tokens:
             return Found(None, 0)
         from mlx_lm.models.cache import trim_prompt_cache
 
@@ -96,19 +96,19 @@ class PrefixCache:
         self._index.shrink_to(int(num_bytes))
 
 
-def had_better_wait(
-    token_ids: list[int], num_cached: int, being_read: list[list[int]], least_tokens: int
+def should_wait_for(
+    token_ids: list[int], num_cached: int, being_read: list[list[int]], min_tokens: int
 ) -> int | None:
     """Which of the prompts that are being read has so much in common with a new one that it is worth waiting for.
 
     Args:
         num_cached: Tokens of the new one that need not be read anyway.
-        least_tokens: `PrefixCache.least_tokens`.
+        min_tokens: `PrefixCache.min_tokens`.
 
     Returns:
         Its place in `being_read`; None where there is none.
     """
-    best, best_shared = None, num_cached + max(_LEAST_SHARED_TOKENS, least_tokens)
+    best, best_shared = None, num_cached + max(_MIN_SHARED_TOKENS, min_tokens)
     for place, other in enumerate(being_read):
         # A slice of both first: most have nothing in common, and a burst asks this of each with each.
         if len(token_ids) >= best_shared and token_ids[:best_shared] == other[:best_shared]:

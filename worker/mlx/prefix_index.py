@@ -43,13 +43,13 @@ class PrefixIndex(Generic[T]):
         num_bytes: Of all values.
 
     Args:
-        most_bytes: What they may have together.
-        most_entries: How many there may be.
+        max_bytes: What they may have together.
+        max_entries: How many there may be.
     """
 
-    def __init__(self, most_bytes: int, most_entries: int) -> None:
-        self._most_bytes = most_bytes
-        self._most_entries = most_entries
+    def __init__(self, max_bytes: int, max_entries: int) -> None:
+        self._max_bytes = max_bytes
+        self._max_entries = max_entries
         # Sequences in order: those whose values serve beginnings too, and those that serve as a whole.
         self._divisible: list[list[int]] = []
         self._whole: list[list[int]] = []
@@ -86,8 +86,8 @@ class PrefixIndex(Generic[T]):
         bisect.insort(self._order_of(entry), entry.token_ids)
         self._entries[id(entry.token_ids)] = entry
         self.num_bytes += num_bytes
-        self.shrink_to(self._most_bytes)
-        while len(self._entries) > self._most_entries:
+        self.shrink_to(self._max_bytes)
+        while len(self._entries) > self._max_entries:
             self._drop_oldest()
 
     def shrink_to(self, num_bytes: int) -> None:

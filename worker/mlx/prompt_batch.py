@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_lm.generate import GenerationBatch, PromptProcessingBatch
 from mlx_lm.models.cache import BatchKVCache
 
-_MOST_KEPT_BYTES = 256 * 2**20
+_MAX_KEPT_BYTES = 256 * 2**20
 """Of memory that MLX keeps for later."""
 
 
@@ -84,7 +84,7 @@ class ReadingBatch(PromptProcessingBatch):
 
     def _compute(self) -> None:
         mx.eval([cache.state for cache in self.prompt_cache])
-        if mx.get_cache_memory() > _MOST_KEPT_BYTES:
+        if mx.get_cache_memory() > _MAX_KEPT_BYTES:
             mx.clear_cache()
 
     def generate(self, tokens: list[list[int]]) -> GenerationBatch:

@@ -29,10 +29,10 @@ _ROWS: tuple[tuple[SamplingParams, bool], ...] = (
 _ROWS_ON_CPU = 2
 
 _PROMPT_TOKENS = 12
-_LEAST_TOKENS = 6
-_LEAST_TOKENS_ON_CPU = 2
+_MIN_TOKENS = 6
+_MIN_TOKENS_ON_CPU = 2
 _STEPS_BEFORE_LATE = 3
-_MOST_STEPS = 200
+_MAX_STEPS = 200
 
 
 def warm_up(engine: Engine, *, on_gpu: bool) -> None:
@@ -44,8 +44,8 @@ def warm_up(engine: Engine, *, on_gpu: bool) -> None:
         log.info("warming up; on CUDA, what is needed is compiled the first time, which may take a minute")
     began = time.monotonic()
     numbers = range(len(_ROWS) if on_gpu else _ROWS_ON_CPU)
-    least_tokens = _LEAST_TOKENS if on_gpu else _LEAST_TOKENS_ON_CPU
-    jobs = [_job(number, engine.info.vocab_size, least_tokens + 2 * number) for number in numbers]
+    min_tokens = _MIN_TOKENS if on_gpu else _MIN_TOKENS_ON_CPU
+    jobs = [_job(number, engine.info.vocab_size, min_tokens + 2 * number) for number in numbers]
     try:
         for first in range(0, len(jobs), engine.info.max_batch):
             _generate(engine, jobs[first : first + engine.info.max_batch], some_late=on_gpu)
@@ -66,11 +66,11 @@ def _generate(engine: Engine, jobs: list[tuple[GenerationJob, list[int]]], *, so
             engine.step()
     for job, prompt in jobs[num_early:]:
         engine.insert(job, prompt, [])
-    for _ in range(_MOST_STEPS):
+    for _ in range(_MAX_STEPS):
         if engine.num_rows == 0:
             return
         engine.step()
-    raise RuntimeError(f"{engine.num_rows} rows have not ended after {_MOST_STEPS} steps")
+    raise RuntimeError(f"{engine.num_rows} rows have not ended after {_MAX_STEPS} steps")
 
 
 def _job(number: int, vocab_size: int, max_tokens: int) -> tuple[GenerationJob, list[int]]:

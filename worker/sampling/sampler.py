@@ -47,7 +47,7 @@ class Matcher(Protocol):
 
 
 @dataclass(slots=True)
-class RowSampler:
+class SequenceSampler:
     """One row's sampling state.
 
     Attributes:
@@ -88,7 +88,7 @@ class RowSampler:
         self.is_adjusted = self.has_memory or bool(s.logit_bias)
         self.is_filtered = s.top_p < 1.0 or s.top_k > 0 or s.min_p > 0.0 or s.xtc_probability > 0.0
 
-    def took(self, token_ids: Sequence[int]) -> None:
+    def observe(self, token_ids: Sequence[int]) -> None:
         """Account for tokens of the answer, in order."""
         if self.error is not None:
             return
@@ -138,10 +138,10 @@ class BatchSampler:
         self._xp = xp
         self._start = start
         self._never_excluded = list(never_excluded)
-        self._unread: list[tuple[list[RowSampler], Array]] = []
+        self._unread: list[tuple[list[SequenceSampler], Array]] = []
         self._token_hashes: Array = None
 
-    def sample(self, rows: list[RowSampler], logprobs: Array) -> Array | None:
+    def sample(self, rows: list[SequenceSampler], logprobs: Array) -> Array | None:
         """Choose one token for each row.
 
         Args:
@@ -178,12 +178,12 @@ class BatchSampler:
         for rows, token_ids in self._unread:
             for row, token_id in zip(rows, token_ids.tolist(), strict=True):
                 if row.has_memory:
-                    row.took([token_id])
+                    row.observe([token_id])
         self._unread.clear()
 
     # -- grammar, biases, penalties ---------------------------------------------------------------------------------
 
-    def _adjusted(self, rows: list[RowSampler], adjusted: list[int], values: Array) -> Array:
+    def _adjusted(self, rows: list[SequenceSampler], adjusted: list[int], values: Array) -> Array:
         """With what grammars, biases and penalties do to them, still log-probabilities."""
         xp = self._xp
         part = _rows_of(xp, values, adjusted, len(rows))
@@ -201,7 +201,7 @@ class BatchSampler:
                 rows[adjusted[k]].logprobs.append(normalized[place])
         return _with_rows(xp, values, adjusted, part)
 
-    def _masks(self, rows: list[RowSampler], vocab_size: int) -> np.ndarray[Any, Any]:
+    def _masks(self, rows: list[SequenceSampler], vocab_size: int) -> np.ndarray[Any, Any]:
         words = np.zeros((len(rows), -(-vocab_size // 32)), dtype=np.uint32)
         for row, row_words in zip(rows, words, strict=True):
             assert row.matcher is not None
@@ -214,7 +214,7 @@ class BatchSampler:
 
     # -- draws ------------------------------------------------------------------------------------------------------
 
-    def _drawn(self, rows: list[RowSampler], values: Array) -> Array:
+    def _drawn(self, rows: list[SequenceSampler], values: Array) -> Array:
         """One token id a row, drawn by its temperature, filters and seed.
 
         1. Temperature; then the filters, in vLLM's order: min_p, top_k, top_p; XTC last, as llama.cpp has it.
@@ -256,7 +256,7 @@ class BatchSampler:
     def _filtered(self, samplings: list[SamplingParams], scaled: Array, uniforms: list[float]) -> Array:
         """What each row's filters leave of it: others get -inf. All of them keep a range of the order by probability."""
         xp = self._xp
-        result = xp.where(scaled >= _least_kept(xp, samplings, scaled), scaled, -math.inf)
+        result = xp.where(scaled >= _min_kept(xp, samplings, scaled), scaled, -math.inf)
         if any(s.xtc_probability > u for s, u in zip(samplings, uniforms, strict=True)):
             result = self._without_top_choices(samplings, uniforms, result)
         return result
@@ -276,8 +276,8 @@ class BatchSampler:
                 for s, u in zip(samplings, uniforms, strict=True)
             ],
         )
-        least_above = xp.min(xp.where(probs > thresholds, probs, math.inf), axis=-1, keepdims=True)
-        excluded = probs > least_above
+        min_above = xp.min(xp.where(probs > thresholds, probs, math.inf), axis=-1, keepdims=True)
+        excluded = probs > min_above
         if self._never_excluded:
             free = np.ones(scaled.shape[-1], dtype=bool)
             free[[i for i in self._never_excluded if i < len(free)]] = False
@@ -288,7 +288,7 @@ class BatchSampler:
 # -- array code for NumPy and MLX -----------------------------------------------------------------------------------
 
 
-def _least_kept(xp: Any, samplings: list[SamplingParams], scaled: Array) -> Array:
+def _min_kept(xp: Any, samplings: list[SamplingParams], scaled: Array) -> Array:
     """(rows, 1): the least number of each row that min_p, top_k and top_p keep."""
     vocab_size = scaled.shape[-1]
     total = xp.sum(xp.exp(scaled), axis=-1, keepdims=True)

@@ -24,7 +24,7 @@ SAFE: dict[str, type] = {
 }
 """By name: the type of the value."""
 
-MOST_CHARACTERS = 256
+MAX_CHARACTERS = 256
 """Of a value."""
 
 _KINDS = {bool: "a boolean", int: "an integer", str: "a string"}
@@ -48,8 +48,8 @@ def template_arguments(
         kind = SAFE[name]
         if type(value) is not kind:
             raise invalid(f"`{place}` must be {_KINDS[kind]}.", place)
-        if isinstance(value, str) and len(value) > MOST_CHARACTERS:
-            raise invalid(f"`{place}` is longer than {MOST_CHARACTERS} characters.", place)
+        if isinstance(value, str) and len(value) > MAX_CHARACTERS:
+            raise invalid(f"`{place}` is longer than {MAX_CHARACTERS} characters.", place)
         arguments[name] = value
     if reasoning_effort is None:
         return arguments

@@ -17,7 +17,7 @@ from common.errors import RequestError, invalid
 from common.protocol import ToolUse
 from common.schema import function_schema
 
-MOST_TOOLS = 128
+MAX_TOOLS = 128
 
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 """Templates and grammars want to be told."""
@@ -176,8 +176,8 @@ def _checked(functions: list[FunctionDefinition], param: str, inside: str) -> li
         RequestError: 400; there are too many, two have the same name, arguments could not be an object, or those of a
             strict function are beyond what a grammar can say.
     """
-    if len(functions) > MOST_TOOLS:
-        raise invalid(f"`{param}` has {len(functions)} functions; at most {MOST_TOOLS} are allowed.", param)
+    if len(functions) > MAX_TOOLS:
+        raise invalid(f"`{param}` has {len(functions)} functions; at most {MAX_TOOLS} are allowed.", param)
     names = set()
     tools = []
     for i, function in enumerate(functions):

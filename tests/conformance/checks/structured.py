@@ -12,7 +12,7 @@ import pydantic
 from tests.conformance import judge
 from tests.conformance.server import CHAT, Answer, NotShown, Server, see
 
-_MOST_TOKENS = 40
+_MAX_TOKENS = 40
 _SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {"sky": {"type": "string", "enum": ["clear", "grey"]}, "wet": {"type": "boolean"}},
@@ -27,7 +27,7 @@ def _format(schema: dict[str, Any], *, strict: bool | None = True) -> dict[str, 
 
 
 def _ask(server: Server, schema: dict[str, Any] = _SCHEMA, **fields: Any) -> Answer:
-    return server.once(CHAT, **{"max_tokens": _MOST_TOKENS, "response_format": _format(schema)} | fields)
+    return server.once(CHAT, **{"max_tokens": _MAX_TOKENS, "response_format": _format(schema)} | fields)
 
 
 def _validate(text: str, schema: dict[str, Any] = _SCHEMA) -> None:
@@ -42,7 +42,7 @@ def _validate(text: str, schema: dict[str, Any] = _SCHEMA) -> None:
 def json_object(server: Server, *, stream: bool) -> None:
     """One that is not closed within so few tokens has to be the beginning of one."""
     question = [{"role": "user", "content": 'Answer with JSON: {"a": 1}'}]
-    fields = {"messages": question, "max_tokens": _MOST_TOKENS, "response_format": {"type": "json_object"}}
+    fields = {"messages": question, "max_tokens": _MAX_TOKENS, "response_format": {"type": "json_object"}}
     answer = server.chat(**fields, stream=stream)
     text = "".join(answer.texts()) if stream else answer.text()
     see(text.lstrip().startswith("{"), f"the text is {text[:40]!r}")
@@ -62,13 +62,13 @@ def holds(server: Server, schema: str) -> None:
 
 
 def hot(server: Server) -> None:
-    fields = {"max_tokens": _MOST_TOKENS, "response_format": _format(_SCHEMA), "temperature": 2}
+    fields = {"max_tokens": _MAX_TOKENS, "response_format": _format(_SCHEMA), "temperature": 2}
     for answer in server.chats([fields | {"seed": seed} for seed in range(4)]):
         _validate(answer.text())
 
 
 def stream_equals_plain(server: Server) -> None:
-    fields = {"max_tokens": _MOST_TOKENS, "response_format": _format(_SCHEMA), "temperature": 1, "seed": 3}
+    fields = {"max_tokens": _MAX_TOKENS, "response_format": _format(_SCHEMA), "temperature": 1, "seed": 3}
     plain, stream = server.both(CHAT, **fields)
     _validate(plain.text())
     see("".join(stream.texts()) == plain.text(), f"{''.join(stream.texts())!r} is not {plain.text()!r}")
@@ -110,7 +110,7 @@ def not_strict(server: Server) -> None:
 def beside_others(server: Server) -> None:
     held: tuple[str, dict[str, Any]] = (
         CHAT,
-        {"max_tokens": _MOST_TOKENS, "response_format": _format(_SCHEMA)},
+        {"max_tokens": _MAX_TOKENS, "response_format": _format(_SCHEMA)},
     )
     free: tuple[str, dict[str, Any]] = (CHAT, {"max_tokens": 6})
     alone = server.post(*free).text()
@@ -134,7 +134,7 @@ def sdk_parses(server: Server) -> None:
                 model=server.model,
                 messages=[{"role": "user", "content": "How is the sea?"}],
                 response_format=_Weather,
-                max_tokens=_MOST_TOKENS,
+                max_tokens=_MAX_TOKENS,
             )
         except (openai.OpenAIError, pydantic.ValidationError) as error:
             raise NotShown(f"{type(error).__name__}: {error}") from None

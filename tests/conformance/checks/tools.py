@@ -10,7 +10,7 @@ import jsonschema
 from tests.conformance import judge
 from tests.conformance.server import CHAT, Answer, NotShown, Server, see
 
-_MOST_TOKENS = 60
+_MAX_TOKENS = 60
 
 
 def _function(name: str, parameter: str, *values: str, **more: Any) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def _function(name: str, parameter: str, *values: str, **more: Any) -> dict[str,
 
 _TOOLS = [_function("get_sky", "city", "Rome", "Oslo"), _function("set_lamp", "state", "on", "off")]
 _USUAL: dict[str, Any] = {
-    "max_tokens": _MOST_TOKENS,
+    "max_tokens": _MAX_TOKENS,
     "tools": _TOOLS,
     "tool_choice": "required",
     "parallel_tool_calls": False,
@@ -190,7 +190,7 @@ def allowed_tools(server: Server) -> None:
 
 def deprecated(server: Server) -> None:
     functions = [tool["function"] for tool in _TOOLS]
-    answer = server.chat(functions=functions, function_call={"name": "set_lamp"}, max_tokens=_MOST_TOKENS)
+    answer = server.chat(functions=functions, function_call={"name": "set_lamp"}, max_tokens=_MAX_TOKENS)
     if answer.status != 200:
         judge.check_error(answer, 400, param="function")
         return

@@ -251,11 +251,11 @@ def test_a_refused_client_is_not_kept_waiting(api: ApiPool) -> None:
             connection.sendall(b"x" * 100_000)
 
 
-def is_reset_within(connection: socket.socket, most_bytes: int, piece: bytes, pause: float) -> bool:
+def is_reset_within(connection: socket.socket, max_bytes: int, piece: bytes, pause: float) -> bool:
     """Whether sending fails before so much was sent."""
     sent = 0
     with contextlib.suppress(ConnectionError):
-        while sent < most_bytes:
+        while sent < max_bytes:
             sent += connection.send(piece)
             time.sleep(pause)
         return False
@@ -265,10 +265,10 @@ def is_reset_within(connection: socket.socket, most_bytes: int, piece: bytes, pa
 def test_a_refused_client_that_goes_on_and_on(api: ApiPool) -> None:
     """It is listened to up to an amount, and for a time."""
     pause = 0.05
-    for most_bytes, piece in ((3 * LINGER_BYTES, b"x" * 1_000_000), (int(10 * LINGER_SECONDS / pause), b"x")):
+    for max_bytes, piece in ((3 * LINGER_BYTES, b"x" * 1_000_000), (int(10 * LINGER_SECONDS / pause), b"x")):
         with api.connect() as connection:
             connection.sendall(POST + b"Content-Length: 99999999999\r\n\r\n")
-            assert is_reset_within(connection, most_bytes, piece, 0 if len(piece) > 1 else pause)
+            assert is_reset_within(connection, max_bytes, piece, 0 if len(piece) > 1 else pause)
 
 
 def test_a_connection_goes_on_behind_a_refusal(api: ApiPool) -> None:

@@ -49,7 +49,7 @@ def test_weights() -> None:
 def test_weight_in_an_id() -> None:
     """An id keeps its weight, up to what it has digits for, and no two are the same."""
     assert names.estimated_tokens(names.new_job_id(1234)) == 1234
-    assert names.estimated_tokens(names.new_job_id(10**12)) == names.MOST_ID_TOKENS
+    assert names.estimated_tokens(names.new_job_id(10**12)) == names.MAX_ID_TOKENS
     assert len({names.new_job_id(5) for _ in range(100)}) == 100
 
 

@@ -17,7 +17,7 @@ from common.schema import grammar
 
 ROOT = Path(__file__).parents[3]
 CPU_SECONDS = 60
-MOST_BYTES = 3 << 30
+MAX_BYTES = 3 << 30
 
 
 def nested(keyword: str, levels: int) -> Any:
@@ -247,7 +247,7 @@ def report() -> None:
 def reports() -> dict[str, list[Any]]:
     """What came of each attack, in a process of its own with little CPU time and memory."""
     code = _ATTACK.format(
-        root=str(ROOT), here=str(Path(__file__).parent), seconds=CPU_SECONDS, memory=MOST_BYTES
+        root=str(ROOT), here=str(Path(__file__).parent), seconds=CPU_SECONDS, memory=MAX_BYTES
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 0, (run.stdout[-200:], run.stderr[-2000:])

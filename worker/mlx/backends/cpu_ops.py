@@ -22,7 +22,7 @@ def _rotate(
     return first * cosines - second * sines, first * sines + second * cosines
 
 
-class FewerOperations:
+class FusedCpuOps:
     """A context in which models have these operations for those of `mlx.core.fast`, which they call by their names there.
 
     Rotations and attention of more than one token a row, and what has options that are not known here, go to MLX's own.

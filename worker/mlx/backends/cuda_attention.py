@@ -16,15 +16,15 @@ import mlx.core as mx
 
 log = logging.getLogger(__name__)
 
-MOST_KEYS = 32_768
+MAX_KEYS = 32_768
 """Of more MLX's own is used: how fast one block of threads for all keys of a head is there was not measured."""
 
 _LANES = {64: 8, 80: 8, 96: 8, 128: 16, 256: 32}  # by size of a head: threads that share a key
 _THREADS = 256
-_MOST_HEADS = 8
+_MAX_HEADS = 8
 
 _TRIAL_KEYS = 40
-_MOST_DIFFERENCE = 0.03
+_MAX_DIFFERENCE = 0.03
 
 _HEADER = """
 template <typename T, int N>
@@ -152,7 +152,7 @@ def fits(queries: mx.array, keys: mx.array, values: mx.array) -> bool:
         and queries.shape[3] in _LANES
         and queries.shape[0] == keys.shape[0]
         and keys.shape == values.shape
-        and keys.shape[2] < MOST_KEYS
+        and keys.shape[2] < MAX_KEYS
         and queries.dtype == keys.dtype == values.dtype
     )
 
@@ -179,7 +179,7 @@ def works(kernel: Kernel, dtype: mx.Dtype, dim: int, repeats: int) -> bool:
     except Exception:
         log.exception("the attention kernel cannot be used; padded rows have MLX's own attention")
         return False
-    if not difference < _MOST_DIFFERENCE:
+    if not difference < _MAX_DIFFERENCE:
         log.error("the attention kernel is off by %s; padded rows have MLX's own attention", difference)
         return False
     return True
@@ -211,7 +211,7 @@ class CudaKernel:
         num_rows, num_heads, _, dim = queries.shape
         num_key_heads = keys.shape[1]
         repeats = num_heads // num_key_heads
-        heads = next(n for n in range(min(repeats, _MOST_HEADS), 0, -1) if repeats % n == 0)
+        heads = next(n for n in range(min(repeats, _MAX_HEADS), 0, -1) if repeats % n == 0)
         if scale not in self._scales:
             self._scales[scale] = mx.array(scale, mx.float32)
         template = [

@@ -8,10 +8,10 @@ from typing import Any
 
 from common.errors import RequestError
 from common.protocol import GenerationJob, SamplingParams, TextPrompt, decode_event
-from worker.jobs.redis_journal import Receipt, Row
-from worker.loop.engine import Inserted, ModelInfo, RowFailure, StepEvent, StepToken
+from worker.jobs.redis_journal import AppendResult, Row
+from worker.loop.engine import Inserted, ModelInfo, SequenceFailure, StepEvent, StepToken
 from worker.loop.generation_loop import GenerationLoop
-from worker.loop.messages import Admit, Message, Settlement
+from worker.loop.messages import Admit, JobEnd, Message
 from worker.text.answer_parser import AnswerParser
 
 
@@ -80,7 +80,7 @@ class ScriptedEngine:
             return []
         tokens: list[StepEvent] = []
         if self.row_error is not None and self.rows.pop(self.row_error[0], None):
-            tokens.append(RowFailure(*self.row_error))
+            tokens.append(SequenceFailure(*self.row_error))
             self.row_error = None
         for job_id, row in list(self.rows.items()):
             row[0] += 1
@@ -105,7 +105,7 @@ class ScriptedJournal:
         self.published: list[Row] = []
         self.refused: set[str] = set()
         self.num_listeners = 1
-        self._answer: Receipt | None = None
+        self._answer: AppendResult | None = None
 
     def send(self, rows: list[Row]) -> None:
         assert self._answer is None, "the call before was not collected"
@@ -119,9 +119,9 @@ class ScriptedJournal:
                 written.append(row)
         channels = {row.channel for row in accepted}
         refused = {row.execution_id for row in rows} & self.refused
-        self._answer = Receipt(refused, dict.fromkeys(channels, self.num_listeners))
+        self._answer = AppendResult(refused, dict.fromkeys(channels, self.num_listeners))
 
-    def collect(self) -> Receipt:
+    def collect(self) -> AppendResult:
         assert self._answer is not None, "nothing was sent"
         answer, self._answer = self._answer, None
         return answer
@@ -137,7 +137,7 @@ class Bench:
         self.engine = ScriptedEngine(texts)
         self.journal = ScriptedJournal()
         self.inbox: SimpleQueue[Message] = SimpleQueue()
-        self.settled: list[Settlement] = []
+        self.settled: list[JobEnd] = []
         self.now = 0.0
         self.loop = GenerationLoop(
             engine=self.engine,
@@ -172,7 +172,9 @@ def admit(
     execution_id: str | None = None,
     journal: list[Any] | None = None,
     *,
-    is_suspect: bool = False,
+    is_poison_candidate: bool = False,
     **job: Any,
 ) -> Admit:
-    return Admit(make_job(job_id, **job), execution_id or f"{job_id}-1", [0], journal or [], is_suspect)
+    return Admit(
+        make_job(job_id, **job), execution_id or f"{job_id}-1", [0], journal or [], is_poison_candidate
+    )

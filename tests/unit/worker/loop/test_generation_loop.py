@@ -11,7 +11,7 @@ import pytest
 from common.protocol import Delta, Failed, Finished, Started, Usage, decode_event
 from tests.unit.worker.loop.scripted import Bench, admit, refusal
 from worker.loop.generation_loop import LONGEST_GATHER_SECONDS
-from worker.loop.messages import Outcome, Quit, Withdraw, Withdrawal
+from worker.loop.messages import Abort, AbortReason, Outcome, Shutdown
 
 
 def texts(bench: Bench, job_id: str) -> str:
@@ -105,25 +105,25 @@ def test_what_only_looked_like_a_stop_string_comes_out() -> None:
 @pytest.mark.parametrize(
     ("why", "outcome"),
     [
-        (Withdrawal.CANCELLED, Outcome.FINISHED),
-        (Withdrawal.STOPPED, Outcome.STOPPED),
-        (Withdrawal.FENCED, Outcome.FENCED),
-        (Withdrawal.HANDED_OVER, Outcome.HANDED_OVER),
+        (AbortReason.CANCELLED, Outcome.FINISHED),
+        (AbortReason.STOPPED, Outcome.STOPPED),
+        (AbortReason.FENCED, Outcome.FENCED),
+        (AbortReason.REQUEUED, Outcome.REQUEUED),
     ],
 )
-def test_withdrawals(why: Withdrawal, outcome: Outcome) -> None:
+def test_withdrawals(why: AbortReason, outcome: Outcome) -> None:
     """A running job leaves at once; it has a terminal event only if nobody goes on with it."""
     bench = Bench()
     bench.turn(admit("a", max_tokens=99), times=3)
-    bench.turn(Withdraw("a", why))
+    bench.turn(Abort("a", why))
     bench.turn_until(lambda: bool(bench.settled))
     assert bench.settled[0].outcome is outcome
     assert bench.engine.num_rows == 0
     last = bench.journal.events("a")[-1]
-    if why is Withdrawal.CANCELLED:
+    if why is AbortReason.CANCELLED:
         assert isinstance(last, Finished)
         assert last.finish_reason == "cancelled"
-    elif why is Withdrawal.STOPPED:
+    elif why is AbortReason.STOPPED:
         assert isinstance(last, Failed)
         assert last.code == "stopped"
     else:
@@ -135,15 +135,15 @@ def test_a_hand_over_waits_for_what_is_in_flight() -> None:
     bench = Bench()
     bench.turn(admit("a", max_tokens=99), times=3)
     sent = bench.engine.rows["a"][0]
-    bench.turn(Withdraw("a", Withdrawal.HANDED_OVER))
-    assert bench.settled[0].outcome is Outcome.HANDED_OVER
+    bench.turn(Abort("a", AbortReason.REQUEUED))
+    assert bench.settled[0].outcome is Outcome.REQUEUED
     assert len(bench.journal.entries["a"]) == sent
 
 
 def test_a_cancel_that_is_faster_than_its_job() -> None:
     """A job whose client left while it was on its way ends as cancelled as soon as it comes; later jobs are not touched."""
     bench = Bench()
-    bench.turn(admit("b", max_tokens=99), Withdraw("a", Withdrawal.CANCELLED), admit("a"), times=3)
+    bench.turn(admit("b", max_tokens=99), Abort("a", AbortReason.CANCELLED), admit("a"), times=3)
     assert [s.job_id for s in bench.settled] == ["a"]
     assert isinstance(bench.settled[0].terminal, Finished)
     assert list(bench.engine.rows) == ["b"]
@@ -272,7 +272,7 @@ def test_what_has_no_room_waits() -> None:
     bench.turn(admit("b"), admit("c"), admit("d", journal=[Delta(1, 1, " 1")]))
     assert list(bench.engine.rows) == ["a"]
     assert bench.loop.is_full
-    bench.turn(Withdraw("b", Withdrawal.FENCED, "another run"), Withdraw("d", Withdrawal.CANCELLED), times=2)
+    bench.turn(Abort("b", AbortReason.FENCED, "another run"), Abort("d", AbortReason.CANCELLED), times=2)
     assert bench.settled[0].terminal == Finished(2, "cancelled", Usage(1, 1))
     bench.engine.is_full = False
     bench.turn()
@@ -293,7 +293,7 @@ def test_a_suspect_is_tried_alone() -> None:
     """It waits until nobody is there whom it could harm; the others wait until it has a new token, then join."""
     bench = Bench()
     bench.turn(admit("a", max_tokens=2))
-    bench.turn(admit("b", is_suspect=True, max_tokens=9), admit("c", max_tokens=9))
+    bench.turn(admit("b", is_poison_candidate=True, max_tokens=9), admit("c", max_tokens=9))
     assert list(bench.engine.rows) == []
     bench.engine.is_reading = True
     bench.turn(times=3)
@@ -313,9 +313,9 @@ def test_a_suspect_that_ends_lets_others_start(end: str) -> None:
         bench.engine.refused["a"] = refusal()
     elif end == "crashed":
         bench.engine.step_error = RuntimeError("boom")
-    bench.turn(admit("a", is_suspect=True), admit("b"))
+    bench.turn(admit("a", is_poison_candidate=True), admit("b"))
     if end == "withdrawn":
-        bench.turn(Withdraw("a", Withdrawal.CANCELLED))
+        bench.turn(Abort("a", AbortReason.CANCELLED))
     bench.turn()
     assert "b" in bench.engine.rows
 
@@ -327,8 +327,8 @@ def test_memory_that_runs_short() -> None:
     bench.engine.max_rows = 1
     bench.turn_until(lambda: len(bench.settled) == 2)
     assert [(s.job_id, s.outcome) for s in bench.settled] == [
-        ("c", Outcome.HANDED_OVER),
-        ("b", Outcome.HANDED_OVER),
+        ("c", Outcome.REQUEUED),
+        ("b", Outcome.REQUEUED),
     ]
     bench.engine.max_rows = 0
     bench.turn(times=40)
@@ -367,9 +367,9 @@ def test_jobs_that_nobody_listens_to_are_cancelled() -> None:
 
 
 def test_quit_lets_running_jobs_end() -> None:
-    """`Quit` returns from `run` when everything is written and settled."""
+    """`Shutdown` returns from `run` when everything is written and settled."""
     bench = Bench()
-    for message in (admit("a"), admit("b", max_tokens=5), Quit()):
+    for message in (admit("a"), admit("b", max_tokens=5), Shutdown()):
         bench.inbox.put(message)
     bench.loop.run()
     assert {s.job_id: s.outcome for s in bench.settled} == {"a": Outcome.FINISHED, "b": Outcome.FINISHED}

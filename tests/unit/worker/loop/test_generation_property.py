@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from common.protocol import Failed, Finished
 from tests.unit.worker.loop.scripted import Bench, admit, refusal
-from worker.loop.messages import Outcome, Quit, Withdraw, Withdrawal
+from worker.loop.messages import Abort, AbortReason, Outcome, Shutdown
 
 JOBS = st.sampled_from("abcd")
 ACTIONS = st.one_of(
     st.tuples(st.just("admit"), JOBS, st.integers(1, 40)),
-    st.tuples(st.just("withdraw"), JOBS, st.sampled_from(list(Withdrawal))),
+    st.tuples(st.just("withdraw"), JOBS, st.sampled_from(list(AbortReason))),
     st.tuples(st.just("lose"), JOBS, st.just(0)),
     st.tuples(st.just("poison"), JOBS, st.booleans()),
     st.tuples(st.just("crash"), JOBS, st.just(0)),
@@ -40,15 +40,21 @@ class Play:
         self.current[job_id] = f"{job_id}-{len(self.executions)}"
         self.executions.append(self.current[job_id])
         journal = self.bench.journal.events(job_id)
-        is_suspect = max_tokens % 3 == 0
+        is_poison_candidate = max_tokens % 3 == 0
         self.bench.inbox.put(
-            admit(job_id, self.current[job_id], journal, max_tokens=max_tokens, is_suspect=is_suspect)
+            admit(
+                job_id,
+                self.current[job_id],
+                journal,
+                max_tokens=max_tokens,
+                is_poison_candidate=is_poison_candidate,
+            )
         )
 
     def _has_moved_on(self, execution_id: str) -> bool:
         """Whether the lease is lost, or was given up: what is left of the run in the loop is refused by the journal."""
         given_up = {
-            s.execution_id for s in self.bench.settled if s.outcome in (Outcome.CRASHED, Outcome.HANDED_OVER)
+            s.execution_id for s in self.bench.settled if s.outcome in (Outcome.CRASHED, Outcome.REQUEUED)
         }
         return execution_id in self.bench.journal.refused or execution_id in given_up
 
@@ -61,8 +67,8 @@ class Play:
     def shrink(self, _job_id: str, max_rows: int) -> None:
         self.bench.engine.max_rows = max_rows
 
-    def withdraw(self, job_id: str, why: Withdrawal) -> None:
-        self.bench.inbox.put(Withdraw(job_id, why))
+    def withdraw(self, job_id: str, why: AbortReason) -> None:
+        self.bench.inbox.put(Abort(job_id, why))
 
     def lose(self, job_id: str, _: int) -> None:
         if job_id in self.current:
@@ -93,13 +99,13 @@ def test_every_job_ends_exactly_once(actions: list[tuple[str, str, Any]]) -> Non
     for action, job_id, argument in actions:
         getattr(play, action)(job_id, argument)
     bench = play.bench
-    bench.inbox.put(Quit())
+    bench.inbox.put(Shutdown())
     bench.loop.run()
     assert sorted(s.execution_id for s in bench.settled) == sorted(play.executions)
     assert bench.engine.num_rows == 0
     for job_id in bench.journal.entries:  # that they are gapless, the journal itself asserts
         events = bench.journal.events(job_id)
         assert not any(isinstance(event, Finished | Failed) for event in events[:-1])
-    for settlement in bench.settled:
-        if settlement.terminal is not None:
-            assert bench.journal.events(settlement.job_id)[-1] == settlement.terminal
+    for job_end in bench.settled:
+        if job_end.terminal is not None:
+            assert bench.journal.events(job_end.job_id)[-1] == job_end.terminal

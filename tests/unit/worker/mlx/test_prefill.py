@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.mlx.prefill import (
-    LEAST_TOKENS,
-    MOST_IN_PIECES,
-    MOST_PROMPTS,
+    MAX_IN_PIECES,
+    MAX_PROMPTS,
+    MIN_TOKENS,
     TARGET_SECONDS,
     PrefillBudget,
     PrefillPlan,
@@ -44,9 +44,9 @@ def budget_of(num_tokens: int) -> PrefillBudget:
         ([], [5000], PrefillPlan([0], 40)),
         ([5000], [], PrefillPlan([], 40)),
         ([], [], PrefillPlan([], 160)),
-        ([], [0] * 200, PrefillPlan(list(range(MOST_PROMPTS)), 2)),  # prompts of one token
-        ([5000] * MOST_IN_PIECES, [1], PrefillPlan([], 5)),
-        ([], [5000, *[1] * 20], PrefillPlan(list(range(MOST_IN_PIECES)), 5)),
+        ([], [0] * 200, PrefillPlan(list(range(MAX_PROMPTS)), 2)),  # prompts of one token
+        ([5000] * MAX_IN_PIECES, [1], PrefillPlan([], 5)),
+        ([], [5000, *[1] * 20], PrefillPlan(list(range(MAX_IN_PIECES)), 5)),
     ],
 )
 def test_plan(begun: list[int], waiting: list[int], plan: PrefillPlan) -> None:
@@ -56,14 +56,14 @@ def test_plan(begun: list[int], waiting: list[int], plan: PrefillPlan) -> None:
     assert budget.plan(begun, waiting) == plan
 
 
-@given(begun=LENGTHS.map(lambda lengths: lengths[:MOST_IN_PIECES]), waiting=LENGTHS, num=st.integers(1, 4096))
+@given(begun=LENGTHS.map(lambda lengths: lengths[:MAX_IN_PIECES]), waiting=LENGTHS, num=st.integers(1, 4096))
 def test_a_plan_keeps_to_the_budget(begun: list[int], waiting: list[int], num: int) -> None:
     """Whatever waits: the tokens of all prompts together stay within it, some are always read, and the first one joins."""
     plan = budget_of(num).plan(begun, waiting)
     num_prompts = len(begun) + len(plan.joining)
     assert plan.num_tokens >= 1
     assert num_prompts >= min(1, len(begun) + len(waiting))
-    assert num_prompts <= MOST_PROMPTS
+    assert num_prompts <= MAX_PROMPTS
     assert plan.joining == sorted(set(plan.joining))
     assert num_prompts * plan.num_tokens <= max(num, num_prompts)
     if waiting and not begun:
@@ -74,13 +74,13 @@ def test_learning() -> None:
     """Steps that take long get smaller, fast ones grow again, within what the setting and sense say."""
     budget = PrefillBudget(512)
     budget.num_tokens = 512
-    budget.took(512, 4 * TARGET_SECONDS)
+    budget.observe(512, 4 * TARGET_SECONDS)
     assert budget.num_tokens == 128
-    assert budget.piece_tokens == LEAST_TOKENS
-    budget.took(128, 1000.0)
-    assert budget.num_tokens == LEAST_TOKENS
+    assert budget.piece_tokens == MIN_TOKENS
+    budget.observe(128, 1000.0)
+    assert budget.num_tokens == MIN_TOKENS
     for _ in range(10):
-        budget.took(budget.num_tokens, 0.01)
+        budget.observe(budget.num_tokens, 0.01)
     assert budget.num_tokens == 512
     assert PrefillBudget(16).num_tokens == 16
 
@@ -89,24 +89,24 @@ def test_what_a_copy_is_worth() -> None:
     """The faster prompts are read, the longer a beginning must be to be worth a copy; slow and small steps say little."""
     budget = PrefillBudget(4096)
     assert budget.copy_tokens == 0
-    budget.took(300, 1.0)
+    budget.observe(300, 1.0)
     assert budget.copy_tokens == 1
-    budget.took(2000, 0.05)
+    budget.observe(2000, 0.05)
     fast = budget.copy_tokens
     assert fast == 160
-    budget.took(1, 1e-9)
-    budget.took(400, 1.0)
+    budget.observe(1, 1e-9)
+    budget.observe(400, 1.0)
     assert 0.9 * fast < budget.copy_tokens <= fast
 
 
 def test_few_tokens_say_little() -> None:
     """A short prompt costs more for each token than many do: it makes the budget no smaller."""
     budget = budget_of(200)
-    budget.took(4, 0.2)
+    budget.observe(4, 0.2)
     assert budget.num_tokens == 200
-    budget.took(100, 0.2)
+    budget.observe(100, 0.2)
     assert budget.num_tokens == 400
-    budget.took(100, 2 * TARGET_SECONDS)
+    budget.observe(100, 2 * TARGET_SECONDS)
     assert budget.num_tokens == 50
 
 
@@ -116,7 +116,7 @@ def test_the_rest_of_a_long_prompt_comes_in_pieces_too() -> None:
     while left:
         num = min(left, budget.plan([left], []).num_tokens)
         steps.append(num / 100)
-        budget.took(num, num / 100)
+        budget.observe(num, num / 100)
         left -= num
     assert max(steps) <= TARGET_SECONDS
     assert sum(steps) == pytest.approx(30)
@@ -126,11 +126,11 @@ def test_a_rest_after_reading() -> None:
     """As long as it took, at most 20 ms, and only where few wait beside many: no burst and no lone row waits for it."""
     budget = PrefillBudget(100_000)
     assert not budget.may_rest(1, 100, since_seconds=0.0)
-    budget.took(45, seconds=0.007)
+    budget.observe(45, seconds=0.007)
     assert budget.may_rest(1, 8, since_seconds=0.006)
     assert not budget.may_rest(1, 8, since_seconds=0.008)
     assert not budget.may_rest(1, 7, since_seconds=0.0)
     assert not budget.may_rest(2, 8, since_seconds=0.0)
-    budget.took(45, seconds=5.0)
+    budget.observe(45, seconds=5.0)
     assert budget.may_rest(1, 8, since_seconds=0.019)
     assert not budget.may_rest(1, 8, since_seconds=0.021)

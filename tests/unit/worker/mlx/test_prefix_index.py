@@ -49,13 +49,13 @@ def test_nearest_is_the_nearest(added: list[tuple[list[int], bool]], query: list
 
 @settings(deadline=None)
 @given(st.lists(SEQUENCES, max_size=30), st.integers(0, 12), st.integers(1, 6))
-def test_bounds(added: list[list[int]], most_bytes: int, most_entries: int) -> None:
+def test_bounds(added: list[list[int]], max_bytes: int, max_entries: int) -> None:
     """Bytes and entries stay within their bounds and are counted truly, whatever is added."""
-    index: PrefixIndex[int] = PrefixIndex(most_bytes, most_entries)
+    index: PrefixIndex[int] = PrefixIndex(max_bytes, max_entries)
     for token_ids in added:
         index.add(token_ids, 0, len(token_ids), is_divisible=True)
-        assert index.num_bytes <= most_bytes
-        assert len(index) <= most_entries
+        assert index.num_bytes <= max_bytes
+        assert len(index) <= max_entries
     kept = {id(n.entry): n.entry for query in added if (n := index.nearest(query))}
     assert index.num_bytes == sum(len(entry.token_ids) for entry in kept.values())
     index.shrink_to(0)

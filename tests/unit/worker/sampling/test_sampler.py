@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.protocol import SamplingParams
-from worker.sampling.sampler import BatchSampler, RowSampler
+from worker.sampling.sampler import BatchSampler, SequenceSampler
 
 VOCAB = 40
 
@@ -29,7 +29,7 @@ def drawn(
     params: SamplingParams, values: Any, num: int, *, never_excluded: tuple[int, ...] = ()
 ) -> list[int]:
     """The tokens that so many positions of one row draw from the same log-probabilities."""
-    row, batch = RowSampler(params), sampler(never_excluded)
+    row, batch = SequenceSampler(params), sampler(never_excluded)
     tokens = []
     for _ in range(num):
         token_ids = batch.sample([row], values)
@@ -155,11 +155,11 @@ def test_xtc() -> None:
 
 def test_penalties_and_bias_as_openai_says() -> None:
     """Of sampled tokens only: presence once, frequency times the count, beside the bias; greedy rows choose by them."""
-    row = RowSampler(
+    row = SequenceSampler(
         SamplingParams(temperature=0, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={3: 1.0}),
         wants_logprobs=True,
     )
-    row.took([1, 1, 3])
+    row.observe([1, 1, 3])
     added: dict[int, float] = {}
     for ids, amounts in row.additions():
         for token_id, amount in zip(ids.tolist(), amounts.tolist(), strict=True):
@@ -191,7 +191,7 @@ class Evens:
 def test_grammars() -> None:
     """Only what a matcher allows is drawn, and it is told each token before the next one is chosen."""
     matcher = Evens()
-    row = RowSampler(SamplingParams(temperature=1.5, seed=2), matcher=matcher)
+    row = SequenceSampler(SamplingParams(temperature=1.5, seed=2), matcher=matcher)
     batch, tokens = sampler(), []
     for position in range(50):
         token_ids = batch.sample([row], logprobs(position))
@@ -212,8 +212,11 @@ class Broken:
 
 def test_a_matcher_that_raises_is_its_rows_own_failure() -> None:
     """The row is marked; those beside it draw what they would alone."""
-    rows = [RowSampler(SamplingParams(seed=1), matcher=Broken()), RowSampler(SamplingParams(seed=2))]
-    alone = RowSampler(SamplingParams(seed=2))
+    rows = [
+        SequenceSampler(SamplingParams(seed=1), matcher=Broken()),
+        SequenceSampler(SamplingParams(seed=2)),
+    ]
+    alone = SequenceSampler(SamplingParams(seed=2))
     batch = sampler()
     for position in range(3):
         values = logprobs(position, 2)
@@ -241,8 +244,8 @@ KINDS = [
 def test_rows_do_not_see_each_other(kinds: list[int], seed: int) -> None:
     """Whatever is in a batch, each row draws exactly what it draws alone."""
     batch = sampler()
-    rows = [RowSampler(_seeded(kind, seed + i)) for i, kind in enumerate(kinds)]
-    singles = [(RowSampler(_seeded(kind, seed + i)), sampler()) for i, kind in enumerate(kinds)]
+    rows = [SequenceSampler(_seeded(kind, seed + i)) for i, kind in enumerate(kinds)]
+    singles = [(SequenceSampler(_seeded(kind, seed + i)), sampler()) for i, kind in enumerate(kinds)]
     for step in range(4):
         values = logprobs(step, len(kinds))
         together = batch.sample(rows, values)

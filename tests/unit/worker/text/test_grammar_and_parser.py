@@ -26,12 +26,12 @@ TOOLS = [tool("get_weather", parameters=SCHEMA, strict=True), tool("now")]
 LIKELY = frozenset(b'<tool_call>{"name": arguments}/\n,aA1')
 
 
-def written(text: str, seed: int, most_bytes: int) -> str | None:
+def written(text: str, seed: int, max_bytes: int) -> str | None:
     """Some text that the grammar allows, byte by byte; None if it did not end in time."""
     draw = random.Random(seed)  # noqa: S311
     matcher = LLMatcher(grammar._bytes_tokenizer(), text, log_level=0)
     chosen = bytearray()
-    while not matcher.is_stopped() and len(chosen) < most_bytes:
+    while not matcher.is_stopped() and len(chosen) < max_bytes:
         bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
         if 256 in allowed and (len(allowed) == 1 or draw.random() < 0.5):
@@ -50,7 +50,7 @@ def test_whatever_is_written_is_read(is_parallel: bool) -> None:
     asked = msgspec.structs.replace(job(), tool_use=use)
     text = answer_format.grammar(asked, PLAIN)
     assert text is not None
-    most_calls = 0
+    max_calls = 0
     for seed in range(60):
         answer = written(text, seed, 2000)
         if answer is None:
@@ -62,5 +62,5 @@ def test_whatever_is_written_is_read(is_parallel: bool) -> None:
         for call, given in zip(calls, arguments, strict=True):
             assert call.name in ("get_weather", "now")
             assert call.name == "now" or set(given) - {"days"} == {"city"}
-        most_calls = max(most_calls, len(calls))
-    assert (most_calls > 1) == is_parallel
+        max_calls = max(max_calls, len(calls))
+    assert (max_calls > 1) == is_parallel

@@ -1,4 +1,4 @@
-"""Settlement: what RQ's books say once a job has ended here, and its slot given back.
+"""JobEnd: what RQ's books say once a job has ended here, and its slot given back.
 
 One thread: RQ 3.0 has a single place for the job that was stopped on purpose, and each end takes a few round trips that
 the generation loop must not wait for. Writes the one line that is logged for each request.
@@ -18,7 +18,7 @@ from rq.executions import Execution
 
 from common.protocol import Failed, Finished
 from common.rq import JsonJob
-from worker.loop.messages import Outcome, Settlement
+from worker.loop.messages import JobEnd, Outcome
 
 if TYPE_CHECKING:
     from worker.jobs.batch_worker import BatchWorker
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 _RETRY_SECONDS = 0.5
 
 
-class Settler:
+class Finalizer:
     """See the module.
 
     Args:
@@ -41,7 +41,7 @@ class Settler:
         self,
         worker: BatchWorker,
         *,
-        inbox: SimpleQueue[Settlement | None],
+        inbox: SimpleQueue[JobEnd | None],
         slots: SimpleQueue[None],
         given_up: Callable[[], bool],
     ) -> None:
@@ -52,36 +52,34 @@ class Settler:
 
     def run(self) -> None:
         """Settle until None comes."""
-        while (settlement := self._inbox.get()) is not None:
+        while (job_end := self._inbox.get()) is not None:
             try:
-                self._settle(settlement)
+                self._settle(job_end)
             except Exception:
                 # RQ's books of one job are not worth the others' tokens: its lease runs out.
-                log.exception("job %s could not be settled", settlement.job_id)
-                self._worker.forget_execution(settlement.execution_id)
+                log.exception("job %s could not be settled", job_end.job_id)
+                self._worker.forget_execution(job_end.execution_id)
             self._slots.put(None)
-            log_end(settlement)
+            log_end(job_end)
 
-    def _settle(self, settlement: Settlement) -> None:
+    def _settle(self, job_end: JobEnd) -> None:
         """Write the books; while Redis is away, again and again. Each of these is one transaction."""
-        execution = self._worker.executions.get(settlement.execution_id)
+        execution = self._worker.executions.get(job_end.execution_id)
         if execution is None:
             return
         while True:
             try:
-                self._write(settlement, execution)
+                self._write(job_end, execution)
             except (redis.ConnectionError, redis.TimeoutError) as error:
-                log.debug(
-                    "job %s cannot be settled: %s", settlement.job_id, error
-                )  # the heartbeat warns, once
+                log.debug("job %s cannot be settled: %s", job_end.job_id, error)  # the heartbeat warns, once
                 if self._given_up():
                     return
                 time.sleep(_RETRY_SECONDS)
             else:
-                self._worker.forget_execution(settlement.execution_id)
+                self._worker.forget_execution(job_end.execution_id)
                 return
 
-    def _write(self, settlement: Settlement, execution: Execution) -> None:
+    def _write(self, job_end: JobEnd, execution: Execution) -> None:
         """RQ's books for a job that ended here; may be called again after a lost connection.
 
         1. Fenced: another worker has the job; only our own list forgets it.
@@ -95,26 +93,26 @@ class Settler:
             redis.ConnectionError: Redis is away; nothing or all of it was written.
         """
         worker = self._worker
-        if settlement.outcome is Outcome.FENCED or not worker.connection.exists(execution.key):
+        if job_end.outcome is Outcome.FENCED or not worker.connection.exists(execution.key):
             worker.connection.srem(worker.executions_key, execution.composite_key)
             return
-        if settlement.outcome is Outcome.CRASHED:
+        if job_end.outcome is Outcome.CRASHED:
             worker.connection.delete(execution.key)
             worker.connection.srem(worker.executions_key, execution.composite_key)
             return
         try:
-            job = JsonJob.fetch(settlement.job_id, connection=worker.connection)
+            job = JsonJob.fetch(job_end.job_id, connection=worker.connection)
         except NoSuchJobError:
-            worker.drop_execution(JsonJob(settlement.job_id, connection=worker.connection), execution)
+            worker.drop_execution(JsonJob(job_end.job_id, connection=worker.connection), execution)
             return
-        match settlement.outcome:
+        match job_end.outcome:
             case Outcome.FINISHED:
-                worker.finish_job(job, execution, _result(settlement.terminal))
-            case Outcome.HANDED_OVER:
-                worker.hand_over(job, execution)
+                worker.finish_job(job, execution, _result(job_end.terminal))
+            case Outcome.REQUEUED:
+                worker.requeue(job, execution)
             case _:
-                reason = settlement.terminal.message if isinstance(settlement.terminal, Failed) else ""
-                worker.fail_job(job, execution, reason, stopped=settlement.outcome is Outcome.STOPPED)
+                reason = job_end.terminal.message if isinstance(job_end.terminal, Failed) else ""
+                worker.fail_job(job, execution, reason, stopped=job_end.outcome is Outcome.STOPPED)
 
 
 def _result(terminal: Finished | Failed | None) -> dict[str, Any]:
@@ -135,18 +133,18 @@ _ENDED = {
     Outcome.FAILED: "failed before it began here",
     Outcome.STOPPED: "stopped before it began here",
     Outcome.FENCED: "its lease was lost, and it goes on with another",
-    Outcome.HANDED_OVER: "handed over to another worker",
+    Outcome.REQUEUED: "handed over to another worker",
     Outcome.CRASHED: "a step failed with it, it is tried again",
 }
 """How a job left that has no line of its own about tokens."""
 
 
-def log_end(settlement: Settlement) -> None:
+def log_end(job_end: JobEnd) -> None:
     """One INFO line a request that ended here; never its text."""
-    sequence, terminal = settlement.sequence, settlement.terminal
-    if sequence is None or settlement.outcome in (Outcome.FENCED, Outcome.HANDED_OVER, Outcome.CRASHED):
+    sequence, terminal = job_end.sequence, job_end.terminal
+    if sequence is None or job_end.outcome in (Outcome.FENCED, Outcome.REQUEUED, Outcome.CRASHED):
         reason = f" ({terminal.message})" if isinstance(terminal, Failed) else ""
-        log.info("job %s: %s%s", settlement.job_id, _ENDED[settlement.outcome], reason)
+        log.info("job %s: %s%s", job_end.job_id, _ENDED[job_end.outcome], reason)
         return
     now = time.time()
     first = sequence.first_token_at or now
@@ -163,7 +161,7 @@ def log_end(settlement: Settlement) -> None:
     log.info(
         "job %s: model %s, %d prompt tokens (%d cached), %d completion tokens, queued %.3f s, "
         "first token after %.3f s, %.1f tokens/s, %s",
-        settlement.job_id,
+        job_end.job_id,
         sequence.job.model,
         sequence.inserted.prompt_tokens,
         sequence.inserted.cached_tokens,

@@ -12,7 +12,7 @@ from mlx_lm.models.cache import BatchKVCache
 
 from common.settings import Settings
 from tests.model.reference import greedy_job
-from worker.mlx.backends.cpu_ops import FewerOperations
+from worker.mlx.backends.cpu_ops import FusedCpuOps
 from worker.mlx.engine import MLXEngine
 
 pytestmark = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="a GPU has kernels for these")
@@ -22,9 +22,9 @@ OWN = mx.fast.rope, mx.fast.rms_norm, mx.fast.scaled_dot_product_attention
 
 
 @pytest.fixture(scope="module")
-def fewer() -> FewerOperations:
+def fewer() -> FusedCpuOps:
     """One for all kinds of arrays, as a worker has it."""
-    return FewerOperations()
+    return FusedCpuOps()
 
 
 def random(*shape: int, dtype: mx.Dtype, seed: int = 0) -> mx.array:
@@ -43,7 +43,7 @@ def num_operations(*arrays: mx.array, into: Path) -> int:
 @pytest.mark.parametrize("has_freqs", [False, True])
 @pytest.mark.parametrize("is_expected", [False, True])
 def test_rotary_embeddings(
-    fewer: FewerOperations,
+    fewer: FusedCpuOps,
     dtype: mx.Dtype,
     *,
     traditional: bool,
@@ -69,7 +69,7 @@ def test_rotary_embeddings(
 
 
 @pytest.mark.parametrize(("dims", "base"), [(72, 1e4), (80, 6e5), (96, 1.5e5), (120, 5e6)])
-def test_angles_far_away(fewer: FewerOperations, dims: int, base: float) -> None:
+def test_angles_far_away(fewer: FusedCpuOps, dims: int, base: float) -> None:
     """Of heads of other sizes, where rounding shows; another base beside it has its own angles."""
     offset = mx.array([8191, 5])
     x = random(2, 3, 1, dims, dtype=mx.float32)
@@ -80,7 +80,7 @@ def test_angles_far_away(fewer: FewerOperations, dims: int, base: float) -> None
             assert mx.array_equal(mx.fast.rope(x, dims, **options), OWN[0](x, dims, **options))
 
 
-def test_a_norm_that_cannot_be(fewer: FewerOperations) -> None:
+def test_a_norm_that_cannot_be(fewer: FusedCpuOps) -> None:
     """Weights of a wrong length are refused after good ones too; a norm of one number is MLX's own."""
     x = random(3, 1, 64, dtype=mx.float32)
     with fewer:
@@ -90,7 +90,7 @@ def test_a_norm_that_cannot_be(fewer: FewerOperations) -> None:
         assert mx.array_equal(mx.fast.rms_norm(x[..., :1], None, 1e-5), OWN[1](x[..., :1], None, 1e-5))
 
 
-def test_angles_are_of_their_offset(fewer: FewerOperations) -> None:
+def test_angles_are_of_their_offset(fewer: FusedCpuOps) -> None:
     """Another offset than the expected one has its own, also one that is written in place; so has the next context."""
     x = random(2, 3, 1, 64, dtype=mx.float32)
     options: dict[str, Any] = {"traditional": False, "base": 1e4, "scale": 1.0}
@@ -113,7 +113,7 @@ def test_angles_are_of_their_offset(fewer: FewerOperations) -> None:
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("eps", [1e-5, 1e-6])
-def test_norms(fewer: FewerOperations, dtype: mx.Dtype, eps: float) -> None:
+def test_norms(fewer: FusedCpuOps, dtype: mx.Dtype, eps: float) -> None:
     """With and without weights, of three and of four dimensions."""
     for shape in ((1, 1, 576), (3, 1, 9, 64)):
         x, weight = random(*shape, dtype=dtype), random(shape[-1], dtype=dtype, seed=1)
@@ -125,7 +125,7 @@ def test_norms(fewer: FewerOperations, dtype: mx.Dtype, eps: float) -> None:
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("num_key_heads", [9, 3, 1])
 @pytest.mark.parametrize("has_mask", [False, True])
-def test_attention(fewer: FewerOperations, dtype: mx.Dtype, num_key_heads: int, *, has_mask: bool) -> None:
+def test_attention(fewer: FusedCpuOps, dtype: mx.Dtype, num_key_heads: int, *, has_mask: bool) -> None:
     """Of one query a row, with keys for one or more heads, with and without padding."""
     for num_rows in (1, 3):
         queries = random(num_rows, 9, 1, 64, dtype=dtype)
@@ -139,7 +139,7 @@ def test_attention(fewer: FewerOperations, dtype: mx.Dtype, num_key_heads: int, 
         assert mx.allclose(found, wanted, rtol=1e-6 if dtype == mx.float32 else 1e-2, atol=1e-6)
 
 
-def test_what_is_not_known_is_mlx_s_own(fewer: FewerOperations) -> None:
+def test_what_is_not_known_is_mlx_s_own(fewer: FusedCpuOps) -> None:
     """Several tokens a row, one position for all rows, masks of numbers, sinks, another stream."""
     x = random(2, 9, 5, 64, dtype=mx.float32)
     options: dict[str, Any] = {"traditional": False, "base": 1e4, "scale": 1.0}
@@ -175,7 +175,7 @@ def test_what_is_not_known_is_mlx_s_own(fewer: FewerOperations) -> None:
         )
 
 
-def test_they_end_with_their_context(fewer: FewerOperations) -> None:
+def test_they_end_with_their_context(fewer: FusedCpuOps) -> None:
     """After an error too."""
 
     def fail() -> None:
