@@ -28,6 +28,20 @@ LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 
+GROUPS = {
+    "host": "API",
+    "header_seconds": "HTTP limits",
+    "sse_comment_seconds": "Streams",
+    "request_seconds": "Queue and deadlines",
+    "model": "Model",
+    "max_batch": "Worker",
+    "memory_limit_gb": "Memory of a worker",
+    "lease_seconds": "Leases and recovery",
+    "redis_url": "Redis",
+    "cache_dir": "This machine",
+}
+"""The headings of docs/settings.md, by the first setting below each. A new setting belongs to the group it stands in."""
+
 
 def _about(description: str, **constraints: Any) -> Meta:
     return Meta(description=description, **constraints)
@@ -36,11 +50,9 @@ def _about(description: str, **constraints: Any) -> Meta:
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """See each field's description, which is also what `--help` and docs/settings.md say."""
 
-    redis_url: Annotated[str, _about("Redis or Valkey that all processes share", min_length=1)] = (
-        EMBEDDED_REDIS_URL
-    )
     host: Annotated[str, _about("address the API listens on", min_length=1)] = "127.0.0.1"
     port: Annotated[int, _about("port the API listens on", ge=1, le=65535)] = 8080
+    api_processes: Annotated[int, _about("API processes under gunicorn", ge=1, le=64)] = 2
     api_keys_file: Annotated[
         str | None,
         _about("file of API keys, made by `python -m api.keys add NAME`; unset: no key is asked for"),
@@ -48,20 +60,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     allow_unauthenticated: Annotated[bool, _about("let the API listen beyond loopback without API keys")] = (
         False
     )
-    api_processes: Annotated[int, _about("API processes under gunicorn", ge=1, le=64)] = 2
-    default_model: Annotated[
-        str | None, _about("model of requests that name none; unset: the only one served")
-    ] = None
     cors_origins: Annotated[str, _about("origins that browsers may call from, separated by commas, or *")] = (
         "*"
     )
+    default_model: Annotated[
+        str | None, _about("model of requests that name none; unset: the only one served")
+    ] = None
+    strict_parameters: Annotated[bool, _about("answer 400 to a request field that nobody knows")] = False
+
     header_seconds: Annotated[float, _about("a request's head has to come within this time", gt=0)] = 10.0
     body_seconds: Annotated[float, _about("a request's body has to come within this time", gt=0)] = 60.0
     take_seconds: Annotated[
         float, _about("a client that takes nothing of its answer for so long is cut off", gt=0)
     ] = 120.0
     max_body_bytes: Annotated[int, _about("largest request body", ge=1024)] = 10 * 1024 * 1024
-    strict_parameters: Annotated[bool, _about("answer 400 to a request field that nobody knows")] = False
+
     sse_comment_seconds: Annotated[float, _about("silence in a stream before a comment line", gt=0)] = 10.0
     sse_header_seconds: Annotated[
         float, _about("wait for a request's first event before a stream's headers are sent", gt=0)
@@ -69,15 +82,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     stream_buffer_events: Annotated[
         int, _about("events kept for a slow client; beyond, they are read from the journal", ge=16)
     ] = 1024
+
     request_seconds: Annotated[
         float, _about("deadline of a request; the header X-Request-Timeout may ask for less", gt=0)
     ] = 1800.0
+    queue_seconds: Annotated[int, _about("longest wait of a request in the queue", ge=1)] = 600
     max_queued_requests: Annotated[int, _about("requests that may wait for a model", ge=1)] = 512
     max_queued_tokens: Annotated[
         int, _about("prompt and answer tokens, estimated, that may wait for a model", ge=1)
     ] = 1_000_000
-    queue_seconds: Annotated[int, _about("longest wait of a request in the queue", ge=1)] = 600
-    max_takeovers: Annotated[int, _about("how often a job moves on after its worker died", ge=0)] = 3
 
     model: Annotated[
         str, _about("path, hub repository or 'demo'; for `make up` several, separated by spaces")
@@ -85,19 +98,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     model_name: Annotated[str | None, _about("model id for clients; unset: made from the model's path")] = (
         None
     )
-    max_batch: Annotated[int, _about("requests that a worker generates together", ge=1, le=1024)] = 32
-    prefill_step_tokens: Annotated[int, _about("most prompt tokens read between two decode steps", ge=16)] = (
-        2048
-    )
     adapter_path: Annotated[str | None, _about("LoRA adapter folder for the model")] = None
     chat_template: Annotated[str | None, _about("Jinja chat template, or a file that holds one")] = None
     use_default_chat_template: Annotated[bool, _about("use the tokenizer class's default chat template")] = (
         False
     )
     trust_remote_code: Annotated[bool, _about("run Python code that comes with the model")] = False
-    cache_limit_gb: Annotated[Annotated[float, Meta(ge=0)] | None, _about("limit of MLX's buffer cache")] = (
-        None
+
+    max_batch: Annotated[int, _about("requests that a worker generates together", ge=1, le=1024)] = 32
+    prefill_step_tokens: Annotated[int, _about("most prompt tokens read between two decode steps", ge=16)] = (
+        2048
     )
+
     memory_limit_gb: Annotated[
         Annotated[float, Meta(gt=0)] | None,
         _about("memory of a worker; unset: what MLX recommends for a GPU, or 3/4 of a CPU's"),
@@ -106,22 +118,30 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Annotated[float, Meta(ge=0)] | None,
         _about("memory of it for prompts that were read before; unset: an eighth of what rows may take"),
     ] = None
+    cache_limit_gb: Annotated[Annotated[float, Meta(ge=0)] | None, _about("limit of MLX's buffer cache")] = (
+        None
+    )
     wired_limit: Annotated[
         bool, _about("wire the model's memory (Mac only; linked to panics, mlx #3186)")
     ] = False
 
-    stall_seconds: Annotated[
-        float, _about("a worker whose step takes this long ends itself; others take over", ge=1)
-    ] = 60.0
     lease_seconds: Annotated[
         float, _about("a worker that is silent this long loses its jobs to another", ge=0.5)
     ] = 3.0
-    drain_seconds: Annotated[
-        float, _about("on SIGTERM: time to finish before jobs are handed over", ge=0)
-    ] = 30.0
+    stall_seconds: Annotated[
+        float, _about("a worker whose step takes this long ends itself; others take over", ge=1)
+    ] = 60.0
+    max_takeovers: Annotated[int, _about("how often a job moves on after its worker died", ge=0)] = 3
     orphan_seconds: Annotated[
         float, _about("generation stops when no API process has listened this long", ge=1)
     ] = 10.0
+    drain_seconds: Annotated[
+        float, _about("on SIGTERM: time to finish before jobs are handed over", ge=0)
+    ] = 30.0
+
+    redis_url: Annotated[str, _about("Redis or Valkey that all processes share", min_length=1)] = (
+        EMBEDDED_REDIS_URL
+    )
     journal_ttl_seconds: Annotated[int, _about("a journal is kept this long after its last token", ge=10)] = (
         300
     )
@@ -248,12 +268,13 @@ def from_arguments(arguments: argparse.Namespace) -> Settings:
 
 
 def markdown() -> str:
-    """The table of docs/settings.md: `python -m common.settings` prints it."""
-    rows = [
-        f"| `{variable}` | {f'`{default}`' if default else ''} | {about} |"
-        for variable, default, about in describe()
-    ]
-    return "\n".join(["| variable | default | what |", "| --- | --- | --- |", *rows]) + "\n"
+    """The groups and tables of docs/settings.md: `python -m common.settings` prints them."""
+    lines: list[str] = []
+    for variable, default, about in describe():
+        if group := GROUPS.get(variable.removeprefix(PREFIX).lower()):
+            lines += ["", f"## {group}", "", "| variable | default | what |", "| --- | --- | --- |"]
+        lines.append(f"| `{variable}` | {f'`{default}`' if default else ''} | {about} |")
+    return "\n".join(lines[1:]) + "\n"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,15 @@ import msgspec
 import pytest
 
 from common.errors import StartupError
-from common.settings import EMBEDDED_REDIS_URL, Settings, add_flags, describe, from_arguments, markdown
+from common.settings import (
+    EMBEDDED_REDIS_URL,
+    GROUPS,
+    Settings,
+    add_flags,
+    describe,
+    from_arguments,
+    markdown,
+)
 from worker.__main__ import WorkerFlags
 
 ROOT = Path(__file__).parents[3]
@@ -156,8 +164,16 @@ def test_every_setting_is_described() -> None:
     assert all(about for _, _, about in describe())
 
 
+def test_groups() -> None:
+    """Every group begins with a setting that exists, the first setting begins one."""
+    fields = list(Settings.__struct_fields__)
+    assert fields[0] in GROUPS
+    assert list(GROUPS) == [field for field in fields if field in GROUPS]
+    assert markdown().count("## ") == len(GROUPS) == len(set(GROUPS.values()))
+
+
 def test_readme_table() -> None:
-    """The table is what `python -m common.settings` prints, and the README's short one names settings that exist."""
+    """The tables are what `python -m common.settings` prints, and the README's short one names settings that exist."""
     written = (ROOT / "docs" / "settings.md").read_text()
     assert markdown() in written, (
         "run `python -m common.settings` and put what it prints into docs/settings.md"
