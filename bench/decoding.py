@@ -19,8 +19,8 @@ from bench.harness.meter import wait_until_quiet
 from bench.harness.table import Table, say
 from common.protocol import GenerationJob, SamplingParams, TokenPrompt
 from common.settings import Settings
-from worker.jobs.redis_journal import AppendResult, Row
 from worker.loop.generation_loop import GenerationLoop
+from worker.loop.journal import AppendResult, JournalEntry
 from worker.loop.messages import Abort, AbortReason, Admit, Message
 from worker.mlx.engine import MLXEngine
 
@@ -33,11 +33,11 @@ NUM_ROWS = (1, 8, 32)
 class NoJournal:
     """Takes everything, writes nothing."""
 
-    def send(self, rows: Sequence[Row]) -> None:
-        """As `worker.jobs.redis_journal.Journal.send`."""
+    def send(self, entries: Sequence[JournalEntry]) -> None:
+        """As `worker.loop.journal.Journal.send`."""
 
     def collect(self) -> AppendResult:
-        """As `worker.jobs.redis_journal.Journal.collect`."""
+        """As `worker.loop.journal.Journal.collect`."""
         return AppendResult()
 
 

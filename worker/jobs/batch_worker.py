@@ -166,7 +166,7 @@ class BatchWorker(BaseWorker):
         except BaseException as error:  # noqa: BLE001 (told to the main thread, which raises it)
             self._ready.put(error)
             return
-        journal = RedisJournal(self.connection, self._gave_up)
+        journal = RedisJournal(self.connection, stop_waiting=self._gave_up)
         loop = GenerationLoop(
             engine=engine,
             journal=journal,

@@ -1,8 +1,8 @@
-"""Journal first, then publish: the one script call per decode step, and the only writer of journals.
+"""`Journal` on Redis: one script call per decode step appends its events and publishes them. The only writer of journals.
 
-The generation loop sends a step's events without waiting and reads the answer one step later, while the device works.
-A dropped connection is made again here and the unanswered call is repeated; the script knows its own writes, so that nothing
-is written twice.
+The generation loop sends a step's entries without waiting and reads the answer one step later, while the device computes.
+A lost connection is made again here and the unanswered call is repeated; the script recognizes its own writes, so nothing is
+written twice.
 """
 
 from __future__ import annotations
@@ -10,25 +10,24 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-import msgspec
 import redis
 from redis.exceptions import NoScriptError
 from rq.defaults import RQ_KEY_PREFIX
 
 from common import names
+from worker.loop.journal import AppendResult, JournalEntry
 
 log = logging.getLogger(__name__)
 
-# ARGV: 1 where the connection was ever lost (0 else); then for each channel its name and number of rows, and per row: job id,
-# execution id, n, seconds to live (0: leave), event. n is 0 for an event that is published only. A row is accepted if the
-# writer's execution still exists (its key is the lease) and XADD takes its n, which is larger than any before; or if the
-# writer has written that n before (a repeated call). Redis may have lost its last moments when a connection was lost: then
-# n has to be the very next one (XLEN is the last n, since n starts at 1 and has no gap). A journal's key that somebody made
-# something else refuses its own rows only; an error of the whole server (no memory, read-only) is answered as such.
-# Answer: {refused executions, listeners of each channel}.
+# ARGV: 1 if the connection was ever lost, else 0; then for each channel its name and number of entries, and per entry: job
+# id, execution id, n, time to live in seconds (0: unchanged), event. n is 0 for an event that is published only. An entry is
+# accepted if the writer's execution still exists (its key is the lease) and XADD accepts its n, which must be larger than any
+# before; or if the writer has written that n before (a repeated call). Once a connection was lost, Redis may have lost its
+# last writes too: then n must be exactly the next one (XLEN is the last n, since n starts at 1 without gaps). A journal key of
+# another type refuses its own entries only; an error of the server (out of memory, read-only) fails the call.
+# Returns: {refused executions, number of subscribers of each channel}.
 _APPEND = f"""
 local lost, refused, listeners, i = ARGV[1] == '1', {{}}, {{}}, 2
 while i <= #ARGV do
@@ -67,109 +66,70 @@ _FIRST_RETRY_SECONDS = 0.05
 _LAST_RETRY_SECONDS = 1.0
 
 
-class Row(msgspec.Struct, frozen=True, gc=False):
-    """One event of one job, to be written and published.
-
-    Attributes:
-        n: The event's place in the journal; 0: published only.
-        event: Encoded, as `common.protocol` says.
-        ttl_seconds: What the journal has to live from now on; 0 leaves it.
-    """
-
-    channel: str
-    job_id: str
-    execution_id: str
-    n: int
-    event: bytes
-    ttl_seconds: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class AppendResult:
-    """The answer to one call.
-
-    Attributes:
-        refused: Executions that are not ours any more, or whose job's journal went on without us.
-        listeners: How many API processes heard each channel's part.
-    """
-
-    refused: set[str] = field(default_factory=set)
-    listeners: dict[str, int] = field(default_factory=dict)
-
-
-class Journal(Protocol):
-    """What the generation loop needs."""
-
-    def send(self, rows: Sequence[Row]) -> None:
-        """Hand over one step's rows; the call before must have been collected."""
-
-    def collect(self) -> AppendResult:
-        """The answer to the last `send`; called once for each."""
-
-
 class RedisJournal:
     """`Journal` on one connection of its own.
 
     Args:
-        client: Its settings are used; its pool is not.
-        given_up: Asked while Redis is away; True ends the wait with the connection's error.
+        client: Its settings are used, its connection pool is not.
+        stop_waiting: Called while Redis is away; True ends the wait with the connection's error.
     """
 
-    def __init__(self, client: redis.Redis, given_up: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, client: redis.Redis, stop_waiting: Callable[[], bool] = lambda: False) -> None:
         self._connection = client.connection_pool.make_connection()
-        self._given_up = given_up
+        self._stop_waiting = stop_waiting
         self._sha: str | None = None
-        self._sent: tuple[list[str], list[Any]] = ([], [])  # channels and arguments of the call in flight
-        self._broken = False  # nothing could be sent
-        self._was_lost = False  # the connection was lost once, and Redis may have been restarted
+        self._pending: tuple[list[str], list[Any]] = ([], [])  # channels and arguments of the call in flight
+        self._is_broken = False  # the pending call could not be sent
+        self._was_lost = False  # a connection was lost once: Redis may have been restarted
 
-    def send(self, rows: Sequence[Row]) -> None:
-        by_channel: dict[str, list[Row]] = {}
-        for row in rows:
-            by_channel.setdefault(row.channel, []).append(row)
+    def send(self, entries: Sequence[JournalEntry]) -> None:
+        """As `Journal.send`."""
+        by_channel: dict[str, list[JournalEntry]] = {}
+        for entry in entries:
+            by_channel.setdefault(entry.channel, []).append(entry)
         arguments: list[Any] = []
         for channel, group in by_channel.items():
             arguments += (channel, len(group))
-            for row in group:
-                arguments += (row.job_id, row.execution_id, row.n, row.ttl_seconds, row.event)
-        self._sent = (list(by_channel), arguments)
+            for entry in group:
+                arguments += (entry.job_id, entry.execution_id, entry.n, entry.ttl_seconds, entry.event)
+        self._pending = (list(by_channel), arguments)
         self._write()
 
     def collect(self) -> AppendResult:
         """As `Journal.collect`.
 
         Raises:
-            redis.RedisError: Redis is away and `given_up` said so.
+            redis.RedisError: Redis is away and `stop_waiting` returned True.
         """
         refused, listeners = self._read()
-        channels, self._sent = self._sent[0], ([], [])
+        channels, self._pending = self._pending[0], ([], [])
         return AppendResult(
             {execution_id.decode() for execution_id in refused},
             {channel: count for channel, count in zip(channels, listeners, strict=True) if count >= 0},
         )
 
     def close(self) -> None:
-        """Give up the connection."""
+        """Close the connection."""
         self._connection.disconnect()
 
     def _write(self) -> None:
-        """Send what is to be sent; a failure is mended by `_read`."""
+        """Send the pending call; `_read` recovers from a failure."""
         try:
             if self._sha is None:
                 self._connection.send_command("SCRIPT", "LOAD", _APPEND)
                 self._sha = self._connection.read_response().decode()
             command = self._connection.pack_command(
-                "EVALSHA", self._sha, 0, int(self._was_lost), *self._sent[1]
+                "EVALSHA", self._sha, 0, int(self._was_lost), *self._pending[1]
             )
             self._connection.send_packed_command(command, check_health=False)
-            self._broken = False
+            self._is_broken = False
         except redis.RedisError as error:
-            self._lost(error)
+            self._reset(error)
 
     def _read(self) -> Any:
         wait_seconds = _FIRST_RETRY_SECONDS
         while True:
-            if not self._broken:
+            if not self._is_broken:
                 try:
                     return self._connection.read_response()
                 except NoScriptError:  # Redis was restarted, or its scripts were flushed
@@ -177,17 +137,17 @@ class RedisJournal:
                     self._write()
                     continue
                 except redis.RedisError as error:
-                    self._lost(error)
-            if self._given_up():
-                raise redis.ConnectionError("gave up waiting for Redis")
+                    self._reset(error)
+            if self._stop_waiting():
+                raise redis.ConnectionError("Redis is away, and this worker ends")
             time.sleep(wait_seconds)
             wait_seconds = min(wait_seconds * 2, _LAST_RETRY_SECONDS)
             self._write()
 
-    def _lost(self, error: redis.RedisError) -> None:
-        """Start again with a fresh connection: what is left on the old one may answer something else."""
-        if not self._broken:
-            log.warning("Redis does not take the journal (%s); generation waits", error)
-        self._broken = self._was_lost = True
+    def _reset(self, error: redis.RedisError) -> None:
+        """Start over with a new connection: an answer left on the old one may belong to another call."""
+        if not self._is_broken:
+            log.warning("the journal cannot be written (%s); generation waits for Redis", error)
+        self._is_broken = self._was_lost = True
         self._sha = None
         self._connection.disconnect()

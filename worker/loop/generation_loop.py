@@ -16,9 +16,9 @@ from queue import Empty, SimpleQueue
 
 from common.errors import RequestError
 from common.protocol import Event, Failed, Finished, GenerationJob, encode
-from worker.jobs.redis_journal import AppendResult, Journal, Row
 from worker.loop.admission import Admission
 from worker.loop.engine import Engine, Inserted, PromptEcho, SequenceFailure, StepEvent
+from worker.loop.journal import AppendResult, Journal, JournalEntry
 from worker.loop.messages import Abort, AbortReason, Admit, JobEnd, Message, Outcome, Shutdown
 from worker.loop.sequence import Sequence, failed_event
 
@@ -89,7 +89,7 @@ class GenerationLoop:
         self._clock = clock
         self._admission = Admission(engine.has_room)
         self._running: dict[str, Sequence] = {}
-        self._rows: list[Row] = []
+        self._rows: list[JournalEntry] = []
         self._endings: list[JobEnd] = []  # their terminal events are among `_rows`
         self._endings_in_flight: list[JobEnd] = []  # theirs were sent and are not answered
         self._in_flight = False
@@ -313,13 +313,13 @@ class GenerationLoop:
     def _append(self, sequence: Sequence, event: Event) -> None:
         self._rows.append(self._row(sequence.job, sequence.execution_id, event))
 
-    def _row(self, job: GenerationJob, execution_id: str, event: Event) -> Row:
+    def _row(self, job: GenerationJob, execution_id: str, event: Event) -> JournalEntry:
         ttl_seconds = 0
         if isinstance(event, Finished | Failed):
             ttl_seconds = self._final_ttl_seconds
         elif event.n == 1:
             ttl_seconds = self._live_ttl_seconds
-        return Row(job.channel, job.job_id, execution_id, event.n, encode(event), ttl_seconds)
+        return JournalEntry(job.channel, job.job_id, execution_id, event.n, encode(event), ttl_seconds)
 
     def _flush(self) -> None:
         """Read the answer to what was sent, then send what there is; an end with nothing to send is settled now."""

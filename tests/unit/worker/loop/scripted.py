@@ -8,9 +8,9 @@ from typing import Any
 
 from common.errors import RequestError
 from common.protocol import GenerationJob, SamplingParams, TextPrompt, decode_event
-from worker.jobs.redis_journal import AppendResult, Row
 from worker.loop.engine import Inserted, ModelInfo, SequenceFailure, StepEvent, StepToken
 from worker.loop.generation_loop import GenerationLoop
+from worker.loop.journal import AppendResult, JournalEntry
 from worker.loop.messages import Admit, JobEnd, Message
 from worker.text.answer_parser import AnswerParser
 
@@ -101,13 +101,13 @@ class ScriptedJournal:
     """Carries out each call at once, as Redis does; refuses the executions that a test says are another worker's."""
 
     def __init__(self) -> None:
-        self.entries: dict[str, list[Row]] = {}
-        self.published: list[Row] = []
+        self.entries: dict[str, list[JournalEntry]] = {}
+        self.published: list[JournalEntry] = []
         self.refused: set[str] = set()
         self.num_listeners = 1
         self._answer: AppendResult | None = None
 
-    def send(self, rows: list[Row]) -> None:
+    def send(self, rows: list[JournalEntry]) -> None:
         assert self._answer is None, "the call before was not collected"
         assert rows, "nothing to send"
         accepted = [row for row in rows if row.execution_id not in self.refused]

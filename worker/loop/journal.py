@@ -1,0 +1,53 @@
+"""The journal as the generation loop sees it: what it writes for each step, and what it learns from the answer.
+
+`worker.jobs.redis_journal` implements it on Redis, tests in memory. Independent of Redis and RQ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+
+
+class JournalEntry(msgspec.Struct, frozen=True, gc=False):
+    """One event of one job, to be appended to its journal and published.
+
+    Attributes:
+        execution_id: The writer's lease; without it the entry is refused.
+        n: The event's number in the journal, from 1; 0: published only.
+        event: Encoded, see `common.protocol`.
+        ttl_seconds: The journal's new time to live; 0 leaves it unchanged.
+    """
+
+    channel: str
+    job_id: str
+    execution_id: str
+    n: int
+    event: bytes
+    ttl_seconds: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AppendResult:
+    """The answer to one `Journal.send`.
+
+    Attributes:
+        refused: Executions whose lease is lost, or whose journal another worker has continued.
+        listeners: The number of subscribers of each channel that something was published to.
+    """
+
+    refused: set[str] = field(default_factory=set)
+    listeners: dict[str, int] = field(default_factory=dict)
+
+
+class Journal(Protocol):
+    """Appends and publishes without blocking: a step's entries are sent, the answer is collected one step later."""
+
+    def send(self, entries: Sequence[JournalEntry]) -> None:
+        """Send one step's entries; the previous call must have been collected."""
+
+    def collect(self) -> AppendResult:
+        """Wait for the answer to the last `send`; called exactly once for each."""
