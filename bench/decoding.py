@@ -76,14 +76,14 @@ def batch(engine: MLXEngine, rows: list[list[int]], num_steps: int) -> float:
 def loop(engine: MLXEngine, rows: list[list[int]], num_steps: int) -> float:
     """The same of the whole loop: text, events and their encoding too."""
     inbox: SimpleQueue[Message] = SimpleQueue()
-    generation = GenerationLoop(engine=engine, journal=NoJournal(), inbox=inbox, settle=lambda _: None)
+    generation = GenerationLoop(engine=engine, journal=NoJournal(), inbox=inbox, on_job_end=lambda _: None)
     jobs = _jobs(rows, num_steps)
     for job, prompt in zip(jobs, rows, strict=True):
         inbox.put(Admit(job, f"{job.job_id}-run", prompt))
 
     def turn() -> int:
         before = generation.num_tokens
-        generation.turn()
+        generation.run_once()
         return generation.num_tokens - before
 
     seconds = _median_step(turn, len(rows), num_steps)

@@ -23,7 +23,14 @@ from common.schema import grammar
 from common.settings import Settings
 from worker.mlx import model as mlx_model
 from worker.models import demo_model
-from worker.sampling.grammar import Compiled, Grammars, Matcher, apply, num_words, unpacked
+from worker.sampling.grammar import (
+    CompiledGrammar,
+    GrammarCompiler,
+    GrammarMatcher,
+    apply,
+    num_words,
+    unpacked,
+)
 
 BATCH = 16
 NUM_STEPS = 200
@@ -92,14 +99,14 @@ def main(argv: list[str] | None = None) -> None:
     for name, tokenizer in vocabularies.items():
         size = len(tokenizer.get_vocab())
         start = time.perf_counter()
-        grammars = Grammars(tokenizer, size, [0])
+        grammars = GrammarCompiler(tokenizer, size, [0])
         say(f"{name}: {size} tokens, made ready in {time.perf_counter() - start:.2f} s, once a model\n")
-        Matcher(grammars.compile(grammar.for_json_schema({"const": 1}))).allowed()
+        GrammarMatcher(grammars.compile(grammar.for_json_schema({"const": 1}))).allowed()
         for kind, make in GRAMMARS.items():
             table.add([f"{name}, {kind}", *_measured(grammars, make)])
 
 
-def _measured(grammars: Grammars, make: Callable[[], str]) -> list[str]:
+def _measured(grammars: GrammarCompiler, make: Callable[[], str]) -> list[str]:
     check = _seconds(lambda: grammar.check(make()))
     text = make()
     compile_first = _seconds(lambda: grammars.compile(text))
@@ -120,10 +127,10 @@ def _measured(grammars: Grammars, make: Callable[[], str]) -> list[str]:
     ]
 
 
-def _steps(compiled: Compiled, grammars: Grammars) -> tuple[list[float], ...]:
+def _steps(compiled: CompiledGrammar, grammars: GrammarCompiler) -> tuple[list[float], ...]:
     """Seconds of each mask, of each token taken, of each time that all masks are applied, and of each step of all rows."""
     draw = random.Random(1)  # noqa: S311 (a benchmark's)
-    rows = [Matcher(compiled) for _ in range(BATCH)]
+    rows = [GrammarMatcher(compiled) for _ in range(BATCH)]
     words = np.zeros((BATCH, num_words(grammars.vocab_size)), np.uint32)
     logits = np.random.default_rng(1).standard_normal((BATCH, grammars.vocab_size), np.float32)
     masks: list[float] = []
@@ -136,7 +143,7 @@ def _steps(compiled: Compiled, grammars: Grammars) -> tuple[list[float], ...]:
             token_id = int(draw.choice(np.flatnonzero(allowed)))
             advances.append(_seconds(functools.partial(rows[i].advance, token_id)))
             if rows[i].is_finished:
-                rows[i] = Matcher(compiled)
+                rows[i] = GrammarMatcher(compiled)
     of_rows = [
         sum(masks[i : i + BATCH]) + sum(advances[i : i + BATCH]) for i in range(0, BATCH * NUM_STEPS, BATCH)
     ]

@@ -63,7 +63,7 @@ def step_seconds(engine: MLXEngine, kind: str, num_steps: int, num_rows: int) ->
         tokens = [token for token in engine.step() if isinstance(token, StepToken)]
         if len(tokens) == num_rows:
             taken.append(time.perf_counter() - began)
-        elif engine.num_rows < num_rows:
+        elif engine.num_sequences < num_rows:
             break  # a text has ended
     for i in range(num_rows):
         engine.remove(f"{i}")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from worker.sampling.grammar import Compiled, Matcher, unpacked
+from worker.sampling.grammar import CompiledGrammar, GrammarMatcher, unpacked
 
 _LEAF = {
     "type": "object",
@@ -175,7 +175,7 @@ class Walk:
     """
 
     def __init__(
-        self, compiled: Compiled, text_of: Callable[[int], bytes], seed: int, num_free: int = 40
+        self, compiled: CompiledGrammar, text_of: Callable[[int], bytes], seed: int, num_free: int = 40
     ) -> None:
         self.compiled = compiled
         self._text_of = text_of
@@ -190,7 +190,7 @@ class Walk:
 
     def run(self, most: int = 600) -> Walk:
         """To the end; one that is not found is a failure of the grammar."""
-        matcher = Matcher(self.compiled)
+        matcher = GrammarMatcher(self.compiled)
         matcher.replay(self.token_ids)
         for _ in range(most):
             allowed = allowed_ids(matcher)
@@ -220,7 +220,7 @@ class Walk:
         return _CLOSING.find(first) if first in _CLOSING else 3 if first in _PLAIN else 4
 
 
-def allowed_ids(matcher: Matcher) -> list[int]:
+def allowed_ids(matcher: GrammarMatcher) -> list[int]:
     """The ids whose bits are set."""
     words = matcher.allowed()
     return [int(i) for i in np.flatnonzero(unpacked(words, len(words) * 32))]

@@ -19,7 +19,7 @@ from common.errors import StartupError, invalid
 from common.protocol import ChatPrompt, GenerationJob, TextPrompt
 from common.settings import Settings
 from worker.__main__ import WorkerFlags, run
-from worker.loop.engine import Inserted, ModelInfo, SequenceFailure, StepEvent, StepToken
+from worker.loop.engine import InsertResult, ModelInfo, SequenceFailure, StepEvent, StepToken
 
 CONTEXT_LENGTH = 1_000_000
 VOCAB_SIZE = 1_000_000
@@ -61,11 +61,11 @@ class SyntheticEngine:
         self._new: list[str] = []
 
     @property
-    def num_rows(self) -> int:
+    def num_sequences(self) -> int:
         return len(self._rows)
 
     @property
-    def gather_seconds(self) -> float:
+    def burst_wait_seconds(self) -> float:
         return 0.0
 
     def encode(self, job: GenerationJob) -> list[int]:
@@ -80,10 +80,12 @@ class SyntheticEngine:
     def has_room(self, *_: object) -> bool:
         return True
 
-    def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> Inserted:
+    def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> InsertResult:
         most = self.info.context_length
         max_tokens = most if job.max_tokens is None else min(job.max_tokens, most)
-        inserted = Inserted(len(prompt), max_tokens, replayed_texts=[f" {token_id}" for token_id in replay])
+        inserted = InsertResult(
+            len(prompt), max_tokens, replayed_texts=[f" {token_id}" for token_id in replay]
+        )
         if not max_tokens:
             return inserted
         if not self._rows:  # time in which there was nothing to do is not to be made good

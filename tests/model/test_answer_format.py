@@ -108,7 +108,7 @@ class Model:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.format: ModelFormat = answer_format.of_model(tokenizer)
+        self.format: ModelFormat = answer_format.detect_format(tokenizer)
         self.token_bytes = TokenBytes(tokenizer)
 
     def prompt(self, job: GenerationJob) -> str:
@@ -118,13 +118,13 @@ class Model:
         return prompts.tokenize(job, self.tokenizer, 10_000, self.format)
 
     def parser(self, job: GenerationJob) -> AnswerParser:
-        parser = answer_parser.for_job(job, self.format, self.ids(job), self.token_bytes)
+        parser = answer_parser.make_parser(job, self.format, self.ids(job), self.token_bytes)
         assert parser is not None
         return parser
 
     def read(self, job: GenerationJob, text: str) -> list[Any]:
         """The answer, token by token as the engine has it; neighbors of a kind are put together."""
-        parser, detokenizer = self.parser(job), self.token_bytes.detokenizer(after_template=True)
+        parser, detokenizer = self.parser(job), self.token_bytes.new_detokenizer(after_template=True)
         parts: list[Any] = []
         for token_id in self.tokenizer.encode(text, add_special_tokens=False):
             parts += parser.feed(detokenizer.add(token_id))
@@ -189,7 +189,7 @@ def test_qwen(make: Make) -> None:
     """Its own format is the universal one; thinking is a marker away, and can be switched off."""
     model = make(QWEN)
     assert model.format.template.is_universal
-    assert answer_format.choose(job(), model.format) is CallForm.OWN
+    assert answer_format.choose_call_form(job(), model.format) is CallForm.OWN
     assert "Says how the weather is." in model.prompt(job())
     assert "<|im_start|>system" not in model.prompt(job(tools=False))
     text = '<think>\nWeather, so.\n</think>\n\nLet me see.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Bern"}}\n</tool_call>\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich 🌧"}}\n</tool_call>'
@@ -230,7 +230,7 @@ def test_mistral(make: Make) -> None:
     model = make(MISTRAL)
     assert model.format.template.calls is CallStyle.SHORT_IDS
     assert not model.format.template.renders_system
-    assert answer_format.choose(job(), model.format) is CallForm.OWN
+    assert answer_format.choose_call_form(job(), model.format) is CallForm.OWN
     assert "[AVAILABLE_TOOLS]" in model.prompt(job())
     assert (
         model.read(job(), '[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "Bern"}}]') == weather()
@@ -259,7 +259,7 @@ def test_mistral_when_a_call_is_required(make: Make) -> None:
 def test_pythonic(make: Make) -> None:
     """Calls are written as Python's (LFM 2), several in one pair of markers."""
     model = make(PYTHONIC)
-    assert answer_format.choose(job(), model.format) is CallForm.OWN
+    assert answer_format.choose_call_form(job(), model.format) is CallForm.OWN
     text = '<|tool_call_start|>[get_weather(city="Bern"), get_weather(city="Thun", days=2)]<|tool_call_end|>Wait.'
     assert model.read(job(), text) == [*weather(), *weather(1, '{"city": "Thun", "days": 2}'), "Wait."]
     assert model.read(job(is_parallel=False), text) == weather()
@@ -269,7 +269,7 @@ def test_pythonic(make: Make) -> None:
 def test_a_template_without_functions(make: Make) -> None:
     """It is told in a system message of ours, beside the conversation's own; calls and results become text."""
     model = make(CHATML, ["<|im_start|>", "<|im_end|>"])
-    assert answer_format.choose(job(), model.format) is CallForm.UNIVERSAL
+    assert answer_format.choose_call_form(job(), model.format) is CallForm.UNIVERSAL
     assert model.format.template.calls is None
     text = model.prompt(
         job([{"role": "system", "content": "Be kind."}, *HISTORY, {"role": "user", "content": "Thanks."}])
@@ -391,7 +391,7 @@ ARG_KEYS = (
 def test_every_format_of_mlx_lm(make: Make, parser: str, text: str) -> None:
     """A call in each model's own writing, behind text and before some, beside one that no parser can read."""
     model = make("{{ tools | tojson }}" + CHATML, parser=parser)
-    assert answer_format.choose(job(), model.format) is CallForm.OWN
+    assert answer_format.choose_call_form(job(), model.format) is CallForm.OWN
     # Its parser may take JSON as well, but its template does not ask for it.
     assert not model.format.template.is_universal
     both = '{"city": "Bern", "days": 2}'

@@ -57,7 +57,7 @@ def generated(engine: MLXEngine, prompts: list[list[int]], penalty: float = 1.0)
     for job_id, prompt in zip(found, prompts, strict=True):
         factor = penalty if job_id == "0" else 1.0
         engine.insert(greedy_job(job_id, prompt, NUM_TOKENS, repetition_penalty=factor), prompt, [])
-    while engine.num_rows:
+    while engine.num_sequences:
         for event in engine.step():
             found[event.job_id].append(event.token_id)  # type: ignore[union-attr]  # no echo is asked for
     return list(found.values())

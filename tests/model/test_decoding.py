@@ -44,7 +44,7 @@ def test_padding_comes_and_goes(engine: MLXEngine, penalty: float) -> None:
     while len(found["c"]) < 5:
         step()
     assert not unpadded[-1]
-    while engine.num_rows:
+    while engine.num_sequences:
         step()
     assert unpadded[-1]
     for job_id, prompt in zip("ab", EVEN, strict=True):
@@ -66,9 +66,9 @@ def test_a_batch_is_closed_before_the_next(engine: MLXEngine, monkeypatch: pytes
     with pytest.raises(RuntimeError, match="out of memory"):
         engine.step()
     assert closed == [True]
-    assert engine.num_rows == 0
+    assert engine.num_sequences == 0
     engine.insert(greedy_job("b", SHORT, 6), SHORT, [])
     found: list[int] = []
-    while engine.num_rows:
+    while engine.num_sequences:
         found += [token.token_id for token in engine.step()]  # type: ignore[union-attr]  # no echo is asked for
     assert found == of_mlx_lm(engine, SHORT, 6)

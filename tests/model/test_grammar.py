@@ -1,4 +1,4 @@
-"""Grammars over a real vocabulary: the demo model's 49,152 tokens, and MLX's way to apply a mask."""
+"""GrammarCompiler over a real vocabulary: the demo model's 49,152 tokens, and MLX's way to apply a mask."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from common.protocol import ToolUse
 from common.schema import grammar
 from tests.grammar_cases import SCHEMAS, Walk
 from worker.mlx import model as mlx_model
-from worker.sampling.grammar import Grammars, Matcher, apply, apply_mlx, num_words
+from worker.sampling.grammar import GrammarCompiler, GrammarMatcher, apply, apply_mlx, num_words
 from worker.text.detokenizer import TokenBytes
 
 VOCAB_SIZE = 49152
@@ -27,9 +27,9 @@ TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": 
 
 
 @pytest.fixture(scope="module")
-def grammars(demo: mlx_model.LoadedModel) -> Grammars:
+def grammars(demo: mlx_model.LoadedModel) -> GrammarCompiler:
     """With the two tokens that end an answer of the demo model."""
-    return Grammars(demo.tokenizer, VOCAB_SIZE, [0, 2])
+    return GrammarCompiler(demo.tokenizer, VOCAB_SIZE, [0, 2])
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def token_bytes(demo: mlx_model.LoadedModel) -> TokenBytes:
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_whatever_is_drawn_validates(grammars: Grammars, token_bytes: TokenBytes, name: str) -> None:
+def test_whatever_is_drawn_validates(grammars: GrammarCompiler, token_bytes: TokenBytes, name: str) -> None:
     """Tokens drawn blindly from what is allowed always come to an end, and make JSON that matches the client's schema."""
     compiled = grammars.compile(grammar.for_json_schema(SCHEMAS[name]))
     for seed in range(4):
@@ -57,24 +57,24 @@ def test_whatever_is_drawn_validates(grammars: Grammars, token_bytes: TokenBytes
     ],
 )
 def test_the_models_own_tokens_are_let_through(
-    grammars: Grammars, demo: mlx_model.LoadedModel, answer: str
+    grammars: GrammarCompiler, demo: mlx_model.LoadedModel, answer: str
 ) -> None:
     """An answer as the tokenizer writes it is allowed token by token, and may end there: borders of tokens and rules differ."""
-    row = Matcher(grammars.compile(grammar.for_tool_calls(ToolUse(tools=TOOLS))))
+    row = GrammarMatcher(grammars.compile(grammar.for_tool_calls(ToolUse(tools=TOOLS))))
     for token_id in demo.tokenizer.encode(answer, add_special_tokens=False):
         assert row.allowed()[token_id // 32] >> token_id % 32 & 1
         row.advance(token_id)
     assert row.allowed()[0] & 0b101 == 0b101
 
 
-def test_a_small_model_calls_as_asked(grammars: Grammars, demo: mlx_model.LoadedModel) -> None:
+def test_a_small_model_calls_as_asked(grammars: GrammarCompiler, demo: mlx_model.LoadedModel) -> None:
     """Greedily, a model that knows nothing of calls makes one that can be parsed."""
     import mlx.core as mx
 
     prompt = demo.tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the weather in Paris?"}], add_generation_prompt=True
     )
-    row = Matcher(
+    row = GrammarMatcher(
         grammars.compile(grammar.for_tool_calls(ToolUse(tools=TOOLS, is_required=True, is_parallel=False)))
     )
     token_ids: list[int] = []

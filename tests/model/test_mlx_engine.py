@@ -40,14 +40,14 @@ def run(
     for job in jobs:
         tokens[job.job_id] = []
         engine.insert(job, engine.encode(job), (replay or {}).get(job.job_id, []))
-    while engine.num_rows:
+    while engine.num_sequences:
         for token in engine.step():
             tokens[token.job_id].append(token)
     return tokens
 
 
 def run_on(engine: MLXEngine) -> None:
-    while engine.num_rows:
+    while engine.num_sequences:
         engine.step()
 
 
@@ -80,7 +80,7 @@ def test_nothing_is_left_to_be_generated(engine: MLXEngine) -> None:
     for num_done in (3, 5):
         inserted = engine.insert(job, engine.encode(job), [28] * num_done)
         assert (inserted.max_tokens, len(inserted.replayed_texts)) == (3, num_done)
-        assert engine.num_rows == 0
+        assert engine.num_sequences == 0
 
 
 def test_a_batch_equals_one_after_another(engine: MLXEngine) -> None:
@@ -109,7 +109,7 @@ def test_going_on_where_another_worker_stopped(engine: MLXEngine, sampling: Samp
     for k in (1, 6, 11):
         inserted = engine.insert(job, engine.encode(job), ids(whole)[:k])
         rest: list[StepToken] = []
-        while engine.num_rows:
+        while engine.num_sequences:
             rest += engine.step()
         assert ids(whole)[:k] + ids(rest) == ids(whole)
         assert "".join(inserted.replayed_texts) + text(rest) == text(whole)
@@ -158,7 +158,7 @@ def test_logprobs_are_made_for_those_who_ask(engine: MLXEngine) -> None:
     alone = {top: run(engine, chat("a", max_tokens=9, top_logprobs=top))["a"] for top in (0, 3)}
     tokens: dict[str, list[StepToken]] = {}
     waiting = [chat(str(i), max_tokens=9, top_logprobs=(None, 0, 3)[i % 3]) for i in range(7)]
-    while waiting or engine.num_rows:
+    while waiting or engine.num_sequences:
         if waiting:
             job = waiting.pop(0)
             engine.insert(job, engine.encode(job), [])
@@ -203,7 +203,7 @@ def test_removing_a_row(engine: MLXEngine) -> None:
     engine.remove("b")
     engine.remove("long")
     engine.remove("nobody")
-    while engine.num_rows:
+    while engine.num_sequences:
         got += [token.token_id for token in engine.step() if token.job_id == "a"]
     assert got == alone
 
@@ -216,7 +216,7 @@ def test_a_prompt_that_is_too_long(engine: MLXEngine) -> None:
     with pytest.raises(RequestError) as refused:
         engine.encode(job)
     assert refused.value.code == "context_length_exceeded"
-    assert engine.num_rows == 0
+    assert engine.num_sequences == 0
 
 
 def test_a_step_that_fails_does_not_poison_the_engine(
@@ -234,7 +234,7 @@ def test_a_step_that_fails_does_not_poison_the_engine(
         patched.setattr(engine._generator, "next", broken)
         with pytest.raises(RuntimeError, match="out of memory"):
             engine.step()
-    assert engine.num_rows == 0
+    assert engine.num_sequences == 0
     assert text(run(engine, chat("a"))["a"]) == "The capital of France is Paris."
 
 
@@ -279,7 +279,7 @@ def test_a_bad_row_fails_alone(engine: MLXEngine, monkeypatch: pytest.MonkeyPatc
     failures = [token for token in tokens if isinstance(token, SequenceFailure)]
     assert [(f.job_id, str(f.error)) for f in failures] == [("bad", "bad row")]
     assert text([t for t in tokens if t.job_id == "good"]) == "The capital of France is Paris."
-    assert engine.num_rows == 0
+    assert engine.num_sequences == 0
 
 
 def test_every_kind_of_sampling_side_by_side(engine: MLXEngine) -> None:
@@ -375,13 +375,13 @@ def test_memory_stays_within_its_limit(demo_folder: Path) -> None:
     ]
     mx.reset_peak_memory()
     max_rows = num_ended = 0
-    while waiting or engine.num_rows:
+    while waiting or engine.num_sequences:
         while waiting and (
-            not engine.num_rows or engine.has_room(waiting[-1], len(engine.encode(waiting[-1])), 0)
+            not engine.num_sequences or engine.has_room(waiting[-1], len(engine.encode(waiting[-1])), 0)
         ):
             job = waiting.pop()
             engine.insert(job, engine.encode(job), [])
-        max_rows = max(max_rows, engine.num_rows)
+        max_rows = max(max_rows, engine.num_sequences)
         num_ended += sum(getattr(token, "finish_reason", None) is not None for token in engine.step())
         assert not engine.is_over_memory
     assert num_ended == 12

@@ -9,7 +9,7 @@ import pytest
 
 from common.protocol import ChatPrompt, GenerationJob, SamplingParams, TextPrompt, TokenPrompt
 from common.settings import Settings
-from worker.loop.engine import Inserted, PromptEcho, StepToken
+from worker.loop.engine import InsertResult, PromptEcho, StepToken
 from worker.mlx.engine import MLXEngine
 
 GREEDY = SamplingParams(temperature=0)
@@ -40,7 +40,7 @@ def chat(job_id: str, *texts: str, max_tokens: int = 8, **fields: Any) -> Genera
     return job(job_id, ChatPrompt(messages), max_tokens, **fields)
 
 
-def insert(engine: MLXEngine, *jobs: GenerationJob) -> list[Inserted]:
+def insert(engine: MLXEngine, *jobs: GenerationJob) -> list[InsertResult]:
     return [engine.insert(each, engine.encode(each), []) for each in jobs]
 
 
@@ -48,7 +48,7 @@ def run(engine: MLXEngine) -> tuple[dict[str, list[StepToken]], dict[str, Prompt
     """Until nothing is left: tokens and echoes by job."""
     tokens: dict[str, list[StepToken]] = {}
     echoes: dict[str, PromptEcho] = {}
-    while engine.num_rows:
+    while engine.num_sequences:
         for event in engine.step():
             if isinstance(event, PromptEcho):
                 assert event.job_id not in tokens
@@ -108,15 +108,15 @@ def test_removing_a_row_whose_prompt_is_scored(engine: MLXEngine) -> None:
     """It leaves as any other does."""
     insert(engine, job("a", TextPrompt("word " * 900), 5, top_logprobs=0, echo=True))
     engine.step()
-    assert engine.num_rows == 1
+    assert engine.num_sequences == 1
     engine.remove("a")
-    assert engine.num_rows == 0
+    assert engine.num_sequences == 0
 
 
 def test_nothing_is_generated_where_nothing_may_be(engine: MLXEngine) -> None:
     """No row is left of a job without tokens and without an echo."""
     [inserted] = insert(engine, job("a", TextPrompt("Hello"), 0))
-    assert (inserted.max_tokens, engine.num_rows) == (0, 0)
+    assert (inserted.max_tokens, engine.num_sequences) == (0, 0)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=1.0, seed=3, frequency_penalty=0.5)])

@@ -48,7 +48,7 @@ def run(
     tokens: dict[str, list[StepToken]] = {}
     for job in jobs:
         engine.insert(job, engine.encode(job), replay or [])
-    while engine.num_rows:
+    while engine.num_sequences:
         for event in engine.step():
             assert isinstance(event, StepToken)
             tokens.setdefault(event.job_id, []).append(event)
@@ -116,4 +116,4 @@ def test_what_cannot_be_compiled_is_the_requests_fault(engine: MLXEngine) -> Non
     with pytest.raises(RequestError) as refused:
         engine.encode(chat("a", grammar=grammar.for_json_schema({"enum": []})))
     assert (refused.value.status, refused.value.param) == (400, "response_format")
-    assert engine.num_rows == 0
+    assert engine.num_sequences == 0

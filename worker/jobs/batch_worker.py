@@ -140,7 +140,7 @@ class BatchWorker(BaseWorker):
                 encode=engine.encode,
                 admit=self._inbox.put,
                 draining=lambda: self._is_draining,
-                holding_off=lambda: self._heartbeat.is_suspended or loop.is_full,
+                holding_off=lambda: self._heartbeat.is_suspended or loop.is_admission_blocked,
                 num_workers=lambda: self._heartbeat.num_workers,
             )
             self._start_thread("settlement", finalizer.run)
@@ -171,11 +171,11 @@ class BatchWorker(BaseWorker):
             engine=engine,
             journal=journal,
             inbox=self._inbox,
-            settle=self._job_ends.put,
+            on_job_end=self._job_ends.put,
             live_ttl_seconds=self._live_ttl_seconds,
             final_ttl_seconds=self._settings.journal_ttl_seconds,
             orphan_seconds=self._settings.orphan_seconds,
-            more_coming=lambda: self._intake is not None and self._intake.is_taking,
+            is_intake_busy=lambda: self._intake is not None and self._intake.is_taking,
         )
         self._ready.put((loop, engine))
         try:

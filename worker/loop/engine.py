@@ -16,7 +16,7 @@ from worker.text.answer_parser import AnswerParser
 
 
 @dataclass(slots=True)
-class Inserted:
+class InsertResult:
     """What an engine says of a job that it took.
 
     Attributes:
@@ -99,11 +99,11 @@ class Engine(Protocol):
         """What was loaded."""
 
     @property
-    def num_rows(self) -> int:
+    def num_sequences(self) -> int:
         """Jobs inserted and neither finished nor removed."""
 
     @property
-    def gather_seconds(self) -> float:
+    def burst_wait_seconds(self) -> float:
         """How long an idle engine's first job is worth waiting for others of the same burst; they start together then."""
 
     def encode(self, job: GenerationJob) -> list[int]:
@@ -125,7 +125,7 @@ class Engine(Protocol):
             num_done: Tokens of its answer that it has generated elsewhere.
         """
 
-    def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> Inserted:
+    def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> InsertResult:
         """Take a job; its first token comes with a later `step`. One that may generate nothing more is taken only for its echo.
 
         Args:

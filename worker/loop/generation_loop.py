@@ -1,7 +1,7 @@
 """The generation loop: which rows there are, what each step's tokens become, and when a job has ended.
 
 Runs on one thread and owns every `Sequence`; other threads reach it by messages in its inbox, and it tells them how jobs
-ended through `settle`. Between two steps it never waits for Redis: a step's events are sent, their answer is read after
+ended through `on_job_end`. Between two steps it never waits for Redis: a step's events are sent, their answer is read after
 the next step. Knows neither MLX nor RQ nor Redis: an `Engine` and a `Journal` are given to it.
 """
 
@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 from common.errors import RequestError
 from common.protocol import Event, Failed, Finished, GenerationJob, encode
 from worker.loop.admission import Admission
-from worker.loop.engine import Engine, Inserted, PromptEcho, SequenceFailure, StepEvent
+from worker.loop.engine import Engine, InsertResult, PromptEcho, SequenceFailure, StepEvent
 from worker.loop.journal import AppendResult, Journal, JournalEntry
 from worker.loop.messages import Abort, AbortReason, Admit, JobEnd, Message, Outcome, Shutdown
 from worker.loop.sequence import Sequence, failed_event
@@ -57,11 +57,11 @@ class GenerationLoop:
         step_began_at: `clock` when the step under way began; None between steps, also while Redis is waited for.
 
     Args:
-        settle: Called on the loop's thread with each job's end, exactly once for each `Admit`.
+        on_job_end: Called on the loop's thread with each job's end, exactly once for each `Admit`.
         live_ttl_seconds: What a journal has to live while its job goes on.
         final_ttl_seconds: What it has to live after its terminal event.
         orphan_seconds: A channel that nobody has listened to for this long has its jobs cancelled.
-        more_coming: Says whether jobs are just being taken from the queue.
+        is_intake_busy: Says whether jobs are just being taken from the queue.
         clock: Monotonic seconds.
     """
 
@@ -71,21 +71,21 @@ class GenerationLoop:
         engine: Engine,
         journal: Journal,
         inbox: SimpleQueue[Message],
-        settle: Callable[[JobEnd], None],
+        on_job_end: Callable[[JobEnd], None],
         live_ttl_seconds: int = 900,
         final_ttl_seconds: int = 300,
         orphan_seconds: float = 10.0,
-        more_coming: Callable[[], bool] = lambda: False,
+        is_intake_busy: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._journal = journal
         self._inbox = inbox
-        self._settle = settle
+        self._on_job_end = on_job_end
         self._live_ttl_seconds = live_ttl_seconds
         self._final_ttl_seconds = final_ttl_seconds
         self._orphan_seconds = orphan_seconds
-        self._more_coming = more_coming
+        self._more_coming = is_intake_busy
         self._clock = clock
         self._admission = Admission(engine.has_room)
         self._running: dict[str, Sequence] = {}
@@ -102,16 +102,16 @@ class GenerationLoop:
         self.step_began_at: float | None = None
 
     @property
-    def is_full(self) -> bool:
+    def is_admission_blocked(self) -> bool:
         """Whether nothing more is to come now: a job waits to start, or one is tried alone. Read by other threads."""
         return len(self._admission) > 0 or self._admission.poison_candidate is not None
 
     def run(self) -> None:
         """Turn until `Shutdown` came and everything is settled."""
         while not (self._quitting and self._is_idle()):
-            self.turn()
+            self.run_once()
 
-    def turn(self) -> None:
+    def run_once(self) -> None:
         """One round: read the inbox, decode one step, read the last step's answer, send this one's.
 
         Blocks only when there is nothing to generate and nothing in flight.
@@ -143,7 +143,7 @@ class GenerationLoop:
     def _gather(self) -> None:
         """After a rest: requests of one moment come one by one, and whoever misses the first prompt's step waits for it."""
         began = self._clock()
-        pause_seconds = self._engine.gather_seconds
+        pause_seconds = self._engine.burst_wait_seconds
         deadline = began + pause_seconds
         while (left_seconds := deadline - self._clock()) > 0:
             with suppress(Empty):
@@ -175,7 +175,7 @@ class GenerationLoop:
         terminal = message.journal[-1] if message.journal else None
         if isinstance(terminal, Finished | Failed):
             outcome = Outcome.FINISHED if isinstance(terminal, Finished) else Outcome.FAILED
-            self._settle(JobEnd(job_id, message.execution_id, outcome, terminal))
+            self._on_job_end(JobEnd(job_id, message.execution_id, outcome, terminal))
             return
         if isinstance(message.prompt, RequestError):
             self._refuse(message, message.prompt)
@@ -230,9 +230,9 @@ class GenerationLoop:
         waiting = self._admission.remove(job_id, execution_id)
         if waiting is None:
             return None
-        return self._sequence(waiting, Inserted(len(waiting.token_ids), max_tokens=0))
+        return self._sequence(waiting, InsertResult(len(waiting.token_ids), max_tokens=0))
 
-    def _sequence(self, message: Admit, inserted: Inserted) -> Sequence:
+    def _sequence(self, message: Admit, inserted: InsertResult) -> Sequence:
         n, num_tokens = message.last_n, len(message.replay)
         return Sequence(message.unread_job, message.execution_id, inserted, n=n, num_tokens=num_tokens)
 
@@ -295,7 +295,7 @@ class GenerationLoop:
 
         None more than others have generated already, where this worker's memory has room for a shorter context than theirs.
         """
-        if sequence.num_tokens >= sequence.inserted.max_tokens and sequence.is_echoed:
+        if sequence.num_tokens >= sequence.insert_result.max_tokens and sequence.is_echoed:
             self._end(sequence, Outcome.FINISHED, sequence.finished("length"))
 
     def _end(self, sequence: Sequence, outcome: Outcome, terminal: Finished | Failed | None) -> None:
@@ -330,7 +330,7 @@ class GenerationLoop:
             self._endings_in_flight, self._endings = self._endings, []
         else:
             for ending in self._endings:
-                self._settle(ending)
+                self._on_job_end(ending)
             self._endings = []
 
     def _collect(self) -> None:
@@ -340,7 +340,7 @@ class GenerationLoop:
         self._in_flight = False
         for ending in self._endings_in_flight:
             fenced = ending.execution_id in receipt.refused
-            self._settle(replace(ending, outcome=Outcome.FENCED, terminal=None) if fenced else ending)
+            self._on_job_end(replace(ending, outcome=Outcome.FENCED, terminal=None) if fenced else ending)
         self._endings_in_flight = []
         for sequence in list(self._running.values()) if receipt.refused else []:
             if sequence.execution_id in receipt.refused:

@@ -22,7 +22,7 @@ from common.protocol import (
     Started,
     Usage,
 )
-from worker.loop.engine import Inserted, PromptEcho, StepToken
+from worker.loop.engine import InsertResult, PromptEcho, StepToken
 from worker.text.answer_parser import AnswerParser
 from worker.text.stop_strings import StopMatcher
 from worker.text.tool_calls import Part
@@ -40,7 +40,7 @@ class Sequence:
 
     job: GenerationJob
     execution_id: str
-    inserted: Inserted
+    insert_result: InsertResult
     n: int = 0
     num_tokens: int = 0
     admitted_at: float = field(default_factory=time.time)
@@ -53,8 +53,8 @@ class Sequence:
     def __post_init__(self) -> None:
         self.is_echoed = not self.job.echo
         self._stops = StopMatcher(self.job.stop)
-        parser = self.inserted.parser
-        for text in self.inserted.replayed_texts:
+        parser = self.insert_result.parser
+        for text in self.insert_result.replayed_texts:
             if parser is None:
                 self._stops.feed(text)
             else:
@@ -62,7 +62,7 @@ class Sequence:
 
     def started(self) -> Started:
         """The event that says that the prompt was accepted."""
-        return Started(0, self.inserted.prompt_tokens, self.inserted.cached_tokens)
+        return Started(0, self.insert_result.prompt_tokens, self.insert_result.cached_tokens)
 
     def echo(self, read: PromptEcho) -> Echo:
         """The event with the prompt."""
@@ -79,8 +79,8 @@ class Sequence:
         self.num_generated_here += 1
         self.num_tokens += 1
         self.n += 1
-        if self.inserted.parser is not None:
-            return self._take_apart(self.inserted.parser, token)
+        if self.insert_result.parser is not None:
+            return self._take_apart(self.insert_result.parser, token)
         text, stopped = self._stops.feed(token.text)
         reason: FinishReason | None = "stop" if stopped else token.finish_reason
         if reason is not None and not stopped:
@@ -134,7 +134,10 @@ class Sequence:
     def finished(self, reason: FinishReason) -> Finished:
         """The terminal event of an answer that is whole, or that nobody wants any more."""
         usage = Usage(
-            self.inserted.prompt_tokens, self.num_tokens, self.inserted.cached_tokens, self._num_reasoning
+            self.insert_result.prompt_tokens,
+            self.num_tokens,
+            self.insert_result.cached_tokens,
+            self._num_reasoning,
         )
         self.n += 1
         return Finished(self.n, reason, usage)

@@ -119,9 +119,9 @@ class Batch:
             self._generator.close()
 
     @property
-    def gather_seconds(self) -> float:
+    def burst_wait_seconds(self) -> float:
         """See `worker.loop.engine.Engine`."""
-        return self._budget.gather_seconds
+        return self._budget.burst_wait_seconds
 
     @property
     def cache_bytes(self) -> int:
@@ -273,7 +273,7 @@ class _Response:
 class OneAtATime:
     """For models whose caches mlx-lm cannot put together: one row, with the same interface. Nothing is kept of it."""
 
-    gather_seconds = 0.0
+    burst_wait_seconds = 0.0
     cache_bytes = 0
     copy_tokens = 0
     just_read: Sequence[int] = ()

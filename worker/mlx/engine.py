@@ -16,16 +16,16 @@ import numpy as np
 
 from common.errors import invalid
 from common.protocol import ChatPrompt, GenerationJob, SamplingParams, TextPrompt, TokenLogprob
-from worker.loop.engine import Inserted, ModelInfo, PromptEcho, SequenceFailure, StepEvent, StepToken
+from worker.loop.engine import InsertResult, ModelInfo, PromptEcho, SequenceFailure, StepEvent, StepToken
 from worker.mlx import model as mlx_model
 from worker.mlx.batch import Batch, NewRow, OneAtATime, Response, alone
 from worker.mlx.memory import CacheMemory, expected_tokens
 from worker.mlx.prefix_cache import Found, PrefixCache, should_wait_for
 from worker.mlx.scoring import PromptScoring, most_likely
 from worker.mlx.warm_up import warm_up
-from worker.sampling.grammar import Compiled, Grammars, Matcher
+from worker.sampling.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher
 from worker.sampling.sampler import SequenceSampler
-from worker.sampling.thinking import after_thinking
+from worker.sampling.thinking import wrap_for_thinking
 from worker.text import answer_format, answer_parser, prompts
 from worker.text.detokenizer import Detokenizer, TokenBytes
 
@@ -55,7 +55,7 @@ class _Row:
     num_prompt: int
     num_done: int
     max_tokens: int
-    inserted: Inserted
+    inserted: InsertResult
     uid: int | None = None
     waits_for: int | None = None
     scoring: PromptScoring | None = None
@@ -79,10 +79,10 @@ class MLXEngine:
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         self._info = mlx_model.describe(loaded, settings.max_batch)
         self._token_bytes = TokenBytes(self._tokenizer)
-        self._format = answer_format.of_model(self._tokenizer)
+        self._format = answer_format.detect_format(self._tokenizer)
         eos_token_ids = list(self._tokenizer.eos_token_ids)
         self._grammars = (
-            Grammars(self._tokenizer, self._info.vocab_size, eos_token_ids) if eos_token_ids else None
+            GrammarCompiler(self._tokenizer, self._info.vocab_size, eos_token_ids) if eos_token_ids else None
         )
         self._rows: dict[str, _Row] = {}
         self._by_uid: dict[int, _Row] = {}
@@ -101,12 +101,12 @@ class MLXEngine:
         return self._info
 
     @property
-    def num_rows(self) -> int:
+    def num_sequences(self) -> int:
         return len(self._rows)
 
     @property
-    def gather_seconds(self) -> float:
-        return self._generator.gather_seconds
+    def burst_wait_seconds(self) -> float:
+        return self._generator.burst_wait_seconds
 
     def encode(self, job: GenerationJob) -> list[int]:
         # Rust's tokenizers let go of the interpreter meanwhile (tokenizers 0.23), and so does llguidance (1.9).
@@ -125,18 +125,18 @@ class MLXEngine:
         room = self._info.context_length - num_prompt
         return room if job.max_tokens is None else min(job.max_tokens, room)
 
-    def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> Inserted:
+    def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> InsertResult:
         max_tokens = self._max_tokens(job, len(prompt))
-        detokenizer = self._token_bytes.detokenizer(after_template=isinstance(job.prompt, ChatPrompt))
-        inserted = Inserted(
+        detokenizer = self._token_bytes.new_detokenizer(after_template=isinstance(job.prompt, ChatPrompt))
+        inserted = InsertResult(
             len(prompt),
             max_tokens,
             replayed_texts=[detokenizer.add(token_id) for token_id in replay],
-            parser=answer_parser.for_job(job, self._format, prompt, self._token_bytes),
+            parser=answer_parser.make_parser(job, self._format, prompt, self._token_bytes),
         )
         sampler = SequenceSampler(
             job.sampling,
-            num_drawn=len(replay),
+            num_sampled=len(replay),
             matcher=self._matcher(job, inserted),
             wants_logprobs=job.top_logprobs is not None,
         )
@@ -160,13 +160,13 @@ class MLXEngine:
             rows = [row.expected_tokens for row in self._rows.values()]
             self._prefixes.shrink_to(self._memory.left_bytes(rows, self._generator.cache_bytes))
 
-    def _compiled(self, job: GenerationJob) -> Compiled | None:
+    def _compiled(self, job: GenerationJob) -> CompiledGrammar | None:
         """What the answer is held to.
 
         Raises:
             RequestError: 400; it cannot be compiled.
         """
-        text = answer_format.grammar(job, self._format)
+        text = answer_format.answer_grammar(job, self._format)
         if text is None:
             return None
         param = "response_format" if job.tool_use is None else "tools"
@@ -174,12 +174,12 @@ class MLXEngine:
             raise invalid("This model has no end-of-text token, without which no answer has a form.", param)
         return self._grammars.compile(text, param)
 
-    def _matcher(self, job: GenerationJob, inserted: Inserted) -> Any:
+    def _matcher(self, job: GenerationJob, inserted: InsertResult) -> Any:
         compiled = self._compiled(job)
         if compiled is None:
             return None
         is_thinking = inserted.parser is not None and inserted.parser.is_reasoning
-        return after_thinking(Matcher(compiled), self._tokenizer, is_thinking=is_thinking)
+        return wrap_for_thinking(GrammarMatcher(compiled), self._tokenizer, is_thinking=is_thinking)
 
     def _begin(self, row: _Row) -> None:
         """Read on where others have read before, or wait until one has."""
@@ -253,7 +253,7 @@ class MLXEngine:
             text, num_added = row.job.prompt.text, self._num_added(row.job.prompt.text, token_ids)
             token_ids, scores = token_ids[num_added:], scores[num_added:]
         else:
-            detokenizer = self._token_bytes.detokenizer(after_template=False)
+            detokenizer = self._token_bytes.new_detokenizer(after_template=False)
             text = "".join([*(detokenizer.add(i) for i in token_ids), detokenizer.flush()])
         if row.scoring is None or not token_ids:
             return PromptEcho(row.job.job_id, text)

@@ -22,7 +22,7 @@ from common.settings import Settings
 from worker.loop.engine import ModelInfo
 from worker.mlx.memory import CacheCost, CacheMemory
 from worker.models import model_folder
-from worker.text import filling
+from worker.text import fill_in_middle
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def describe(loaded: LoadedModel, max_batch: int) -> ModelInfo:
         max_batch=max_batch if can_batch(loaded.model) else 1,
         quantization=quantization(loaded.config) or weight_type(loaded.model),
         has_chat_template=bool(loaded.tokenizer.has_chat_template),
-        can_fill=filling.marks(loaded.tokenizer) is not None,
+        can_fill=fill_in_middle.find_markers(loaded.tokenizer) is not None,
     )
 
 

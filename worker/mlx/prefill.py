@@ -52,7 +52,7 @@ class PrefillBudget:
     Attributes:
         num_tokens: Of whole prompts together, padding included; at most what the setting says.
         piece_tokens: Of prompts that are read in pieces.
-        gather_seconds: A small part of what a step takes, in which the rest of a burst comes.
+        burst_wait_seconds: A small part of what a step takes, in which the rest of a burst comes.
         rest_seconds: How long nothing is read after something was, where few wait beside many that decode: to read a
             few short prompts takes a GPU as long as to read one.
         copy_tokens: As many are read in the time in which a beginning that was read before is copied.
@@ -62,7 +62,7 @@ class PrefillBudget:
         self._max_tokens = max_tokens
         self.num_tokens = min(max_tokens, _FIRST_TOKENS)
         self.piece_tokens = min(max_tokens, _FIRST_PIECE_TOKENS)
-        self.gather_seconds = 0.0
+        self.burst_wait_seconds = 0.0
         self.rest_seconds = 0.0
         self._best_per_second = 0.0
 
@@ -115,7 +115,7 @@ class PrefillBudget:
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """Learn from a step that read `num_tokens`, padding included."""
-        self.gather_seconds = min(_GATHER_SECONDS, _GATHER_SHARE * seconds)
+        self.burst_wait_seconds = min(_GATHER_SECONDS, _GATHER_SHARE * seconds)
         self.rest_seconds = min(_REST_SECONDS, seconds)
         per_second = num_tokens / max(seconds, 1e-6)
         if num_tokens >= MIN_TOKENS:

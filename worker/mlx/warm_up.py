@@ -67,10 +67,10 @@ def _generate(engine: Engine, jobs: list[tuple[GenerationJob, list[int]]], *, so
     for job, prompt in jobs[num_early:]:
         engine.insert(job, prompt, [])
     for _ in range(_MAX_STEPS):
-        if engine.num_rows == 0:
+        if engine.num_sequences == 0:
             return
         engine.step()
-    raise RuntimeError(f"{engine.num_rows} rows have not ended after {_MAX_STEPS} steps")
+    raise RuntimeError(f"{engine.num_sequences} rows have not ended after {_MAX_STEPS} steps")
 
 
 def _job(number: int, vocab_size: int, max_tokens: int) -> tuple[GenerationJob, list[int]]:

@@ -1,7 +1,7 @@
 """What may come next in a row whose answer has to match a grammar, by llguidance.
 
-`Grammars` is made once a model; the intake thread compiles with it (`Engine.encode`), the generation thread makes a
-`Matcher` a row, asks it for a mask before each draw, and tells it what was drawn. A mask is bits: bit i % 32 of word i // 32
+`GrammarCompiler` is made once a model; the intake thread compiles with it (`Engine.encode`), the generation thread makes a
+`GrammarMatcher` a row, asks it for a mask before each draw, and tells it what was drawn. A mask is bits: bit i % 32 of word i // 32
 is token i. The same tokens always lead to the same state, which is what a takeover relies on. Knows nothing of MLX.
 """
 
@@ -26,17 +26,17 @@ Words = NDArray[np.uint32]
 
 _WORD_BITS = 32
 _NUM_KEPT = 32
-"""Compiled grammars: a few hundred kilobytes each, seldom some megabytes."""
+"""CompiledGrammar grammars: a few hundred kilobytes each, seldom some megabytes."""
 
 _TEXT_MARKS = (texts.CALL_BEGIN, texts.CALL_END)
 """Tokens that stand for their own text in a grammar, also where a tokenizer calls them special."""
 
 
-class RowError(MLXPoolError):
+class GrammarError(MLXPoolError):
     """This row cannot go on: its grammar does not allow the token, or is too much for llguidance's limits."""
 
 
-class Compiled:
+class CompiledGrammar:
     """A grammar, ready for any number of rows.
 
     Attributes:
@@ -46,12 +46,12 @@ class Compiled:
 
     __slots__ = ("grammars", "start")
 
-    def __init__(self, start: LLMatcher, grammars: Grammars) -> None:
+    def __init__(self, start: LLMatcher, grammars: GrammarCompiler) -> None:
         self.start = start
         self.grammars = grammars
 
 
-class Grammars:
+class GrammarCompiler:
     """Compiles grammars for one model's vocabulary.
 
     Args:
@@ -81,7 +81,7 @@ class Grammars:
         # Its own lock is C's: any thread may call. What fails is not kept.
         self.compile = functools.lru_cache(maxsize=_NUM_KEPT)(self._compile)
 
-    def _compile(self, grammar: str, param: str = "response_format") -> Compiled:
+    def _compile(self, grammar: str, param: str = "response_format") -> CompiledGrammar:
         """Make a grammar ready; milliseconds, without the interpreter's lock, and nothing the second time.
 
         Args:
@@ -92,12 +92,14 @@ class Grammars:
         """
         from llguidance import LLMatcher
 
-        compiled = Compiled(LLMatcher(self._tokenizer, grammar, log_level=0, limits=texts.limits()), self)
+        compiled = CompiledGrammar(
+            LLMatcher(self._tokenizer, grammar, log_level=0, limits=texts.limits()), self
+        )
         if not compiled.start.is_error():
             try:
                 # On a copy: the first mask is part of what is checked.
-                Matcher(compiled).allowed()
-            except RowError as error:
+                GrammarMatcher(compiled).allowed()
+            except GrammarError as error:
                 raise invalid(f"The grammar cannot be used with this model: {error}", param) from None
             return compiled
         raise invalid(
@@ -106,10 +108,10 @@ class Grammars:
         )
 
 
-class Matcher:
+class GrammarMatcher:
     """Where one row stands in its grammar. One thread's."""
 
-    def __init__(self, compiled: Compiled) -> None:
+    def __init__(self, compiled: CompiledGrammar) -> None:
         self._grammars = compiled.grammars
         self._matcher = compiled.start.deep_copy()
         self._is_ended = False
@@ -135,14 +137,14 @@ class Matcher:
         """Write the mask of what may come next into `out`, such as a row of a (batch, num_words) array.
 
         Raises:
-            RowError: Nothing may, or a limit was reached.
+            GrammarError: Nothing may, or a limit was reached.
         """
         if self.is_finished:
             out[:] = self._grammars.eos_words
             return
         self._matcher.unsafe_compute_mask_ptr(self._scratch.ctypes.data, self._scratch.nbytes)
         if self._matcher.is_error():
-            raise RowError(texts.line(self._matcher.get_error()))
+            raise GrammarError(texts.line(self._matcher.get_error()))
         n = min(len(out), len(self._scratch))
         out[:n] = self._scratch[:n]
         out[n:] = 0
@@ -150,26 +152,26 @@ class Matcher:
         if self._matcher.is_accepting():
             out |= self._grammars.eos_words
         if not out.any():
-            raise RowError("The grammar allows no token of this model's vocabulary.")
+            raise GrammarError("The grammar allows no token of this model's vocabulary.")
 
     def advance(self, token_id: int) -> None:
         """Go on with a token.
 
         Raises:
-            RowError: The grammar does not allow it.
+            GrammarError: The grammar does not allow it.
         """
         if token_id in self._grammars.eos_token_ids:
             if not (self.is_finished or self._matcher.is_accepting()):
-                raise RowError("The answer ends before its grammar does.")
+                raise GrammarError("The answer ends before its grammar does.")
             self._is_ended = True
         elif self.is_finished or not self._matcher.consume_token(token_id):
-            raise RowError(f"The grammar does not allow token {token_id}.")
+            raise GrammarError(f"The grammar does not allow token {token_id}.")
 
     def replay(self, token_ids: Sequence[int]) -> None:
         """Go on with tokens that were drawn before, here or in another process.
 
         Raises:
-            RowError: The grammar does not allow one of them.
+            GrammarError: The grammar does not allow one of them.
         """
         for token_id in token_ids:
             self.advance(token_id)

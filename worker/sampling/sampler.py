@@ -51,7 +51,7 @@ class SequenceSampler:
     """One row's sampling state.
 
     Attributes:
-        num_drawn: Tokens of the answer so far, other workers' included.
+        num_sampled: Tokens of the answer so far, other workers' included.
         counts: How often each token is in the answer; kept where a penalty asks for it.
         matcher: None: anything goes.
         logprobs: Of the tokens that were drawn and not yet reported, where grammar, bias or penalties changed them.
@@ -59,13 +59,13 @@ class SequenceSampler:
         biases: Token ids and amounts of the biases, once they were asked for.
         is_greedy: Whether it takes the most likely token.
         is_penalized: Whether tokens of the answer get less likely.
-        has_memory: Whether the next token depends on the last one beyond what the model makes of it.
+        depends_on_history: Whether the next token depends on the last one beyond what the model makes of it.
         is_adjusted: Whether its log-probabilities are not the model's own.
         is_filtered: Whether unlikely (or, with XTC, too likely) tokens are left out.
     """
 
     sampling: SamplingParams
-    num_drawn: int = 0
+    num_sampled: int = 0
     counts: dict[int, int] = field(default_factory=dict)
     matcher: Matcher | None = None
     wants_logprobs: bool = False
@@ -76,7 +76,7 @@ class SequenceSampler:
     # Asked for each row in each step.
     is_greedy: bool = field(init=False)
     is_penalized: bool = field(init=False)
-    has_memory: bool = field(init=False)
+    depends_on_history: bool = field(init=False)
     is_adjusted: bool = field(init=False)
     is_filtered: bool = field(init=False)
 
@@ -84,8 +84,8 @@ class SequenceSampler:
         s = self.sampling
         self.is_greedy = s.temperature < _GREEDY_BELOW_TEMPERATURE
         self.is_penalized = bool(s.presence_penalty or s.frequency_penalty)
-        self.has_memory = self.is_penalized or self.matcher is not None
-        self.is_adjusted = self.has_memory or bool(s.logit_bias)
+        self.depends_on_history = self.is_penalized or self.matcher is not None
+        self.is_adjusted = self.depends_on_history or bool(s.logit_bias)
         self.is_filtered = s.top_p < 1.0 or s.top_k > 0 or s.min_p > 0.0 or s.xtc_probability > 0.0
 
     def observe(self, token_ids: Sequence[int]) -> None:
@@ -119,7 +119,7 @@ class SequenceSampler:
 
     def keys(self) -> tuple[int, int]:
         """64 random bits each for the next draw: which token, and whether XTC takes place."""
-        seed, position = self.sampling.seed & _MASK64, self.num_drawn
+        seed, position = self.sampling.seed & _MASK64, self.num_sampled
         return _mix(seed, position), _mix(seed ^ 0x5851F42D4C957F2D, position)
 
 
@@ -156,8 +156,8 @@ class BatchSampler:
         if not adjusted and not drawn:
             return None
         xp = self._xp
-        has_memory = any(row.has_memory for row in rows)
-        if has_memory:
+        depends_on_history = any(row.depends_on_history for row in rows)
+        if depends_on_history:
             self._start(logprobs)
             self._read()
         values = np.array(logprobs, copy=False) if xp is np else logprobs
@@ -167,17 +167,17 @@ class BatchSampler:
         if drawn:
             chosen = self._drawn([rows[i] for i in drawn], _rows_of(xp, values, drawn, len(rows)))
             token_ids = chosen if token_ids is None else _with_rows(xp, token_ids, drawn, chosen)
-        if has_memory:
+        if depends_on_history:
             self._unread.append((rows, token_ids))
         for row in rows:
-            row.num_drawn += 1
+            row.num_sampled += 1
         return token_ids
 
     def _read(self) -> None:
         """Tell the rows what was drawn for them; it has been computed by now, or is about to be."""
         for rows, token_ids in self._unread:
             for row, token_id in zip(rows, token_ids.tolist(), strict=True):
-                if row.has_memory:
+                if row.depends_on_history:
                     row.observe([token_id])
         self._unread.clear()
 

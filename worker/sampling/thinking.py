@@ -1,4 +1,4 @@
-"""Grammars of models that think before they answer: thoughts are free, the answer behind them is held to the grammar.
+"""GrammarCompiler of models that think before they answer: thoughts are free, the answer behind them is held to the grammar.
 
 Wraps a row's matcher; fed token by token like it. Knows the marks of thinking by their token ids.
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from worker.sampling.grammar import Matcher, Words
+from worker.sampling.grammar import GrammarMatcher, Words
 
 _WORD_BITS = 32
 
 
-class AfterThinking:
-    """See the module; itself a `worker.sampling.sampler.Matcher`.
+class ThinkingMatcher:
+    """See the module; itself a `worker.sampling.sampler.GrammarMatcher`.
 
     Args:
         start_ids: What opens thinking.
@@ -23,7 +23,12 @@ class AfterThinking:
     """
 
     def __init__(
-        self, matcher: Matcher, start_ids: tuple[int, ...], end_ids: tuple[int, ...], *, is_thinking: bool
+        self,
+        matcher: GrammarMatcher,
+        start_ids: tuple[int, ...],
+        end_ids: tuple[int, ...],
+        *,
+        is_thinking: bool,
     ) -> None:
         self._matcher = matcher
         self._start_ids = start_ids
@@ -33,7 +38,7 @@ class AfterThinking:
         self._latest: deque[int] = deque(maxlen=len(end_ids))
 
     def fill(self, words: Words) -> None:
-        """As `Matcher.fill`.
+        """As `GrammarMatcher.fill`.
 
         1. Thoughts may be anything, but do not end the answer.
         2. The first token of an answer may open them, where one token does.
@@ -48,7 +53,7 @@ class AfterThinking:
             words[place] |= type(words[place])(1 << bit)
 
     def advance(self, token_id: int) -> None:
-        """As `Matcher.advance`."""
+        """As `GrammarMatcher.advance`."""
         is_first, self._is_first = self._is_first, False
         if self._is_thinking:
             self._latest.append(token_id)
@@ -59,7 +64,9 @@ class AfterThinking:
             self._matcher.advance(token_id)
 
 
-def after_thinking(matcher: Matcher, tokenizer: Any, *, is_thinking: bool) -> Matcher | AfterThinking:
+def wrap_for_thinking(
+    matcher: GrammarMatcher, tokenizer: Any, *, is_thinking: bool
+) -> GrammarMatcher | ThinkingMatcher:
     """The matcher itself for a model that does not think.
 
     Args:
@@ -68,4 +75,4 @@ def after_thinking(matcher: Matcher, tokenizer: Any, *, is_thinking: bool) -> Ma
     if not tokenizer.has_thinking:
         return matcher
     start_ids, end_ids = tuple(tokenizer.think_start_tokens), tuple(tokenizer.think_end_tokens)
-    return AfterThinking(matcher, start_ids, end_ids, is_thinking=is_thinking)
+    return ThinkingMatcher(matcher, start_ids, end_ids, is_thinking=is_thinking)

@@ -17,7 +17,7 @@ from common.schema import function_schema
 from common.schema import grammar as grammars
 from common.schema.grammar import CALL_BEGIN
 from worker.text import chat_template
-from worker.text.chat_template import TemplateAbilities
+from worker.text.chat_template import TemplateSupport
 from worker.text.tool_calls import ParseCall
 
 NORMAL = "normal"
@@ -61,7 +61,7 @@ class ModelFormat:
     call_starts: Mapping[str, list[str]] = field(default_factory=dict)
     call_ends: list[tuple[str, str | None]] = field(default_factory=list)
     parse_call: ParseCall | None = None
-    template: TemplateAbilities = field(default_factory=TemplateAbilities)
+    template: TemplateSupport = field(default_factory=TemplateSupport)
 
     @property
     def has_own_calls(self) -> bool:
@@ -69,7 +69,7 @@ class ModelFormat:
         return self.parse_call is not None and self.template.renders_tools
 
 
-def of_model(tokenizer: Any) -> ModelFormat:
+def detect_format(tokenizer: Any) -> ModelFormat:
     """What mlx-lm's `TokenizerWrapper` says; the facts are those of `make_text_state_machine` (mlx-lm 0.32)."""
     response: dict[str, list[tuple[str, str | None]]] = tokenizer.response_transitions
     transitions: dict[str, list[tuple[str, str | None]]] = {}
@@ -90,7 +90,7 @@ def of_model(tokenizer: Any) -> ModelFormat:
             transitions,
             tokenizer.response_initial_state or NORMAL,
             tokenizer.think_start,
-            template=chat_template.probe(tokenizer),
+            template=chat_template.probe_template(tokenizer),
         )
     if not starts:
         starts[NORMAL] = [tokenizer.tool_call_start]
@@ -104,11 +104,11 @@ def of_model(tokenizer: Any) -> ModelFormat:
         starts,
         ends + response.get(TOOL, []),
         tokenizer.tool_parser,
-        template=chat_template.probe(tokenizer),
+        template=chat_template.probe_template(tokenizer),
     )
 
 
-def choose(job: GenerationJob, model: ModelFormat) -> CallForm:
+def choose_call_form(job: GenerationJob, model: ModelFormat) -> CallForm:
     """The form of the calls in a job's answer.
 
     1. No functions, or no chat: none. What looks like a call is text.
@@ -178,12 +178,12 @@ def transitions(form: CallForm, model: ModelFormat, state: str) -> Transitions:
     }
 
 
-def grammar(job: GenerationJob, model: ModelFormat) -> str | None:
+def answer_grammar(job: GenerationJob, model: ModelFormat) -> str | None:
     """What the answer has to match, calls included. Where thinking is open in the prompt, it holds behind its end.
 
     A function whose schema is too much for a grammar gets an object as it likes, unless it is strict: that the API refuses.
     """
-    if choose(job, model) is not CallForm.UNIVERSAL or job.tool_use is None:
+    if choose_call_form(job, model) is not CallForm.UNIVERSAL or job.tool_use is None:
         return job.grammar
     tools = [
         tool if function_schema.refusal(tool["function"]) is None else _with_any_arguments(tool)

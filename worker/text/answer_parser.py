@@ -14,7 +14,7 @@ from worker.text.stop_strings import StopMatcher
 from worker.text.tool_calls import CallReader, KnownTools, OwnCall, Part, UniversalCall
 
 
-def for_job(
+def make_parser(
     job: GenerationJob, model: ModelFormat, prompt: list[int], token_bytes: TokenBytes
 ) -> AnswerParser | None:
     """A parser for a job's answer; None where all of it is content.
@@ -24,7 +24,7 @@ def for_job(
     """
     if not isinstance(job.prompt, ChatPrompt):
         return None
-    if answer_format.choose(job, model) is CallForm.NONE and not model.transitions:
+    if answer_format.choose_call_form(job, model) is CallForm.NONE and not model.transitions:
         return None
     end = b"".join(token_bytes[token_id] for token_id in prompt[-answer_format.NUM_LAST_TOKENS :])
     return AnswerParser(job, model, answer_format.initial_state(job, model, end.decode(errors="replace")))
@@ -44,7 +44,7 @@ class AnswerParser:
         self.has_call = False
         self.is_finished = False
         self._model = model
-        self._form = answer_format.choose(job, model)
+        self._form = answer_format.choose_call_form(job, model)
         use = job.tool_use
         self._is_parallel = use is None or use.is_parallel
         self._is_required = use is not None and (use.is_required or use.function is not None)

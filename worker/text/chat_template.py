@@ -35,7 +35,7 @@ class CallStyle(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class TemplateAbilities:
+class TemplateSupport:
     """See the module.
 
     Attributes:
@@ -51,14 +51,14 @@ class TemplateAbilities:
     is_universal: bool = False
 
 
-def probe(tokenizer: Any) -> TemplateAbilities:
+def probe_template(tokenizer: Any) -> TemplateSupport:
     """Find out about a tokenizer's template.
 
     Args:
         tokenizer: mlx-lm's `TokenizerWrapper`.
     """
     if not tokenizer.has_chat_template:
-        return TemplateAbilities()
+        return TemplateSupport()
     hello = {"role": "user", "content": "Hello."}
     tool = {
         "type": "function",
@@ -77,10 +77,12 @@ def probe(tokenizer: Any) -> TemplateAbilities:
         {"role": "tool", "content": _RESULT, "tool_call_id": "call_0", "name": _CALL["name"]},
     ]
     known = ("probe_call", "probe_key", "probe_value", _RESULT)
-    texts = {style: _rendered(tokenizer, in_style(history, style), **given) for style in CallStyle}
+    texts = {
+        style: _rendered(tokenizer, convert_tool_messages(history, style), **given) for style in CallStyle
+    }
     calls = next((style for style, text in texts.items() if all(word in text for word in known)), None)
     system = _rendered(tokenizer, [{"role": "system", "content": _SYSTEM}, hello])
-    return TemplateAbilities(
+    return TemplateSupport(
         renders_tools,
         calls,
         _SYSTEM in system,
@@ -98,7 +100,7 @@ def _rendered(tokenizer: Any, messages: Messages, **arguments: Any) -> str:
         return ""
 
 
-def in_style(messages: Messages, style: CallStyle) -> Messages:
+def convert_tool_messages(messages: Messages, style: CallStyle) -> Messages:
     """Messages with calls and results as a template takes them."""
     if style is CallStyle.OBJECTS:
         return messages

@@ -48,7 +48,7 @@ class TokenBytes:
         # A model's vocabulary may be padded beyond its tokenizer's.
         return self._table[token_id] if token_id < len(self._table) else b""
 
-    def detokenizer(self, *, after_template: bool) -> Detokenizer:
+    def new_detokenizer(self, *, after_template: bool) -> Detokenizer:
         """A fresh one for a row.
 
         Args:

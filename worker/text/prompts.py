@@ -11,7 +11,7 @@ from typing import Any
 
 from common.errors import RequestError, invalid
 from common.protocol import ChatPrompt, GenerationJob, TextPrompt, TokenPrompt
-from worker.text import answer_format, chat_template, filling, tool_messages
+from worker.text import answer_format, chat_template, fill_in_middle, tool_messages
 from worker.text.answer_format import CallForm, ModelFormat
 from worker.text.chat_template import Messages
 
@@ -66,14 +66,14 @@ def tokenize(
 
 
 def _filling(text: str, suffix: str, tokenizer: Any) -> list[int]:
-    found = filling.marks(tokenizer)
+    found = fill_in_middle.find_markers(tokenizer)
     if found is None:
         raise invalid("This model cannot fill a gap before a suffix.", "suffix")
-    return filling.token_ids(text, suffix, tokenizer, found)
+    return fill_in_middle.build_prompt(text, suffix, tokenizer, found)
 
 
 def _chat(job: GenerationJob, prompt: ChatPrompt, tokenizer: Any, model: ModelFormat) -> list[int]:
-    form = answer_format.choose(job, model)
+    form = answer_format.choose_call_form(job, model)
     is_told_by_template = answer_format.is_told_by_template(form, model)
     messages = _messages(job, prompt, form, model)
     if not tokenizer.has_chat_template:
@@ -103,12 +103,12 @@ def _messages(job: GenerationJob, prompt: ChatPrompt, form: CallForm, model: Mod
     messages, style = prompt.messages, model.template.calls
     if any(m.get("tool_calls") or m["role"] == "tool" for m in messages):
         if style is not None and (form is CallForm.NONE or is_told_by_template):
-            messages = chat_template.in_style(messages, style)
+            messages = chat_template.convert_tool_messages(messages, style)
         else:
-            messages = tool_messages.in_words(messages)
+            messages = tool_messages.render_as_text(messages)
     if form is CallForm.NONE or is_told_by_template or job.tool_use is None:
         return messages
-    return tool_messages.with_instructions(
+    return tool_messages.add_tool_instructions(
         messages, job.tool_use, renders_system=model.template.renders_system
     )
 

@@ -14,7 +14,7 @@ from common.schema.grammar import CALL_BEGIN, CALL_END
 from worker.text.chat_template import Messages
 
 
-def with_instructions(messages: Messages, tool_use: ToolUse, *, renders_system: bool) -> Messages:
+def add_tool_instructions(messages: Messages, tool_use: ToolUse, *, renders_system: bool) -> Messages:
     """Messages that tell of the functions: in the system message, or in the first user's where there can be none."""
     text = instructions(tool_use)
     if messages and messages[0]["role"] == "system":
@@ -55,7 +55,7 @@ def _described(function: dict[str, Any]) -> str:
     return json.dumps(known, ensure_ascii=False)
 
 
-def in_words(messages: Messages) -> Messages:
+def render_as_text(messages: Messages) -> Messages:
     """Calls and results as text; results are a user's message, as in Qwen's template.
 
     Neighbors are put together: templates refuse two messages of a user in a row.

@@ -8,10 +8,10 @@ from typing import Any
 from common.protocol import ChatPrompt, GenerationJob, Reasoning, ToolArguments, ToolCall, ToolUse
 from worker.text.answer_format import NORMAL, REASONING, ModelFormat
 from worker.text.answer_parser import AnswerParser
-from worker.text.chat_template import TemplateAbilities
+from worker.text.chat_template import TemplateSupport
 from worker.text.tool_calls import Part
 
-TEMPLATE = TemplateAbilities(renders_tools=True)
+TEMPLATE = TemplateSupport(renders_tools=True)
 
 
 def tool(name: str, **more: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from common.errors import RequestError
 from common.protocol import GenerationJob, SamplingParams, TextPrompt, decode_event
-from worker.loop.engine import Inserted, ModelInfo, SequenceFailure, StepEvent, StepToken
+from worker.loop.engine import InsertResult, ModelInfo, SequenceFailure, StepEvent, StepToken
 from worker.loop.generation_loop import GenerationLoop
 from worker.loop.journal import AppendResult, JournalEntry
 from worker.loop.messages import Admit, JobEnd, Message
@@ -39,14 +39,14 @@ class ScriptedEngine:
         self.refused: dict[str, Exception] = {}
         self.step_error: Exception | None = None
         self.is_reading = False
-        self.gather_seconds = 0.0
+        self.burst_wait_seconds = 0.0
         self.is_full = False
         self.max_rows = 99
         self.row_error: tuple[str, Exception] | None = None
         self.make_parser: Callable[[GenerationJob], AnswerParser] | None = None
 
     @property
-    def num_rows(self) -> int:
+    def num_sequences(self) -> int:
         return len(self.rows)
 
     def encode(self, job: GenerationJob) -> list[int]:
@@ -59,14 +59,16 @@ class ScriptedEngine:
     def has_room(self, job: GenerationJob, num_prompt: int, num_done: int) -> bool:
         return not self.is_full
 
-    def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> Inserted:
+    def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> InsertResult:
         if job.job_id in self.refused:
             raise self.refused[job.job_id]
         assert job.job_id not in self.rows
         self.rows[job.job_id] = [len(replay), job.max_tokens or 3]
         texts = [self._text(job.job_id, k) for k in replay]
         parser = self.make_parser(job) if self.make_parser is not None else None
-        return Inserted(prompt_tokens=1, max_tokens=job.max_tokens or 3, replayed_texts=texts, parser=parser)
+        return InsertResult(
+            prompt_tokens=1, max_tokens=job.max_tokens or 3, replayed_texts=texts, parser=parser
+        )
 
     def remove(self, job_id: str) -> None:
         self.rows.pop(job_id, None)
@@ -143,7 +145,7 @@ class Bench:
             engine=self.engine,
             journal=self.journal,
             inbox=self.inbox,
-            settle=self.settled.append,
+            on_job_end=self.settled.append,
             orphan_seconds=10.0,
             clock=lambda: self.now,
         )
@@ -153,13 +155,13 @@ class Bench:
         for message in messages:
             self.inbox.put(message)
         for _ in range(times):
-            self.loop.turn()
+            self.loop.run_once()
 
     def turn_until(self, is_done: Callable[[], bool], limit: int = 50) -> None:
         for _ in range(limit):
             if is_done():
                 return
-            self.loop.turn()
+            self.loop.run_once()
         raise AssertionError("it never came to that")
 
 

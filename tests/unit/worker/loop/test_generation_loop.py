@@ -44,7 +44,7 @@ def test_started_does_not_wait_for_a_long_prompt() -> None:
 def test_a_burst_starts_together() -> None:
     """After a rest, what comes within the engine's gathering time is in its first step, and it waits no longer."""
     bench = Bench()
-    bench.engine.gather_seconds = 1.0
+    bench.engine.burst_wait_seconds = 1.0
 
     def get(timeout: float) -> Any:
         assert timeout <= 1.0 - bench.now
@@ -66,7 +66,7 @@ def test_a_burst_starts_together() -> None:
 def test_a_burst_that_is_still_being_taken_is_waited_for(taking_until: float, started: list[str]) -> None:
     """Jobs on their way from the queue prolong the gathering, up to its bound; without any it ends as it is."""
     bench = Bench()
-    bench.engine.gather_seconds = 0.002
+    bench.engine.burst_wait_seconds = 0.002
     arrivals = [(0.006, "second"), (0.013, "third"), (0.027, "too late")]
 
     def get(_timeout: float) -> Any:
@@ -91,7 +91,7 @@ def test_a_stop_string_ends_a_job() -> None:
     bench.turn_until(lambda: bool(bench.settled))
     assert texts(bench, "a") == "one "
     assert bench.journal.events("a")[-1] == Finished(3, "stop", Usage(1, 2))
-    assert bench.engine.num_rows == 0
+    assert bench.engine.num_sequences == 0
 
 
 def test_what_only_looked_like_a_stop_string_comes_out() -> None:
@@ -118,7 +118,7 @@ def test_withdrawals(why: AbortReason, outcome: Outcome) -> None:
     bench.turn(Abort("a", why))
     bench.turn_until(lambda: bool(bench.settled))
     assert bench.settled[0].outcome is outcome
-    assert bench.engine.num_rows == 0
+    assert bench.engine.num_sequences == 0
     last = bench.journal.events("a")[-1]
     if why is AbortReason.CANCELLED:
         assert isinstance(last, Finished)
@@ -217,7 +217,7 @@ def test_more_was_generated_than_there_is_room_for_here() -> None:
     bench.turn_until(lambda: bool(bench.settled))
     assert decode_event(bench.journal.entries["a"][4].event) == Finished(5, "length", Usage(1, 4))
     assert [s.outcome for s in bench.settled] == [Outcome.FINISHED]
-    assert bench.engine.num_rows == 0
+    assert bench.engine.num_sequences == 0
 
 
 def test_a_refused_request_fails_alone() -> None:
@@ -271,13 +271,13 @@ def test_what_has_no_room_waits() -> None:
     bench.journal.entries["d"] = [None]  # type: ignore[list-item]  # written by another worker
     bench.turn(admit("b"), admit("c"), admit("d", journal=[Delta(1, 1, " 1")]))
     assert list(bench.engine.rows) == ["a"]
-    assert bench.loop.is_full
+    assert bench.loop.is_admission_blocked
     bench.turn(Abort("b", AbortReason.FENCED, "another run"), Abort("d", AbortReason.CANCELLED), times=2)
     assert bench.settled[0].terminal == Finished(2, "cancelled", Usage(1, 1))
     bench.engine.is_full = False
     bench.turn()
     assert list(bench.engine.rows)[-2:] == ["b", "c"]
-    assert not bench.loop.is_full
+    assert not bench.loop.is_admission_blocked
 
 
 def test_no_room_at_all_is_no_reason_to_wait() -> None:
@@ -298,7 +298,7 @@ def test_a_suspect_is_tried_alone() -> None:
     bench.engine.is_reading = True
     bench.turn(times=3)
     assert list(bench.engine.rows) == ["b"]
-    assert bench.loop.is_full
+    assert bench.loop.is_admission_blocked
     bench.engine.is_reading = False
     bench.turn(times=2)
     assert list(bench.engine.rows) == ["b", "c"]

@@ -102,7 +102,7 @@ def test_every_job_ends_exactly_once(actions: list[tuple[str, str, Any]]) -> Non
     bench.inbox.put(Shutdown())
     bench.loop.run()
     assert sorted(s.execution_id for s in bench.settled) == sorted(play.executions)
-    assert bench.engine.num_rows == 0
+    assert bench.engine.num_sequences == 0
     for job_id in bench.journal.entries:  # that they are gapless, the journal itself asserts
         events = bench.journal.events(job_id)
         assert not any(isinstance(event, Finished | Failed) for event in events[:-1])

@@ -22,7 +22,7 @@ from common.protocol import (
     Usage,
 )
 from tests.unit.worker.loop.scripted import Bench, make_job
-from worker.loop.engine import Inserted, StepToken
+from worker.loop.engine import InsertResult, StepToken
 from worker.loop.messages import Admit
 from worker.loop.sequence import Sequence
 from worker.text.answer_format import NORMAL, REASONING, ModelFormat
@@ -43,7 +43,9 @@ def chat(*, is_parallel: bool = True, **job: Any) -> GenerationJob:
 
 def sequence(replayed: list[str] | None = None, **job: Any) -> Sequence:
     asked = chat(**job)
-    inserted = Inserted(5, 99, replayed_texts=replayed or [], parser=AnswerParser(asked, THINKING, NORMAL))
+    inserted = InsertResult(
+        5, 99, replayed_texts=replayed or [], parser=AnswerParser(asked, THINKING, NORMAL)
+    )
     return Sequence(asked, "a-1", inserted, n=len(replayed or []), num_tokens=len(replayed or []))
 
 
@@ -155,7 +157,7 @@ def test_through_the_loop() -> None:
         ToolCall(0, "f"),
         ToolArguments(0, '{"a"'),
     ]
-    assert bench.engine.num_rows == 0
+    assert bench.engine.num_sequences == 0
 
 
 def test_a_takeover_through_the_loop() -> None:

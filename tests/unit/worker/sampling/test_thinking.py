@@ -1,4 +1,4 @@
-"""Grammars behind thoughts: what is free, what is held, and how the one becomes the other."""
+"""GrammarCompiler behind thoughts: what is free, what is held, and how the one becomes the other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from worker.sampling.thinking import AfterThinking, after_thinking
+from worker.sampling.thinking import ThinkingMatcher, wrap_for_thinking
 
 EOS, START, END_1, END_2 = 0, 40, 41, 42
 
@@ -28,12 +28,12 @@ class Digits:
         self.seen.append(token_id)
 
 
-def matcher(*, is_thinking: bool, start: tuple[int, ...] = (START,)) -> tuple[AfterThinking, Digits]:
+def matcher(*, is_thinking: bool, start: tuple[int, ...] = (START,)) -> tuple[ThinkingMatcher, Digits]:
     inner: Any = Digits()
-    return AfterThinking(inner, start, (END_1, END_2), is_thinking=is_thinking), inner
+    return ThinkingMatcher(inner, start, (END_1, END_2), is_thinking=is_thinking), inner
 
 
-def allowed(held: AfterThinking) -> set[int]:
+def allowed(held: ThinkingMatcher) -> set[int]:
     words = np.zeros(2, dtype=np.uint32)
     held.fill(words)
     return {i for i in range(64) if words[i // 32] >> np.uint32(i % 32) & 1}
@@ -78,4 +78,4 @@ def test_only_models_that_think_have_thoughts(thinks: bool) -> None:
     """Others have their matcher as it is."""
     inner: Any = Digits()
     tokenizer = SimpleNamespace(has_thinking=thinks, think_start_tokens=(START,), think_end_tokens=(END_1,))
-    assert (after_thinking(inner, tokenizer, is_thinking=False) is inner) is not thinks
+    assert (wrap_for_thinking(inner, tokenizer, is_thinking=False) is inner) is not thinks

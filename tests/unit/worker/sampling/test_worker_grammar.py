@@ -18,7 +18,7 @@ from common.errors import RequestError
 from common.protocol import ToolUse
 from common.schema import grammar
 from tests.grammar_cases import SCHEMAS, Walk, allowed_ids
-from worker.sampling.grammar import Grammars, Matcher, RowError, apply, num_words, unpacked
+from worker.sampling.grammar import GrammarCompiler, GrammarError, GrammarMatcher, apply, num_words, unpacked
 
 SPECIAL = ["<end>", "<pad>", "<tool_call>", "</tool_call>"]
 END, PAD, CALL = 0, 1, 2
@@ -46,7 +46,7 @@ def backend() -> tokenizers.Tokenizer:
 
 
 class Fast:
-    """What `Grammars` needs of mlx-lm's wrapper around a fast tokenizer."""
+    """What `GrammarCompiler` needs of mlx-lm's wrapper around a fast tokenizer."""
 
     def __init__(self) -> None:
         self.backend_tokenizer = backend()
@@ -61,9 +61,9 @@ class Fast:
 
 
 @functools.cache
-def grammars() -> Grammars:
+def grammars() -> GrammarCompiler:
     """For a model with two tokens that end an answer."""
-    return Grammars(Fast(), VOCAB_SIZE, [END, PAD])
+    return GrammarCompiler(Fast(), VOCAB_SIZE, [END, PAD])
 
 
 def text_of(token_id: int) -> bytes:
@@ -85,9 +85,9 @@ def encoded(text: str) -> list[int]:
     return list(backend().encode(text, add_special_tokens=False).ids)
 
 
-def matcher(text: str) -> Matcher:
+def matcher(text: str) -> GrammarMatcher:
     """In the state before the first token."""
-    return Matcher(grammars().compile(text))
+    return GrammarMatcher(grammars().compile(text))
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -110,7 +110,7 @@ def test_no_dead_end(name: str) -> None:
     compiled = grammars().compile(grammar.for_json_schema(SCHEMAS[name]))
     way = Walk(compiled, text_of, seed=3, num_free=12).run().token_ids
     for length in range(0, min(len(way), 36), 3):
-        here = Matcher(compiled)
+        here = GrammarMatcher(compiled)
         here.replay(way[:length])
         for token_id in allowed_ids(here)[:: max(1, len(allowed_ids(here)) // 8)]:
             if token_id not in (END, PAD):
@@ -124,9 +124,9 @@ def test_replay_is_the_same_as_live() -> None:
     text = grammar.for_json_schema(SCHEMAS["tree"])
     way = Walk(grammars().compile(text), text_of, seed=5).run().token_ids
     live = matcher(text)
-    other = Grammars(Fast(), VOCAB_SIZE, [END, PAD]).compile(text)
+    other = GrammarCompiler(Fast(), VOCAB_SIZE, [END, PAD]).compile(text)
     for length, token_id in enumerate(way):
-        again = Matcher(other)
+        again = GrammarMatcher(other)
         again.replay(way[:length])
         assert np.array_equal(again.allowed(), live.allowed())
         live.advance(token_id)
@@ -136,12 +136,12 @@ def test_replay_is_the_same_as_live() -> None:
 def test_rows_of_one_grammar_do_not_touch() -> None:
     """What one row does changes no other, nor what was compiled."""
     compiled = grammars().compile(grammar.for_json_schema({"type": "boolean"}))
-    first, second = Matcher(compiled), Matcher(compiled)
+    first, second = GrammarMatcher(compiled), GrammarMatcher(compiled)
     before = second.allowed()
     first.replay(encoded("true"))
     assert first.is_finished
     assert np.array_equal(second.allowed(), before)
-    assert np.array_equal(Matcher(compiled).allowed(), before)
+    assert np.array_equal(GrammarMatcher(compiled).allowed(), before)
 
 
 def test_every_end_token_exactly_where_the_answer_can_end() -> None:
@@ -164,7 +164,7 @@ def test_after_the_end(end: int) -> None:
     row.replay([*encoded("7"), end])
     assert row.is_finished
     assert set(allowed_ids(row)) == {END, PAD}
-    with pytest.raises(RowError):
+    with pytest.raises(GrammarError):
         row.advance(encoded("8")[0])
 
 
@@ -172,7 +172,7 @@ def test_what_is_not_allowed_ends_the_row() -> None:
     """A token against the grammar, an end too early, an id that no token has."""
     text = grammar.for_json_schema({"type": "integer"})
     for token_id in (encoded("x")[0], END, 699, 10**6):
-        with pytest.raises(RowError):
+        with pytest.raises(GrammarError):
             matcher(text).advance(token_id)
 
 
@@ -190,8 +190,8 @@ def test_a_mask_is_as_long_as_the_models_vocabulary() -> None:
 
 def test_a_model_that_has_fewer_logits_than_its_tokenizer_tokens() -> None:
     """Masks are as long as the model's logits, and what lies beyond may not come."""
-    few = Grammars(Fast(), 300, [END])
-    row = Matcher(
+    few = GrammarCompiler(Fast(), 300, [END])
+    row = GrammarMatcher(
         few.compile(grammar.for_tool_calls(ToolUse(tools=[{"type": "function", "function": {"name": "f"}}])))
     )
     assert row.allowed().shape == (num_words(300),)
@@ -231,7 +231,7 @@ def test_text_that_reads_like_a_special_token() -> None:
 def test_special_tokens_are_no_text() -> None:
     """Free text has every token but those that only a template writes."""
     tools = ToolUse(tools=[{"type": "function", "function": {"name": "f"}}])
-    row = Matcher(Grammars(Fast(), VOCAB_SIZE, [END]).compile(grammar.for_tool_calls(tools)))
+    row = GrammarMatcher(GrammarCompiler(Fast(), VOCAB_SIZE, [END]).compile(grammar.for_tool_calls(tools)))
     assert PAD not in allowed_ids(row)
     assert set(encoded("Ann said “naïve”")) < set(allowed_ids(row))
 
@@ -246,10 +246,10 @@ def test_compiling_again_costs_nothing() -> None:
 def test_many_threads_compile() -> None:
     """Threads that compile at once, also the same text, each get what they asked for."""
     texts = [grammar.for_json_schema({"const": f"value {i % 5}"}) for i in range(20)]
-    found: dict[int, Matcher] = {}
+    found: dict[int, GrammarMatcher] = {}
 
     def work(i: int) -> None:
-        found[i] = Matcher(grammars().compile(texts[i]))
+        found[i] = GrammarMatcher(grammars().compile(texts[i]))
         found[i].replay(encoded(f'"value {i % 5}"'))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(20)]
@@ -291,8 +291,8 @@ class Words:
 
 def test_a_vocabulary_without_a_file() -> None:
     """Where there is no fast tokenizer, the tokens' bytes do."""
-    few = Grammars(Words(), 40, [0])
-    row = Matcher(few.compile(grammar.for_json_schema({"type": "boolean"})))
+    few = GrammarCompiler(Words(), 40, [0])
+    row = GrammarMatcher(few.compile(grammar.for_json_schema({"type": "boolean"})))
     assert set(allowed_ids(row)) == {1, 2, 3}
     row.advance(3)
     row.advance(4)
@@ -302,4 +302,4 @@ def test_a_vocabulary_without_a_file() -> None:
 def test_a_vocabulary_that_has_no_word_for_it() -> None:
     """A grammar that the vocabulary cannot write is refused, not waited for."""
     with pytest.raises(RequestError):
-        Grammars(Words(), 40, [0]).compile(grammar.for_json_schema({"type": "integer"}))
+        GrammarCompiler(Words(), 40, [0]).compile(grammar.for_json_schema({"type": "integer"}))

@@ -26,23 +26,23 @@ from tests.unit.api.answers import (
     tool,
 )
 from worker.text import answer_format, answer_parser
-from worker.text.answer_format import TOOL, CallForm, ModelFormat, choose
+from worker.text.answer_format import TOOL, CallForm, ModelFormat, choose_call_form
 
 
 def test_who_needs_a_parser() -> None:
     """Chats with functions or a model that thinks; plain prompts and plain models have only text."""
     ids = [ord(char) for char in "<think>\n"]
     letters: Any = [bytes([i]) for i in range(128)]
-    assert answer_parser.for_job(job(tools=False), PLAIN, ids, letters) is None
-    assert answer_parser.for_job(job(), PLAIN, ids, letters) is not None
-    thinking = answer_parser.for_job(job(tools=False), OWN, ids, letters)
+    assert answer_parser.make_parser(job(tools=False), PLAIN, ids, letters) is None
+    assert answer_parser.make_parser(job(), PLAIN, ids, letters) is not None
+    thinking = answer_parser.make_parser(job(tools=False), OWN, ids, letters)
     assert thinking is not None
     assert thinking.is_reasoning
-    closed = answer_parser.for_job(job(tools=False), OWN, [*ids, ord("x")], letters)
+    closed = answer_parser.make_parser(job(tools=False), OWN, [*ids, ord("x")], letters)
     assert closed is not None
     assert not closed.is_reasoning
     text = GenerationJob(job_id="a", model="m", channel="c", prompt=TextPrompt("<think>"))
-    assert answer_parser.for_job(text, OWN, ids, letters) is None
+    assert answer_parser.make_parser(text, OWN, ids, letters) is None
 
 
 @pytest.mark.parametrize(
@@ -71,17 +71,17 @@ def test_the_form_of_calls(model: ModelFormat, use: Any, text: str | None, expec
         tool_use=use and ToolUse(**use),
         grammar=text,
     )
-    assert choose(asked, model) is expected
+    assert choose_call_form(asked, model) is expected
     assert TOOL not in model.transitions
 
 
 def test_the_grammar_of_an_answer() -> None:
     """Universal calls bring one; the model's own leave the job's; a schema that is too much becomes any object."""
-    assert answer_format.grammar(job(), OWN) is None
-    assert answer_format.grammar(job(tools=False), PLAIN) is None
+    assert answer_format.answer_grammar(job(), OWN) is None
+    assert answer_format.answer_grammar(job(tools=False), PLAIN) is None
     odd = tool("odd", parameters={"type": "object", "properties": {"a": {"not": {"type": "string"}}}})
     asked = msgspec.structs.replace(job(), tool_use=ToolUse(tools=[*TOOLS, odd], is_required=True))
-    text = answer_format.grammar(asked, OWN)
+    text = answer_format.answer_grammar(asked, OWN)
     assert text is not None
     assert grammar.check(text) is None
     assert "odd" in text
@@ -91,14 +91,14 @@ def test_the_grammar_of_an_answer() -> None:
 def test_where_an_answer_begins() -> None:
     """Behind a header, unless a grammar leaves no room for one; in thoughts, if the prompt opened them."""
     letters: Any = [bytes([i]) for i in range(128)]
-    required = answer_parser.for_job(job(is_required=True), HEADERS, [65], letters)
+    required = answer_parser.make_parser(job(is_required=True), HEADERS, [65], letters)
     assert required is not None
     assert read(required, UNIVERSAL_CALL) == call(0, "f", UNIVERSAL_ARGUMENTS)
-    may = answer_parser.for_job(job(), ModelFormat(HEADERS.transitions, "header"), [65], letters)
+    may = answer_parser.make_parser(job(), ModelFormat(HEADERS.transitions, "header"), [65], letters)
     assert may is not None
     assert read(may, f"to=user|Yes {UNIVERSAL_CALL}") == ["Yes ", *call(0, "f", UNIVERSAL_ARGUMENTS)]
     thinking = ModelFormat(THINKING, think_start="<think>")
-    opened = answer_parser.for_job(job(), thinking, [ord(c) for c in "<think>"], letters)
+    opened = answer_parser.make_parser(job(), thinking, [ord(c) for c in "<think>"], letters)
     assert opened is not None
     assert read(opened, f"I could <tool_call>, hm.</think>{UNIVERSAL_CALL}") == [
         Reasoning("I could <tool_call>, hm."),

@@ -54,7 +54,7 @@ ALL_BYTES = TokenBytes(Tokenizer(Streaming([byte_level(bytes([byte])) for byte i
 @given(st.text())
 def test_text_comes_back_from_its_bytes(text: str) -> None:
     """Any text, one byte a token: nothing is lost, and no half character ever comes out."""
-    detokenizer = ALL_BYTES.detokenizer(after_template=True)
+    detokenizer = ALL_BYTES.new_detokenizer(after_template=True)
     pieces = [detokenizer.add(byte) for byte in text.encode()]
     assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
     assert "".join(pieces) + detokenizer.flush() == text
@@ -65,7 +65,7 @@ def test_any_bytes_and_again(data: bytes) -> None:
     """What is no UTF-8 becomes U+FFFD as Python does it; the same ids give the same text again."""
 
     def run() -> str:
-        detokenizer = ALL_BYTES.detokenizer(after_template=False)
+        detokenizer = ALL_BYTES.new_detokenizer(after_template=False)
         return "".join(detokenizer.add(byte) for byte in data) + detokenizer.flush()
 
     assert run() == run() == codecs.decode(data, "utf-8", "replace")
@@ -73,7 +73,7 @@ def test_any_bytes_and_again(data: bytes) -> None:
 
 def test_half_a_character_at_the_end() -> None:
     """A character that never became whole is one replacement character, at the very end."""
-    detokenizer = ALL_BYTES.detokenizer(after_template=True)
+    detokenizer = ALL_BYTES.new_detokenizer(after_template=True)
     assert [detokenizer.add(byte) for byte in "🌊".encode()[:3]] == ["", "", ""]
     assert detokenizer.flush() == "\ufffd"
 
@@ -81,7 +81,7 @@ def test_half_a_character_at_the_end() -> None:
 def test_leading_space_of_a_byte_level_token_stays() -> None:
     """A completion goes on with its prompt: its first space is text."""
     tokens = TokenBytes(Tokenizer(Streaming([byte_level(b" Paris")])))
-    assert tokens.detokenizer(after_template=False).add(0) == " Paris"
+    assert tokens.new_detokenizer(after_template=False).add(0) == " Paris"
 
 
 def test_added_tokens_are_themselves() -> None:
@@ -99,7 +99,7 @@ def test_sentencepiece() -> None:
     """Its mark is a space; the first one is dropped behind a template only; byte tokens make characters together."""
     pieces = ["\u2581Hello".encode(), "\u2581you".encode(), b"\xf0", b"\x9f", b"\x8c", b"\x8a"]
     tokens = TokenBytes(Tokenizer(Streaming(pieces, trim_space=True)))
-    chat, plain = tokens.detokenizer(after_template=True), tokens.detokenizer(after_template=False)
+    chat, plain = tokens.new_detokenizer(after_template=True), tokens.new_detokenizer(after_template=False)
     assert [chat.add(0), chat.add(1)] == ["Hello", " you"]
     assert [plain.add(0), plain.add(1)] == [" Hello", " you"]
     assert [chat.add(i) for i in (2, 3, 4, 5)] == ["", "", "", "🌊"]
@@ -126,6 +126,6 @@ def test_other_vocabularies_go_through_mlx_lm() -> None:
             return self.segment
 
     tokens = TokenBytes(Tokenizer(Naive()))
-    first, second = tokens.detokenizer(after_template=True), tokens.detokenizer(after_template=True)
+    first, second = tokens.new_detokenizer(after_template=True), tokens.new_detokenizer(after_template=True)
     assert (first.add(1), second.add(2), first.flush()) == ("[1]", "[2]", "end")
     assert tokens[5] == b"<5>"

@@ -48,7 +48,7 @@ def test_whatever_is_written_is_read(is_parallel: bool) -> None:
     """Each required call comes out with its name and with arguments that are JSON of its schema; nothing is content."""
     use = ToolUse(tools=TOOLS, is_required=True, is_parallel=is_parallel)
     asked = msgspec.structs.replace(job(), tool_use=use)
-    text = answer_format.grammar(asked, PLAIN)
+    text = answer_format.answer_grammar(asked, PLAIN)
     assert text is not None
     max_calls = 0
     for seed in range(60):

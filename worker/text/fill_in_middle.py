@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 
-class Marks(NamedTuple):
+class Markers(NamedTuple):
     """Tokens before the text, before the suffix and before what fills the gap."""
 
     prefix: int
@@ -16,7 +16,7 @@ class Marks(NamedTuple):
     middle: int
 
 
-_MARKS = (
+_KNOWN_MARKERS = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen 2.5 Coder, CodeGemma, Granite
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder
     ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
@@ -26,16 +26,16 @@ _MARKS = (
 )
 
 
-def marks(tokenizer: Any) -> Marks | None:
+def find_markers(tokenizer: Any) -> Markers | None:
     """The model's, or None for one that cannot fill gaps."""
     vocab = tokenizer.get_vocab()
-    for names in _MARKS:
+    for names in _KNOWN_MARKERS:
         if all(name in vocab for name in names):
-            return Marks(*(int(vocab[name]) for name in names))
+            return Markers(*(int(vocab[name]) for name in names))
     return None
 
 
-def token_ids(text: str, suffix: str, tokenizer: Any, found: Marks) -> list[int]:
+def build_prompt(text: str, suffix: str, tokenizer: Any, found: Markers) -> list[int]:
     """The prompt that asks for what is between `text` and `suffix`."""
     start = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
     before = tokenizer.encode(text, add_special_tokens=False)
