@@ -24,7 +24,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(MLX)
 
 .DEFAULT_GOAL := help
-.PHONY: help install up test test-clients conformance check format
+.PHONY: help install up test test-all test-clients conformance check format
 
 help: ## say what there is
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
@@ -46,8 +46,14 @@ up: install ## run Redis, the API and a worker until Ctrl-C
 	@# exec: a shell in between would die of a Ctrl-C, and make would call that an error.
 	@exec $(BIN)/python -m common.pool.up --workers="$(WORKERS)" --parent $$PPID
 
-test: install ## run the tests, or some of them: make test ARGS=tests/unit
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+# Two processes, whole files each: the tests of a file share servers, and more than one model a core would only wait.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test: install ## run the tests without the heavy ones, or some of them: make test ARGS=tests/unit
+	@$(PYTEST) -m "not heavy" $(ARGS)
+
+test-all: install ## run every test; only what make test leaves out: make test-all ARGS="-m heavy"
+	@$(PYTEST) $(ARGS)
 
 test-clients: install ## run unmodified clients of many kinds, which it installs into the cache folder
 	@$(BIN)/python -m pytest tests/clients $(ARGS)

@@ -29,6 +29,7 @@ def test_kills(running: Chaos) -> None:
     running.assert_exact()
 
 
+@pytest.mark.heavy
 def test_all_kinds_of_harm(running: Chaos) -> None:
     """Kills, sleeps, hand-overs and cut connections under 24 streams on three workers: each stream is exact."""
     running.start()
@@ -64,6 +65,7 @@ def _is_served(running: Chaos) -> bool:
     return stream.error is None and stream.num_checked == 5
 
 
+@pytest.mark.heavy
 def test_a_bad_network(running: Chaos) -> None:
     """Redis behind 20 ms of latency and connections that are torn off again and again, in mid-step: every stream is exact."""
     with Proxy(running.pool.redis_port) as proxy:
@@ -133,6 +135,7 @@ def test_an_api_process_dies(running: Chaos) -> None:
 
 
 @pytest.mark.settings(api_processes=2, drain_seconds=10)
+@pytest.mark.heavy
 def test_a_rolling_restart(running: Chaos) -> None:
     """All workers and all API processes are replaced under load: no request fails."""
     running.start(2)
@@ -153,7 +156,7 @@ def test_a_rolling_restart(running: Chaos) -> None:
     running.assert_exact()
 
 
-@pytest.mark.settings(stall_seconds=2)
+@pytest.mark.settings(stall_seconds=2, lease_seconds=1)
 def test_a_step_that_hangs(running: Chaos) -> None:
     """The worker ends itself, its neighbours' streams go on elsewhere and are exact; the one that hangs fails in the end."""
     running.start(1, "--obey")
@@ -195,7 +198,14 @@ class _Restarts:
         self._thread.join()
 
 
-@pytest.mark.parametrize("how", ["crash 1", "crash 20", "raise 20"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "crash 1",
+        pytest.param("crash 20", marks=pytest.mark.heavy),
+        pytest.param("raise 20", marks=pytest.mark.heavy),
+    ],
+)
 @pytest.mark.settings(lease_seconds=1)
 def test_poison(running: Chaos, how: str) -> None:
     """A request that brings down whoever takes it fails with a reason; its neighbours' streams are exact."""
@@ -294,6 +304,7 @@ def test_a_job_is_in_one_list(running: Chaos) -> None:
     running.assert_exact()
 
 
+@pytest.mark.heavy
 def test_overload() -> None:
     """Ten times what it can do, for a short while: each request is whole, or refused with advice."""
     with Pool({"MLXPOOL_MAX_QUEUED_REQUESTS": str(overload.MAX_QUEUED)}) as pool:

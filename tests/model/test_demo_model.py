@@ -112,6 +112,7 @@ def _print_path(cache: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.heavy
 def test_killed_and_at_once(tmp_path: Path) -> None:
     """A killed conversion leaves no model behind; of two that start together one converts, and both end up right."""
     killed = _print_path(tmp_path)

@@ -355,6 +355,7 @@ def test_a_model_that_cannot_batch(
 
 
 @pytest.mark.usefixtures("engine")
+@pytest.mark.heavy
 def test_memory_stays_within_its_limit(demo_folder: Path) -> None:
     """More rows than there is room for, admitted as the loop does it: what MLX ever held for them is below the limit."""
     import mlx.core as mx  # not before an engine has loaded a BLAS

@@ -119,7 +119,13 @@ def test_nothing_is_generated_where_nothing_may_be(engine: MLXEngine) -> None:
     assert (inserted.max_tokens, engine.num_sequences) == (0, 0)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=1.0, seed=3, frequency_penalty=0.5)])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        GREEDY,
+        pytest.param(SamplingParams(temperature=1.0, seed=3, frequency_penalty=0.5), marks=pytest.mark.heavy),
+    ],
+)
 def test_a_cached_answer_equals_a_fresh_one(
     demo_folder: Path, engine: MLXEngine, sampling: SamplingParams
 ) -> None:
@@ -167,6 +173,7 @@ def test_who_is_waited_for_may_leave(engine: MLXEngine) -> None:
     assert {name: len(each) for name, each in tokens.items()} == {"b": 3, "c": 3}
 
 
+@pytest.mark.heavy
 def test_memory_for_what_was_read_is_bounded(demo_folder: Path) -> None:
     """The oldest goes first, and rows that need the room get it."""
     engine = MLXEngine(Settings(model=str(demo_folder), max_batch=4, prompt_cache_gb=0.02))

@@ -86,7 +86,7 @@ def test_held_and_free_rows_in_one_batch(engine: MLXEngine) -> None:
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(temperature=0), SamplingParams(temperature=1.1, seed=4)])
-@pytest.mark.parametrize("asked", ["schema", "call"])
+@pytest.mark.parametrize("asked", ["schema", pytest.param("call", marks=pytest.mark.heavy)])
 def test_going_on_where_another_worker_stopped(
     engine: MLXEngine, asked: str, sampling: SamplingParams
 ) -> None:

@@ -58,6 +58,7 @@ def _conditional(api: ApiPool, method: str, known: str) -> tuple[int, str | None
         connection.close()
 
 
+@pytest.mark.heavy
 def test_schemathesis_finds_nothing(api: ApiPool, tmp_path: Path) -> None:
     """Every operation with valid and invalid parameters and bodies, and with methods that it does not have: no 5xx,
     statuses, headers, types, bodies and stream events as described, nothing invalid accepted, nothing valid refused.
