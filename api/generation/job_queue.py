@@ -35,6 +35,8 @@ MAX_CANCELS = 256
 _LARGE_JOB_BYTES = 64 * 1024
 """RQ compresses a job; one larger than this is compressed in a thread, since others wait behind it."""
 
+_MAX_QUEUES = 256
+"""Queue objects in memory, one a model."""
 
 # ARGV: queue, most requests and most tokens that may wait in it, the new jobs' number and tokens; then RQ's commands, each
 # as its number of words and its words. A queue's ids say how many tokens each job is (`names.new_job_id`). What finds the
@@ -158,6 +160,8 @@ class JobQueue:
     def _queue(self, model: str) -> JsonQueue:
         queue = self._queues.get(model)
         if queue is None:
+            if len(self._queues) >= _MAX_QUEUES:  # of models that came and went
+                self._queues.clear()
             queue = self._queues[model] = JsonQueue(model, connection=self._recorder)
             # RQ 3.0 asks the server otherwise, and blocks. It only decides which commands take a job, which is not here.
             queue.redis_server_version = (7, 0, 0)

@@ -89,7 +89,7 @@ class ModelDirectory:
         self._read_at = -math.inf
         self._refresh: asyncio.Task[None] | None = None
         self._background: asyncio.Task[None] | None = None
-        self._bad_cards: set[str] = set()
+        self._bad_cards: set[str] = set()  # of the live ones, those whose warning is logged
 
     async def start(self) -> None:
         """Read the cards now and from now on."""
@@ -200,6 +200,7 @@ class ModelDirectory:
             ]
         )
         listed = [worker.decode(errors="replace") for worker in workers]
+        self._bad_cards.intersection_update(listed)
         commands = [("HGETALL", names.worker_card(worker)) for worker in listed]
         hashes = await self._reads.execute_each(commands) if commands else []
         by_model: dict[str, list[ModelCard]] = defaultdict(list)

@@ -5,24 +5,25 @@ The API refuses a strict function of which they cannot; a worker lets other ones
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import msgspec
 
+from common.digest_cache import DigestCache
 from common.protocol import ToolUse
-from common.schema import grammar
+from common.schema import grammar, limits
 
-_NUM_KEPT = 512
+_verdicts: DigestCache[str | None] = DigestCache(512)
 
 
 def refusal(function: dict[str, Any]) -> str | None:
-    """Why not, as one line for the client, or None. Up to tens of milliseconds the first time."""
-    return _refusal(msgspec.json.encode(function.get("parameters")))
+    """Why not, as one line for the client, or None. Takes up to tens of milliseconds the first time."""
+    parameters = function.get("parameters")
+    if complaint := limits.size_refusal(parameters):
+        return complaint
+    return _verdicts.get(msgspec.json.encode(parameters), lambda: _refusal(parameters))
 
 
-@functools.lru_cache(maxsize=_NUM_KEPT)
-def _refusal(parameters: bytes) -> str | None:
-    function = {"name": "f", "parameters": msgspec.json.decode(parameters)}
-    tool = {"type": "function", "function": function}
+def _refusal(parameters: Any) -> str | None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
     return grammar.check(grammar.for_tool_calls(ToolUse(tools=[tool], is_required=True)))

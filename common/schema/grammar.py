@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from common.digest_cache import DigestCache
 from common.protocol import ToolUse
 from common.schema import json_schema
 from common.schema import limits as schema_limits
@@ -26,6 +27,7 @@ CALL_END = "</tool_call>"
 
 MAX_BYTES = 512 * 1024
 _MAX_MESSAGE_CHARACTERS = 300
+_MAX_VERDICTS = 512
 
 _WHITESPACE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 """At most one space behind a comma and a colon, which is how most JSON was written that models learnt from. With more,
@@ -78,10 +80,18 @@ def for_tool_calls(tool_use: ToolUse, *, answer: str | None = None) -> str:
 def check(grammar: str) -> str | None:
     """What is wrong with a grammar, as one line for the client, or None.
 
-    Takes up to some tens of milliseconds for the largest that it lets pass, without the interpreter's lock.
+    Takes up to some tens of milliseconds for the largest that it lets pass, without the interpreter's lock. The verdict is
+    cached, a line each; the grammar itself never is.
     """
     if len(grammar) > MAX_BYTES:
         return f"The grammar is longer than {MAX_BYTES} bytes."
+    return _verdicts.get(grammar, lambda: _check(grammar))
+
+
+_verdicts: DigestCache[str | None] = DigestCache(_MAX_VERDICTS)
+
+
+def _check(grammar: str) -> str | None:
     try:
         grammars = msgspec.json.decode(grammar)["grammars"]
         schemas = [each["json_schema"] for each in grammars if each.get("json_schema") is not None]

@@ -56,8 +56,13 @@ def refusal(schema: Schema) -> str | None:
     return size_refusal(schema) or next(_complaints(Document(schema)), None)
 
 
-def size_refusal(schema: dict[str, Any]) -> str | None:
-    """The first of it: what is too large is not to be walked through in Python."""
+def size_refusal(schema: Any) -> str | None:
+    """Whether a schema is too large, as a sentence. Checked first: a large one must not be walked or kept.
+
+    What is not an object is left to the other checks.
+    """
+    if not isinstance(schema, dict):
+        return None
     if _num_levels(schema) > MAX_LEVELS:
         return f"The schema has more than {MAX_LEVELS} levels."
     if len(msgspec.json.encode(schema)) > MAX_BYTES:

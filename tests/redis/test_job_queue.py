@@ -240,3 +240,14 @@ def test_many_at_the_last_place(redis_url: str, client: redis.Redis) -> None:
     with client:
         run(redis_url, test, max_queued_requests=7)
         assert JsonQueue(MODEL, connection=client).count == 7
+
+
+def test_queue_objects_are_bounded(redis_url: str) -> None:
+    """A process that has seen many models come and go keeps no object for each of them."""
+
+    async def test(queue: JobQueue) -> None:
+        for i in range(300):
+            queue._record(job(model=f"model {i}"))
+        assert len(queue._queues) < 300
+
+    run(redis_url, test)

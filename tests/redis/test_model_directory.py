@@ -106,6 +106,10 @@ def test_a_bad_card_is_passed_over(
         for _ in range(3):
             await refusal(directory, "x")
         assert [model.id for model in directory.served] == ["org/a"]
+        assert directory._bad_cards == {"bad"}
+        client.zrem(names.WORKER_CARDS, "bad")
+        await refusal(directory, "x")
+        assert not directory._bad_cards  # a worker that is gone takes no memory
 
     run(redis_url, test)
     assert sum("bad" in record.getMessage() for record in caplog.records) == 1

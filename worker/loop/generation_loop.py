@@ -25,7 +25,10 @@ from worker.loop.sequence import Sequence, failed_event
 log = logging.getLogger(__name__)
 
 EARLY_ABORT_SECONDS = 30.0
-"""How long a withdrawal is kept for a job that is still on its way from intake."""
+"""How long an abort is kept for a job that is still on its way from intake."""
+
+MAX_EARLY_ABORTS = 10_000
+"""How many are kept; beyond, the oldest are forgotten."""
 
 LONGEST_GATHER_SECONDS = 0.02
 """What a first prompt waits at most for others that are just being taken from the queue."""
@@ -239,7 +242,10 @@ class GenerationLoop:
     def _remember_early(self, job_id: str, why: AbortReason) -> None:
         """Every worker of the model hears of every job: most of these are another's, and are forgotten soon."""
         now = self._clock()
-        while self._early and now - next(iter(self._early.values()))[1] >= EARLY_ABORT_SECONDS:
+        while self._early and (
+            len(self._early) >= MAX_EARLY_ABORTS
+            or now - next(iter(self._early.values()))[1] >= EARLY_ABORT_SECONDS
+        ):
             del self._early[next(iter(self._early))]
         if why in (AbortReason.CANCELLED, AbortReason.STOPPED):
             self._early[job_id] = (why, now)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from common.digest_cache import DigestCache
 from common.errors import MLXPoolError, invalid
 from common.schema import grammar as texts
 from worker.text.detokenizer import TokenBytes
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 Words = NDArray[np.uint32]
 
 _WORD_BITS = 32
-_NUM_KEPT = 32
+_MAX_COMPILED = 32
 """CompiledGrammar grammars: a few hundred kilobytes each, seldom some megabytes."""
 
 _TEXT_MARKS = (texts.CALL_BEGIN, texts.CALL_END)
@@ -78,11 +79,10 @@ class GrammarCompiler:
         for token_id in self.eos_token_ids:
             if token_id < vocab_size:
                 self.eos_words[token_id // _WORD_BITS] |= np.uint32(1 << token_id % _WORD_BITS)
-        # Its own lock is C's: any thread may call. What fails is not kept.
-        self.compile = functools.lru_cache(maxsize=_NUM_KEPT)(self._compile)
+        self._compiled: DigestCache[CompiledGrammar] = DigestCache(_MAX_COMPILED)
 
-    def _compile(self, grammar: str, param: str = "response_format") -> CompiledGrammar:
-        """Make a grammar ready; milliseconds, without the interpreter's lock, and nothing the second time.
+    def compile(self, grammar: str, param: str = "response_format") -> CompiledGrammar:
+        """Compile a grammar: milliseconds, without the interpreter's lock, and from the cache the second time. Any thread may call.
 
         Args:
             param: What a client has asked for it with.
@@ -90,6 +90,9 @@ class GrammarCompiler:
         Raises:
             RequestError: 400; it cannot be compiled, or nothing can match it.
         """
+        return self._compiled.get(grammar, lambda: self._compile(grammar, param))
+
+    def _compile(self, grammar: str, param: str) -> CompiledGrammar:
         from llguidance import LLMatcher
 
         compiled = CompiledGrammar(

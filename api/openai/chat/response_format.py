@@ -6,17 +6,14 @@ https://platform.openai.com/docs/guides/structured-outputs. Used by the chat req
 from __future__ import annotations
 
 import asyncio
-from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
 from api.openai import request_fields as fields
-from common.errors import invalid
-from common.schema import grammar
-
-_CHECKS_KEPT = 512
+from common.errors import RequestError, invalid
+from common.schema import grammar, limits
 
 
 class JsonSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -67,25 +64,28 @@ def grammar_of(response_format: ResponseFormat | None) -> str | None:
             "response_format.json_schema",
         )
     schema = response_format.json_schema.schema
-    return grammar.for_json_object() if schema is None else grammar.for_json_schema(schema)
+    if schema is None:
+        return grammar.for_json_object()
+    if complaint := limits.size_refusal(schema):
+        raise _unsupported(complaint)
+    return grammar.for_json_schema(schema)
 
 
 async def check(answer: str | None) -> None:
-    """Compile what a worker is going to compile, beside the event loop: some schemas take a while.
+    """Compile what a worker is going to compile, on another thread: some schemas take tens of milliseconds.
 
     Args:
-        answer: What `grammar_of` gave.
+        answer: The result of `grammar_of`.
 
     Raises:
         RequestError: 400; it cannot be expressed, or nothing can match it.
     """
-    if answer is not None and (wrong := await asyncio.to_thread(_wrong, answer)):
-        raise invalid(
-            f"`response_format.json_schema.schema` is not supported: {wrong}",
-            "response_format.json_schema.schema",
-        )
+    if answer is not None and (complaint := await asyncio.to_thread(grammar.check, answer)):
+        raise _unsupported(complaint)
 
 
-@lru_cache(maxsize=_CHECKS_KEPT)
-def _wrong(text: str) -> str | None:
-    return grammar.check(text)
+def _unsupported(complaint: str) -> RequestError:
+    return invalid(
+        f"`response_format.json_schema.schema` is not supported: {complaint}",
+        "response_format.json_schema.schema",
+    )

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import tracemalloc
 from typing import Any
+
+import pytest
 
 from api.openai.chat import response_format
 from api.openai.chat.response_format import JsonSchema, ResponseFormat
@@ -42,3 +46,24 @@ def test_what_nothing_can_match_is_refused() -> None:
     """At once, and by its place in the request."""
     impossible = response_format.grammar_of(ResponseFormat("json_schema", JsonSchema("a", IMPOSSIBLE)))
     assert refused(impossible) == "response_format.json_schema.schema"
+
+
+def test_a_schema_that_is_too_large_is_refused_before_a_grammar_is_made() -> None:
+    """It is named in the refusal, and nothing of it is kept."""
+
+    def refuse(prefix: str) -> None:
+        for i in range(10):
+            schema = {"type": "object", "description": prefix + f"{i}" * 1_000_000}
+            with pytest.raises(RequestError) as refused:
+                response_format.grammar_of(ResponseFormat("json_schema", JsonSchema("a", schema)))
+            assert refused.value.param == "response_format.json_schema.schema"
+            assert "longer than 131072 bytes" in str(refused.value)
+
+    refuse("warm-up")
+    tracemalloc.start()
+    try:
+        refuse("measured")
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 200_000
+    finally:
+        tracemalloc.stop()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import resource
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from common.protocol import ToolUse
-from common.schema import grammar
+from common.schema import function_schema, grammar, limits
 
 ROOT = Path(__file__).parents[3]
 CPU_SECONDS = 60
@@ -282,3 +285,39 @@ def test_a_process_lives_on(reports: dict[str, list[Any]], name: str) -> None:
 def test_the_worst_are_refused(reports: dict[str, list[Any]], name: str) -> None:
     """What took llguidance seconds or gigabytes, or could only fail later, is refused."""
     assert reports[name][0] is not None
+
+
+def bytes_left_by(act: Callable[[], object]) -> int:
+    """How many bytes of Python's heap are still in use after `act`, beyond those before."""
+    tracemalloc.start()
+    try:
+        act()
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+
+
+def check_all(schemas: list[dict[str, Any]]) -> list[str | None]:
+    """What the two checks return for each schema, as an answer's format and as a function's parameters."""
+    return [
+        verdict
+        for schema in schemas
+        for verdict in (
+            grammar.check(grammar.for_json_schema(schema)),
+            function_schema.refusal({"name": "f", "parameters": schema}),
+        )
+    ]
+
+
+@pytest.mark.parametrize("num_characters", [100_000, 2_000_000])
+def test_checked_schemas_leave_no_memory_in_use(num_characters: int) -> None:
+    """Whether a schema is accepted or refused for its size, nothing of its text is kept in the caches of verdicts."""
+
+    def schemas(prefix: str) -> list[dict[str, Any]]:
+        texts = [prefix + f"{i:02}" * (num_characters // 2) for i in range(10)]
+        return [{"type": "object", "description": text} for text in texts]
+
+    refused = [verdict is not None for verdict in check_all(schemas("warm-up"))]
+    assert refused == [num_characters > limits.MAX_BYTES] * 20
+    assert bytes_left_by(lambda: check_all(schemas("measured"))) < 200_000

@@ -10,7 +10,7 @@ import pytest
 
 from common.protocol import Delta, Failed, Finished, Started, Usage, decode_event
 from tests.unit.worker.loop.scripted import Bench, admit, refusal
-from worker.loop.generation_loop import LONGEST_GATHER_SECONDS
+from worker.loop.generation_loop import LONGEST_GATHER_SECONDS, MAX_EARLY_ABORTS
 from worker.loop.messages import Abort, AbortReason, Outcome, Shutdown
 
 
@@ -147,6 +147,15 @@ def test_a_cancel_that_is_faster_than_its_job() -> None:
     assert [s.job_id for s in bench.settled] == ["a"]
     assert isinstance(bench.settled[0].terminal, Finished)
     assert list(bench.engine.rows) == ["b"]
+
+
+def test_early_aborts_are_bounded() -> None:
+    """Of the aborts for jobs that never come, the oldest are forgotten."""
+    bench = Bench()
+    bench.turn(*(Abort(f"{i}", AbortReason.CANCELLED) for i in range(MAX_EARLY_ABORTS + 5)))
+    assert len(bench.loop._early) == MAX_EARLY_ABORTS
+    bench.turn(admit(f"{MAX_EARLY_ABORTS + 4}"), admit("4", max_tokens=99), times=3)
+    assert [s.job_id for s in bench.settled] == [f"{MAX_EARLY_ABORTS + 4}"]
 
 
 def test_a_lost_lease_is_seen_in_the_answer() -> None:
