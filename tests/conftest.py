@@ -22,7 +22,7 @@ from common.settings import Settings
 from worker.mlx import model as mlx_model
 from worker.models import demo_model
 
-LAYERS = ("unit", "redis", "model", "e2e", "chaos", "clients")
+LAYERS = ("contract", "unit", "redis", "model", "e2e", "chaos", "clients")
 SERVERS = ("redis", "valkey")
 
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -1,0 +1,269 @@
+"""gunicorn 27: what `api/http/connection.py` and `api/server.py` know of its insides. A connection is served on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from gunicorn.asgi.protocol import ASGIProtocol
+from gunicorn.config import Config
+from gunicorn.glogging import Logger
+from gunicorn.workers import gasgi
+from gunicorn.workers.base import Worker
+
+from api.server import options
+from common.settings import Settings
+from tests.contract.signatures import accepts, parameters
+
+REQUEST = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
+
+
+METHODS = [
+    ("connection_made", ["transport"]),
+    ("connection_lost", ["exc"]),
+    ("data_received", ["data"]),
+    ("pause_writing", []),
+    ("resume_writing", []),
+    ("_feed_callback_parser", ["data"]),
+    ("_arm_keepalive_timer", []),
+    ("_cancel_keepalive_timer", []),
+    ("_send_response_start", ["status", "headers", "request", "close"]),
+    ("_serve_http_request", ["request", "sockname", "peername"]),
+    ("_close_transport", []),
+    ("_resume_reading", []),
+    ("_safe_write", ["data"]),
+    ("_send_error_response", ["status", "message", "extra_headers"]),
+]
+
+
+class Spy(ASGIProtocol):
+    """Counts the calls of gunicorn's methods."""
+
+    def __init__(self, worker: Any) -> None:
+        self.calls: Counter[str] = Counter()
+        super().__init__(worker)
+
+
+def _counted(name: str) -> Any:
+    method = getattr(ASGIProtocol, name)
+
+    def call(self: Spy, *arguments: Any, **options: Any) -> Any:
+        self.calls[name] += 1
+        return method(self, *arguments, **options)
+
+    return call
+
+
+for _name, _ in METHODS:
+    setattr(Spy, _name, _counted(_name))
+
+
+async def _app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+    assert scope["type"] == "http"
+    await receive()
+    headers = [(b"content-length", b"2"), (b"connection", b"close")][: 1 + (scope["path"] == "/close")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+def _worker(loop: asyncio.AbstractEventLoop) -> Any:
+    config = Config()
+    config.set("asgi_disconnect_grace_period", 0)
+    return SimpleNamespace(
+        cfg=config, log=Mock(access_log_enabled=False), asgi=_app, loop=loop, nr_conns=0, nr=0, alive=True, state={},
+        max_requests=100, pid=1, ppid=1,
+    )  # fmt: skip
+
+
+def _exchange(*requests: bytes) -> tuple[bytes, Counter[str], Any]:
+    """What a connection answers until it is closed, which methods were called, and the protocol afterwards."""
+    made: list[Spy] = []
+
+    async def run() -> bytes:
+        loop = asyncio.get_running_loop()
+        worker = _worker(loop)
+
+        def make() -> Spy:
+            made.append(Spy(worker))
+            return made[-1]
+
+        async with await loop.create_server(make, "127.0.0.1", 0) as server:
+            reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+            answers = b""
+            try:
+                for request in requests:
+                    writer.write(request)
+                    answers += await asyncio.wait_for(reader.read(65536), 5)
+            finally:
+                writer.close()
+                await writer.wait_closed()
+            await asyncio.wait([made[0]._task], timeout=5)
+            assert not worker.log.exception.called
+            return answers
+
+    answers = asyncio.run(run())
+    return answers, made[0].calls, made[0]
+
+
+def test_worker_makes_the_rebound_protocol() -> None:
+    """`install` rebinds `gasgi.ASGIProtocol`, which the worker looks up for each connection: all limits would be off.
+
+    Open api/http/connection.py, `install`.
+    """
+    makers = [const for const in gasgi.ASGIWorker._serve.__code__.co_consts if inspect.iscode(const)]
+    assert any("ASGIProtocol" in maker.co_names for maker in makers)
+    assert gasgi.ASGIProtocol is ASGIProtocol
+    assert parameters(ASGIProtocol.__init__) == ["worker"]
+
+
+@pytest.mark.parametrize(("name", "expected"), METHODS)
+def test_methods_of_a_connection(name: str, expected: list[str]) -> None:
+    """`Connection` overrides or calls this method of gunicorn's with these parameters. Open api/http/connection.py."""
+    assert parameters(getattr(ASGIProtocol, name)) == expected
+
+
+def test_methods_are_called_for_a_request() -> None:
+    """gunicorn passes each request through the methods that `Connection` overrides: its timers hang on them.
+
+    Open api/http/connection.py.
+    """
+    answers, calls, protocol = _exchange(REQUEST, REQUEST)
+    assert answers.count(b"HTTP/1.1 200 OK") == 2
+    called = {
+        "connection_made",
+        "connection_lost",
+        "data_received",
+        "_feed_callback_parser",
+        "_arm_keepalive_timer",
+        "_send_response_start",
+        "_serve_http_request",
+        "_close_transport",
+    }
+    assert called <= calls.keys()
+    assert calls["_serve_http_request"] == 2
+    assert protocol._closed
+
+
+def test_errors_pass_one_method() -> None:
+    """What is not HTTP is answered by `_send_error_response`, then `_close_transport`: ours answers JSON and lingers.
+
+    Open api/http/connection.py, `_send_error_response`.
+    """
+    _, calls, _ = _exchange(b"NOT HTTP\r\n\r\n")
+    assert calls["_send_error_response"] == 1
+    assert calls["_close_transport"] >= 1
+
+
+def test_connection_attributes() -> None:
+    """`Connection` reads and sets these; gunicorn's loop ends when `_closed` is set and `_request_ready` wakes it.
+
+    Open api/http/connection.py, `_linger`.
+    """
+    worker = SimpleNamespace(cfg=Config(), log=None, asgi=None)
+    protocol = ASGIProtocol(worker)
+    for name in ("transport", "_current_request", "_body_receiver", "_request_ready"):
+        assert vars(protocol)[name] is None, name
+    assert protocol._closed is False
+    assert protocol.worker is worker
+    loop = inspect.getsource(ASGIProtocol._handle_connection)
+    assert "while not self._closed" in loop
+    assert "if self._closed or self._current_request is None:\n                    break" in loop
+    assert "self._request_ready.set()" in inspect.getsource(ASGIProtocol._keepalive_timeout)
+
+
+def test_body_receiver() -> None:
+    """A body that was not read to its end is one whose receiver is not `_complete`. Open api/http/connection.py, `_close_transport`."""
+    receiver = inspect.signature(_receiver_class().__init__)
+    assert list(receiver.parameters) == ["self", "request", "protocol"]
+    made = _receiver_class()(SimpleNamespace(content_length=3, chunked=False), SimpleNamespace())
+    assert made._complete is False
+    made.set_complete()
+    assert made._complete is True
+    made.signal_disconnect()
+    assert made._closed is True
+
+
+def _receiver_class() -> Any:
+    import gunicorn.asgi.protocol as module
+
+    return module.BodyReceiver
+
+
+def test_close_of_the_application_is_ignored() -> None:
+    """gunicorn goes by the request alone: `Connection: close` from the app keeps the connection, which `Connection` mends.
+
+    If this fails, `_says_close` can go. Open api/http/connection.py, `_serve_http_request`.
+    """
+    answers, calls, _ = _exchange(REQUEST.replace(b"GET /", b"GET /close"), REQUEST)
+    assert answers.count(b"HTTP/1.1 200 OK") == 2
+    assert calls["_serve_http_request"] == 2
+
+
+def test_headers_reach_the_start_of_a_response_as_bytes() -> None:
+    """`Connection` looks for `(b"connection", b"close")` among them. Open api/http/connection.py, `_send_response_start`."""
+    source = inspect.getsource(ASGIProtocol._handle_http_request)
+    assert "self._send_response_start(" in source
+    assert accepts(ASGIProtocol._send_response_start, None, 200, [], None, close=False)
+
+
+def test_backlog_is_left_out() -> None:
+    """The worker listens without its backlog, which `post_worker_init` adds by wrapping `worker.loop.create_server`.
+
+    If the call has a backlog now, the wrapper can go. Open api/server.py.
+    """
+    listen = inspect.getsource(gasgi.ASGIWorker._serve)
+    call = listen[listen.index("self.loop.create_server(") :].split(")\n", 1)[0]
+    assert "backlog" not in call
+    assert "lambda: ASGIProtocol(self)" in call
+
+
+def test_quick_shutdown() -> None:
+    """SIGINT skips the lifespan's end by `_quick_shutdown`, set before the hook `worker_int`, which clears it.
+
+    Otherwise running requests are not cancelled when the API ends. Open api/server.py, `worker_int`.
+    """
+    seen: list[bool] = []
+
+    def worker_int(worker: Any) -> None:
+        seen.append(worker._quick_shutdown)
+        worker._quick_shutdown = False
+
+    worker: Any = object.__new__(gasgi.ASGIWorker)
+    worker.alive, worker.cfg, worker._quick_shutdown = True, SimpleNamespace(worker_int=worker_int), False
+    worker.handle_quit_signal()
+    assert seen == [True]
+    assert worker._quick_shutdown is False
+    shutdown = inspect.getsource(gasgi.ASGIWorker._shutdown)
+    assert "if self.lifespan and not self._quick_shutdown" in shutdown
+    assert "graceful_timeout = self.cfg.graceful_timeout" in shutdown, (
+        "it is read then, so that it can be changed"
+    )
+
+
+def test_worker_is_ready_in_its_hook() -> None:
+    """`post_worker_init` is called with the loop made and nothing served yet: it replaces the protocol. Open api/server.py."""
+    start = inspect.getsource(Worker.init_process)
+    assert start.index("self.load_wsgi()") < start.index("post_worker_init(self)") < start.index("self.run()")
+    made = inspect.getsource(gasgi.ASGIWorker.init_process)
+    assert made.index("self._setup_event_loop()") < made.index("super().init_process()")
+
+
+def test_settings_are_known() -> None:
+    """gunicorn ignores what it does not know in a configuration file: each of ours has to be one of its settings. Open api/server.py."""
+    known = Config().settings
+    assert options(Settings()).keys() <= known.keys()
+    config = Config()
+    for name, value in options(Settings()).items():
+        config.set(name, value)
+    assert config.worker_class is gasgi.ASGIWorker
+
+
+def test_log_formats() -> None:
+    """`post_fork` gives gunicorn's error log a formatter that masks keys, in gunicorn's own format. Open api/server.py."""
+    assert "%(message)s" in Logger.error_fmt
+    assert isinstance(Logger.datefmt, str)
