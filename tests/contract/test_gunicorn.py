@@ -117,7 +117,7 @@ def test_worker_makes_the_rebound_protocol() -> None:
     """
     makers = [const for const in gasgi.ASGIWorker._serve.__code__.co_consts if inspect.iscode(const)]
     assert any("ASGIProtocol" in maker.co_names for maker in makers)
-    assert gasgi.ASGIProtocol is ASGIProtocol
+    assert hasattr(gasgi, "ASGIProtocol"), "the worker makes connections of a global of its module"
     assert parameters(ASGIProtocol.__init__) == ["worker"]
 
 
