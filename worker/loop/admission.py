@@ -1,9 +1,11 @@
-"""Admission: which of the jobs that this worker holds may start now. Pure; owned by the generation loop.
+"""Admission control: which of the jobs that this worker holds may start now.
 
-1. They start in the order in which they came: none is overtaken, so none starves.
-2. A job starts when its cache has room beside the others' (`has_room`), or when there are no others.
-3. A suspect, which was there when workers died again and again, starts alone, and nothing starts beside it before it has
-   a new token: should it be what kills them, it harms nobody else.
+Pure decisions; owned and called by the generation loop, on its thread. The numbers mark the rules in the code.
+
+1. Jobs start in the order of their arrival. None overtakes another, so none starves.
+2. A job starts when its KV cache has room next to the running ones (`has_room`), or when nothing else is running.
+3. A poison candidate, a job that was running when workers crashed repeatedly, starts only when nothing else is running, and
+   nothing starts next to it until it has produced a new token. If it crashes this worker too, no other job is affected.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ HasRoom = Callable[[GenerationJob, int, int], bool]
 
 
 class Admission:
-    """See the module.
+    """The waiting jobs, in order of arrival; `len()` is their number.
 
     Attributes:
-        suspect: The job that runs and is not to have company yet.
+        poison_candidate: The job id of a poison candidate that runs and has not been cleared yet.
 
     Args:
         has_room: As `worker.loop.engine.Engine.has_room`.
@@ -33,32 +35,44 @@ class Admission:
         self._waiting: deque[Admit] = deque()
 
     def __len__(self) -> int:
-        """How many wait."""
         return len(self._waiting)
 
     def add(self, message: Admit) -> None:
-        """A job came."""
+        """Append a job to the waiting ones."""
         self._waiting.append(message)
 
-    def next(self, num_running: int) -> Admit | None:
-        """The job to start now; it waits no more."""
-        if not self._waiting or self.poison_candidate is not None:
+    def pop_admissible(self, num_running: int) -> Admit | None:
+        """Remove and return the first waiting job if it may start now, else None.
+
+        Args:
+            num_running: Sequences that the engine holds.
+        """
+        if not self._waiting or self.poison_candidate is not None:  # 3
             return None
-        first = self._waiting[0]
-        num_prompt, num_done = len(first.token_ids), len(first.replay)
-        if num_running and (first.is_poison_candidate or not self._has_room(first.job, num_prompt, num_done)):
+        first = self._waiting[0]  # 1
+        if num_running and (first.is_poison_candidate or not self._fits(first)):  # 2, 3
             return None
         if first.is_poison_candidate:
             self.poison_candidate = first.job.job_id
         return self._waiting.popleft()
 
-    def clear_poison(self, job_id: str) -> None:
-        """A job that runs has a new token, or has ended."""
+    def _fits(self, message: Admit) -> bool:
+        return self._has_room(message.job, len(message.prompt_token_ids), len(message.replayed_token_ids))
+
+    def clear_poison_candidate(self, job_id: str) -> None:
+        """Let others start again, if `job_id` is the poison candidate: it has produced a new token, or has ended."""
         if job_id == self.poison_candidate:
             self.poison_candidate = None
 
     def remove(self, job_id: str, execution_id: str | None = None) -> Admit | None:
-        """Take a job out of the line; None if it (or this run of it) is not in it."""
+        """Remove and return a waiting job.
+
+        Args:
+            execution_id: Remove only this execution of the job; None: any.
+
+        Returns:
+            None if no such job is waiting.
+        """
         for message in self._waiting:
             if message.job.job_id == job_id and execution_id in (None, message.execution_id):
                 self._waiting.remove(message)

@@ -1,7 +1,7 @@
-"""The seam between the generation loop and what makes tokens.
+"""The seam between the generation loop and a model: the `Engine` protocol, and what an engine reports.
 
-The loop decides; an engine acts. `MLXEngine` is the real one, `bench.harness.synthetic_worker` has one without a model, and tests
-script one, so that every decision of the loop is tested in milliseconds.
+The loop decides; an engine computes. `worker.mlx.engine.MLXEngine` is the real one, `bench.harness.synthetic_worker` has one
+without a model, and unit tests use a scripted one. Independent of MLX, RQ and Redis.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from worker.text.answer_parser import AnswerParser
 
 @dataclass(slots=True)
 class InsertResult:
-    """What an engine says of a job that it took.
+    """What an engine reports about a job that it has accepted.
 
     Attributes:
         prompt_tokens: Length of the prompt.
-        cached_tokens: How many of those were not read again; the engine knows it by the job's first token.
-        max_tokens: How many tokens the job may generate, those replayed included: as asked, or what the context
-            has room for.
-        replayed_texts: The text of each replayed token, in order, before any stop string is looked for.
-        parser: Takes the text apart, fresh: `replayed_texts` are yet to be fed to it; None: all of it is content.
+        cached_tokens: How many of the prompt's tokens came from the prefix cache. The engine may update it until the job's
+            first token.
+        max_tokens: Limit of the answer's length, replayed tokens included: what the job asks for, or what the context has
+            room for.
+        replayed_texts: The text of each replayed token, in order, before stop strings are applied.
+        parser: Splits the answer into content, reasoning and tool calls. New: `replayed_texts` have not been fed to it.
+            None: the complete answer is content.
     """
 
     prompt_tokens: int
@@ -35,15 +37,14 @@ class InsertResult:
     parser: AnswerParser | None = None
 
 
-class StepToken(msgspec.Struct, frozen=True):  # a dataclass would cost a microsecond more a token
-    """One token of one job.
+class StepToken(msgspec.Struct, frozen=True):  # a dataclass would cost a microsecond more per token
+    """One generated token of one job.
 
     Attributes:
-        token_id: What was sampled.
-        text: Characters that became whole with it; with a `finish_reason`, all that was left.
-        finish_reason: Set on the job's last token; the engine has let go of the row then.
-        logprob: The token's own, where the job asked for it.
-        top: The most likely tokens, best first, where the job asked for them.
+        text: The characters that this token completed; may be empty. With a `finish_reason`, all remaining text.
+        finish_reason: Set on the job's last token; the engine has released the sequence by then. None: more will follow.
+        logprob: The token's own log-probability, if the job asks for it.
+        top: The most likely tokens, most likely first, if the job asks for them.
     """
 
     job_id: str
@@ -55,12 +56,12 @@ class StepToken(msgspec.Struct, frozen=True):  # a dataclass would cost a micros
 
 
 class PromptEcho(msgspec.Struct, frozen=True):
-    """The prompt of a job that wants it echoed; comes before its first token.
+    """The prompt of a job with `echo`; reported once, before the job's first token.
 
     Attributes:
-        text: The prompt's.
-        tokens: Its tokens, where log-probabilities were asked for, as in `common.protocol.Echo`.
-        tops: As there.
+        text: The prompt's text.
+        tokens: Its tokens with their log-probabilities, if the job asks for them, as in `common.protocol.Echo`.
+        tops: The most likely tokens at each position, as in `common.protocol.Echo`.
     """
 
     job_id: str
@@ -70,7 +71,7 @@ class PromptEcho(msgspec.Struct, frozen=True):
 
 
 class SequenceFailure(msgspec.Struct, frozen=True):
-    """One job cannot go on (its sampler or a logits processor raised); the engine has let go of its row."""
+    """One job cannot continue, as its sampler or a logits processor raised; the engine has released the sequence."""
 
     job_id: str
     error: Exception
@@ -81,7 +82,13 @@ StepEvent = StepToken | PromptEcho | SequenceFailure
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What the model card says that only the engine knows; see `common.protocol.ModelCard`."""
+    """The engine's part of the model card; see `common.protocol.ModelCard`.
+
+    Attributes:
+        context_length: In tokens, prompt and answer together.
+        vocab_size: Number of logits.
+        max_batch: How many sequences the engine holds at most.
+    """
 
     context_length: int
     vocab_size: int
@@ -92,60 +99,68 @@ class ModelInfo:
 
 
 class Engine(Protocol):
-    """Rows that are decoded together. Made and used on one thread but for `encode`; jobs come between two steps."""
+    """Decodes a batch of sequences, one per job, with continuous batching.
+
+    Created and used on one thread, except for `encode`. Jobs are inserted and removed between two steps.
+    """
 
     @property
     def info(self) -> ModelInfo:
-        """What was loaded."""
+        """Properties of the loaded model."""
 
     @property
     def num_sequences(self) -> int:
-        """Jobs inserted and neither finished nor removed."""
+        """Jobs that were inserted and have neither finished nor been removed."""
 
     @property
     def burst_wait_seconds(self) -> float:
-        """How long an idle engine's first job is worth waiting for others of the same burst; they start together then."""
+        """How long an idle engine should wait, after its first job, for others of the same burst, to prefill them together."""
 
     def encode(self, job: GenerationJob) -> list[int]:
-        """The job's prompt as token ids. Called on another thread: a long one is not to hold up the others' tokens.
+        """Tokenize the job's prompt. Called on the intake thread, so that a long prompt does not delay a decode step.
+
+        Returns:
+            Token ids, at least one and fewer than the context length.
 
         Raises:
-            RequestError: There are none, or too many for the context.
+            RequestError: The prompt cannot be tokenized, or is too long for the context.
         """
 
     @property
     def is_over_memory(self) -> bool:
-        """Whether the rows that are there have outgrown the memory that they may take."""
+        """Whether the sequences' KV caches have outgrown their memory budget."""
 
     def has_room(self, job: GenerationJob, num_prompt: int, num_done: int) -> bool:
-        """Whether what the job is expected to need fits into memory beside the rows that are there.
+        """Whether the job's expected KV cache fits into the memory budget next to the present sequences.
 
         Args:
             num_prompt: Tokens of its prompt.
-            num_done: Tokens of its answer that it has generated elsewhere.
+            num_done: Tokens of its answer that were generated by other workers.
         """
 
     def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> InsertResult:
-        """Take a job; its first token comes with a later `step`. One that may generate nothing more is taken only for its echo.
+        """Accept a job; its first token comes from a later `step`.
+
+        A job that may generate no more tokens is kept only if its prompt is to be echoed.
 
         Args:
-            job: At most `info.max_batch` at a time.
-            prompt: What `encode` gave.
-            replay: Token ids that the job has generated elsewhere, oldest first; generation goes on behind them.
+            job: Its id is not in the engine; at most `info.max_batch` jobs are at one time.
+            prompt: Token ids, as returned by `encode`.
+            replay: Token ids of the answer that were generated by other workers, oldest first; generation continues after them.
 
         Raises:
-            RequestError: The job cannot be served. Nothing was taken.
+            RequestError: The job cannot be served. The engine is unchanged.
         """
 
     def remove(self, job_id: str) -> None:
-        """Let go of a row; one that is not there is fine."""
+        """Release a job's sequence; does nothing if there is none."""
 
     def step(self) -> list[StepEvent]:
-        """Decode one token for each row that is ready, or read on in the prompts; at least one row is there.
+        """Run one decode step, one prefill step, or both. Called only while there is at least one sequence.
 
         Returns:
-            At most one event a row, in no particular order; empty while prompts are read.
+            At most one event per job, in no particular order; empty if the step only prefilled.
 
         Raises:
-            Exception: The step failed as a whole. No row is left.
+            Exception: The complete step failed. The engine holds no sequence any more.
         """

@@ -1,8 +1,8 @@
-"""The generation loop: which rows there are, what each step's tokens become, and when a job has ended.
+"""The generation loop: which sequences run, what each step's tokens become, and when a job has ended.
 
-Runs on one thread and owns every `Sequence`; other threads reach it by messages in its inbox, and it tells them how jobs
-ended through `on_job_end`. Between two steps it never waits for Redis: a step's events are sent, their answer is read after
-the next step. Knows neither MLX nor RQ nor Redis: an `Engine` and a `Journal` are given to it.
+Runs on one thread and owns every `Sequence`. Other threads send messages to its inbox; it reports the end of each job through
+`on_job_end`. It never waits for Redis between two steps: a step's events are sent, and the answer is read after the next step.
+Depends on the `Engine` and `Journal` protocols next to it; independent of MLX, RQ and Redis.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ from worker.loop.sequence import Sequence, failed_event
 log = logging.getLogger(__name__)
 
 EARLY_ABORT_SECONDS = 30.0
-"""How long an abort is kept for a job that is still on its way from intake."""
+"""How long the abort of an unknown job is kept: the job may still be on its way from intake."""
 
 MAX_EARLY_ABORTS = 10_000
-"""How many are kept; beyond, the oldest are forgotten."""
+"""How many of them are kept; beyond that, the oldest are dropped."""
 
-LONGEST_GATHER_SECONDS = 0.02
-"""What a first prompt waits at most for others that are just being taken from the queue."""
+MAX_BURST_WAIT_SECONDS = 0.02
+"""The longest that an idle loop delays its first prompt while intake is still taking jobs from the queue."""
 
 _STEPS_PER_MEMORY_CHECK = 16
-_MEAN_NEW_SHARE = 0.1
+_MEAN_TOKENS_WEIGHT = 0.1
+"""The weight of the latest answer in the moving average `mean_tokens`."""
 
 _STOPPED = RequestError(
     "The request was stopped by an operator.", status=503, type="server_error", code="stopped"
 )
-_ROW_FAILED = RequestError(
+_SEQUENCE_FAILED = RequestError(
     "The model failed while it generated this answer.", status=500, type="server_error"
 )
 _OUTCOMES = {
@@ -54,17 +55,17 @@ class GenerationLoop:
     """See the module.
 
     Attributes:
-        num_steps: Decode and prefill steps so far.
-        num_tokens: Generated so far.
-        mean_tokens: Of the answers that were whole lately; 0: none yet.
+        num_steps: Engine steps so far.
+        num_tokens: Tokens generated so far.
+        mean_tokens: Moving average of the lengths of finished answers; 0 before the first.
         step_began_at: `clock` when the step under way began; None between steps, also while Redis is waited for.
 
     Args:
-        on_job_end: Called on the loop's thread with each job's end, exactly once for each `Admit`.
-        live_ttl_seconds: What a journal has to live while its job goes on.
-        final_ttl_seconds: What it has to live after its terminal event.
-        orphan_seconds: A channel that nobody has listened to for this long has its jobs cancelled.
-        is_intake_busy: Says whether jobs are just being taken from the queue.
+        on_job_end: Called on the loop's thread when a job has ended, exactly once for each `Admit`.
+        live_ttl_seconds: The journal's time to live while its job is generated.
+        final_ttl_seconds: The journal's time to live after its terminal event.
+        orphan_seconds: Jobs whose channel has had no subscriber for this long are cancelled.
+        is_intake_busy: Whether intake is just taking jobs from the queue. Called on the loop's thread.
         clock: Monotonic seconds.
     """
 
@@ -88,17 +89,17 @@ class GenerationLoop:
         self._live_ttl_seconds = live_ttl_seconds
         self._final_ttl_seconds = final_ttl_seconds
         self._orphan_seconds = orphan_seconds
-        self._more_coming = is_intake_busy
+        self._is_intake_busy = is_intake_busy
         self._clock = clock
         self._admission = Admission(engine.has_room)
-        self._running: dict[str, Sequence] = {}
-        self._rows: list[JournalEntry] = []
-        self._endings: list[JobEnd] = []  # their terminal events are among `_rows`
-        self._endings_in_flight: list[JobEnd] = []  # theirs were sent and are not answered
-        self._in_flight = False
-        self._early: dict[str, tuple[AbortReason, float]] = {}
-        self._unheard_since: dict[str, float] = {}
-        self._quitting = False
+        self._running: dict[str, Sequence] = {}  # by job id, oldest first
+        self._unsent_entries: list[JournalEntry] = []
+        self._unsent_job_ends: list[JobEnd] = []  # their terminal events are in `_unsent_entries`
+        self._in_flight_job_ends: list[JobEnd] = []  # their terminal events were sent; no answer yet
+        self._is_in_flight = False
+        self._early_aborts: dict[str, tuple[AbortReason, float]] = {}  # with monotonic seconds, oldest first
+        self._no_listeners_since_mono: dict[str, float] = {}  # by channel
+        self._is_shutting_down = False
         self.num_steps = 0
         self.num_tokens = 0
         self.mean_tokens = 0.0
@@ -106,220 +107,237 @@ class GenerationLoop:
 
     @property
     def is_admission_blocked(self) -> bool:
-        """Whether nothing more is to come now: a job waits to start, or one is tried alone. Read by other threads."""
+        """Whether a job is waiting to start, or a poison candidate runs alone: intake should pause. Read by other threads."""
         return len(self._admission) > 0 or self._admission.poison_candidate is not None
 
     def run(self) -> None:
-        """Turn until `Shutdown` came and everything is settled."""
-        while not (self._quitting and self._is_idle()):
+        """Run until `Shutdown` was received and every job has ended."""
+        while not (self._is_shutting_down and self._is_idle()):
             self.run_once()
 
     def run_once(self) -> None:
-        """One round: read the inbox, decode one step, read the last step's answer, send this one's.
+        """Handle the inbox, run one engine step, read the answer to the previous step's events, send this step's.
 
-        Blocks only when there is nothing to generate and nothing in flight.
+        Blocks on the inbox only while nothing runs, waits, or is in flight.
         """
         self._read_inbox()
-        self._start_waiting()
-        if self._endings:  # these are not to wait for a step that may read a long prompt
+        self._start_admissible()
+        if self._unsent_job_ends:  # not delayed by the next step, which may prefill a long prompt
             self._flush()
         if self._running:
-            for token in self._step():
-                self._take(token)
+            for event in self._step():
+                self._handle_step_event(event)
             if self.num_steps % _STEPS_PER_MEMORY_CHECK == 0:
-                self._give_back_memory()
-        if self._rows or self._endings or self._in_flight:
+                self._requeue_over_memory()
+        if self._unsent_entries or self._unsent_job_ends or self._is_in_flight:
             self._flush()
 
     # -- the inbox ---------------------------------------------------------------------------------------------------
 
     def _is_idle(self) -> bool:
-        return not (self._running or len(self._admission) or self._rows or self._endings or self._in_flight)
+        is_flushed = not (self._unsent_entries or self._unsent_job_ends or self._is_in_flight)
+        return is_flushed and not self._running and not len(self._admission)
 
     def _read_inbox(self) -> None:
-        if self._is_idle() and not self._quitting:
-            self._handle(self._inbox.get())
-            self._gather()
+        if self._is_idle() and not self._is_shutting_down:
+            self._handle_message(self._inbox.get())
+            self._wait_for_burst()
         while not self._inbox.empty():
-            self._handle(self._inbox.get())
+            self._handle_message(self._inbox.get())
 
-    def _gather(self) -> None:
-        """After a rest: requests of one moment come one by one, and whoever misses the first prompt's step waits for it."""
-        began = self._clock()
-        pause_seconds = self._engine.burst_wait_seconds
-        deadline = began + pause_seconds
-        while (left_seconds := deadline - self._clock()) > 0:
+    def _wait_for_burst(self) -> None:
+        """Collect the other jobs of a burst before the first step of an idle loop.
+
+        They arrive one by one; a job that misses the first prefill step has to wait for all of it.
+        """
+        start_mono = self._clock()
+        wait_seconds = self._engine.burst_wait_seconds
+        deadline_mono = start_mono + wait_seconds
+        while (left_seconds := deadline_mono - self._clock()) > 0:
             with suppress(Empty):
-                self._handle(self._inbox.get(timeout=left_seconds))
-            now = self._clock()
-            if now >= deadline and self._more_coming():
-                deadline = min(now + pause_seconds, began + LONGEST_GATHER_SECONDS)
+                self._handle_message(self._inbox.get(timeout=left_seconds))
+            now_mono = self._clock()
+            if now_mono >= deadline_mono and self._is_intake_busy():
+                deadline_mono = min(now_mono + wait_seconds, start_mono + MAX_BURST_WAIT_SECONDS)
 
-    def _handle(self, message: Message) -> None:
+    def _handle_message(self, message: Message) -> None:
         match message:
             case Admit():
                 self._admit(message)
             case Abort():
                 self._abort(message)
             case Shutdown():
-                self._quitting = True
+                self._is_shutting_down = True
 
     def _admit(self, message: Admit) -> None:
-        """Take a job, where its journal ends.
+        """Accept a job, to be continued from the end of its journal.
 
-        1. A run of the same job under a lease that was lost is given up: its job has come back to this worker.
-        2. A journal with a terminal event: the worker before died between that and RQ's books; only they are left.
-        3. A job without a prompt ends as failed.
-        4. A withdrawal that came before the job did: it ends as if it had come after.
-        5. Else it starts as soon as `Admission` says so.
+        1. A running execution of the same job must have lost its lease, since the job has come back: it is fenced.
+        2. The journal has a terminal event: the previous worker died before RQ's bookkeeping, which is all that is left to do.
+        3. The prompt could not be tokenized: the job fails.
+        4. The job was aborted before it arrived: it ends as if it had been aborted now.
+        5. Otherwise it starts when `Admission` allows it.
         """
         job_id = message.job.job_id
-        self._abort(Abort(job_id, AbortReason.FENCED))
+        self._abort(Abort(job_id, AbortReason.FENCED))  # 1
         terminal = message.journal[-1] if message.journal else None
-        if isinstance(terminal, Finished | Failed):
+        if isinstance(terminal, Finished | Failed):  # 2
             outcome = Outcome.FINISHED if isinstance(terminal, Finished) else Outcome.FAILED
             self._on_job_end(JobEnd(job_id, message.execution_id, outcome, terminal))
             return
-        if isinstance(message.prompt, RequestError):
-            self._refuse(message, message.prompt)
+        if isinstance(message.prompt, RequestError):  # 3
+            self._fail_admission(message, message.prompt)
             return
         self._admission.add(message)
-        if job_id in self._early:
-            self._abort(Abort(job_id, self._early.pop(job_id)[0]))
+        if job_id in self._early_aborts:  # 4
+            self._abort(Abort(job_id, self._early_aborts.pop(job_id)[0]))
 
-    def _start_waiting(self) -> None:
-        while (message := self._admission.next(len(self._running))) is not None:
+    def _start_admissible(self) -> None:
+        while (message := self._admission.pop_admissible(len(self._running))) is not None:
             self._start(message)
 
     def _start(self, message: Admit) -> None:
-        """Make a job a row; one that the engine refuses ends as failed, alone."""
+        """Insert a job into the engine; if the engine refuses it, only this job fails."""
         try:
-            inserted = self._engine.insert(message.unread_job, message.token_ids, message.replay)
-        except Exception as error:  # noqa: BLE001 (whatever one request does to the engine is its own failure)
-            self._admission.clear_poison(message.job.job_id)
-            self._refuse(message, error)
+            result = self._engine.insert(
+                message.remaining_job, message.prompt_token_ids, message.replayed_token_ids
+            )
+        except Exception as error:  # noqa: BLE001 (any error that one request causes is its own failure)
+            self._admission.clear_poison_candidate(message.job.job_id)
+            self._fail_admission(message, error)
             return
-        sequence = self._sequence(message, inserted)
+        sequence = self._make_sequence(message, result)
         self._running[message.job.job_id] = sequence
-        self._append(sequence, sequence.started())
-        self._end_if_whole(sequence)
+        self._append(sequence, sequence.make_started())
+        self._end_if_complete(sequence)
 
-    def _refuse(self, message: Admit, error: Exception) -> None:
+    def _fail_admission(self, message: Admit, error: Exception) -> None:
+        """End a job that never ran; the client gets no details of an unexpected error."""
         if not isinstance(error, RequestError):
-            log.error("job %s could not be taken", message.job.job_id, exc_info=error)
+            log.error("job %s: the engine failed to accept it", message.job.job_id, exc_info=error)
             error = RequestError("The model could not take this request.", status=500, type="server_error")
         failed = failed_event(message.last_n + 1, error)
-        self._rows.append(self._row(message.job, message.execution_id, failed))
-        self._endings.append(JobEnd(message.job.job_id, message.execution_id, Outcome.FAILED, failed))
+        self._unsent_entries.append(self._make_entry(message.job, message.execution_id, failed))
+        self._unsent_job_ends.append(JobEnd(message.job.job_id, message.execution_id, Outcome.FAILED, failed))
 
     def _abort(self, message: Abort) -> None:
-        job_id, why = message.job_id, message.why
-        sequence = self._found(job_id, message.execution_id)
+        job_id, reason = message.job_id, message.reason
+        sequence = self._find_or_dequeue(job_id, message.execution_id)
         if sequence is None:
-            self._remember_early(job_id, why)
+            self._record_early_abort(job_id, reason)
             return
         terminal: Finished | Failed | None = None
-        if why is AbortReason.CANCELLED:
-            terminal = sequence.finished("cancelled")
-        elif why is AbortReason.STOPPED:
-            terminal = sequence.failed(_STOPPED)
-        self._end(sequence, _OUTCOMES[why], terminal)
+        if reason is AbortReason.CANCELLED:
+            terminal = sequence.make_finished("cancelled")
+        elif reason is AbortReason.STOPPED:
+            terminal = sequence.make_failed(_STOPPED)
+        self._end(sequence, _OUTCOMES[reason], terminal)
 
-    def _found(self, job_id: str, execution_id: str | None) -> Sequence | None:
-        """A job's run, or what would have become of it if it still waits to start; it waits no more then."""
+    def _find_or_dequeue(self, job_id: str, execution_id: str | None) -> Sequence | None:
+        """Return a running job's sequence, or remove a waiting job and return the sequence that it would have become.
+
+        Args:
+            execution_id: Only this execution of the job; None: any.
+        """
         sequence = self._running.get(job_id)
         if sequence is not None and execution_id in (None, sequence.execution_id):
             return sequence
         waiting = self._admission.remove(job_id, execution_id)
         if waiting is None:
             return None
-        return self._sequence(waiting, InsertResult(len(waiting.token_ids), max_tokens=0))
+        return self._make_sequence(waiting, InsertResult(len(waiting.prompt_token_ids), max_tokens=0))
 
-    def _sequence(self, message: Admit, inserted: InsertResult) -> Sequence:
-        n, num_tokens = message.last_n, len(message.replay)
-        return Sequence(message.unread_job, message.execution_id, inserted, n=n, num_tokens=num_tokens)
+    def _make_sequence(self, message: Admit, result: InsertResult) -> Sequence:
+        return Sequence(
+            message.remaining_job,
+            message.execution_id,
+            result,
+            last_n=message.last_n,
+            num_tokens=len(message.replayed_token_ids),
+        )
 
-    def _remember_early(self, job_id: str, why: AbortReason) -> None:
-        """Every worker of the model hears of every job: most of these are another's, and are forgotten soon."""
-        now = self._clock()
-        while self._early and (
-            len(self._early) >= MAX_EARLY_ABORTS
-            or now - next(iter(self._early.values()))[1] >= EARLY_ABORT_SECONDS
+    def _record_early_abort(self, job_id: str, reason: AbortReason) -> None:
+        """Keep the abort of an unknown job for a while.
+
+        Cancellations are broadcast to all workers of the model, so most of these jobs are other workers'.
+        """
+        now_mono = self._clock()
+        while self._early_aborts and (
+            len(self._early_aborts) >= MAX_EARLY_ABORTS
+            or now_mono - next(iter(self._early_aborts.values()))[1] >= EARLY_ABORT_SECONDS
         ):
-            del self._early[next(iter(self._early))]
-        if why in (AbortReason.CANCELLED, AbortReason.STOPPED):
-            self._early[job_id] = (why, now)
+            del self._early_aborts[next(iter(self._early_aborts))]
+        if reason in (AbortReason.CANCELLED, AbortReason.STOPPED):
+            self._early_aborts[job_id] = (reason, now_mono)
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def _step(self) -> list[StepEvent]:
-        """One step of the engine. One that raises may be any of its rows' fault: they go back to the queue, and what
-        comes of it is the same as when the worker dies.
+        """Run one engine step.
+
+        If it raises, any of its sequences may be the cause. Their leases are released, so that all of them are retried as if this
+        worker had died.
         """
         self.num_steps += 1
         self.step_began_at = self._clock()
         try:
             return self._engine.step()
         except Exception:
-            log.exception("a step failed with %d rows; they are tried again", len(self._running))
+            log.exception("a step failed; its %d sequences are retried", len(self._running))
             for sequence in list(self._running.values()):
                 self._end(sequence, Outcome.CRASHED, None)
             return []
         finally:
             self.step_began_at = None
 
-    def _give_back_memory(self) -> None:
-        """Answers that grew longer than expected: the youngest rows go back to the queue, until the others have room."""
+    def _requeue_over_memory(self) -> None:
+        """Requeue the youngest sequences while the KV caches exceed their memory budget: answers grew longer than expected."""
         while len(self._running) > 1 and self._engine.is_over_memory:
             youngest = next(reversed(self._running.values()))
-            log.warning("job %s goes back to the queue: memory is short", youngest.job.job_id)
+            log.warning("job %s is requeued: the KV caches exceed their memory budget", youngest.job.job_id)
             self._end(youngest, Outcome.REQUEUED, None)
 
-    def _take(self, token: StepEvent) -> None:
-        sequence = self._running.get(token.job_id)
-        if sequence is None:  # ended earlier in this step
+    def _handle_step_event(self, event: StepEvent) -> None:
+        sequence = self._running.get(event.job_id)
+        if sequence is None:  # it ended earlier in this step
             return
-        if isinstance(token, SequenceFailure):
-            log.error("job %s failed", token.job_id, exc_info=token.error)
-            self._end(sequence, Outcome.FAILED, sequence.failed(_ROW_FAILED))
+        if isinstance(event, SequenceFailure):
+            log.error("job %s failed", event.job_id, exc_info=event.error)
+            self._end(sequence, Outcome.FAILED, sequence.make_failed(_SEQUENCE_FAILED))
             return
-        if isinstance(token, PromptEcho):
-            self._append(sequence, sequence.echo(token))
-            self._end_if_whole(sequence)
+        if isinstance(event, PromptEcho):
+            self._append(sequence, sequence.make_echo(event))
+            self._end_if_complete(sequence)
             return
         self.num_tokens += 1
-        self._admission.clear_poison(token.job_id)
-        delta, reason = sequence.take(token)
+        self._admission.clear_poison_candidate(event.job_id)
+        delta, reason = sequence.make_delta(event)
         self._append(sequence, delta)
         if reason is not None:
-            share = _MEAN_NEW_SHARE if self.mean_tokens else 1.0
-            self.mean_tokens += (sequence.num_tokens - self.mean_tokens) * share
-            self._end(sequence, Outcome.FINISHED, sequence.finished(reason))
+            weight = _MEAN_TOKENS_WEIGHT if self.mean_tokens else 1.0
+            self.mean_tokens += (sequence.num_tokens - self.mean_tokens) * weight
+            self._end(sequence, Outcome.FINISHED, sequence.make_finished(reason))
 
-    def _end_if_whole(self, sequence: Sequence) -> None:
-        """A job that may generate nothing more is whole once its prompt was accepted, and echoed where that is asked for.
-
-        None more than others have generated already, where this worker's memory has room for a shorter context than theirs.
-        """
-        if sequence.num_tokens >= sequence.insert_result.max_tokens and sequence.is_echoed:
-            self._end(sequence, Outcome.FINISHED, sequence.finished("length"))
+    def _end_if_complete(self, sequence: Sequence) -> None:
+        if sequence.is_complete:
+            self._end(sequence, Outcome.FINISHED, sequence.make_finished("length"))
 
     def _end(self, sequence: Sequence, outcome: Outcome, terminal: Finished | Failed | None) -> None:
-        """Let go of a job; the end is settled once everything of it is answered for."""
+        """Release a job's sequence; its end is reported when the journal has answered for all of its events."""
         job_id = sequence.job.job_id
         if self._running.pop(job_id, None) is not None:
             self._engine.remove(job_id)
-            self._admission.clear_poison(job_id)
+            self._admission.clear_poison_candidate(job_id)
         if terminal is not None:
             self._append(sequence, terminal)
-        self._endings.append(JobEnd(job_id, sequence.execution_id, outcome, terminal, sequence))
+        self._unsent_job_ends.append(JobEnd(job_id, sequence.execution_id, outcome, terminal, sequence))
 
     # -- the journal -------------------------------------------------------------------------------------------------
 
     def _append(self, sequence: Sequence, event: Event) -> None:
-        self._rows.append(self._row(sequence.job, sequence.execution_id, event))
+        self._unsent_entries.append(self._make_entry(sequence.job, sequence.execution_id, event))
 
-    def _row(self, job: GenerationJob, execution_id: str, event: Event) -> JournalEntry:
+    def _make_entry(self, job: GenerationJob, execution_id: str, event: Event) -> JournalEntry:
         ttl_seconds = 0
         if isinstance(event, Finished | Failed):
             ttl_seconds = self._final_ttl_seconds
@@ -328,42 +346,54 @@ class GenerationLoop:
         return JournalEntry(job.channel, job.job_id, execution_id, event.n, encode(event), ttl_seconds)
 
     def _flush(self) -> None:
-        """Read the answer to what was sent, then send what there is; an end with nothing to send is settled now."""
+        """Read the answer to the previous entries, then send the new ones. If there are none, report the ends of jobs now."""
         self._collect()
-        if self._rows:
-            self._journal.send(self._rows)
-            self._in_flight, self._rows = True, []
-            self._endings_in_flight, self._endings = self._endings, []
+        if self._unsent_entries:
+            self._journal.send(self._unsent_entries)
+            self._is_in_flight, self._unsent_entries = True, []
+            self._in_flight_job_ends, self._unsent_job_ends = self._unsent_job_ends, []
         else:
-            for ending in self._endings:
-                self._on_job_end(ending)
-            self._endings = []
+            for job_end in self._unsent_job_ends:
+                self._on_job_end(job_end)
+            self._unsent_job_ends = []
 
     def _collect(self) -> None:
-        if not self._in_flight:
+        """Read the journal's answer, if one is due: report ends of jobs, fence refused executions, cancel orphans."""
+        if not self._is_in_flight:
             return
-        receipt = self._journal.collect()
-        self._in_flight = False
-        for ending in self._endings_in_flight:
-            fenced = ending.execution_id in receipt.refused
-            self._on_job_end(replace(ending, outcome=Outcome.FENCED, terminal=None) if fenced else ending)
-        self._endings_in_flight = []
-        for sequence in list(self._running.values()) if receipt.refused else []:
-            if sequence.execution_id in receipt.refused:
+        result = self._journal.collect()
+        self._is_in_flight = False
+        for job_end in self._in_flight_job_ends:
+            is_fenced = job_end.execution_id in result.refused
+            self._on_job_end(
+                replace(job_end, outcome=Outcome.FENCED, terminal=None) if is_fenced else job_end
+            )
+        self._in_flight_job_ends = []
+        for sequence in list(self._running.values()) if result.refused else []:
+            if sequence.execution_id in result.refused:
                 self._end(sequence, Outcome.FENCED, None)
-        self._withdraw_unheard(receipt)
+        self._cancel_orphans(result)
 
-    def _withdraw_unheard(self, receipt: AppendResult) -> None:
-        """Cancel the jobs of an API process that has not listened for a while: it died, and its clients with it."""
-        now = self._clock()
-        for channel, num_listeners in receipt.listeners.items():
+    def _cancel_orphans(self, result: AppendResult) -> None:
+        """Cancel the jobs of an API process whose channel has had no subscriber for a while: it died, and its clients with it."""
+        now_mono = self._clock()
+        for channel, num_listeners in result.listeners.items():
             if num_listeners:
-                self._unheard_since.pop(channel, None)
-            elif now - self._unheard_since.setdefault(channel, now) >= self._orphan_seconds:
+                self._no_listeners_since_mono.pop(channel, None)
+            elif (
+                now_mono - self._no_listeners_since_mono.setdefault(channel, now_mono) >= self._orphan_seconds
+            ):
                 for sequence in [s for s in self._running.values() if s.job.channel == channel]:
-                    log.warning("nobody listens for job %s any more", sequence.job.job_id)
+                    log.warning(
+                        "job %s is cancelled: its API process no longer subscribes to it",
+                        sequence.job.job_id,
+                    )
                     self._abort(Abort(sequence.job.job_id, AbortReason.CANCELLED))
-                del self._unheard_since[channel]
-        if self._unheard_since:  # silence counts while there is something to hear
+                del self._no_listeners_since_mono[channel]
+        if self._no_listeners_since_mono:  # a channel without running jobs publishes nothing: forget it
             channels = {sequence.job.channel for sequence in self._running.values()}
-            self._unheard_since = {k: v for k, v in self._unheard_since.items() if k in channels}
+            self._no_listeners_since_mono = {
+                channel: since_mono
+                for channel, since_mono in self._no_listeners_since_mono.items()
+                if channel in channels
+            }

@@ -1,56 +1,54 @@
-"""What the worker's threads tell each other: jobs and withdrawals to the generation loop, ends of jobs from it.
+"""The messages between the worker's threads: admissions and aborts to the generation loop, ends of jobs from it.
 
-Frozen values; whoever gets one owns what it says. Read by intake, the main thread, the loop and job_end.
+Frozen values; the receiver owns what they refer to. Sent by intake, the main thread and RQ's pub/sub thread; `JobEnd` is received by
+the finalizer. Independent of RQ and Redis.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from common.errors import RequestError
 from common.protocol import Delta, Echo, Event, Failed, Finished, GenerationJob
-
-if TYPE_CHECKING:
-    from worker.loop.sequence import Sequence
+from worker.loop.sequence import Sequence
 
 
 class AbortReason(Enum):
-    """Why a job leaves before its answer is whole."""
+    """Why a job is removed before its answer is complete."""
 
     CANCELLED = "cancelled"
-    """Its client left."""
+    """Its client disconnected."""
     STOPPED = "stopped"
-    """An operator stopped it, with RQ's stop-job."""
+    """An operator stopped it, with RQ's stop-job command."""
     FENCED = "fenced"
-    """Its lease is lost: it is another worker's now, and nothing more may be written."""
-    REQUEUED = "handed over"
-    """This worker drains: another one is to go on."""
+    """Its lease is lost: another worker owns it, and nothing more may be written."""
+    REQUEUED = "requeued"
+    """This worker is draining; another worker will continue."""
 
 
 class Outcome(Enum):
-    """What becomes of a job's RQ execution."""
+    """How a job's RQ execution ended; decides its RQ bookkeeping."""
 
     FINISHED = "finished"
     FAILED = "failed"
     STOPPED = "stopped"
     FENCED = "fenced"
-    REQUEUED = "handed over"
+    REQUEUED = "requeued"
     CRASHED = "crashed"
-    """A step failed with it and perhaps others: it is tried again as if the worker had died."""
+    """A step failed for the complete batch: the job is retried as if the worker had died."""
 
 
 @dataclass(frozen=True, slots=True)
 class Admit:
-    """To the loop: a job that this worker holds a lease for.
+    """To the loop: generate a job for which this worker holds a lease.
 
     Attributes:
-        prompt: Its token ids, or why there are none.
-        journal: What other workers wrote of it, in order; empty for a fresh job.
-        is_poison_candidate: Whether workers died with it again and again: it may be why.
+        prompt: Its token ids, or the error that kept it from being tokenized.
+        journal: The events that other workers have written, in order; empty for a new job.
+        is_poison_candidate: Whether it was running when workers crashed repeatedly.
     """
 
     job: GenerationJob
@@ -60,11 +58,11 @@ class Admit:
     is_poison_candidate: bool = False
 
     @property
-    def token_ids(self) -> list[int]:
+    def prompt_token_ids(self) -> list[int]:
         """The prompt.
 
         Raises:
-            RequestError: There is none.
+            RequestError: It could not be tokenized.
         """
         if isinstance(self.prompt, RequestError):
             raise self.prompt
@@ -72,42 +70,47 @@ class Admit:
 
     @property
     def last_n(self) -> int:
-        """Of the last event in the journal; 0: none."""
+        """The number of the journal's last event; 0 if the journal is empty."""
         return self.journal[-1].n if self.journal else 0
 
     @property
-    def unread_job(self) -> GenerationJob:
-        """The job without what others have done of it beside tokens: the echo of its prompt."""
+    def remaining_job(self) -> GenerationJob:
+        """The job, with `echo` off if another worker has already echoed the prompt."""
         if any(isinstance(event, Echo) for event in self.journal):
             return msgspec.structs.replace(self.job, echo=False)
         return self.job
 
     @property
-    def replay(self) -> list[int]:
-        """Token ids that other workers generated."""
+    def replayed_token_ids(self) -> list[int]:
+        """The tokens of the answer that other workers have generated, in order."""
         return [event.token_id for event in self.journal if isinstance(event, Delta)]
 
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """To the loop: a job is to leave (or only one run of it). One that is not here (yet) is fine."""
+    """To the loop: remove a job. The job may be unknown, or not have arrived yet.
+
+    Attributes:
+        execution_id: Remove only this execution of the job; None: any.
+    """
 
     job_id: str
-    why: AbortReason
+    reason: AbortReason
     execution_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
-    """To the loop: return, once nothing is in flight."""
+    """To the loop: return from `run` once all jobs have ended and the journal is written."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobEnd:
-    """From the loop: a job has ended here, and everything of it is in the journal.
+    """From the loop: a job has ended on this worker, and all of its events are in the journal.
 
     Attributes:
-        terminal: Its terminal event; None where another worker goes on.
+        terminal: Its terminal event; None if another worker continues.
+        sequence: Its final state; None if it ended before it was started here.
     """
 
     job_id: str

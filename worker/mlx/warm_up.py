@@ -1,9 +1,9 @@
-"""A few short rows for nobody, before a worker says that it is there.
+"""Warm-up: generate with dummy sequences before the worker registers.
 
-What is needed for the first time takes longer than ever again: kernels are compiled or loaded, weights read. Without this the
-first users of a worker would wait for it; on CUDA some of it is compiled only when rows leave a batch, seconds that
-everybody else in the batch waits for. On a CPU there is less of it: MLX has a few kernels compiled for one row and for several,
-which it keeps in files.
+Called by `MLXEngine` when it is created. The first use of anything is slow: MLX compiles or loads kernels and reads the weights. Without
+a warm-up the first users would wait for that. On CUDA some kernels are compiled only when a sequence leaves a batch, which would
+stall all others for seconds. On a CPU there is less to do: MLX has a few kernels compiled, for one sequence and for
+several, and caches them in files. Independent of MLX: it uses the `Engine` protocol.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from worker.loop.engine import Engine
 
 log = logging.getLogger(__name__)
 
-_ROWS: tuple[tuple[SamplingParams, bool], ...] = (
+_DUMMIES: tuple[tuple[SamplingParams, bool], ...] = (
     (SamplingParams(temperature=0.0), False),
     (SamplingParams(), False),
     (SamplingParams(top_p=0.9, seed=1), True),
@@ -24,9 +24,9 @@ _ROWS: tuple[tuple[SamplingParams, bool], ...] = (
     (SamplingParams(frequency_penalty=0.5, seed=2), False),
     (SamplingParams(temperature=0.0), False),
 )
-"""How tokens are chosen, and whether log-probabilities are asked for."""
+"""Of each dummy sequence: how it is sampled, and whether it asks for log-probabilities."""
 
-_ROWS_ON_CPU = 2
+_NUM_DUMMIES_ON_CPU = 2
 
 _PROMPT_TOKENS = 12
 _MIN_TOKENS = 6
@@ -36,25 +36,29 @@ _MAX_STEPS = 200
 
 
 def warm_up(engine: Engine, *, on_gpu: bool) -> None:
-    """Generate, with prompts of different lengths and rows that leave one by one, on a GPU with rows that come late too.
+    """Generate with dummy sequences whose prompts differ in length and which finish one by one.
 
-    It is no reason not to start if that fails: the log says why.
+    On a GPU half of them join later than the others. A failure is logged and does not keep the worker from starting. No
+    sequence is left in the engine.
+
+    Args:
+        engine: Without sequences.
     """
     if on_gpu:
-        log.info("warming up; on CUDA, what is needed is compiled the first time, which may take a minute")
-    began = time.monotonic()
-    numbers = range(len(_ROWS) if on_gpu else _ROWS_ON_CPU)
+        log.info("warming up; on CUDA, kernels are compiled at first use, which may take a minute")
+    start_mono = time.monotonic()
+    numbers = range(len(_DUMMIES) if on_gpu else _NUM_DUMMIES_ON_CPU)
     min_tokens = _MIN_TOKENS if on_gpu else _MIN_TOKENS_ON_CPU
-    jobs = [_job(number, engine.info.vocab_size, min_tokens + 2 * number) for number in numbers]
+    jobs = [_make_dummy(number, engine.info.vocab_size, min_tokens + 2 * number) for number in numbers]
     try:
         for first in range(0, len(jobs), engine.info.max_batch):
             _generate(engine, jobs[first : first + engine.info.max_batch], some_late=on_gpu)
     except Exception:
-        log.exception("the model could not be warmed up")
+        log.exception("the warm-up failed; the worker starts without it")
         for job, _ in jobs:
             engine.remove(job.job_id)
     else:
-        log.info("warmed up in %.1f s", time.monotonic() - began)
+        log.info("warmed up in %.1f s", time.monotonic() - start_mono)
 
 
 def _generate(engine: Engine, jobs: list[tuple[GenerationJob, list[int]]], *, some_late: bool) -> None:
@@ -70,12 +74,12 @@ def _generate(engine: Engine, jobs: list[tuple[GenerationJob, list[int]]], *, so
         if engine.num_sequences == 0:
             return
         engine.step()
-    raise RuntimeError(f"{engine.num_sequences} rows have not ended after {_MAX_STEPS} steps")
+    raise RuntimeError(f"{engine.num_sequences} dummy sequences have not finished after {_MAX_STEPS} steps")
 
 
-def _job(number: int, vocab_size: int, max_tokens: int) -> tuple[GenerationJob, list[int]]:
-    """A job and its prompt: any token ids, of another length for each row."""
-    sampling, wants_logprobs = _ROWS[number]
+def _make_dummy(number: int, vocab_size: int, max_tokens: int) -> tuple[GenerationJob, list[int]]:
+    """A job and its prompt: arbitrary token ids, of a different length for each `number`."""
+    sampling, wants_logprobs = _DUMMIES[number]
     prompt = [(1 + number + i) % vocab_size for i in range(_PROMPT_TOKENS - number)]
     job = GenerationJob(
         job_id=f"warm-up-{number}",

@@ -1,4 +1,4 @@
-"""A scripted engine and journal: what the generation loop talks to, under a test's control."""
+"""A scripted engine and journal, and a generation loop between them: `LoopHarness`, for the tests of the loop."""
 
 from __future__ import annotations
 
@@ -30,31 +30,41 @@ def make_job(
 
 
 class ScriptedEngine:
-    """Token k of a row has the id k and the text `texts[k - 1]`, or " k"."""
+    """An `Engine` without a model: the k-th token of a sequence has the id k and the text `texts[job_id][k - 1]`, or " k".
+
+    Attributes:
+        sequences: By job id: the number of tokens so far, and the limit.
+        refused: What `insert` raises for a job.
+        step_error: What the next step raises, once.
+        sequence_error: A job that fails alone in the next step, and its error.
+        is_prefilling: Steps produce no tokens.
+        is_full: `has_room` answers no.
+        max_sequences: More than this exceed the memory budget.
+    """
 
     def __init__(self, texts: dict[str, list[str]] | None = None) -> None:
         self.info = ModelInfo(context_length=1000, vocab_size=1000, max_batch=8)
-        self.rows: dict[str, list[int]] = {}  # tokens so far, tokens in all
+        self.sequences: dict[str, list[int]] = {}
         self.texts = texts or {}
         self.refused: dict[str, Exception] = {}
         self.step_error: Exception | None = None
-        self.is_reading = False
+        self.is_prefilling = False
         self.burst_wait_seconds = 0.0
         self.is_full = False
-        self.max_rows = 99
-        self.row_error: tuple[str, Exception] | None = None
+        self.max_sequences = 99
+        self.sequence_error: tuple[str, Exception] | None = None
         self.make_parser: Callable[[GenerationJob], AnswerParser] | None = None
 
     @property
     def num_sequences(self) -> int:
-        return len(self.rows)
+        return len(self.sequences)
 
     def encode(self, job: GenerationJob) -> list[int]:
         return [0]
 
     @property
     def is_over_memory(self) -> bool:
-        return len(self.rows) > self.max_rows
+        return len(self.sequences) > self.max_sequences
 
     def has_room(self, job: GenerationJob, num_prompt: int, num_done: int) -> bool:
         return not self.is_full
@@ -62,8 +72,8 @@ class ScriptedEngine:
     def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> InsertResult:
         if job.job_id in self.refused:
             raise self.refused[job.job_id]
-        assert job.job_id not in self.rows
-        self.rows[job.job_id] = [len(replay), job.max_tokens or 3]
+        assert job.job_id not in self.sequences
+        self.sequences[job.job_id] = [len(replay), job.max_tokens or 3]
         texts = [self._text(job.job_id, k) for k in replay]
         parser = self.make_parser(job) if self.make_parser is not None else None
         return InsertResult(
@@ -71,26 +81,26 @@ class ScriptedEngine:
         )
 
     def remove(self, job_id: str) -> None:
-        self.rows.pop(job_id, None)
+        self.sequences.pop(job_id, None)
 
     def step(self) -> list[StepEvent]:
-        assert self.rows, "nothing to do"
+        assert self.sequences, "a step without sequences"
         if self.step_error is not None:
-            error, self.step_error, self.rows = self.step_error, None, {}
+            error, self.step_error, self.sequences = self.step_error, None, {}
             raise error
-        if self.is_reading:
+        if self.is_prefilling:
             return []
         tokens: list[StepEvent] = []
-        if self.row_error is not None and self.rows.pop(self.row_error[0], None):
-            tokens.append(SequenceFailure(*self.row_error))
-            self.row_error = None
-        for job_id, row in list(self.rows.items()):
-            row[0] += 1
-            is_last = row[0] >= row[1]
+        if self.sequence_error is not None and self.sequences.pop(self.sequence_error[0], None):
+            tokens.append(SequenceFailure(*self.sequence_error))
+            self.sequence_error = None
+        for job_id, counts in list(self.sequences.items()):
+            counts[0] += 1
+            is_last = counts[0] >= counts[1]
             if is_last:
-                del self.rows[job_id]
+                del self.sequences[job_id]
             tokens.append(
-                StepToken(job_id, row[0], self._text(job_id, row[0]), "length" if is_last else None)
+                StepToken(job_id, counts[0], self._text(job_id, counts[0]), "length" if is_last else None)
             )
         return tokens
 
@@ -100,7 +110,7 @@ class ScriptedEngine:
 
 
 class ScriptedJournal:
-    """Carries out each call at once, as Redis does; refuses the executions that a test says are another worker's."""
+    """A `Journal` in memory that executes each call at once, as Redis does; refuses the executions in `refused`."""
 
     def __init__(self) -> None:
         self.entries: dict[str, list[JournalEntry]] = {}
@@ -109,18 +119,18 @@ class ScriptedJournal:
         self.num_listeners = 1
         self._answer: AppendResult | None = None
 
-    def send(self, rows: list[JournalEntry]) -> None:
-        assert self._answer is None, "the call before was not collected"
-        assert rows, "nothing to send"
-        accepted = [row for row in rows if row.execution_id not in self.refused]
-        for row in accepted:
-            self.published.append(row)
-            if row.n:
-                written = self.entries.setdefault(row.job_id, [])
-                assert row.n == len(written) + 1, f"{row.job_id}: {row.n} after {len(written)}"
-                written.append(row)
-        channels = {row.channel for row in accepted}
-        refused = {row.execution_id for row in rows} & self.refused
+    def send(self, entries: list[JournalEntry]) -> None:
+        assert self._answer is None, "the previous call was not collected"
+        assert entries, "nothing to send"
+        accepted = [entry for entry in entries if entry.execution_id not in self.refused]
+        for entry in accepted:
+            self.published.append(entry)
+            if entry.n:
+                written = self.entries.setdefault(entry.job_id, [])
+                assert entry.n == len(written) + 1, f"{entry.job_id}: {entry.n} after {len(written)}"
+                written.append(entry)
+        channels = {entry.channel for entry in accepted}
+        refused = {entry.execution_id for entry in entries} & self.refused
         self._answer = AppendResult(refused, dict.fromkeys(channels, self.num_listeners))
 
     def collect(self) -> AppendResult:
@@ -129,40 +139,40 @@ class ScriptedJournal:
         return answer
 
     def events(self, job_id: str) -> list[object]:
-        return [decode_event(row.event) for row in self.entries.get(job_id, [])]
+        return [decode_event(entry.event) for entry in self.entries.get(job_id, [])]
 
 
-class Bench:
-    """A loop with everything scripted around it."""
+class LoopHarness:
+    """A generation loop with a scripted engine, journal and clock (`now`)."""
 
     def __init__(self, texts: dict[str, list[str]] | None = None) -> None:
         self.engine = ScriptedEngine(texts)
         self.journal = ScriptedJournal()
         self.inbox: SimpleQueue[Message] = SimpleQueue()
-        self.settled: list[JobEnd] = []
+        self.job_ends: list[JobEnd] = []
         self.now = 0.0
         self.loop = GenerationLoop(
             engine=self.engine,
             journal=self.journal,
             inbox=self.inbox,
-            on_job_end=self.settled.append,
+            on_job_end=self.job_ends.append,
             orphan_seconds=10.0,
             clock=lambda: self.now,
         )
 
-    def turn(self, *messages: Message, times: int = 1) -> None:
-        """Some rounds; the messages are there at the first."""
+    def run(self, *messages: Message, times: int = 1) -> None:
+        """Put `messages` into the inbox, then run the loop `times` times."""
         for message in messages:
             self.inbox.put(message)
         for _ in range(times):
             self.loop.run_once()
 
-    def turn_until(self, is_done: Callable[[], bool], limit: int = 50) -> None:
+    def run_until(self, is_done: Callable[[], bool], limit: int = 50) -> None:
         for _ in range(limit):
             if is_done():
                 return
             self.loop.run_once()
-        raise AssertionError("it never came to that")
+        raise AssertionError(f"not done after {limit} iterations")
 
 
 def refusal(message: str = "no") -> RequestError:

@@ -1,4 +1,4 @@
-"""The generation loop with everything scripted around it: what becomes of each job, whatever happens in whatever order."""
+"""The generation loop with a scripted engine and journal: how each job ends, for every event and order of events."""
 
 from __future__ import annotations
 
@@ -9,101 +9,101 @@ from typing import Any
 import pytest
 
 from common.protocol import Delta, Failed, Finished, Started, Usage, decode_event
-from tests.unit.worker.loop.scripted import Bench, admit, refusal
-from worker.loop.generation_loop import LONGEST_GATHER_SECONDS, MAX_EARLY_ABORTS
+from tests.unit.worker.loop.scripted import LoopHarness, admit, refusal
+from worker.loop.generation_loop import MAX_BURST_WAIT_SECONDS, MAX_EARLY_ABORTS
 from worker.loop.messages import Abort, AbortReason, Outcome, Shutdown
 
 
-def texts(bench: Bench, job_id: str) -> str:
-    return "".join(event.text for event in bench.journal.events(job_id) if isinstance(event, Delta))
+def texts(harness: LoopHarness, job_id: str) -> str:
+    return "".join(event.text for event in harness.journal.events(job_id) if isinstance(event, Delta))
 
 
 def test_a_job_runs_to_its_end() -> None:
-    """Every token is journaled in order, then one terminal event; it is settled once, after its answer came."""
-    bench = Bench()
-    bench.turn(admit("a"))
-    bench.turn_until(lambda: bool(bench.settled))
-    assert bench.journal.events("a") == [
+    """Every token is journaled in order, then one terminal event; the end is reported once, after the journal has answered."""
+    harness = LoopHarness()
+    harness.run(admit("a"))
+    harness.run_until(lambda: bool(harness.job_ends))
+    assert harness.journal.events("a") == [
         Delta(1, 1, " 1"),
         Delta(2, 2, " 2"),
         Delta(3, 3, " 3"),
         Finished(4, "length", Usage(1, 3)),
     ]
-    assert [(s.job_id, s.outcome) for s in bench.settled] == [("a", Outcome.FINISHED)]
+    assert [(s.job_id, s.outcome) for s in harness.job_ends] == [("a", Outcome.FINISHED)]
 
 
-def test_started_does_not_wait_for_a_long_prompt() -> None:
-    """`Started` is published before a step that reads a prompt; it is not in the journal."""
-    bench = Bench()
-    bench.engine.is_reading = True
-    bench.turn(admit("a"), times=2)
-    assert [decode_event(row.event) for row in bench.journal.published] == [Started(0, 1, 0)]
-    assert bench.journal.events("a") == []
+def test_started_is_published_before_prefill() -> None:
+    """`Started` is published before the step that prefills the prompt, and is not in the journal."""
+    harness = LoopHarness()
+    harness.engine.is_prefilling = True
+    harness.run(admit("a"), times=2)
+    assert [decode_event(entry.event) for entry in harness.journal.published] == [Started(0, 1, 0)]
+    assert harness.journal.events("a") == []
 
 
 def test_a_burst_starts_together() -> None:
-    """After a rest, what comes within the engine's gathering time is in its first step, and it waits no longer."""
-    bench = Bench()
-    bench.engine.burst_wait_seconds = 1.0
+    """An idle loop includes all jobs that arrive within the burst wait in its first step, and waits no longer."""
+    harness = LoopHarness()
+    harness.engine.burst_wait_seconds = 1.0
 
     def get(timeout: float) -> Any:
-        assert timeout <= 1.0 - bench.now
-        bench.now += 0.6
-        return admit(f"after {bench.now}")
+        assert timeout <= 1.0 - harness.now
+        harness.now += 0.6
+        return admit(f"after {harness.now}")
 
     inbox = SimpleNamespace(
         get=lambda timeout=None: get(timeout) if timeout else admit("first"), empty=lambda: True
     )
-    bench.loop._inbox = inbox  # type: ignore[assignment]  # the clock is ours too
-    bench.turn()
-    assert list(bench.engine.rows) == ["first", "after 0.6", "after 1.2"]
+    harness.loop._inbox = inbox  # type: ignore[assignment]  # its timeouts advance the test clock
+    harness.run()
+    assert list(harness.engine.sequences) == ["first", "after 0.6", "after 1.2"]
 
 
 @pytest.mark.parametrize(
-    ("taking_until", "started"),
+    ("busy_until_mono", "started"),
     [(0.0, ["first"]), (0.014, ["first", "second", "third"]), (9.0, ["first", "second", "third"])],
 )
-def test_a_burst_that_is_still_being_taken_is_waited_for(taking_until: float, started: list[str]) -> None:
-    """Jobs on their way from the queue prolong the gathering, up to its bound; without any it ends as it is."""
-    bench = Bench()
-    bench.engine.burst_wait_seconds = 0.002
+def test_burst_wait_is_extended_while_intake_is_busy(busy_until_mono: float, started: list[str]) -> None:
+    """Jobs that intake is still taking extend the burst wait, up to its maximum; otherwise it ends on time."""
+    harness = LoopHarness()
+    harness.engine.burst_wait_seconds = 0.002
     arrivals = [(0.006, "second"), (0.013, "third"), (0.027, "too late")]
 
     def get(_timeout: float) -> Any:
-        bench.now += 0.001
-        if bench.now < arrivals[0][0]:
+        harness.now += 0.001
+        if harness.now < arrivals[0][0]:
             raise Empty
         return admit(arrivals.pop(0)[1])
 
-    bench.loop._inbox = SimpleNamespace(  # type: ignore[assignment]  # the clock is ours too
+    harness.loop._inbox = SimpleNamespace(  # type: ignore[assignment]  # its timeouts advance the test clock
         get=lambda timeout=None: get(timeout) if timeout else admit("first"), empty=lambda: True
     )
-    bench.loop._more_coming = lambda: bench.now < taking_until
-    bench.turn()
-    assert list(bench.engine.rows) == started
-    assert bench.now <= LONGEST_GATHER_SECONDS + 0.001
+    harness.loop._is_intake_busy = lambda: harness.now < busy_until_mono
+    harness.run()
+    assert list(harness.engine.sequences) == started
+    assert harness.now <= MAX_BURST_WAIT_SECONDS + 0.001
 
 
 def test_a_stop_string_ends_a_job() -> None:
-    """A stop string across tokens is cut out, the row leaves the engine, the reason is stop."""
-    bench = Bench({"a": ["one st", "op two", " three"]})
-    bench.turn(admit("a", stop=["stop"], max_tokens=9))
-    bench.turn_until(lambda: bool(bench.settled))
-    assert texts(bench, "a") == "one "
-    assert bench.journal.events("a")[-1] == Finished(3, "stop", Usage(1, 2))
-    assert bench.engine.num_sequences == 0
+    """A stop string that spans tokens is removed, the engine releases the sequence, and the finish reason is stop."""
+    harness = LoopHarness({"a": ["one st", "op two", " three"]})
+    harness.run(admit("a", stop=["stop"], max_tokens=9))
+    harness.run_until(lambda: bool(harness.job_ends))
+    assert texts(harness, "a") == "one "
+    assert harness.journal.events("a")[-1] == Finished(3, "stop", Usage(1, 2))
+    assert harness.engine.num_sequences == 0
 
 
-def test_what_only_looked_like_a_stop_string_comes_out() -> None:
-    """Text that was held back is released with the last token."""
-    bench = Bench({"a": ["one", " st"]})
-    bench.turn(admit("a", stop=["stop"], max_tokens=2))
-    bench.turn_until(lambda: bool(bench.settled))
-    assert texts(bench, "a") == "one st"
+def test_held_back_text_is_released_at_the_end() -> None:
+    """Text that was held back as the possible start of a stop string is released with the last token."""
+    harness = LoopHarness({"a": ["one", " st"]})
+    harness.run(admit("a", stop=["stop"], max_tokens=2))
+    harness.run_until(lambda: bool(harness.job_ends))
+    assert texts(harness, "a") == "one st"
 
 
 @pytest.mark.parametrize(
-    ("why", "outcome"),
+    ("reason", "outcome"),
     [
         (AbortReason.CANCELLED, Outcome.FINISHED),
         (AbortReason.STOPPED, Outcome.STOPPED),
@@ -111,98 +111,98 @@ def test_what_only_looked_like_a_stop_string_comes_out() -> None:
         (AbortReason.REQUEUED, Outcome.REQUEUED),
     ],
 )
-def test_withdrawals(why: AbortReason, outcome: Outcome) -> None:
-    """A running job leaves at once; it has a terminal event only if nobody goes on with it."""
-    bench = Bench()
-    bench.turn(admit("a", max_tokens=99), times=3)
-    bench.turn(Abort("a", why))
-    bench.turn_until(lambda: bool(bench.settled))
-    assert bench.settled[0].outcome is outcome
-    assert bench.engine.num_sequences == 0
-    last = bench.journal.events("a")[-1]
-    if why is AbortReason.CANCELLED:
+def test_aborts(reason: AbortReason, outcome: Outcome) -> None:
+    """A running job is removed at once. It has a terminal event only if no other worker continues it."""
+    harness = LoopHarness()
+    harness.run(admit("a", max_tokens=99), times=3)
+    harness.run(Abort("a", reason))
+    harness.run_until(lambda: bool(harness.job_ends))
+    assert harness.job_ends[0].outcome is outcome
+    assert harness.engine.num_sequences == 0
+    last = harness.journal.events("a")[-1]
+    if reason is AbortReason.CANCELLED:
         assert isinstance(last, Finished)
         assert last.finish_reason == "cancelled"
-    elif why is AbortReason.STOPPED:
+    elif reason is AbortReason.STOPPED:
         assert isinstance(last, Failed)
         assert last.code == "stopped"
     else:
         assert isinstance(last, Delta)
 
 
-def test_a_hand_over_waits_for_what_is_in_flight() -> None:
-    """Whoever goes on reads the journal: it is told only when the last token that was sent is in it."""
-    bench = Bench()
-    bench.turn(admit("a", max_tokens=99), times=3)
-    sent = bench.engine.rows["a"][0]
-    bench.turn(Abort("a", AbortReason.REQUEUED))
-    assert bench.settled[0].outcome is Outcome.REQUEUED
-    assert len(bench.journal.entries["a"]) == sent
+def test_requeue_waits_for_entries_in_flight() -> None:
+    """The next worker starts from the journal: a requeue is reported only when the journal holds every token that was sent."""
+    harness = LoopHarness()
+    harness.run(admit("a", max_tokens=99), times=3)
+    sent = harness.engine.sequences["a"][0]
+    harness.run(Abort("a", AbortReason.REQUEUED))
+    assert harness.job_ends[0].outcome is Outcome.REQUEUED
+    assert len(harness.journal.entries["a"]) == sent
 
 
-def test_a_cancel_that_is_faster_than_its_job() -> None:
-    """A job whose client left while it was on its way ends as cancelled as soon as it comes; later jobs are not touched."""
-    bench = Bench()
-    bench.turn(admit("b", max_tokens=99), Abort("a", AbortReason.CANCELLED), admit("a"), times=3)
-    assert [s.job_id for s in bench.settled] == ["a"]
-    assert isinstance(bench.settled[0].terminal, Finished)
-    assert list(bench.engine.rows) == ["b"]
+def test_a_cancel_that_arrives_before_its_job() -> None:
+    """The job ends as cancelled when it arrives; other jobs are not affected."""
+    harness = LoopHarness()
+    harness.run(admit("b", max_tokens=99), Abort("a", AbortReason.CANCELLED), admit("a"), times=3)
+    assert [s.job_id for s in harness.job_ends] == ["a"]
+    assert isinstance(harness.job_ends[0].terminal, Finished)
+    assert list(harness.engine.sequences) == ["b"]
 
 
 def test_early_aborts_are_bounded() -> None:
-    """Of the aborts for jobs that never come, the oldest are forgotten."""
-    bench = Bench()
-    bench.turn(*(Abort(f"{i}", AbortReason.CANCELLED) for i in range(MAX_EARLY_ABORTS + 5)))
-    assert len(bench.loop._early) == MAX_EARLY_ABORTS
-    bench.turn(admit(f"{MAX_EARLY_ABORTS + 4}"), admit("4", max_tokens=99), times=3)
-    assert [s.job_id for s in bench.settled] == [f"{MAX_EARLY_ABORTS + 4}"]
+    """Of the aborts of jobs that never arrive, the oldest are dropped."""
+    harness = LoopHarness()
+    harness.run(*(Abort(f"{i}", AbortReason.CANCELLED) for i in range(MAX_EARLY_ABORTS + 5)))
+    assert len(harness.loop._early_aborts) == MAX_EARLY_ABORTS
+    harness.run(admit(f"{MAX_EARLY_ABORTS + 4}"), admit("4", max_tokens=99), times=3)
+    assert [s.job_id for s in harness.job_ends] == [f"{MAX_EARLY_ABORTS + 4}"]
 
 
-def test_a_lost_lease_is_seen_in_the_answer() -> None:
-    """A row that the journal refuses is given up, settled as fenced, and nothing more of it is sent."""
-    bench = Bench()
-    bench.turn(admit("a", max_tokens=99), admit("b", max_tokens=99), times=3)
-    bench.journal.refused.add("a-1")
-    before = len(bench.journal.entries["a"])
-    bench.turn(times=4)
-    assert [(s.job_id, s.outcome, s.terminal) for s in bench.settled] == [("a", Outcome.FENCED, None)]
-    assert len(bench.journal.entries["a"]) <= before + 1
-    assert list(bench.engine.rows) == ["b"]
+def test_a_refused_execution_is_fenced() -> None:
+    """A sequence whose entries the journal refuses is removed, ends as fenced, and sends nothing more."""
+    harness = LoopHarness()
+    harness.run(admit("a", max_tokens=99), admit("b", max_tokens=99), times=3)
+    harness.journal.refused.add("a-1")
+    before = len(harness.journal.entries["a"])
+    harness.run(times=4)
+    assert [(s.job_id, s.outcome, s.terminal) for s in harness.job_ends] == [("a", Outcome.FENCED, None)]
+    assert len(harness.journal.entries["a"]) <= before + 1
+    assert list(harness.engine.sequences) == ["b"]
 
 
-def test_a_refused_end_is_no_end() -> None:
-    """If the last token is refused, another worker has the job: ours is settled as fenced, not as finished."""
-    bench = Bench()
-    bench.journal.refused.add("a-1")
-    bench.turn(admit("a", max_tokens=1))
-    bench.turn_until(lambda: bool(bench.settled))
-    assert [(s.outcome, s.terminal) for s in bench.settled] == [(Outcome.FENCED, None)]
+def test_a_refused_terminal_event_is_fenced() -> None:
+    """If the terminal event is refused, another worker owns the job: it ends here as fenced, not as finished."""
+    harness = LoopHarness()
+    harness.journal.refused.add("a-1")
+    harness.run(admit("a", max_tokens=1))
+    harness.run_until(lambda: bool(harness.job_ends))
+    assert [(s.outcome, s.terminal) for s in harness.job_ends] == [(Outcome.FENCED, None)]
 
 
-def test_a_job_that_comes_back_to_the_worker_that_lost_it() -> None:
-    """The old run is fenced, the new one goes on where the journal ends, and both are settled."""
-    bench = Bench()
-    bench.turn(admit("a", max_tokens=5), times=3)
-    bench.journal.refused.add("a-1")
-    bench.turn()
-    journal = bench.journal.events("a")
-    bench.turn(admit("a", "a-2", journal, max_tokens=5))
-    bench.turn_until(lambda: len(bench.settled) == 2)
-    assert {s.execution_id: s.outcome for s in bench.settled} == {
+def test_a_job_returns_to_the_worker_that_lost_its_lease() -> None:
+    """The old execution is fenced, the new one continues from the end of the journal, and both ends are reported."""
+    harness = LoopHarness()
+    harness.run(admit("a", max_tokens=5), times=3)
+    harness.journal.refused.add("a-1")
+    harness.run()
+    journal = harness.journal.events("a")
+    harness.run(admit("a", "a-2", journal, max_tokens=5))
+    harness.run_until(lambda: len(harness.job_ends) == 2)
+    assert {s.execution_id: s.outcome for s in harness.job_ends} == {
         "a-1": Outcome.FENCED,
         "a-2": Outcome.FINISHED,
     }
-    assert texts(bench, "a") == " 1 2 3 4 5"
+    assert texts(harness, "a") == " 1 2 3 4 5"
 
 
-def test_a_takeover_replays_what_was_held_back() -> None:
-    """The stop-string holdback of the worker before is rebuilt from token ids: the text goes on without a break."""
-    bench = Bench({"a": ["x st", "ill", " stop"]})
+def test_a_takeover_restores_held_back_text() -> None:
+    """Text that the previous worker held back for a stop string is restored by replaying its tokens; no text is lost."""
+    harness = LoopHarness({"a": ["x st", "ill", " stop"]})
     journal = [Delta(1, 1, "x ")]
-    bench.journal.entries["a"] = [None]  # type: ignore[list-item]  # written by another worker
-    bench.turn(admit("a", "a-2", journal, stop=["stop"], max_tokens=9))
-    bench.turn_until(lambda: bool(bench.settled))
-    events = [decode_event(row.event) for row in bench.journal.entries["a"][1:]]
+    harness.journal.entries["a"] = [None]  # type: ignore[list-item]  # written by another worker
+    harness.run(admit("a", "a-2", journal, stop=["stop"], max_tokens=9))
+    harness.run_until(lambda: bool(harness.job_ends))
+    events = [decode_event(entry.event) for entry in harness.journal.entries["a"][1:]]
     assert events == [Delta(2, 2, "still"), Delta(3, 3, " "), Finished(4, "stop", Usage(1, 3))]
 
 
@@ -210,175 +210,175 @@ def test_a_takeover_replays_what_was_held_back() -> None:
     ("terminal", "outcome"),
     [(Finished(2, "length", Usage(1, 1)), Outcome.FINISHED), (Failed(2, "no"), Outcome.FAILED)],
 )
-def test_a_journal_that_has_ended_only_needs_the_books(terminal: Any, outcome: Outcome) -> None:
-    """A worker died between the last token and RQ's books: nothing is generated or written again."""
-    bench = Bench()
-    bench.turn(admit("a", "a-2", [Delta(1, 1, " 1"), terminal]))
-    assert [(s.outcome, s.terminal) for s in bench.settled] == [(outcome, terminal)]
-    assert bench.journal.entries == {}
+def test_a_journal_with_a_terminal_event_only_reports_the_end(terminal: Any, outcome: Outcome) -> None:
+    """The previous worker died before RQ bookkeeping: nothing is generated or written again."""
+    harness = LoopHarness()
+    harness.run(admit("a", "a-2", [Delta(1, 1, " 1"), terminal]))
+    assert [(s.outcome, s.terminal) for s in harness.job_ends] == [(outcome, terminal)]
+    assert harness.journal.entries == {}
 
 
-def test_more_was_generated_than_there_is_room_for_here() -> None:
-    """A worker with less memory takes over an answer longer than its own context: it ends by its length, not as an error."""
-    bench = Bench()
-    bench.journal.entries["a"] = [None] * 4  # type: ignore[list-item]  # written by another worker
-    bench.turn(admit("a", "a-2", [Delta(n, n, f" {n}") for n in range(1, 5)], max_tokens=3))
-    bench.turn_until(lambda: bool(bench.settled))
-    assert decode_event(bench.journal.entries["a"][4].event) == Finished(5, "length", Usage(1, 4))
-    assert [s.outcome for s in bench.settled] == [Outcome.FINISHED]
-    assert bench.engine.num_sequences == 0
+def test_a_takeover_of_an_answer_longer_than_this_context() -> None:
+    """A worker with a shorter context takes over a longer answer: it finishes with `length`, not with an error."""
+    harness = LoopHarness()
+    harness.journal.entries["a"] = [None] * 4  # type: ignore[list-item]  # written by another worker
+    harness.run(admit("a", "a-2", [Delta(n, n, f" {n}") for n in range(1, 5)], max_tokens=3))
+    harness.run_until(lambda: bool(harness.job_ends))
+    assert decode_event(harness.journal.entries["a"][4].event) == Finished(5, "length", Usage(1, 4))
+    assert [s.outcome for s in harness.job_ends] == [Outcome.FINISHED]
+    assert harness.engine.num_sequences == 0
 
 
-def test_a_refused_request_fails_alone() -> None:
-    """What the engine says to one request is that request's error; whatever else it raises is a 500 without internals."""
-    bench = Bench()
-    bench.engine.refused = {"a": refusal("too long"), "b": KeyError("secret")}
-    bench.turn(admit("a"), admit("b"), admit("c"))
-    bench.turn_until(lambda: len(bench.settled) == 3)
-    assert bench.journal.events("a") == [Failed(1, "too long", 400, "invalid_request_error", "prompt")]
-    failed = bench.journal.events("b")[0]
+def test_a_job_that_the_engine_refuses_fails_alone() -> None:
+    """A `RequestError` from the engine is the client's error; any other exception is a 500 without internals."""
+    harness = LoopHarness()
+    harness.engine.refused = {"a": refusal("too long"), "b": KeyError("secret")}
+    harness.run(admit("a"), admit("b"), admit("c"))
+    harness.run_until(lambda: len(harness.job_ends) == 3)
+    assert harness.journal.events("a") == [Failed(1, "too long", 400, "invalid_request_error", "prompt")]
+    failed = harness.journal.events("b")[0]
     assert isinstance(failed, Failed)
     assert failed.status == 500
     assert "secret" not in failed.message
-    assert texts(bench, "c") == " 1 2 3"
+    assert texts(harness, "c") == " 1 2 3"
 
 
-def test_a_step_that_raises_sends_its_rows_back() -> None:
-    """Any of its rows may be the reason: none is told anything, each is tried again; a job that comes later is served."""
-    bench = Bench()
-    bench.turn(admit("a", max_tokens=9), admit("b", max_tokens=9), times=2)
-    bench.engine.step_error = RuntimeError("boom")
-    bench.turn()
-    assert [(s.job_id, s.outcome, s.terminal) for s in bench.settled] == [
+def test_a_failed_step_releases_all_its_sequences() -> None:
+    """Any sequence may be the cause: none gets an error, all are retried; a job that arrives later is served."""
+    harness = LoopHarness()
+    harness.run(admit("a", max_tokens=9), admit("b", max_tokens=9), times=2)
+    harness.engine.step_error = RuntimeError("boom")
+    harness.run()
+    assert [(s.job_id, s.outcome, s.terminal) for s in harness.job_ends] == [
         ("a", Outcome.CRASHED, None),
         ("b", Outcome.CRASHED, None),
     ]
-    bench.turn(admit("c"))
-    bench.turn_until(lambda: len(bench.settled) == 3)
-    assert bench.settled[2].outcome is Outcome.FINISHED
-    assert not any(isinstance(event, Failed) for event in bench.journal.events("a"))
+    harness.run(admit("c"))
+    harness.run_until(lambda: len(harness.job_ends) == 3)
+    assert harness.job_ends[2].outcome is Outcome.FINISHED
+    assert not any(isinstance(event, Failed) for event in harness.journal.events("a"))
 
 
-def test_a_row_that_fails_fails_alone() -> None:
-    """Its client gets one error without internals; its neighbour misses nothing."""
-    bench = Bench()
-    bench.turn(admit("a", max_tokens=9), admit("b", max_tokens=5), times=2)
-    bench.engine.row_error = ("a", ValueError("secret"))
-    bench.turn_until(lambda: len(bench.settled) == 2)
-    failed = bench.journal.events("a")[-1]
+def test_a_sequence_that_fails_fails_alone() -> None:
+    """Its client gets one error without internals; the other sequence loses nothing."""
+    harness = LoopHarness()
+    harness.run(admit("a", max_tokens=9), admit("b", max_tokens=5), times=2)
+    harness.engine.sequence_error = ("a", ValueError("secret"))
+    harness.run_until(lambda: len(harness.job_ends) == 2)
+    failed = harness.journal.events("a")[-1]
     assert isinstance(failed, Failed)
     assert failed.status == 500
     assert "secret" not in failed.message
-    assert texts(bench, "b") == " 1 2 3 4 5"
+    assert texts(harness, "b") == " 1 2 3 4 5"
 
 
-def test_what_has_no_room_waits() -> None:
-    """It starts when there is room, in its turn; it can be withdrawn meanwhile, with its own run only."""
-    bench = Bench()
-    bench.turn(admit("a", max_tokens=5))
-    bench.engine.is_full = True
-    bench.journal.entries["d"] = [None]  # type: ignore[list-item]  # written by another worker
-    bench.turn(admit("b"), admit("c"), admit("d", journal=[Delta(1, 1, " 1")]))
-    assert list(bench.engine.rows) == ["a"]
-    assert bench.loop.is_admission_blocked
-    bench.turn(Abort("b", AbortReason.FENCED, "another run"), Abort("d", AbortReason.CANCELLED), times=2)
-    assert bench.settled[0].terminal == Finished(2, "cancelled", Usage(1, 1))
-    bench.engine.is_full = False
-    bench.turn()
-    assert list(bench.engine.rows)[-2:] == ["b", "c"]
-    assert not bench.loop.is_admission_blocked
+def test_a_job_without_room_waits() -> None:
+    """It starts when there is room, in order of arrival; while it waits it can be aborted, by its own execution only."""
+    harness = LoopHarness()
+    harness.run(admit("a", max_tokens=5))
+    harness.engine.is_full = True
+    harness.journal.entries["d"] = [None]  # type: ignore[list-item]  # written by another worker
+    harness.run(admit("b"), admit("c"), admit("d", journal=[Delta(1, 1, " 1")]))
+    assert list(harness.engine.sequences) == ["a"]
+    assert harness.loop.is_admission_blocked
+    harness.run(Abort("b", AbortReason.FENCED, "another run"), Abort("d", AbortReason.CANCELLED), times=2)
+    assert harness.job_ends[0].terminal == Finished(2, "cancelled", Usage(1, 1))
+    harness.engine.is_full = False
+    harness.run()
+    assert list(harness.engine.sequences)[-2:] == ["b", "c"]
+    assert not harness.loop.is_admission_blocked
 
 
-def test_no_room_at_all_is_no_reason_to_wait() -> None:
-    """A job that is alone always starts: waiting for others would be for ever."""
-    bench = Bench()
-    bench.engine.is_full = True
-    bench.turn(admit("a"), admit("b"))
-    bench.turn_until(lambda: len(bench.settled) == 2)
-    assert [s.outcome for s in bench.settled] == [Outcome.FINISHED] * 2
+def test_a_single_job_always_starts() -> None:
+    """A job starts without room if nothing else runs: waiting would never end."""
+    harness = LoopHarness()
+    harness.engine.is_full = True
+    harness.run(admit("a"), admit("b"))
+    harness.run_until(lambda: len(harness.job_ends) == 2)
+    assert [s.outcome for s in harness.job_ends] == [Outcome.FINISHED] * 2
 
 
-def test_a_suspect_is_tried_alone() -> None:
-    """It waits until nobody is there whom it could harm; the others wait until it has a new token, then join."""
-    bench = Bench()
-    bench.turn(admit("a", max_tokens=2))
-    bench.turn(admit("b", is_poison_candidate=True, max_tokens=9), admit("c", max_tokens=9))
-    assert list(bench.engine.rows) == []
-    bench.engine.is_reading = True
-    bench.turn(times=3)
-    assert list(bench.engine.rows) == ["b"]
-    assert bench.loop.is_admission_blocked
-    bench.engine.is_reading = False
-    bench.turn(times=2)
-    assert list(bench.engine.rows) == ["b", "c"]
+def test_a_poison_candidate_runs_alone() -> None:
+    """It starts when nothing else runs; other jobs wait until it has produced a new token, then join."""
+    harness = LoopHarness()
+    harness.run(admit("a", max_tokens=2))
+    harness.run(admit("b", is_poison_candidate=True, max_tokens=9), admit("c", max_tokens=9))
+    assert list(harness.engine.sequences) == []
+    harness.engine.is_prefilling = True
+    harness.run(times=3)
+    assert list(harness.engine.sequences) == ["b"]
+    assert harness.loop.is_admission_blocked
+    harness.engine.is_prefilling = False
+    harness.run(times=2)
+    assert list(harness.engine.sequences) == ["b", "c"]
 
 
-@pytest.mark.parametrize("end", ["refused", "crashed", "withdrawn"])
-def test_a_suspect_that_ends_lets_others_start(end: str) -> None:
-    """Whatever becomes of it, whoever waited behind it is served."""
-    bench = Bench()
-    bench.engine.is_reading = end == "withdrawn"
+@pytest.mark.parametrize("end", ["refused", "crashed", "aborted"])
+def test_jobs_start_after_a_poison_candidate_ends(end: str) -> None:
+    """However it ends, the jobs that waited for it start."""
+    harness = LoopHarness()
+    harness.engine.is_prefilling = end == "aborted"
     if end == "refused":
-        bench.engine.refused["a"] = refusal()
+        harness.engine.refused["a"] = refusal()
     elif end == "crashed":
-        bench.engine.step_error = RuntimeError("boom")
-    bench.turn(admit("a", is_poison_candidate=True), admit("b"))
-    if end == "withdrawn":
-        bench.turn(Abort("a", AbortReason.CANCELLED))
-    bench.turn()
-    assert "b" in bench.engine.rows
+        harness.engine.step_error = RuntimeError("boom")
+    harness.run(admit("a", is_poison_candidate=True), admit("b"))
+    if end == "aborted":
+        harness.run(Abort("a", AbortReason.CANCELLED))
+    harness.run()
+    assert "b" in harness.engine.sequences
 
 
-def test_memory_that_runs_short() -> None:
-    """The youngest rows go back to the queue; the oldest stays, even if there is no room for it."""
-    bench = Bench()
-    bench.turn(*(admit(job_id, max_tokens=99) for job_id in "abc"))
-    bench.engine.max_rows = 1
-    bench.turn_until(lambda: len(bench.settled) == 2)
-    assert [(s.job_id, s.outcome) for s in bench.settled] == [
+def test_the_youngest_sequences_are_requeued_when_memory_is_short() -> None:
+    """The youngest sequences are requeued; the oldest one stays even if it exceeds the budget alone."""
+    harness = LoopHarness()
+    harness.run(*(admit(job_id, max_tokens=99) for job_id in "abc"))
+    harness.engine.max_sequences = 1
+    harness.run_until(lambda: len(harness.job_ends) == 2)
+    assert [(s.job_id, s.outcome) for s in harness.job_ends] == [
         ("c", Outcome.REQUEUED),
         ("b", Outcome.REQUEUED),
     ]
-    bench.engine.max_rows = 0
-    bench.turn(times=40)
-    assert list(bench.engine.rows) == ["a"]
+    harness.engine.max_sequences = 0
+    harness.run(times=40)
+    assert list(harness.engine.sequences) == ["a"]
 
 
-def test_the_clock_of_a_step() -> None:
-    """It runs while the engine steps and at no other time: the watchdog goes by it."""
-    bench = Bench()
+def test_step_began_at_is_set_during_a_step() -> None:
+    """It is set while the engine steps and None otherwise: the watchdog reads it."""
+    harness = LoopHarness()
     seen: list[float | None] = []
-    step = bench.engine.step
+    step = harness.engine.step
 
     def watched() -> Any:
-        seen.append(bench.loop.step_began_at)
+        seen.append(harness.loop.step_began_at)
         return step()
 
-    bench.engine.step = watched  # type: ignore[method-assign]
-    bench.now = 7.0
-    bench.turn(admit("a"))
+    harness.engine.step = watched  # type: ignore[method-assign]
+    harness.now = 7.0
+    harness.run(admit("a"))
     assert seen == [7.0]
-    assert bench.loop.step_began_at is None
+    assert harness.loop.step_began_at is None
 
 
-def test_jobs_that_nobody_listens_to_are_cancelled() -> None:
-    """An API process that has not listened for a while has died; only its jobs stop, and only after the grace period."""
-    bench = Bench()
-    bench.journal.num_listeners = 0
-    bench.turn(admit("a", max_tokens=999), times=3)
-    bench.now = 9.9
-    bench.turn(times=2)
-    assert bench.settled == []
-    bench.now = 10.1
-    bench.turn(times=2)
-    assert isinstance(bench.settled[0].terminal, Finished)
-    assert bench.settled[0].terminal.finish_reason == "cancelled"
+def test_jobs_without_subscribers_are_cancelled() -> None:
+    """A channel without subscribers means that its API process died; its jobs are cancelled after the grace period, not before."""
+    harness = LoopHarness()
+    harness.journal.num_listeners = 0
+    harness.run(admit("a", max_tokens=999), times=3)
+    harness.now = 9.9
+    harness.run(times=2)
+    assert harness.job_ends == []
+    harness.now = 10.1
+    harness.run(times=2)
+    assert isinstance(harness.job_ends[0].terminal, Finished)
+    assert harness.job_ends[0].terminal.finish_reason == "cancelled"
 
 
-def test_quit_lets_running_jobs_end() -> None:
-    """`Shutdown` returns from `run` when everything is written and settled."""
-    bench = Bench()
+def test_shutdown_waits_for_running_jobs() -> None:
+    """`run` returns after `Shutdown` once every event is journaled and every end reported."""
+    harness = LoopHarness()
     for message in (admit("a"), admit("b", max_tokens=5), Shutdown()):
-        bench.inbox.put(message)
-    bench.loop.run()
-    assert {s.job_id: s.outcome for s in bench.settled} == {"a": Outcome.FINISHED, "b": Outcome.FINISHED}
+        harness.inbox.put(message)
+    harness.loop.run()
+    assert {s.job_id: s.outcome for s in harness.job_ends} == {"a": Outcome.FINISHED, "b": Outcome.FINISHED}

