@@ -1,7 +1,7 @@
-"""JobEnd: what RQ's books say once a job has ended here, and its slot given back.
+"""Finalizer: brings RQ's bookkeeping up to date once a job has ended here, and frees its slot.
 
-One thread: RQ 3.0 has a single place for the job that was stopped on purpose, and each end takes a few round trips that
-the generation loop must not wait for. Writes the one line that is logged for each request.
+One thread, fed by the generation loop: each end takes a few round trips that the loop must not wait for, and RQ 3.0 has a
+single field for the job that was stopped on purpose. Logs the one INFO line of each request.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import redis
 from rq.exceptions import NoSuchJobError
@@ -18,10 +18,8 @@ from rq.executions import Execution
 
 from common.protocol import Failed, Finished
 from common.rq import JsonJob
+from worker.jobs.executions import Executions
 from worker.loop.messages import JobEnd, Outcome
-
-if TYPE_CHECKING:
-    from worker.jobs.batch_worker import BatchWorker
 
 log = logging.getLogger(__name__)
 
@@ -33,86 +31,85 @@ class Finalizer:
 
     Args:
         inbox: Ends of jobs; None ends the thread.
-        slots: Gets a permit back for each end.
-        given_up: Asked while Redis is away; True leaves the books to others.
+        slots: Receives a permit for each end.
+        stop_waiting: Called while Redis is away; True leaves the bookkeeping to other workers.
     """
 
     def __init__(
         self,
-        worker: BatchWorker,
+        executions: Executions,
         *,
         inbox: SimpleQueue[JobEnd | None],
         slots: SimpleQueue[None],
-        given_up: Callable[[], bool],
+        stop_waiting: Callable[[], bool],
     ) -> None:
-        self._worker = worker
+        self._executions = executions
         self._inbox = inbox
         self._slots = slots
-        self._given_up = given_up
+        self._stop_waiting = stop_waiting
 
     def run(self) -> None:
-        """Settle until None comes."""
+        """Finalize jobs until None arrives."""
         while (job_end := self._inbox.get()) is not None:
             try:
-                self._settle(job_end)
+                self._finalize(job_end)
             except Exception:
-                # RQ's books of one job are not worth the others' tokens: its lease runs out.
-                log.exception("job %s could not be settled", job_end.job_id)
-                self._worker.forget_execution(job_end.execution_id)
+                # Must not end the thread, and with it the other jobs: this one's lease runs out.
+                log.exception("job %s could not be finalized", job_end.job_id)
+                self._executions.forget(job_end.execution_id)
             self._slots.put(None)
             log_end(job_end)
 
-    def _settle(self, job_end: JobEnd) -> None:
-        """Write the books; while Redis is away, again and again. Each of these is one transaction."""
-        execution = self._worker.executions.get(job_end.execution_id)
+    def _finalize(self, job_end: JobEnd) -> None:
+        """Write RQ's bookkeeping, and try again while Redis is away. Each attempt writes all or nothing."""
+        execution = self._executions.get(job_end.execution_id)
         if execution is None:
             return
         while True:
             try:
                 self._write(job_end, execution)
             except (redis.ConnectionError, redis.TimeoutError) as error:
-                log.debug("job %s cannot be settled: %s", job_end.job_id, error)  # the heartbeat warns, once
-                if self._given_up():
+                log.debug("job %s cannot be finalized yet: %s", job_end.job_id, error)  # the heartbeat warns
+                if self._stop_waiting():
                     return
                 time.sleep(_RETRY_SECONDS)
             else:
-                self._worker.forget_execution(job_end.execution_id)
+                self._executions.forget(job_end.execution_id)
                 return
 
     def _write(self, job_end: JobEnd, execution: Execution) -> None:
-        """RQ's books for a job that ended here; may be called again after a lost connection.
+        """RQ's bookkeeping for a job that ended here; may be repeated after a lost connection.
 
-        1. Fenced: another worker has the job; only our own list forgets it.
-        2. The lease is gone: another worker has found, or will find, the job's end in its journal and write the books.
-           After a lost connection it may also be that we have written them.
-        3. The job is gone: somebody deleted it (`rq empty`, `Job.delete`); what is left of the execution goes too.
-        4. A step failed with it: its lease is given up, and the next heartbeat's takeover does as if its worker had died.
+        1. Fenced: another worker has the job; only this worker's own list changes.
+        2. The lease is gone: another worker finds the end in the journal and does the bookkeeping. Or, after a lost
+           connection, our previous attempt has done it.
+        3. The job was deleted (`rq empty`, `Job.delete`): its execution is removed too.
+        4. A step failed with it: its lease is ended, and the next takeover treats it as if its worker had died.
         5. Else RQ's own handling of a success or a failure, or back to the front of the queue.
 
         Raises:
             redis.ConnectionError: Redis is away; nothing or all of it was written.
         """
-        worker = self._worker
-        if job_end.outcome is Outcome.FENCED or not worker.connection.exists(execution.key):
-            worker.connection.srem(worker.executions_key, execution.composite_key)
+        executions = self._executions
+        if job_end.outcome is Outcome.FENCED or not executions.is_leased(execution):
+            executions.disown(execution)
             return
         if job_end.outcome is Outcome.CRASHED:
-            worker.connection.delete(execution.key)
-            worker.connection.srem(worker.executions_key, execution.composite_key)
+            executions.expire(execution)
             return
         try:
-            job = JsonJob.fetch(job_end.job_id, connection=worker.connection)
+            job = JsonJob.fetch(job_end.job_id, connection=executions.connection)
         except NoSuchJobError:
-            worker.drop_execution(JsonJob(job_end.job_id, connection=worker.connection), execution)
+            executions.drop(JsonJob(job_end.job_id, connection=executions.connection), execution)
             return
         match job_end.outcome:
             case Outcome.FINISHED:
-                worker.finish_job(job, execution, _result(job_end.terminal))
+                executions.finish(job, execution, _result(job_end.terminal))
             case Outcome.REQUEUED:
-                worker.requeue(job, execution)
+                executions.requeue(job, execution)
             case _:
                 reason = job_end.terminal.message if isinstance(job_end.terminal, Failed) else ""
-                worker.fail_job(job, execution, reason, stopped=job_end.outcome is Outcome.STOPPED)
+                executions.fail(job, execution, reason, is_stopped=job_end.outcome is Outcome.STOPPED)
 
 
 def _result(terminal: Finished | Failed | None) -> dict[str, Any]:
@@ -129,27 +126,29 @@ def _result(terminal: Finished | Failed | None) -> dict[str, Any]:
 
 
 _ENDED = {
-    Outcome.FINISHED: "finished before it began here",
-    Outcome.FAILED: "failed before it began here",
-    Outcome.STOPPED: "stopped before it began here",
-    Outcome.FENCED: "its lease was lost, and it goes on with another",
-    Outcome.REQUEUED: "handed over to another worker",
-    Outcome.CRASHED: "a step failed with it, it is tried again",
+    Outcome.FINISHED: "finished by an earlier worker",
+    Outcome.FAILED: "failed before it started here",
+    Outcome.STOPPED: "stopped before it started here",
+    Outcome.FENCED: "its lease was lost; another worker continues it",
+    Outcome.REQUEUED: "requeued for another worker",
+    Outcome.CRASHED: "a step failed with it in the batch; it is tried again",
 }
-"""How a job left that has no line of its own about tokens."""
+"""Log text of ends without token counts of their own."""
 
 
 def log_end(job_end: JobEnd) -> None:
-    """One INFO line a request that ended here; never its text."""
+    """Log one INFO line for a request that ended here; never its text."""
     sequence, terminal = job_end.sequence, job_end.terminal
     if sequence is None or job_end.outcome in (Outcome.FENCED, Outcome.REQUEUED, Outcome.CRASHED):
         reason = f" ({terminal.message})" if isinstance(terminal, Failed) else ""
         log.info("job %s: %s%s", job_end.job_id, _ENDED[job_end.outcome], reason)
         return
-    now = time.time()
-    first = sequence.first_token_at or now
+    now_at = time.time()
+    first_token_at = sequence.first_token_at or now_at
     tokens_per_second = (
-        (sequence.num_generated_here - 1) / (now - first) if sequence.num_generated_here > 1 else 0.0
+        (sequence.num_generated_here - 1) / (now_at - first_token_at)
+        if sequence.num_generated_here > 1
+        else 0.0
     )
     reason = (
         terminal.finish_reason
@@ -167,7 +166,7 @@ def log_end(job_end: JobEnd) -> None:
         sequence.insert_result.cached_tokens,
         sequence.num_tokens,
         max(0.0, sequence.admitted_at - sequence.job.submitted_at),
-        max(0.0, first - sequence.admitted_at),
+        max(0.0, first_token_at - sequence.admitted_at),
         tokens_per_second,
         reason,
     )

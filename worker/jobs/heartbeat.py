@@ -1,7 +1,7 @@
-"""Heartbeat: what a worker says of itself several times a lease, in one trip to Redis.
+"""Heartbeat: everything a worker renews several times per lease, in one round trip to Redis.
 
-Called by the worker's main thread. Renews RQ's worker entry, the lease of every execution, the journals' time to live and
-the model card; learns whether `rq suspend` is in force and which leases were lost.
+Called by the worker's main thread. Renews RQ's worker entry, the lease of each execution, the journals' time to live and the
+model card; reads whether `rq suspend` is in force and which leases were lost.
 """
 
 from __future__ import annotations
@@ -15,22 +15,15 @@ from rq.executions import Execution, ExecutionRegistry
 from common import names
 from common.protocol import ModelCard
 from common.rq import JsonJob
+from worker.jobs.executions import BACKSTOP_SECONDS, Executions
+from worker.jobs.registration import Registration
+from worker.loop.engine import ModelInfo
+from worker.loop.generation_loop import GenerationLoop
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
 
-    from worker.jobs.batch_worker import BatchWorker
-    from worker.loop.engine import ModelInfo
-    from worker.loop.generation_loop import GenerationLoop
-
-RQ_WORKER_TTL_SECONDS = 10
-"""How long `rq info` lists a worker that was killed."""
-
-BACKSTOP_SECONDS = 3600
-"""What RQ's registries believe an execution lives: so far away that stock cleaners, which go by local clocks, never
-declare one abandoned. The real lease is the time to live of the execution's key."""
-
-_LONGEST_RENEWAL_SECONDS = 600.0
+_MAX_RENEWAL_SECONDS = 600.0
 
 
 class Heartbeat:
@@ -38,110 +31,100 @@ class Heartbeat:
 
     Attributes:
         is_suspended: Whether `rq suspend` was in force at the last beat.
-        num_workers: How many workers the model had then, this one included.
+        num_workers: The model's workers at the last beat, this one included.
 
     Args:
-        lease_ms: How long a lease lasts without a beat.
-        live_ttl_seconds: What a job and its journal have to live while it goes on.
+        loop: Read for the counters of the model card.
+        live_ttl_seconds: Time to live of a job and its journal while it runs.
     """
 
     def __init__(
         self,
-        worker: BatchWorker,
+        registration: Registration,
+        executions: Executions,
         loop: GenerationLoop,
         info: ModelInfo,
         *,
-        lease_ms: int,
         live_ttl_seconds: int,
     ) -> None:
         self.is_suspended = False
         self.num_workers = 1
-        self._worker = worker
+        self._registration = registration
+        self._executions = executions
+        self._redis = executions.connection
+        self._queue = executions.queue
         self._loop = loop
         self._info = info
-        self._lease_ms = lease_ms
         self._live_ttl_seconds = live_ttl_seconds
-        self._renewal_seconds = min(_LONGEST_RENEWAL_SECONDS, live_ttl_seconds / 4)
-        self._books_renewed_at = time.monotonic()
+        self._renewal_seconds = min(_MAX_RENEWAL_SECONDS, live_ttl_seconds / 4)
+        self._renewed_mono = time.monotonic()
         self._created_at = int(time.time())
         self._rate = BusyRate()
 
     def beat(self, *, draining: bool) -> list[Execution]:
-        """Renew everything; a worker that drains shows no card, since it takes nothing more.
+        """Renew everything; a draining worker shows no card, since it takes no more jobs.
 
         Returns:
-            Executions whose lease was lost: they are another worker's now.
+            Executions whose lease was lost: other workers have their jobs.
 
         Raises:
             redis.RedisError: Redis is away; some of it may have been renewed.
         """
-        worker = self._worker
-        executions = list(worker.executions.values())
-        with worker.connection.pipeline(transaction=False) as pipe:
-            worker.heartbeat(RQ_WORKER_TTL_SECONDS, pipeline=pipe)
-            pipe.scard(f"{RQ_KEY_PREFIX}:workers:{worker.queue.name}")
+        executions = self._executions.held()
+        with self._redis.pipeline(transaction=False) as pipe:
+            self._registration.renew(pipe)
+            self._registration.count_workers(pipe)
             pipe.exists(f"{RQ_KEY_PREFIX}:suspended")
             num_before = len(pipe)
             for execution in executions:
-                # NOTE: never anything that creates the key: 0 means that the lease ran out, and it stays so.
-                pipe.pexpire(execution.key, self._lease_ms)
+                self._executions.renew(execution, pipe)
             if draining:
-                self.withdraw_card(pipe)
+                self.remove_card(pipe)
             else:
                 self._show_card(pipe)
             answers = pipe.execute()
-        if answers[0] == 1:  # HSET made RQ's hash anew: it had run out while we were away
-            self._register_again()
+        if answers[0] == 1:  # HSET created RQ's hash: it had expired while we were away
+            self._registration.restore()
         self.num_workers, self.is_suspended = int(answers[num_before - 2]), bool(answers[num_before - 1])
-        renewed = dict(zip(executions, answers[num_before : num_before + len(executions)], strict=True))
-        if time.monotonic() - self._books_renewed_at >= self._renewal_seconds:
-            self._renew_books([e for e in executions if renewed[e]])
-        return [e for e in executions if not renewed[e] and e.id in worker.executions]
+        is_renewed = dict(zip(executions, answers[num_before : num_before + len(executions)], strict=True))
+        if time.monotonic() - self._renewed_mono >= self._renewal_seconds:
+            self._renew_backstops([e for e in executions if is_renewed[e]])
+        return [e for e in executions if not is_renewed[e] and e in self._executions]
 
-    def withdraw_card(self, pipe: Pipeline) -> None:
+    def remove_card(self, pipe: Pipeline) -> None:
         """Record on `pipe` that this worker takes no more requests."""
-        pipe.delete(names.worker_card(self._worker.name))
-        pipe.zrem(names.WORKER_CARDS, self._worker.name)
+        pipe.delete(names.worker_card(self._registration.name))
+        pipe.zrem(names.WORKER_CARDS, self._registration.name)
 
-    def _register_again(self) -> None:
-        worker = self._worker
-        with worker.connection.pipeline() as pipe:
-            pipe.hset(worker.key, mapping=worker.serialize() | {"state": worker.get_state()})
-            pipe.expire(worker.key, RQ_WORKER_TTL_SECONDS)
-            pipe.sadd(worker.redis_workers_keys, worker.key)
-            pipe.sadd(f"{RQ_KEY_PREFIX}:workers:{worker.queue.name}", worker.key)
-            pipe.execute()
-
-    def _renew_books(self, executions: list[Execution]) -> None:
-        """What lives long without a worker: the backstops, the journals and the jobs, of executions that are ours."""
-        registry = self._worker.queue.started_job_registry
-        with self._worker.connection.pipeline(transaction=False) as pipe:
+    def _renew_backstops(self, executions: list[Execution]) -> None:
+        """Renew what outlives a worker by far: RQ's entries, the journals and the jobs of executions that are ours."""
+        registry = self._queue.started_job_registry
+        with self._redis.pipeline(transaction=False) as pipe:
             for execution in executions:
                 registry.add_execution(execution, pipeline=pipe, ttl=BACKSTOP_SECONDS, xx=True)
-                of_job = ExecutionRegistry(job_id=execution.job_id, connection=self._worker.connection)
-                of_job.add(execution=execution, ttl=BACKSTOP_SECONDS, pipeline=pipe, xx=True)
+                job_executions = ExecutionRegistry(job_id=execution.job_id, connection=self._redis)
+                job_executions.add(execution=execution, ttl=BACKSTOP_SECONDS, pipeline=pipe, xx=True)
                 pipe.expire(names.journal(execution.job_id), self._live_ttl_seconds)
                 pipe.expire(JsonJob.key_for(execution.job_id), self._live_ttl_seconds)
             pipe.execute()
-        self._books_renewed_at = time.monotonic()
+        self._renewed_mono = time.monotonic()
 
     def _show_card(self, pipe: Pipeline) -> None:
-        name, model, unix_now = self._worker.name, self._worker.queue.name, time.time()
+        name, model, now_at = self._registration.name, self._queue.name, time.time()
         pipe.hset(names.worker_card(name), mapping=self._card().to_hash())
         pipe.expire(names.worker_card(name), names.CARD_SECONDS)
-        # RQ lists a queue from its first job on, and `rq info` only the workers of queues that are listed.
-        pipe.sadd(self._worker.queue.redis_queues_keys, self._worker.queue.key)
-        pipe.zadd(names.WORKER_CARDS, {name: unix_now})
-        pipe.zremrangebyscore(names.WORKER_CARDS, 0, unix_now - names.CARD_NAME_SECONDS)
-        pipe.zadd(names.KNOWN_MODELS, {model: unix_now})
-        pipe.zremrangebyscore(names.KNOWN_MODELS, 0, unix_now - names.KNOWN_MODEL_SECONDS)
+        self._registration.list_queue(pipe)
+        pipe.zadd(names.WORKER_CARDS, {name: now_at})
+        pipe.zremrangebyscore(names.WORKER_CARDS, 0, now_at - names.CARD_NAME_SECONDS)
+        pipe.zadd(names.KNOWN_MODELS, {model: now_at})
+        pipe.zremrangebyscore(names.KNOWN_MODELS, 0, now_at - names.KNOWN_MODEL_SECONDS)
 
     def _card(self) -> ModelCard:
-        num_executions = len(self._worker.executions)
-        self._rate.look(time.monotonic(), self._loop.num_tokens, is_busy=num_executions > 0)
+        num_executions = len(self._executions)
+        self._rate.observe(time.monotonic(), self._loop.num_tokens, is_busy=num_executions > 0)
         return ModelCard(
-            id=self._worker.queue.name,
-            worker=self._worker.name,
+            id=self._queue.name,
+            worker=self._registration.name,
             created=self._created_at,
             context_length=self._info.context_length,
             vocab_size=self._info.vocab_size,
@@ -157,10 +140,10 @@ class Heartbeat:
 
 
 class BusyRate:
-    """Tokens per second while there was something to do; what is idle says nothing of how fast it could be.
+    """Tokens per second while requests were running: an idle worker's rate says nothing about its speed.
 
     Attributes:
-        per_second: Smoothed over some seconds; 0: not known.
+        per_second: Smoothed over some seconds; 0: unknown.
     """
 
     MIN_SECONDS = 1.0
@@ -168,16 +151,20 @@ class BusyRate:
 
     def __init__(self) -> None:
         self.per_second = 0.0
-        self._since: tuple[float, int] | None = None  # when, and tokens by then
+        self._last: tuple[float, int] | None = None  # monotonic seconds, and tokens by then
 
-    def look(self, now: float, num_tokens: int, *, is_busy: bool) -> None:
-        """Once a heartbeat; `now` in monotonic seconds."""
-        if self._since is None or not is_busy:
-            self._since = (now, num_tokens) if is_busy else None
+    def observe(self, now_mono: float, num_tokens: int, *, is_busy: bool) -> None:
+        """Called once a heartbeat.
+
+        Args:
+            num_tokens: Generated so far, in total.
+        """
+        if self._last is None or not is_busy:
+            self._last = (now_mono, num_tokens) if is_busy else None
             return
-        at, num_before = self._since
-        if now - at < self.MIN_SECONDS:
+        last_mono, num_before = self._last
+        if now_mono - last_mono < self.MIN_SECONDS:
             return
-        rate = (num_tokens - num_before) / (now - at)
+        rate = (num_tokens - num_before) / (now_mono - last_mono)
         self.per_second += (rate - self.per_second) * (self.NEW_SHARE if self.per_second else 1.0)
-        self._since = (now, num_tokens)
+        self._last = (now_mono, num_tokens)

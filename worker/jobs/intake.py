@@ -21,13 +21,12 @@ from common import names
 from common.errors import RequestError
 from common.protocol import Event, GenerationJob
 from common.rq import ForeignJobError, JsonJob, JsonQueue
+from worker.jobs.executions import Executions
 from worker.jobs.records import read_crash_count, read_journal, restored
 from worker.loop.messages import Admit
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
-
-    from worker.jobs.batch_worker import BatchWorker
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +112,7 @@ class Intake:
 
     def __init__(
         self,
-        worker: BatchWorker,
+        executions: Executions,
         *,
         slots: SimpleQueue[None],
         encode: Callable[[GenerationJob], list[int]],
@@ -122,9 +121,9 @@ class Intake:
         holding_off: Callable[[], bool],
         num_workers: Callable[[], int],
     ) -> None:
-        self._worker = worker
-        self._queue: JsonQueue = worker.queue
-        self._redis: redis.Redis = worker.connection
+        self._executions = executions
+        self._queue: JsonQueue = executions.queue
+        self._redis: redis.Redis = executions.connection
         self._slots = slots
         self._encode = encode
         self._admit = admit
@@ -267,7 +266,7 @@ class Intake:
             except Exception:
                 # Registered or not, nobody knows: without renewals their leases run out, and the jobs go on elsewhere.
                 for registered in taken:
-                    self._worker.forget_execution(registered.execution.id)
+                    self._executions.forget(registered.execution.id)
                 raise
         lost = {each.raw_id for each, count in zip(found, removed, strict=True) if count == 0}
         num_used = self._hand_on(taken, lost)
@@ -297,13 +296,13 @@ class Intake:
             return []
         job = restored(job_id, found.fields, self._redis)
         request, journal = job.request(), read_journal(found.entries)
-        execution = self._worker.start_execution(job, pipe)
+        execution = self._executions.start(job, pipe)
         return [Taken(found.raw_id, job, execution, request, journal, found.is_poison_candidate)]
 
     def _fail(self, job_id: str, reason: str) -> None:
         """In RQ's books, if RQ can make sense of the job; else there is nothing to be written."""
         try:
-            self._worker.fail_job(JsonJob.fetch(job_id, connection=self._redis), None, reason)
+            self._executions.fail(JsonJob.fetch(job_id, connection=self._redis), None, reason)
         except Exception as error:  # noqa: BLE001 (as many kinds as there are ways to be no job)
             log.warning("job %s cannot be failed either: %s", job_id, error)
 
@@ -324,10 +323,10 @@ class Intake:
 
     def _drop(self, taken: Taken) -> None:
         try:
-            self._worker.drop_execution(taken.job, taken.execution)
+            self._executions.drop(taken.job, taken.execution)
         except redis.RedisError as error:
             log.warning("job %s is another worker's, but stands in our books: %s", taken.job.id, error)
-            self._worker.forget_execution(taken.execution.id)  # until its lease runs out
+            self._executions.forget(taken.execution.id)  # until its lease runs out
 
     def _encoded(self, request: GenerationJob) -> list[int] | RequestError:
         try:

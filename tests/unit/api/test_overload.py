@@ -67,13 +67,13 @@ def test_retry_after(speed: dict[str, float], seconds: float) -> None:
 def test_rate_while_busy() -> None:
     """Idle time does not count, one odd second changes little, and a beat that comes early waits for a longer look."""
     rate = BusyRate()
-    rate.look(0.0, 0, is_busy=True)
-    rate.look(0.5, 500, is_busy=True)
+    rate.observe(0.0, 0, is_busy=True)
+    rate.observe(0.5, 500, is_busy=True)
     assert rate.per_second == 0.0
-    rate.look(2.0, 2000, is_busy=True)
+    rate.observe(2.0, 2000, is_busy=True)
     assert rate.per_second == 1000.0
-    rate.look(100.0, 2000, is_busy=False)
-    rate.look(200.0, 2000, is_busy=True)
+    rate.observe(100.0, 2000, is_busy=False)
+    rate.observe(200.0, 2000, is_busy=True)
     assert rate.per_second == 1000.0
-    rate.look(201.0, 2000, is_busy=True)
+    rate.observe(201.0, 2000, is_busy=True)
     assert rate.per_second == 700.0
