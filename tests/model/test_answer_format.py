@@ -17,9 +17,9 @@ from common.errors import RequestError
 from common.protocol import ChatPrompt, GenerationJob, Reasoning, ToolArguments, ToolCall, ToolUse
 from worker.mlx import model as mlx_model
 from worker.text import answer_format, answer_parser, prompts
-from worker.text.answer_format import CallForm, ModelFormat
+from worker.text.answer_format import CallFormat, ModelFormat
 from worker.text.answer_parser import AnswerParser
-from worker.text.chat_template import CallStyle
+from worker.text.chat_template import ToolMessageStyle
 from worker.text.detokenizer import TokenBytes
 
 TOOL = {
@@ -188,8 +188,8 @@ def weather(index: int = 0, arguments: str = '{"city": "Bern"}') -> list[Any]:
 def test_qwen(make: Make) -> None:
     """Its own format is the universal one; thinking is a marker away, and can be switched off."""
     model = make(QWEN)
-    assert model.format.template.is_universal
-    assert answer_format.choose_call_form(job(), model.format) is CallForm.OWN
+    assert model.format.template.uses_hermes_calls
+    assert answer_format.choose_call_format(job(), model.format) is CallFormat.NATIVE
     assert "Says how the weather is." in model.prompt(job())
     assert "<|im_start|>system" not in model.prompt(job(tools=False))
     text = '<think>\nWeather, so.\n</think>\n\nLet me see.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Bern"}}\n</tool_call>\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich 🌧"}}\n</tool_call>'
@@ -209,7 +209,7 @@ def test_qwen(make: Make) -> None:
 def test_qwens_history(make: Make) -> None:
     """Calls and results go through the template, which knows them."""
     model = make(QWEN)
-    assert model.format.template.calls is CallStyle.OBJECTS
+    assert model.format.template.calls is ToolMessageStyle.OBJECTS
     text = model.prompt(job(HISTORY))
     assert '{"name": "get_weather", "arguments": {"city": "Bern"}}' in text
     assert "<tool_response>sunny</tool_response>" in text
@@ -228,9 +228,9 @@ def test_a_model_that_always_thinks(make: Make) -> None:
 def test_mistral(make: Make) -> None:
     """No end marker; ids have nine characters; there is no system role."""
     model = make(MISTRAL)
-    assert model.format.template.calls is CallStyle.SHORT_IDS
+    assert model.format.template.calls is ToolMessageStyle.SHORT_IDS
     assert not model.format.template.renders_system
-    assert answer_format.choose_call_form(job(), model.format) is CallForm.OWN
+    assert answer_format.choose_call_format(job(), model.format) is CallFormat.NATIVE
     assert "[AVAILABLE_TOOLS]" in model.prompt(job())
     assert (
         model.read(job(), '[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "Bern"}}]') == weather()
@@ -259,7 +259,7 @@ def test_mistral_when_a_call_is_required(make: Make) -> None:
 def test_pythonic(make: Make) -> None:
     """Calls are written as Python's (LFM 2), several in one pair of markers."""
     model = make(PYTHONIC)
-    assert answer_format.choose_call_form(job(), model.format) is CallForm.OWN
+    assert answer_format.choose_call_format(job(), model.format) is CallFormat.NATIVE
     text = '<|tool_call_start|>[get_weather(city="Bern"), get_weather(city="Thun", days=2)]<|tool_call_end|>Wait.'
     assert model.read(job(), text) == [*weather(), *weather(1, '{"city": "Thun", "days": 2}'), "Wait."]
     assert model.read(job(is_parallel=False), text) == weather()
@@ -269,7 +269,7 @@ def test_pythonic(make: Make) -> None:
 def test_a_template_without_functions(make: Make) -> None:
     """It is told in a system message of ours, beside the conversation's own; calls and results become text."""
     model = make(CHATML, ["<|im_start|>", "<|im_end|>"])
-    assert answer_format.choose_call_form(job(), model.format) is CallForm.UNIVERSAL
+    assert answer_format.choose_call_format(job(), model.format) is CallFormat.HERMES
     assert model.format.template.calls is None
     text = model.prompt(
         job([{"role": "system", "content": "Be kind."}, *HISTORY, {"role": "user", "content": "Thanks."}])
@@ -301,7 +301,7 @@ def test_the_instructions_say_what_is_wanted(make: Make) -> None:
 def test_deepseek(make: Make) -> None:
     """Its template puts arguments behind a string: they are JSON text for it."""
     model = make(DEEPSEEK)
-    assert model.format.template.calls is CallStyle.STRINGS
+    assert model.format.template.calls is ToolMessageStyle.STRINGS
     assert '<|call|>get_weather {"city": "Bern"}' in model.prompt(job(HISTORY, tools=False))
     call = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Be'}}
     cut = [
@@ -391,9 +391,9 @@ ARG_KEYS = (
 def test_every_format_of_mlx_lm(make: Make, parser: str, text: str) -> None:
     """A call in each model's own writing, behind text and before some, beside one that no parser can read."""
     model = make("{{ tools | tojson }}" + CHATML, parser=parser)
-    assert answer_format.choose_call_form(job(), model.format) is CallForm.OWN
+    assert answer_format.choose_call_format(job(), model.format) is CallFormat.NATIVE
     # Its parser may take JSON as well, but its template does not ask for it.
-    assert not model.format.template.is_universal
+    assert not model.format.template.uses_hermes_calls
     both = '{"city": "Bern", "days": 2}'
     assert model.read(job(), f"Look. {text} Wait.") == ["Look. ", *weather(0, both), "Wait."]
     unknown = text.replace("get_weather", "get_lost")

@@ -1,6 +1,7 @@
-"""How a model's answers are to be read: what thinking and calls look like in them, and which form calls take for a job.
+"""The format of a model's answers: the markers of reasoning and tool calls, and the format of the calls in a job's answer.
 
-`ModelFormat` is found out once, from mlx-lm's tokenizer; `choose` decides for each job. Knows nothing of MLX.
+`detect_format` reads a `ModelFormat` from mlx-lm's tokenizer, once, when the model is loaded; the other functions decide for each
+job. Used by the engine, `prompts` and `answer_parser`. Independent of MLX.
 """
 
 from __future__ import annotations
@@ -23,36 +24,36 @@ from worker.text.tool_calls import ParseCall
 NORMAL = "normal"
 REASONING = "reasoning"
 TOOL = "tool"
-"""States of mlx-lm's `make_text_state_machine` (0.32). The text of any other one, such as a header's, is dropped."""
+"""States of mlx-lm's `make_text_state_machine` (0.32). Text in any other state, such as a header's, is dropped."""
 
 Transitions = Mapping[str, list[tuple[str, str | None]]]
-"""By state: the markers that end it and the state behind each; None: the answer ends."""
+"""By state: the markers that end it, each with the state that follows; None: the answer ends."""
 
 
-NUM_LAST_TOKENS = 16
-"""Of a prompt: enough for what opens thinking, and white space behind it."""
+NUM_PROMPT_END_TOKENS = 16
+"""How many of a prompt's last tokens are searched for the marker that opens reasoning, and white space after it."""
 
 
-class CallForm(Enum):
-    """How calls are written in an answer."""
+class CallFormat(Enum):
+    """How the tool calls in an answer are written."""
 
-    NONE = "there are none"
-    OWN = "the model's own format"
-    UNIVERSAL = "<tool_call>{...}</tool_call>, which a grammar makes sure of"
+    NONE = "no calls"
+    NATIVE = "the model's own format"
+    HERMES = "<tool_call>{...}</tool_call>, enforced by a grammar"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFormat:
-    """What is known of a model.
+    """What was detected about a model.
 
     Attributes:
-        transitions: Without those to calls.
-        initial_state: Where an answer begins, unless thinking is open in its prompt.
-        think_start: What opens thinking.
-        call_starts: By state: the markers that begin a call in the model's own format.
-        call_ends: Those that end it, with the state behind each; none: the end of the answer does.
-        parse_call: None: the model has no format of its own.
-        template: What its template knows.
+        transitions: Without the transitions to tool calls.
+        initial_state: The state in which an answer begins, unless its prompt opens reasoning.
+        think_start: The marker that opens reasoning; None: the model does not reason.
+        call_starts: By state: the markers that begin a call in the native format.
+        call_ends: The markers that end a native call, each with the state that follows; empty: the end of the answer ends it.
+        parse_call: mlx-lm's parser of the native format; None: the model has no native format.
+        template: What its chat template supports.
     """
 
     transitions: Transitions = field(default_factory=dict)
@@ -64,13 +65,13 @@ class ModelFormat:
     template: TemplateSupport = field(default_factory=TemplateSupport)
 
     @property
-    def has_own_calls(self) -> bool:
-        """Whether the model was made to call functions: it has a format for it, and its template tells it of them."""
+    def has_native_calls(self) -> bool:
+        """Whether the model was trained to call functions: it has a format for calls, and its template describes the tools."""
         return self.parse_call is not None and self.template.renders_tools
 
 
 def detect_format(tokenizer: Any) -> ModelFormat:
-    """What mlx-lm's `TokenizerWrapper` says; the facts are those of `make_text_state_machine` (mlx-lm 0.32)."""
+    """Read the format from mlx-lm's `TokenizerWrapper`, as `make_text_state_machine` does (mlx-lm 0.32)."""
     response: dict[str, list[tuple[str, str | None]]] = tokenizer.response_transitions
     transitions: dict[str, list[tuple[str, str | None]]] = {}
     starts: dict[str, list[str]] = {}
@@ -94,7 +95,7 @@ def detect_format(tokenizer: Any) -> ModelFormat:
         )
     if not starts:
         starts[NORMAL] = [tokenizer.tool_call_start]
-    if tokenizer.has_thinking:  # some models call without closing their thoughts
+    if tokenizer.has_thinking:  # some models call a function without closing their reasoning
         starts.setdefault(REASONING, []).append(tokenizer.tool_call_start)
     ends = [(tokenizer.tool_call_end, NORMAL)] if tokenizer.tool_call_end else []
     return ModelFormat(
@@ -108,82 +109,88 @@ def detect_format(tokenizer: Any) -> ModelFormat:
     )
 
 
-def choose_call_form(job: GenerationJob, model: ModelFormat) -> CallForm:
-    """The form of the calls in a job's answer.
+def choose_call_format(job: GenerationJob, model_format: ModelFormat) -> CallFormat:
+    """Choose the format of the tool calls in a job's answer.
 
-    1. No functions, or no chat: none. What looks like a call is text.
-    2. A call is required, or a function named: universal; a grammar makes sure of it.
-    3. A function has `strict: true`, or the answer has to match a response format beside the tools: universal; the
-       grammar of either takes in the calls.
-    4. The model has no format of its own, or its template does not tell it of functions: universal; our instructions
-       say how to call.
-    5. Else the model's own, which it was trained on.
+    1. No tools, or not a chat: none. Text that looks like a call is content.
+    2. A call is required, or a function is named: Hermes, enforced by a grammar.
+    3. A function has `strict: true`, or the answer must also match a response format: Hermes, as part of the grammar.
+    4. The model has no native format, or its template does not describe the tools: Hermes, explained by our instructions.
+    5. Otherwise the native format, which the model was trained on.
     """
     use = job.tool_use
     if use is None or not use.tools or not isinstance(job.prompt, ChatPrompt):
-        return CallForm.NONE
+        return CallFormat.NONE
     if use.is_required or use.function is not None:
-        return CallForm.UNIVERSAL
+        return CallFormat.HERMES
     if job.grammar is not None or any(tool["function"].get("strict") for tool in use.tools):
-        return CallForm.UNIVERSAL
-    return CallForm.OWN if model.has_own_calls else CallForm.UNIVERSAL
+        return CallFormat.HERMES
+    return CallFormat.NATIVE if model_format.has_native_calls else CallFormat.HERMES
 
 
-def is_told_by_template(form: CallForm, model: ModelFormat) -> bool:
-    """Whether the model's own template says what functions there are and how to call them: it says its own format."""
-    return form is CallForm.OWN or (
-        form is CallForm.UNIVERSAL and model.template.is_universal and model.has_own_calls
+def template_describes_tools(call_format: CallFormat, model_format: ModelFormat) -> bool:
+    """Whether the model's own template describes the tools, and how to call them in this format."""
+    return call_format is CallFormat.NATIVE or (
+        call_format is CallFormat.HERMES
+        and model_format.template.uses_hermes_calls
+        and model_format.has_native_calls
     )
 
 
-def is_thinking_open(end: str, model: ModelFormat) -> bool:
-    """Whether a prompt opens thinking, so that the answer goes on with it.
+def is_reasoning_open(prompt_end: str, model_format: ModelFormat) -> bool:
+    """Whether a prompt ends with the marker that opens reasoning, so that the answer continues it.
 
-    Not as mlx-lm, which looks for the last marker anywhere: a user's message may hold one.
-
-    Args:
-        end: Of the prompt's text.
-    """
-    return model.think_start is not None and end.rstrip().endswith(model.think_start)
-
-
-def initial_state(job: GenerationJob, model: ModelFormat, end: str) -> str:
-    """Where an answer begins: in thinking that its prompt opened, in text that a grammar demands, or as the model likes it.
+    mlx-lm looks for the last marker anywhere in the prompt; but a user's message may contain one.
 
     Args:
-        end: Of the prompt's text.
+        prompt_end: The end of the prompt's text.
     """
-    if is_thinking_open(end, model):
+    return model_format.think_start is not None and prompt_end.rstrip().endswith(model_format.think_start)
+
+
+def initial_state(job: GenerationJob, model_format: ModelFormat, prompt_end: str) -> str:
+    """The state in which a job's answer begins.
+
+    Reasoning, if the prompt opens it; normal text, if a grammar demands it; otherwise the model's own initial state.
+
+    Args:
+        prompt_end: The end of the prompt's text.
+    """
+    if is_reasoning_open(prompt_end, model_format):
         return REASONING
-    is_demanded = job.grammar is not None or (job.tool_use is not None and job.tool_use.is_required)
-    return NORMAL if is_demanded else model.initial_state
+    is_constrained = job.grammar is not None or (job.tool_use is not None and job.tool_use.is_required)
+    return NORMAL if is_constrained else model_format.initial_state
 
 
-def transitions(form: CallForm, model: ModelFormat, state: str) -> Transitions:
-    """The model's transitions, with those to calls.
+def transitions_with_calls(call_format: CallFormat, model_format: ModelFormat, state: str) -> Transitions:
+    """The model's transitions, and those to tool calls in this format.
 
     Args:
-        state: Where the answer begins.
+        state: The state in which the answer begins.
     """
     starts: Mapping[str, list[str]] = {}
-    if form is CallForm.OWN:
-        starts = model.call_starts
-    elif form is CallForm.UNIVERSAL:
-        # In thoughts that the prompt opened there is no grammar yet, and a marker in them is but mentioned.
+    if call_format is CallFormat.NATIVE:
+        starts = model_format.call_starts
+    elif call_format is CallFormat.HERMES:
+        # The grammar is not in force in reasoning that the prompt opened: a marker there is only mentioned.
         states = {NORMAL, state, REASONING} if state != REASONING else {NORMAL}
-        starts = {each: [CALL_BEGIN] for each in states if each == NORMAL or each in model.transitions}
+        starts = {each: [CALL_BEGIN] for each in states if each == NORMAL or each in model_format.transitions}
     return {
-        state: [*model.transitions.get(state, []), *((marker, TOOL) for marker in starts.get(state, []))]
-        for state in {*model.transitions, *starts}
+        state: [
+            *model_format.transitions.get(state, []),
+            *((marker, TOOL) for marker in starts.get(state, [])),
+        ]
+        for state in {*model_format.transitions, *starts}
     }
 
 
-def answer_grammar(job: GenerationJob, model: ModelFormat) -> str | None:
-    """What the answer has to match, calls included. Where thinking is open in the prompt, it holds behind its end.
+def answer_grammar(job: GenerationJob, model_format: ModelFormat) -> str | None:
+    """The grammar of the answer, tool calls included; None: it is unconstrained.
 
-    A function whose schema is too much for a grammar gets an object as it likes, unless it is strict: that the API refuses.
+    If the prompt opens reasoning, the grammar applies to what follows it. A function whose schema is too complex for a grammar may be
+    called with any object, unless it is strict: the API refuses that.
     """
-    if choose_call_form(job, model) is not CallForm.UNIVERSAL or job.tool_use is None:
+    if choose_call_format(job, model_format) is not CallFormat.HERMES or job.tool_use is None:
         return job.grammar
     tools = [
         tool if function_schema.refusal(tool["function"]) is None else _with_any_arguments(tool)

@@ -1,7 +1,8 @@
-"""What a model's chat template knows of functions, found out by rendering a few messages with it.
+"""Detects what a model's chat template supports, by rendering a few messages with it: tools, tool calls, a system message.
 
-Done once, when the model is loaded; `worker.text.prompts` goes by it. Templates differ, and none says what it leaves out: a call
-or a result that it does not know is an error in some, and silently lost in others.
+`answer_format.detect_format` calls `probe_template` once, when the model is loaded; `prompts` and `answer_format` use the result. Templates
+do not declare what they support: a call or a tool result that one does not know is an error in some, and silently dropped by
+others. Independent of MLX.
 """
 
 from __future__ import annotations
@@ -20,39 +21,39 @@ _TOOL = "probe_tool"
 _SYSTEM = "probe_system"
 _CALL = {"name": "probe_call", "arguments": {"probe_key": "probe_value"}}
 _RESULT = "probe_result"
-_UNIVERSAL_CALL = re.compile(
+_HERMES_CALL = re.compile(
     r'<tool_call>\s*\{"name": ?"probe_call", ?"arguments": ?\{"probe_key": ?"probe_value"\}\}\s*</tool_call>'
 )
 _SHORT_ID_CHARACTERS = 9
 
 
-class CallStyle(Enum):
-    """How a template takes calls that were made before, and their results."""
+class ToolMessageStyle(Enum):
+    """How a template expects earlier calls and their results."""
 
     OBJECTS = "arguments are an object"
-    STRINGS = "arguments are JSON text"  # as DeepSeek's, which puts them behind a string
-    SHORT_IDS = "ids are nine letters or digits"  # as Mistral's, which raises otherwise
+    STRINGS = "arguments are JSON text"  # DeepSeek's template appends them to a string
+    SHORT_IDS = "ids are nine letters or digits"  # Mistral's template raises otherwise
 
 
 @dataclass(frozen=True, slots=True)
 class TemplateSupport:
-    """See the module.
+    """What a chat template supports.
 
     Attributes:
-        renders_tools: Whether the model is told of the functions that it is given.
-        calls: None: calls and results are not what the template knows.
-        renders_system: Whether it takes a system message.
-        is_universal: Whether it writes calls in the form that `worker.text.tool_messages` asks for.
+        renders_tools: Whether it describes the tools to the model.
+        tool_message_style: How it expects earlier calls and results; None: it does not support them.
+        renders_system: Whether it renders a system message.
+        uses_hermes_calls: Whether it renders calls in the Hermes format, as `worker.text.tool_messages` does.
     """
 
     renders_tools: bool = False
-    calls: CallStyle | None = None
+    tool_message_style: ToolMessageStyle | None = None
     renders_system: bool = True
-    is_universal: bool = False
+    uses_hermes_calls: bool = False
 
 
 def probe_template(tokenizer: Any) -> TemplateSupport:
-    """Find out about a tokenizer's template.
+    """Render messages with a tokenizer's template and see what comes out.
 
     Args:
         tokenizer: mlx-lm's `TokenizerWrapper`.
@@ -68,66 +69,69 @@ def probe_template(tokenizer: Any) -> TemplateSupport:
             "parameters": {"type": "object", "properties": {"probe_key": {"type": "string"}}},
         },
     }
-    renders_tools = _TOOL in _rendered(tokenizer, [hello], tools=[tool])
-    given = {"tools": [tool]} if renders_tools else {}
+    renders_tools = _TOOL in _render(tokenizer, [hello], tools=[tool])
+    arguments = {"tools": [tool]} if renders_tools else {}
     call = {"id": "call_0", "type": "function", "function": _CALL}
     history: Messages = [
         hello,
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": _RESULT, "tool_call_id": "call_0", "name": _CALL["name"]},
     ]
-    known = ("probe_call", "probe_key", "probe_value", _RESULT)
+    expected = ("probe_call", "probe_key", "probe_value", _RESULT)
     texts = {
-        style: _rendered(tokenizer, convert_tool_messages(history, style), **given) for style in CallStyle
+        style: _render(tokenizer, convert_tool_messages(history, style), **arguments)
+        for style in ToolMessageStyle
     }
-    calls = next((style for style, text in texts.items() if all(word in text for word in known)), None)
-    system = _rendered(tokenizer, [{"role": "system", "content": _SYSTEM}, hello])
+    call_style = next(
+        (style for style, text in texts.items() if all(word in text for word in expected)), None
+    )
+    system = _render(tokenizer, [{"role": "system", "content": _SYSTEM}, hello])
     return TemplateSupport(
         renders_tools,
-        calls,
+        call_style,
         _SYSTEM in system,
-        calls is not None and _UNIVERSAL_CALL.search(texts[calls]) is not None,
+        call_style is not None and _HERMES_CALL.search(texts[call_style]) is not None,
     )
 
 
-def _rendered(tokenizer: Any, messages: Messages, **arguments: Any) -> str:
-    """The text; empty where the template refuses."""
+def _render(tokenizer: Any, messages: Messages, **arguments: Any) -> str:
+    """The rendered text; empty if the template raises."""
     try:
         return str(
             tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **arguments)
         )
-    except Exception:  # noqa: BLE001 (templates raise whatever they trip over)
+    except Exception:  # noqa: BLE001 (templates raise any exception)
         return ""
 
 
-def convert_tool_messages(messages: Messages, style: CallStyle) -> Messages:
-    """Messages with calls and results as a template takes them."""
-    if style is CallStyle.OBJECTS:
+def convert_tool_messages(messages: Messages, style: ToolMessageStyle) -> Messages:
+    """Convert the calls and results in OpenAI's messages to the style that a template expects."""
+    if style is ToolMessageStyle.OBJECTS:
         return messages
-    if style is CallStyle.STRINGS:
-        return _with_calls(messages, _with_text_arguments, lambda call_id: call_id)
-    return _with_calls(messages, lambda call: call | {"id": _short_id(call.get("id", ""))}, _short_id)
+    if style is ToolMessageStyle.STRINGS:
+        return _map_calls(messages, _with_text_arguments, lambda call_id: call_id)
+    return _map_calls(messages, lambda call: call | {"id": _short_id(call.get("id", ""))}, _short_id)
 
 
-def _with_calls(
+def _map_calls(
     messages: Messages,
-    change_call: Callable[[dict[str, Any]], dict[str, Any]],
-    change_id: Callable[[str], str],
+    convert_call: Callable[[dict[str, Any]], dict[str, Any]],
+    convert_id: Callable[[str], str],
 ) -> Messages:
-    changed = []
+    converted = []
     for message in messages:
         new = dict(message)
         if message.get("tool_calls"):
-            new["tool_calls"] = [change_call(call) for call in message["tool_calls"]]
+            new["tool_calls"] = [convert_call(call) for call in message["tool_calls"]]
         if message.get("tool_call_id"):
-            new["tool_call_id"] = change_id(message["tool_call_id"])
-        changed.append(new)
-    return changed
+            new["tool_call_id"] = convert_id(message["tool_call_id"])
+        converted.append(new)
+    return converted
 
 
 def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
     function = call["function"]
-    arguments = function["arguments"]  # a text where they are no JSON object
+    arguments = function["arguments"]  # a string if they are not a JSON object
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return call | {"function": function | {"arguments": text}}
 

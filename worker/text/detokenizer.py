@@ -1,7 +1,7 @@
 """Token ids to text, one token at a time, for every kind of tokenizer that mlx-lm loads.
 
-Owns the bytes of each token (`TokenBytes`, built once a model) and the state of one row (`Detokenizer`). Never emits half
-a character; fed the same ids again, it gives the same text, which is what a takeover relies on. Knows nothing of MLX.
+Owns the bytes of each token (`TokenBytes`, one per model) and the state of one sequence (`Detokenizer`). Never emits an incomplete
+character. The same token ids always give the same text, on which a takeover relies. Independent of MLX.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ _SENTENCEPIECE_SPACE = "\u2581".encode()
 
 
 class Detokenizer(Protocol):
-    """The text of one row."""
+    """Converts the tokens of one sequence to text."""
 
     def add(self, token_id: int) -> str:
-        """Characters that this token made whole; may be empty."""
+        """Add a token; returns the characters that it completed, which may be none."""
 
     def flush(self) -> str:
-        """What is left at the end: the bytes of a character that never became whole, as U+FFFD."""
+        """Return the text that is held at the end: an incomplete character becomes U+FFFD."""
 
 
 class TokenBytes:
-    """What each token of a vocabulary stands for, in bytes.
+    """The bytes of each token of a vocabulary, by token id.
 
     Args:
-        tokenizer: mlx-lm's `TokenizerWrapper`. Its choice of streaming detokenizer says which family the vocabulary is
-            of: mlx-lm 0.32 reads it from the decoder section of `tokenizer.json`.
+        tokenizer: mlx-lm's `TokenizerWrapper`. mlx-lm 0.32 chooses its streaming detokenizer by the decoder section of `tokenizer.json`;
+            the family of the vocabulary follows from that choice.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -49,11 +49,11 @@ class TokenBytes:
         return self._table[token_id] if token_id < len(self._table) else b""
 
     def new_detokenizer(self, *, after_template: bool) -> Detokenizer:
-        """A fresh one for a row.
+        """Create the detokenizer of one sequence.
 
         Args:
-            after_template: The text follows a chat template: a vocabulary that starts each text with a space
-                (sentencepiece's dummy prefix) loses it there, and keeps it where a plain prompt goes on.
+            after_template: Whether the text follows a chat template. A vocabulary that starts each text with a space
+                (sentencepiece's dummy prefix) drops it there, and keeps it after a plain prompt.
         """
         if self._table is None:
             return _DecodingDetokenizer(self._streaming)
@@ -61,28 +61,28 @@ class TokenBytes:
 
 
 class _ByteDetokenizer:
-    """For vocabularies whose tokens are bytes: byte-level BPE and sentencepiece."""
+    """For vocabularies whose tokens are bytes: byte-level BPE and SentencePiece."""
 
     def __init__(self, token_bytes: TokenBytes, *, strip: bool) -> None:
         self._bytes = token_bytes
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self._strip = strip
+        self._strips = strip
 
     def add(self, token_id: int) -> str:
-        return self._stripped(self._decode(self._bytes[token_id]))
+        return self._strip_first_space(self._decode(self._bytes[token_id]))
 
     def flush(self) -> str:
-        return self._stripped(self._decode(b"", final=True))
+        return self._strip_first_space(self._decode(b"", final=True))
 
-    def _stripped(self, text: str) -> str:
-        if not self._strip or not text:
+    def _strip_first_space(self, text: str) -> str:
+        if not self._strips or not text:
             return text
-        self._strip = False
+        self._strips = False
         return text.removeprefix(" ")
 
 
 class _DecodingDetokenizer:
-    """For every other vocabulary: mlx-lm's detokenizer, which decodes the line so far again and again."""
+    """For every other vocabulary: mlx-lm's detokenizer, which decodes the current line again with each token."""
 
     def __init__(self, streaming: Any) -> None:
         self._streaming = copy.copy(streaming)  # building one costs tens of ms; its state is reset
@@ -98,9 +98,9 @@ class _DecodingDetokenizer:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The characters by which byte-level BPE writes bytes (Radford et al. 2019, GPT-2).
+    """The characters that represent bytes in byte-level BPE (Radford et al. 2019, GPT-2).
 
-    Printable Latin-1 characters stand for themselves, the 68 others for U+0100 and up, in order.
+    Printable Latin-1 characters represent themselves; the 68 other bytes are represented by U+0100 and up, in order.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]

@@ -1,6 +1,6 @@
-"""Filling a gap between a text and a suffix, for models that were trained to (Bavarian et al. 2022, fill in the middle).
+"""Fill in the middle: text between a prefix and a suffix, for models that were trained on it (Bavarian et al. 2022).
 
-Used by `prompts` and for the model card. Which tokens mark the parts is read from the vocabulary.
+Used by `prompts`, and for the model card's `can_fill`. The marker tokens are found in the vocabulary. Independent of MLX.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 
 class Markers(NamedTuple):
-    """Tokens before the text, before the suffix and before what fills the gap."""
+    """Token ids of the markers before the prefix, before the suffix, and before the generated middle."""
 
     prefix: int
     suffix: int
@@ -27,7 +27,7 @@ _KNOWN_MARKERS = (
 
 
 def find_markers(tokenizer: Any) -> Markers | None:
-    """The model's, or None for one that cannot fill gaps."""
+    """Find the markers in a tokenizer's vocabulary; None: the model was not trained to fill in the middle."""
     vocab = tokenizer.get_vocab()
     for names in _KNOWN_MARKERS:
         if all(name in vocab for name in names):
@@ -35,9 +35,9 @@ def find_markers(tokenizer: Any) -> Markers | None:
     return None
 
 
-def build_prompt(text: str, suffix: str, tokenizer: Any, found: Markers) -> list[int]:
-    """The prompt that asks for what is between `text` and `suffix`."""
+def build_prompt(prefix: str, suffix: str, tokenizer: Any, markers: Markers) -> list[int]:
+    """Token ids of the prompt that asks for the text between `prefix` and `suffix`."""
     start = [tokenizer.bos_token_id] if getattr(tokenizer, "add_bos_token", False) else []
-    before = tokenizer.encode(text, add_special_tokens=False)
+    before = tokenizer.encode(prefix, add_special_tokens=False)
     after = tokenizer.encode(suffix, add_special_tokens=False)
-    return [*start, found.prefix, *before, found.suffix, *after, found.middle]
+    return [*start, markers.prefix, *before, markers.suffix, *after, markers.middle]

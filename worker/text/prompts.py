@@ -1,7 +1,7 @@
-"""Prompts to token ids: the model's chat template, the role mapping of models without one, plain text.
+"""Prompts to token ids: chat templates, the role mapping of models without one, plain text, fill in the middle.
 
-Called by the engine when it takes a job; raises what the client is told. What a template does not know of functions,
-`worker.text.tool_messages` says in words. Knows nothing of MLX.
+`Engine.encode` calls `tokenize` on the intake thread; its errors go to the client. What a template does not support of tools,
+`worker.text.tool_messages` renders as text. Independent of MLX.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 from common.errors import RequestError, invalid
 from common.protocol import ChatPrompt, GenerationJob, TextPrompt, TokenPrompt
 from worker.text import answer_format, chat_template, fill_in_middle, tool_messages
-from worker.text.answer_format import CallForm, ModelFormat
+from worker.text.answer_format import CallFormat, ModelFormat
 from worker.text.chat_template import Messages
 
-# The mapping of mlx_lm.server 0.32, which its clients rely on.
+# As mlx_lm.server 0.32, whose clients rely on it.
 DEFAULT_ROLE_MAPPING: Mapping[str, str] = {
     "system": "ASSISTANT's RULE: ",
     "user": "USER: ",
@@ -25,32 +25,39 @@ DEFAULT_ROLE_MAPPING: Mapping[str, str] = {
 
 
 _FUNCTION_TEMPLATE_ARGUMENTS = ("enable_thinking", "thinking", "thinking_mode")
-"""Where mlx-lm brings the template as a function, it takes these; a Jinja template takes all."""
+"""The arguments of a template that mlx-lm implements as a function; a Jinja template accepts any."""
 
 
 def tokenize(
-    job: GenerationJob, tokenizer: Any, context_length: int, model: ModelFormat | None = None
+    job: GenerationJob, tokenizer: Any, context_length: int, model_format: ModelFormat | None = None
 ) -> list[int]:
-    """The job's prompt as token ids, at least one and fewer than the context.
+    """Tokenize a job's prompt.
 
     Args:
-        tokenizer: mlx-lm's `TokenizerWrapper`, or what looks like it.
-        model: What is known of the model's template; None: nothing.
+        tokenizer: mlx-lm's `TokenizerWrapper`, or an object with the same methods.
+        context_length: In tokens.
+        model_format: What was detected about the model; None: nothing.
+
+    Returns:
+        Token ids, at least one and fewer than `context_length`.
 
     Raises:
-        RequestError: 400; the template refuses the messages, or the prompt is too long.
+        RequestError: 400; the template refuses the messages, the model cannot serve this kind of prompt, or it is too long.
     """
     match job.prompt:
         case ChatPrompt():
-            param, token_ids = "messages", _chat(job, job.prompt, tokenizer, model or ModelFormat())
+            param, token_ids = (
+                "messages",
+                _tokenize_chat(job, job.prompt, tokenizer, model_format or ModelFormat()),
+            )
         case TextPrompt(text, None):
             param, token_ids = "prompt", list(tokenizer.encode(text))
         case TextPrompt(text, suffix):
-            param, token_ids = "suffix", _filling(text, str(suffix), tokenizer)
+            param, token_ids = "suffix", _tokenize_fill_in_middle(text, str(suffix), tokenizer)
         case TokenPrompt(ids):
             param, token_ids = "prompt", list(ids)
     if not token_ids:
-        # As OpenAI: an empty prompt is the beginning of a new document.
+        # As in OpenAI's API: an empty prompt is the beginning of a new document.
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if start is None:
             raise invalid("This model needs a prompt that is not empty.", param)
@@ -65,69 +72,73 @@ def tokenize(
     return token_ids
 
 
-def _filling(text: str, suffix: str, tokenizer: Any) -> list[int]:
-    found = fill_in_middle.find_markers(tokenizer)
-    if found is None:
+def _tokenize_fill_in_middle(prefix: str, suffix: str, tokenizer: Any) -> list[int]:
+    markers = fill_in_middle.find_markers(tokenizer)
+    if markers is None:
         raise invalid("This model cannot fill a gap before a suffix.", "suffix")
-    return fill_in_middle.build_prompt(text, suffix, tokenizer, found)
+    return fill_in_middle.build_prompt(prefix, suffix, tokenizer, markers)
 
 
-def _chat(job: GenerationJob, prompt: ChatPrompt, tokenizer: Any, model: ModelFormat) -> list[int]:
-    form = answer_format.choose_call_form(job, model)
-    is_told_by_template = answer_format.is_told_by_template(form, model)
-    messages = _messages(job, prompt, form, model)
+def _tokenize_chat(
+    job: GenerationJob, prompt: ChatPrompt, tokenizer: Any, model_format: ModelFormat
+) -> list[int]:
+    call_format = answer_format.choose_call_format(job, model_format)
+    in_template = answer_format.template_describes_tools(call_format, model_format)
+    messages = _convert_messages(job, prompt, call_format, model_format)
     if not tokenizer.has_chat_template:
-        return list(tokenizer.encode(_mapped(messages, prompt.role_mapping)))
+        return list(tokenizer.encode(_apply_role_mapping(messages, prompt.role_mapping)))
     arguments = _template_arguments(prompt, tokenizer)
-    if is_told_by_template and job.tool_use is not None:
+    if in_template and job.tool_use is not None:
         arguments["tools"] = job.tool_use.tools
     try:
         return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, **arguments))
     except RequestError:
         raise
     except Exception as error:
-        # Templates refuse what they do not know (jinja2's TemplateError, KeyError, TypeError, ...): the messages' fault.
+        # Templates raise on messages that they do not support: jinja2's TemplateError, KeyError, TypeError, ...
         raise invalid(
             f"The model's chat template refuses these messages: {_one_line(error)}", "messages"
         ) from error
 
 
-def _messages(job: GenerationJob, prompt: ChatPrompt, form: CallForm, model: ModelFormat) -> Messages:
-    """The messages as the model can read them.
+def _convert_messages(
+    job: GenerationJob, prompt: ChatPrompt, call_format: CallFormat, model_format: ModelFormat
+) -> Messages:
+    """Convert tools, calls and results to what the model's template supports.
 
-    1. No function is given, none was called: as they are.
-    2. The template knows calls, and none but its own format is asked for: calls and results as it likes them.
-    3. Else they are put into words; functions too, if there are any, and the template is not to tell of them.
+    1. Without tools and calls: the messages as they are.
+    2. If the template supports calls, and no format but its own is asked for: calls and results in the template's style.
+    3. Otherwise calls and results become text; so do the descriptions of the tools, unless the template renders them.
     """
-    is_told_by_template = answer_format.is_told_by_template(form, model)
-    messages, style = prompt.messages, model.template.calls
+    in_template = answer_format.template_describes_tools(call_format, model_format)
+    messages, style = prompt.messages, model_format.template.tool_message_style
     if any(m.get("tool_calls") or m["role"] == "tool" for m in messages):
-        if style is not None and (form is CallForm.NONE or is_told_by_template):
+        if style is not None and (call_format is CallFormat.NONE or in_template):
             messages = chat_template.convert_tool_messages(messages, style)
         else:
             messages = tool_messages.render_as_text(messages)
-    if form is CallForm.NONE or is_told_by_template or job.tool_use is None:
+    if call_format is CallFormat.NONE or in_template or job.tool_use is None:
         return messages
     return tool_messages.add_tool_instructions(
-        messages, job.tool_use, renders_system=model.template.renders_system
+        messages, job.tool_use, renders_system=model_format.template.renders_system
     )
 
 
 def _template_arguments(prompt: ChatPrompt, tokenizer: Any) -> dict[str, Any]:
-    given = dict(prompt.template_arguments)
-    if not given:
-        return given
+    arguments = dict(prompt.template_arguments)
+    if not arguments:
+        return arguments
     if not isinstance(tokenizer.chat_template, str):
-        return {name: given[name] for name in _FUNCTION_TEMPLATE_ARGUMENTS if name in given}
-    # The same wish has two names: Qwen's and GLM's, and DeepSeek's and Kimi's.
+        return {name: arguments[name] for name in _FUNCTION_TEMPLATE_ARGUMENTS if name in arguments}
+    # One option has two names: Qwen's and GLM's, and DeepSeek's and Kimi's.
     for name, other in (("enable_thinking", "thinking"), ("thinking", "enable_thinking")):
-        if name in given:
-            given.setdefault(other, given[name])
-    return given
+        if name in arguments:
+            arguments.setdefault(other, arguments[name])
+    return arguments
 
 
-def _mapped(messages: Messages, role_mapping: Mapping[str, str] | None) -> str:
-    """The messages as one text, by prefix of role; what a base model can go on from."""
+def _apply_role_mapping(messages: Messages, role_mapping: Mapping[str, str] | None) -> str:
+    """Join the messages to one text, each with the prefix of its role; a base model can continue it."""
     mapping = role_mapping or DEFAULT_ROLE_MAPPING
     end = mapping.get("stop", "")
     lines = [f"{mapping.get(m['role'], '')}{m.get('content') or ''}{end}" for m in messages]

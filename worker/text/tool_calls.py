@@ -1,8 +1,8 @@
-"""One call in the text of an answer, from the marker that begins it to its end: how it is read.
+"""Parsers of one tool call in an answer's text, from the marker that begins it to its end.
 
-`worker.text.answer_parser` makes a reader at the marker and feeds it what follows. `OwnCall` reads the model's own format with
-mlx-lm's parser, `UniversalCall` ours, whose arguments come out while they are written. What is no call comes out as the
-text that it is, markers included. The outcome does not depend on how the text was cut.
+`worker.text.answer_parser` creates one at the marker and feeds it the text that follows. `NativeCallParser` uses mlx-lm's parser of the
+model's own format; `HermesCallParser` streams the arguments as they are generated. Text that turns out not to be a call is
+released as it is, markers included. The output does not depend on how the text was cut into pieces.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from common.schema.grammar import CALL_END
 from worker.text.stop_strings import StopMatcher
 
 Part = str | Piece
-"""Of an answer: a string is content."""
+"""A part of an answer: a string is content; anything else is reasoning or part of a tool call."""
 
 ParseCall = Callable[[str, list[dict[str, Any]]], Any]
-"""mlx-lm's tool parsers: text between the markers and the tools, to a call or a list of them; raises what it trips over."""
+"""mlx-lm's tool parser: from the text between the markers, and the tools, to a call or a list of calls; raises any exception."""
 
 
 @dataclass(slots=True)
-class CallReading:
-    """What a reader made of some text.
+class FeedResult:
+    """What a call's parser made of some text.
 
     Attributes:
-        rest: What follows the end of the call; None: it has not ended.
+        parts: The parts that are certain now.
+        rest: The text after the end of the call; None: the call goes on.
         end: The marker that ended it.
     """
 
@@ -38,139 +39,147 @@ class CallReading:
     end: str = ""
 
 
-class CallReader(Protocol):
+class CallParser(Protocol):
     """See the module.
 
     Attributes:
-        may_be_content: Whether what it holds may still turn out to be no call.
+        may_be_content: Whether the text that it holds may still turn out not to be a call.
     """
 
     may_be_content: bool
 
-    def feed(self, text: str) -> CallReading:
-        """Take what follows; nothing once it has ended."""
+    def feed(self, text: str) -> FeedResult:
+        """Add text; not called again after `FeedResult.rest` was returned."""
 
     def flush(self, *, is_cut: bool) -> list[Part]:
-        """What is left at the end of an answer.
+        """Release what is held at the end of the answer.
 
         Args:
-            is_cut: Its length ended it; a call without its end is not to be believed then.
+            is_cut: Whether the answer was cut by its length: a call without its end marker is not reported then.
         """
 
 
-class OwnCall:
-    """A call, or several, in the model's own format: known when it is whole.
+class NativeCallParser:
+    """Parses one call, or several, in the model's own format, when the text is complete.
 
     Args:
-        start: The marker that it began with.
-        ends: Those that end it; none: it goes to the end of the answer (Mistral).
-        index: The first call's.
+        start: The marker that began it.
+        ends: The markers that end it; empty: the end of the answer ends it (Mistral).
+        index: The first call's index in the answer.
     """
 
     def __init__(
-        self, start: str, ends: Sequence[str], parse: ParseCall, known: KnownTools, index: int
+        self, start: str, ends: Sequence[str], parse: ParseCall, tools: CallableTools, index: int
     ) -> None:
         self.may_be_content = True
         self._start = start
         self._has_end = bool(ends)
         self._ends = StopMatcher(ends)
         self._parse = parse
-        self._known = known
+        self._tools = tools
         self._index = index
         self._texts: list[str] = []
 
-    def feed(self, text: str) -> CallReading:
-        said, end, rest = self._ends.split(text)
-        self._texts.append(said)
+    def feed(self, text: str) -> FeedResult:
+        text, end, rest = self._ends.split(text)
+        self._texts.append(text)
         if end is None:
-            return CallReading()
-        return CallReading(self._parts(end), rest, end)
+            return FeedResult()
+        return FeedResult(self._parse_complete(end), rest, end)
 
     def flush(self, *, is_cut: bool) -> list[Part]:
         self._texts.append(self._ends.flush())
         if is_cut and self._has_end:
             return [self._start + "".join(self._texts)]
-        return self._parts("")
+        return self._parse_complete("")
 
-    def _parts(self, end: str) -> list[Part]:
+    def _parse_complete(self, end: str) -> list[Part]:
         text = "".join(self._texts)
-        calls = self._known.read(self._parse, text)
+        calls = self._tools.parse_calls(self._parse, text)
         if calls is None:
             return [self._start + text + end]
         return _as_parts(calls, self._index)
 
 
-_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([\w-]+)"\s*,\s*"arguments"\s*:\s*(?=\{)', re.ASCII)
+_HEADER = re.compile(r'\s*\{\s*"name"\s*:\s*"([\w-]+)"\s*,\s*"arguments"\s*:\s*(?=\{)', re.ASCII)
 _STRUCTURE = re.compile(r'[{}\[\]"]')
 _STRING_END = re.compile(r'["\\]')
 
 
-class UniversalCall:
-    """``{"name": ..., "arguments": {...}}</tool_call>``: the arguments come out as they come in.
+class HermesCallParser:
+    """Parses ``{"name": ..., "arguments": {...}}</tool_call>``, the format of Hermes and Qwen models; streams the arguments.
 
-    Text that does not begin like this is parsed when it is whole.
+    Text that does not begin like this is parsed when it is complete.
+
+    Args:
+        start: The marker that began it.
+        index: The call's index in the answer.
     """
 
-    def __init__(self, start: str, known: KnownTools, index: int) -> None:
+    def __init__(self, start: str, tools: CallableTools, index: int) -> None:
         self.may_be_content = True
         self._start = start
-        self._known = known
+        self._tools = tools
         self._index = index
-        self._head = ""
-        self._is_odd = False
+        self._header = ""
+        self._is_irregular = False
         self._arguments: _ObjectScanner | None = None
         self._end = StopMatcher([CALL_END])
 
-    def feed(self, text: str) -> CallReading:
+    def feed(self, text: str) -> FeedResult:
         if self._arguments is None:
-            return self._feed_head(text)
+            return self._feed_header(text)
         parts: list[Part] = []
-        if not self._arguments.is_whole:
-            arguments, text = self._arguments.take(text)
+        if not self._arguments.is_complete:
+            arguments, text = self._arguments.feed(text)
             parts.append(ToolArguments(self._index, arguments))
-        if not text or not self._arguments.is_whole:
-            return CallReading(parts)
+        if not text or not self._arguments.is_complete:
+            return FeedResult(parts)
         _, end, rest = self._end.split(text)
-        return CallReading(parts, rest if end is not None else None, CALL_END)
+        return FeedResult(parts, rest if end is not None else None, CALL_END)
 
-    def _feed_head(self, text: str) -> CallReading:
-        self._head += text
-        found = None if self._is_odd else _HEAD.match(self._head)
-        if found is not None and found[1] in self._known.names:
+    def _feed_header(self, text: str) -> FeedResult:
+        self._header += text
+        match = None if self._is_irregular else _HEADER.match(self._header)
+        if match is not None and match[1] in self._tools.names:
             self._arguments = _ObjectScanner()
             self.may_be_content = False
-            reading = self.feed(self._head[found.end() :])
-            reading.parts.insert(0, ToolCall(self._index, found[1]))
-            return reading
-        self._is_odd = self._is_odd or found is not None
-        end = self._head.find(CALL_END)
+            result = self.feed(self._header[match.end() :])
+            result.parts.insert(0, ToolCall(self._index, match[1]))
+            return result
+        self._is_irregular = self._is_irregular or match is not None
+        end = self._header.find(CALL_END)
         if end < 0:
-            return CallReading()
-        return CallReading(
-            self._odd_parts(self._head[:end], CALL_END), self._head[end + len(CALL_END) :], CALL_END
+            return FeedResult()
+        return FeedResult(
+            self._parse_complete(self._header[:end], CALL_END), self._header[end + len(CALL_END) :], CALL_END
         )
 
     def flush(self, *, is_cut: bool) -> list[Part]:
         if self._arguments is not None:
             return []
-        return [self._start + self._head] if is_cut else self._odd_parts(self._head, "")
+        return [self._start + self._header] if is_cut else self._parse_complete(self._header, "")
 
-    def _odd_parts(self, text: str, end: str) -> list[Part]:
-        calls = self._known.read(_parse_json, text)
+    def _parse_complete(self, text: str, end: str) -> list[Part]:
+        calls = self._tools.parse_calls(_parse_json, text)
         return [self._start + text + end] if calls is None else _as_parts(calls, self._index)
 
 
 class _ObjectScanner:
-    """Finds the end of a JSON object in text that begins with it."""
+    """Finds the end of a JSON object in text that begins with it.
+
+    Attributes:
+        is_complete: Whether its end was found.
+    """
 
     def __init__(self) -> None:
-        self.is_whole = False
+        self.is_complete = False
         self._depth = 0
         self._is_in_string = False
         self._is_escaped = False
 
-    def take(self, text: str) -> tuple[str, str]:
-        """What of `text` is the object's, and what follows it."""
+    def feed(self, text: str) -> tuple[str, str]:
+        """Split `text` into what belongs to the object and what follows it."""
         position = 0
         while position < len(text):
             if self._is_escaped:
@@ -181,13 +190,13 @@ class _ObjectScanner:
             if found is None:
                 break
             position = found.end()
-            self._see(found[0])
+            self._track(found[0])
             if not self._depth:
-                self.is_whole = True
+                self.is_complete = True
                 return text[:position], text[position:]
         return text, ""
 
-    def _see(self, char: str) -> None:
+    def _track(self, char: str) -> None:
         if char == '"':
             self._is_in_string = not self._is_in_string
         elif char == "\\":
@@ -196,12 +205,12 @@ class _ObjectScanner:
             self._depth += 1 if char in "{[" else -1
 
 
-class KnownTools:
-    """The functions that may be called; a call of another one is no call.
+class CallableTools:
+    """The functions that an answer may call; a call of any other function is content.
 
     Args:
-        only: The only one, where there is one.
-        is_parallel: Whether several calls may come at once; else the first counts.
+        only: The only function that may be called, if the client named one.
+        is_parallel: Whether several calls may come at once; otherwise only the first counts.
     """
 
     def __init__(
@@ -213,8 +222,12 @@ class KnownTools:
             {only} if only is not None else {tool["function"]["name"] for tool in tools}
         )
 
-    def read(self, parse: ParseCall, text: str) -> list[tuple[str, str]] | None:
-        """The calls in a text, as names and arguments in JSON; None if that is not what it is."""
+    def parse_calls(self, parse: ParseCall, text: str) -> list[tuple[str, str]] | None:
+        """Parse the calls in a text.
+
+        Returns:
+            Name and JSON arguments of each; None if the text is not calls of these functions.
+        """
         try:
             parsed = parse(text, self._tools)
             calls = [_name_and_arguments(call) for call in (parsed if isinstance(parsed, list) else [parsed])]
@@ -226,8 +239,10 @@ class KnownTools:
 
 
 def _name_and_arguments(call: Any) -> tuple[str, str]:
-    """Raises:
-    Exception: It is no call.
+    """Convert a parsed call to its name and JSON arguments.
+
+    Raises:
+        Exception: It is not a call.
     """
     # "parameters" is what Llama 3 was trained to write.
     arguments = call["arguments"] if "arguments" in call else call.get("parameters", {})
@@ -239,7 +254,7 @@ def _name_and_arguments(call: Any) -> tuple[str, str]:
     if not text.isascii():
         try:
             text.encode()
-        except UnicodeEncodeError:  # half a surrogate pair: it can be escaped, and not sent otherwise
+        except UnicodeEncodeError:  # a lone surrogate can be sent only if escaped
             text = json.dumps(arguments, allow_nan=False)
     return call["name"], text
 

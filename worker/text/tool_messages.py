@@ -1,7 +1,7 @@
-"""Functions, calls and results as plain messages, for models whose chat template does not know them.
+"""Tools, calls and results as plain messages, for models whose chat template does not support them. Pure.
 
-The functions become a system message that says how to call them; calls and results that were made before become text in
-the same form. That form is the one of Hermes and Qwen models, `common.schema.grammar`'s and `worker.text.tool_calls`'s. Pure.
+The tools become a system message that describes them and explains how to call one; earlier calls and results become text in the
+same format: that of Hermes and Qwen models, which `common.schema.grammar` enforces and `worker.text.tool_calls` parses.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from worker.text.chat_template import Messages
 
 
 def add_tool_instructions(messages: Messages, tool_use: ToolUse, *, renders_system: bool) -> Messages:
-    """Messages that tell of the functions: in the system message, or in the first user's where there can be none."""
+    """Add the description of the tools: to the system message, or to the first user message if the template has no system role.
+
+    Args:
+        renders_system: Whether the template renders a system message.
+    """
     text = instructions(tool_use)
     if messages and messages[0]["role"] == "system":
         text = f"{messages[0].get('content') or ''}\n\n{text}".strip()
@@ -27,8 +31,8 @@ def add_tool_instructions(messages: Messages, tool_use: ToolUse, *, renders_syst
 
 
 def instructions(tool_use: ToolUse) -> str:
-    """What functions there are and how to call one, for a model."""
-    functions = [_described(tool["function"]) for tool in tool_use.tools]
+    """The text that describes the tools to the model and explains how to call one."""
+    functions = [_describe(tool["function"]) for tool in tool_use.tools]
     if tool_use.function is not None:
         when = f"Call the function {tool_use.function} now, and write nothing else."
     elif tool_use.is_required:
@@ -50,40 +54,40 @@ def instructions(tool_use: ToolUse) -> str:
     )
 
 
-def _described(function: dict[str, Any]) -> str:
-    known = {key: function[key] for key in ("name", "description", "parameters") if key in function}
-    return json.dumps(known, ensure_ascii=False)
+def _describe(function: dict[str, Any]) -> str:
+    fields = {key: function[key] for key in ("name", "description", "parameters") if key in function}
+    return json.dumps(fields, ensure_ascii=False)
 
 
 def render_as_text(messages: Messages) -> Messages:
-    """Calls and results as text; results are a user's message, as in Qwen's template.
+    """Render calls and results as text; a result becomes a user message, as in Qwen's template.
 
-    Neighbors are put together: templates refuse two messages of a user in a row.
+    Consecutive user messages are joined: some templates refuse two in a row.
     """
-    words: Messages = []
+    rendered: Messages = []
     is_after_result = False
     for message in messages:
         is_result = message["role"] == "tool"
-        new = _in_words(message)
-        if words and (is_result or is_after_result) and words[-1]["role"] == new["role"] == "user":
-            words[-1] = words[-1] | {"content": f"{words[-1]['content']}\n{new['content']}"}
+        new = _render_message(message)
+        if rendered and (is_result or is_after_result) and rendered[-1]["role"] == new["role"] == "user":
+            rendered[-1] = rendered[-1] | {"content": f"{rendered[-1]['content']}\n{new['content']}"}
         else:
-            words.append(new)
+            rendered.append(new)
         is_after_result = is_result
-    return words
+    return rendered
 
 
-def _in_words(message: dict[str, Any]) -> dict[str, Any]:
+def _render_message(message: dict[str, Any]) -> dict[str, Any]:
     content = message.get("content") or ""
     if message["role"] == "tool":
         return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
     if not message.get("tool_calls"):
         return message
-    calls = [_call_in_words(call["function"]) for call in message["tool_calls"]]
+    calls = [_render_call(call["function"]) for call in message["tool_calls"]]
     others = {key: value for key, value in message.items() if key != "tool_calls"}
     return others | {"content": "\n".join([content, *calls] if content else calls)}
 
 
-def _call_in_words(function: dict[str, Any]) -> str:
+def _render_call(function: dict[str, Any]) -> str:
     call = {"name": function["name"], "arguments": function["arguments"]}
     return f"{CALL_BEGIN}{json.dumps(call, ensure_ascii=False)}{CALL_END}"

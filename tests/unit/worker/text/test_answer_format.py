@@ -10,23 +10,23 @@ import pytest
 
 from common.protocol import ChatPrompt, GenerationJob, Reasoning, TextPrompt, ToolUse
 from common.schema import grammar
-from tests.unit.api.answers import (
-    HEADERS,
-    OWN,
+from tests.unit.worker.text.answers import (
+    HERMES_ARGUMENTS,
+    HERMES_CALL,
+    NATIVE,
+    NATIVE_WITH_HEADERS,
     PLAIN,
     TEMPLATE,
     THINKING,
     TOOLS,
-    UNIVERSAL_ARGUMENTS,
-    UNIVERSAL_CALL,
     call,
     job,
-    parse_own,
+    parse_native,
     read,
     tool,
 )
 from worker.text import answer_format, answer_parser
-from worker.text.answer_format import TOOL, CallForm, ModelFormat, choose_call_form
+from worker.text.answer_format import TOOL, CallFormat, ModelFormat, choose_call_format
 
 
 def test_who_needs_a_parser() -> None:
@@ -35,33 +35,33 @@ def test_who_needs_a_parser() -> None:
     letters: Any = [bytes([i]) for i in range(128)]
     assert answer_parser.make_parser(job(tools=False), PLAIN, ids, letters) is None
     assert answer_parser.make_parser(job(), PLAIN, ids, letters) is not None
-    thinking = answer_parser.make_parser(job(tools=False), OWN, ids, letters)
+    thinking = answer_parser.make_parser(job(tools=False), NATIVE, ids, letters)
     assert thinking is not None
     assert thinking.is_reasoning
-    closed = answer_parser.make_parser(job(tools=False), OWN, [*ids, ord("x")], letters)
+    closed = answer_parser.make_parser(job(tools=False), NATIVE, [*ids, ord("x")], letters)
     assert closed is not None
     assert not closed.is_reasoning
     text = GenerationJob(job_id="a", model="m", channel="c", prompt=TextPrompt("<think>"))
-    assert answer_parser.make_parser(text, OWN, ids, letters) is None
+    assert answer_parser.make_parser(text, NATIVE, ids, letters) is None
 
 
 @pytest.mark.parametrize(
     ("model", "use", "text", "expected"),
     [
-        (OWN, None, None, CallForm.NONE),
-        (OWN, {"tools": []}, None, CallForm.NONE),
-        (OWN, {"tools": TOOLS, "is_required": True}, None, CallForm.UNIVERSAL),
-        (OWN, {"tools": TOOLS, "is_required": True, "function": "f"}, None, CallForm.UNIVERSAL),
-        (OWN, {"tools": [tool("f"), tool("g", strict=True)]}, None, CallForm.UNIVERSAL),
-        (OWN, {"tools": [tool("f", strict=False)]}, None, CallForm.OWN),
-        (OWN, {"tools": TOOLS}, "a grammar", CallForm.UNIVERSAL),
-        (OWN, {"tools": TOOLS}, None, CallForm.OWN),
-        (PLAIN, {"tools": TOOLS}, None, CallForm.UNIVERSAL),
-        (ModelFormat(OWN.transitions, parse_call=parse_own), {"tools": TOOLS}, None, CallForm.UNIVERSAL),
-        (ModelFormat(template=TEMPLATE), {"tools": TOOLS}, None, CallForm.UNIVERSAL),
+        (NATIVE, None, None, CallFormat.NONE),
+        (NATIVE, {"tools": []}, None, CallFormat.NONE),
+        (NATIVE, {"tools": TOOLS, "is_required": True}, None, CallFormat.HERMES),
+        (NATIVE, {"tools": TOOLS, "is_required": True, "function": "f"}, None, CallFormat.HERMES),
+        (NATIVE, {"tools": [tool("f"), tool("g", strict=True)]}, None, CallFormat.HERMES),
+        (NATIVE, {"tools": [tool("f", strict=False)]}, None, CallFormat.NATIVE),
+        (NATIVE, {"tools": TOOLS}, "a grammar", CallFormat.HERMES),
+        (NATIVE, {"tools": TOOLS}, None, CallFormat.NATIVE),
+        (PLAIN, {"tools": TOOLS}, None, CallFormat.HERMES),
+        (ModelFormat(NATIVE.transitions, parse_call=parse_native), {"tools": TOOLS}, None, CallFormat.HERMES),
+        (ModelFormat(template=TEMPLATE), {"tools": TOOLS}, None, CallFormat.HERMES),
     ],
 )
-def test_the_form_of_calls(model: ModelFormat, use: Any, text: str | None, expected: CallForm) -> None:
+def test_the_form_of_calls(model: ModelFormat, use: Any, text: str | None, expected: CallFormat) -> None:
     """The model's own where it has one and nothing has to be made sure of; the universal one elsewhere."""
     asked = GenerationJob(
         job_id="a",
@@ -71,17 +71,17 @@ def test_the_form_of_calls(model: ModelFormat, use: Any, text: str | None, expec
         tool_use=use and ToolUse(**use),
         grammar=text,
     )
-    assert choose_call_form(asked, model) is expected
+    assert choose_call_format(asked, model) is expected
     assert TOOL not in model.transitions
 
 
 def test_the_grammar_of_an_answer() -> None:
     """Universal calls bring one; the model's own leave the job's; a schema that is too much becomes any object."""
-    assert answer_format.answer_grammar(job(), OWN) is None
+    assert answer_format.answer_grammar(job(), NATIVE) is None
     assert answer_format.answer_grammar(job(tools=False), PLAIN) is None
     odd = tool("odd", parameters={"type": "object", "properties": {"a": {"not": {"type": "string"}}}})
     asked = msgspec.structs.replace(job(), tool_use=ToolUse(tools=[*TOOLS, odd], is_required=True))
-    text = answer_format.answer_grammar(asked, OWN)
+    text = answer_format.answer_grammar(asked, NATIVE)
     assert text is not None
     assert grammar.check(text) is None
     assert "odd" in text
@@ -91,16 +91,18 @@ def test_the_grammar_of_an_answer() -> None:
 def test_where_an_answer_begins() -> None:
     """Behind a header, unless a grammar leaves no room for one; in thoughts, if the prompt opened them."""
     letters: Any = [bytes([i]) for i in range(128)]
-    required = answer_parser.make_parser(job(is_required=True), HEADERS, [65], letters)
+    required = answer_parser.make_parser(job(is_required=True), NATIVE_WITH_HEADERS, [65], letters)
     assert required is not None
-    assert read(required, UNIVERSAL_CALL) == call(0, "f", UNIVERSAL_ARGUMENTS)
-    may = answer_parser.make_parser(job(), ModelFormat(HEADERS.transitions, "header"), [65], letters)
+    assert read(required, HERMES_CALL) == call(0, "f", HERMES_ARGUMENTS)
+    may = answer_parser.make_parser(
+        job(), ModelFormat(NATIVE_WITH_HEADERS.transitions, "header"), [65], letters
+    )
     assert may is not None
-    assert read(may, f"to=user|Yes {UNIVERSAL_CALL}") == ["Yes ", *call(0, "f", UNIVERSAL_ARGUMENTS)]
+    assert read(may, f"to=user|Yes {HERMES_CALL}") == ["Yes ", *call(0, "f", HERMES_ARGUMENTS)]
     thinking = ModelFormat(THINKING, think_start="<think>")
     opened = answer_parser.make_parser(job(), thinking, [ord(c) for c in "<think>"], letters)
     assert opened is not None
-    assert read(opened, f"I could <tool_call>, hm.</think>{UNIVERSAL_CALL}") == [
+    assert read(opened, f"I could <tool_call>, hm.</think>{HERMES_CALL}") == [
         Reasoning("I could <tool_call>, hm."),
-        *call(0, "f", UNIVERSAL_ARGUMENTS),
+        *call(0, "f", HERMES_ARGUMENTS),
     ]

@@ -9,13 +9,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from common.protocol import Reasoning, ToolArguments, ToolCall
-from tests.unit.api.answers import (
-    ENDLESS,
-    HEADERS,
-    OWN,
+from tests.unit.worker.text.answers import (
+    HERMES_ARGUMENTS,
+    HERMES_CALL,
+    NATIVE,
+    NATIVE_WITH_HEADERS,
+    NATIVE_WITHOUT_END,
     PLAIN,
-    UNIVERSAL_ARGUMENTS,
-    UNIVERSAL_CALL,
     call,
     parser,
     read,
@@ -31,12 +31,12 @@ from worker.text.tool_calls import Part
         ("  \n text \n", ["  \n text \n"]),
         (" \n ", [" \n "]),
         ("a < b <tool_cal", ["a < b <tool_cal"]),
-        (UNIVERSAL_CALL, call(0, "f", UNIVERSAL_ARGUMENTS)),
-        (f"\n {UNIVERSAL_CALL} \n", call(0, "f", UNIVERSAL_ARGUMENTS)),
-        (f"Look: {UNIVERSAL_CALL}", ["Look: ", *call(0, "f", UNIVERSAL_ARGUMENTS)]),
+        (HERMES_CALL, call(0, "f", HERMES_ARGUMENTS)),
+        (f"\n {HERMES_CALL} \n", call(0, "f", HERMES_ARGUMENTS)),
+        (f"Look: {HERMES_CALL}", ["Look: ", *call(0, "f", HERMES_ARGUMENTS)]),
         (
-            f'{UNIVERSAL_CALL}\n<tool_call>\n{{"name":"g_2","arguments":{{}}}}\n</tool_call> done',
-            [*call(0, "f", UNIVERSAL_ARGUMENTS), *call(1, "g_2", "{}"), "done"],
+            f'{HERMES_CALL}\n<tool_call>\n{{"name":"g_2","arguments":{{}}}}\n</tool_call> done',
+            [*call(0, "f", HERMES_ARGUMENTS), *call(1, "g_2", "{}"), "done"],
         ),
         ('<tool_call>{"arguments": {"x": 1}, "name": "f"}</tool_call>', call(0, "f", '{"x": 1}')),
         ('<tool_call>{"name": "f", "parameters": {"x": 1}}</tool_call>', call(0, "f", '{"x": 1}')),
@@ -137,19 +137,19 @@ def test_arguments_that_were_cut() -> None:
 )
 def test_the_models_own_form(text: str, expected: list[Part]) -> None:
     """Calls as mlx-lm's parser reads them; what it cannot read is text, markers included; thoughts without their borders."""
-    assert read(parser(OWN), text) == expected
+    assert read(parser(NATIVE), text) == expected
 
 
 def test_a_call_without_its_end() -> None:
     """It is believed if the model ended there, and is text if the length did: it may lack arguments."""
-    assert read(parser(OWN), "[CALL]f {}", is_cut=False) == call(0, "f", "{}")
-    assert read(parser(OWN), "[CALL]f {}", is_cut=True) == ["[CALL]f {}"]
+    assert read(parser(NATIVE), "[CALL]f {}", is_cut=False) == call(0, "f", "{}")
+    assert read(parser(NATIVE), "[CALL]f {}", is_cut=True) == ["[CALL]f {}"]
 
 
 def test_a_format_without_an_end_marker() -> None:
     """Calls go to the end of the answer (Mistral); those that are whole count, whatever ended it."""
     for is_cut in (True, False):
-        assert read(parser(ENDLESS), "Hi [CALLS]f {}\ng_2 {}", is_cut=is_cut) == [
+        assert read(parser(NATIVE_WITHOUT_END), "Hi [CALLS]f {}\ng_2 {}", is_cut=is_cut) == [
             "Hi ",
             *call(0, "f", "{}"),
             *call(1, "g_2", "{}"),
@@ -159,12 +159,12 @@ def test_a_format_without_an_end_marker() -> None:
 def test_messages_with_headers() -> None:
     """Several messages in one answer (Muse Spark): headers are dropped, what is behind the last marker too."""
     text = "to=self|hm<eom> x to=user|Yes<eom>assistant to=f|<calls>f {}</calls>and<eot>dropped"
-    assert read(parser(HEADERS), text) == [Reasoning("hm"), "Yes", *call(0, "f", "{}"), "and"]
+    assert read(parser(NATIVE_WITH_HEADERS), text) == [Reasoning("hm"), "Yes", *call(0, "f", "{}"), "and"]
 
 
 def test_thinking_that_the_prompt_opened() -> None:
     """The answer begins with reasoning, though nothing in it says so."""
-    reader = parser(OWN, REASONING)
+    reader = parser(NATIVE, REASONING)
     assert reader.is_reasoning
     assert read(reader, "Hm.\n</think>\n\nYes.") == [Reasoning("Hm."), "Yes."]
     assert not reader.is_reasoning
@@ -173,11 +173,11 @@ def test_thinking_that_the_prompt_opened() -> None:
 @pytest.mark.parametrize(
     ("model", "text"),
     [
-        (PLAIN, f"Well. {UNIVERSAL_CALL}{UNIVERSAL_CALL}more"),
-        (PLAIN, f"Well. {UNIVERSAL_CALL}more"),
-        (OWN, "Well. [CALL]f {}[/CALL][CALL]g_2 {}[/CALL]"),
-        (OWN, "Well. [CALL]f {}\ng_2 {}[/CALL]"),
-        (ENDLESS, "Well. [CALLS]f {}\ng_2 {}"),
+        (PLAIN, f"Well. {HERMES_CALL}{HERMES_CALL}more"),
+        (PLAIN, f"Well. {HERMES_CALL}more"),
+        (NATIVE, "Well. [CALL]f {}[/CALL][CALL]g_2 {}[/CALL]"),
+        (NATIVE, "Well. [CALL]f {}\ng_2 {}[/CALL]"),
+        (NATIVE_WITHOUT_END, "Well. [CALLS]f {}\ng_2 {}"),
     ],
 )
 def test_one_call_only(model: ModelFormat, text: str) -> None:
@@ -186,12 +186,12 @@ def test_one_call_only(model: ModelFormat, text: str) -> None:
     parts = read(reader, text)
     assert [type(part) for part in parts] == [str, ToolCall, ToolArguments]
     assert reader.has_call
-    assert reader.is_finished == (model is not ENDLESS)
+    assert reader.is_finished == (model is not NATIVE_WITHOUT_END)
 
 
 def test_text_that_only_looked_like_a_call_does_not_end_an_answer() -> None:
     """Though one call ends it: there was none."""
-    reader = parser(OWN, is_parallel=False)
+    reader = parser(NATIVE, is_parallel=False)
     assert read(reader, "[CALL]?[/CALL] and [CALL]f {}[/CALL]x") == [
         "[CALL]?[/CALL] and ",
         *call(0, "f", "{}"),
@@ -207,7 +207,7 @@ def test_only_the_named_function() -> None:
 def test_without_functions_calls_are_text() -> None:
     """A model that calls though it was given nothing to call has written text; thoughts are thoughts."""
     text = "<think>a</think>[CALL]f {}[/CALL]"
-    assert read(parser(OWN, tools=False), text) == [Reasoning("a"), "[CALL]f {}[/CALL]"]
+    assert read(parser(NATIVE, tools=False), text) == [Reasoning("a"), "[CALL]f {}[/CALL]"]
 
 
 FRAGMENTS = [
@@ -238,7 +238,7 @@ TEXTS = st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join)
 
 @settings(max_examples=600, deadline=None)
 @given(
-    model=st.sampled_from([PLAIN, OWN, ENDLESS, HEADERS]),
+    model=st.sampled_from([PLAIN, NATIVE, NATIVE_WITHOUT_END, NATIVE_WITH_HEADERS]),
     text=TEXTS,
     cuts=st.lists(st.integers(0, 200)),
     is_cut=st.booleans(),
@@ -247,7 +247,7 @@ TEXTS = st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join)
 )
 @example(
     model=PLAIN,
-    text=UNIVERSAL_CALL * 2,
+    text=HERMES_CALL * 2,
     cuts=list(range(150)),
     is_cut=False,
     is_parallel=True,
@@ -281,14 +281,14 @@ def test_any_cut_gives_the_same(
 @given(st.lists(st.sampled_from([f for f in FRAGMENTS if "think" not in f]), max_size=12).map("".join))
 def test_nothing_is_lost_where_nothing_is_called(text: str) -> None:
     """Text that turns out to hold no call comes out as it was."""
-    reader = parser(OWN)
+    reader = parser(NATIVE)
     parts = read(reader, text)
     if not reader.has_call:
         assert parts == ([text] if text else [])
 
 
 @settings(max_examples=300, deadline=None)
-@given(TEXTS, st.sampled_from([PLAIN, OWN, ENDLESS]))
+@given(TEXTS, st.sampled_from([PLAIN, NATIVE, NATIVE_WITHOUT_END]))
 def test_calls_are_well_formed(text: str, model: ModelFormat) -> None:
     """Indexes go up from 0, and each part of arguments belongs to the call that began last."""
     index = -1

@@ -12,7 +12,7 @@ from llguidance import LLMatcher
 
 from common.protocol import ToolArguments, ToolCall, ToolUse
 from common.schema import grammar
-from tests.unit.api.answers import PLAIN, job, read, tool
+from tests.unit.worker.text.answers import PLAIN, job, read, tool
 from worker.text import answer_format
 from worker.text.answer_parser import AnswerParser
 

@@ -1,4 +1,4 @@
-"""Models whose answers hold thoughts and calls, and what comes of an answer."""
+"""Formats of models that reason and call tools, and helpers that parse an answer; for the tests of `worker.text`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def tool(name: str, **more: Any) -> dict[str, Any]:
 TOOLS = [tool("f"), tool("g_2")]
 
 
-def parse_own(text: str, tools: list[dict[str, Any]]) -> Any:
-    """A call is ``name args``, several are lines."""
+def parse_native(text: str, tools: list[dict[str, Any]]) -> Any:
+    """A native format of the tests: one call per line, ``name args``."""
     assert tools == TOOLS
     calls = []
     for line in text.strip().splitlines():
@@ -33,16 +33,18 @@ def parse_own(text: str, tools: list[dict[str, Any]]) -> Any:
 
 THINKING = {NORMAL: [("<think>", REASONING)], REASONING: [("</think>", NORMAL)]}
 PLAIN = ModelFormat()
-OWN = ModelFormat(
+NATIVE = ModelFormat(
     THINKING,
     call_starts={NORMAL: ["[CALL]"], REASONING: ["[CALL]"]},
     call_ends=[("[/CALL]", NORMAL)],
-    parse_call=parse_own,
+    parse_call=parse_native,
     think_start="<think>",
     template=TEMPLATE,
 )
-ENDLESS = ModelFormat(call_starts={NORMAL: ["[CALLS]"]}, parse_call=parse_own, template=TEMPLATE)
-HEADERS = ModelFormat(
+NATIVE_WITHOUT_END = ModelFormat(
+    call_starts={NORMAL: ["[CALLS]"]}, parse_call=parse_native, template=TEMPLATE
+)
+NATIVE_WITH_HEADERS = ModelFormat(
     {
         "header": [("to=self|", REASONING), ("to=user|", NORMAL)],
         REASONING: [("<eom>", "header")],
@@ -51,7 +53,7 @@ HEADERS = ModelFormat(
     initial_state="header",
     call_starts={"header": ["<calls>"]},
     call_ends=[("</calls>", NORMAL)],
-    parse_call=parse_own,
+    parse_call=parse_native,
     template=TEMPLATE,
 )
 
@@ -71,19 +73,19 @@ def parser(model: ModelFormat, state: str | None = None, **use: Any) -> AnswerPa
 
 
 def merged(parts: list[Part]) -> list[Part]:
-    """Neighbors of a kind put together."""
-    whole: list[Any] = []
+    """Join adjacent parts of the same kind."""
+    joined: list[Any] = []
     for part in parts:
-        last = whole[-1] if whole else None
+        last = joined[-1] if joined else None
         if isinstance(part, str) and isinstance(last, str):
-            whole[-1] = last + part
+            joined[-1] = last + part
         elif isinstance(part, Reasoning) and isinstance(last, Reasoning):
-            whole[-1] = Reasoning(last.text + part.text)
+            joined[-1] = Reasoning(last.text + part.text)
         elif isinstance(part, ToolArguments) and isinstance(last, ToolArguments) and part.index == last.index:
-            whole[-1] = ToolArguments(part.index, last.text + part.text)
+            joined[-1] = ToolArguments(part.index, last.text + part.text)
         else:
-            whole.append(part)
-    return whole
+            joined.append(part)
+    return joined
 
 
 def read(reader: AnswerParser, *texts: str, is_cut: bool = False) -> list[Part]:
@@ -95,5 +97,5 @@ def call(index: int, name: str, arguments: str) -> list[Part]:
     return [ToolCall(index, name), ToolArguments(index, arguments)]
 
 
-UNIVERSAL_CALL = '<tool_call>{"name": "f", "arguments": {"a": "}]</tool_call>\\""}}</tool_call>'
-UNIVERSAL_ARGUMENTS = '{"a": "}]</tool_call>\\""}'
+HERMES_CALL = '<tool_call>{"name": "f", "arguments": {"a": "}]</tool_call>\\""}}</tool_call>'
+HERMES_ARGUMENTS = '{"a": "}]</tool_call>\\""}'
