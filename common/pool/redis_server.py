@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
-import os
 import shutil
 import signal
 import socket
@@ -25,6 +24,7 @@ import redis
 
 from common import connections
 from common.errors import StartupError
+from common.folders import state_folder
 from common.settings import EMBEDDED_REDIS_URL, Settings
 
 HOST = "127.0.0.1"
@@ -78,13 +78,7 @@ def find_server() -> str:
 
 def data_folder(settings: Settings, port: int) -> Path:
     """Where the server on `port` keeps its data: one folder a port."""
-    if settings.state_dir:
-        state = Path(settings.state_dir).expanduser().absolute()
-    elif sys.platform == "darwin":
-        state = Path.home() / "Library" / "Application Support" / "mlx-pool"
-    else:
-        state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "mlx-pool"
-    return state / f"redis-{port}"
+    return state_folder(settings) / f"redis-{port}"
 
 
 def arguments(binary: str, folder: Path, port: int) -> list[str]:

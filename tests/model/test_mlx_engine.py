@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from common import memory_claims
 from common.errors import RequestError, StartupError
 from common.protocol import ChatPrompt, GenerationJob, SamplingParams, TextPrompt, TokenPrompt
 from common.settings import Settings
@@ -305,6 +307,26 @@ def test_every_kind_of_sampling_side_by_side(engine: MLXEngine) -> None:
     rest = run(engine, *going_on, replay=replay)
     for job in going_on:
         assert replay[job.job_id] + ids(rest[job.job_id]) == ids(together[job.job_id])
+
+
+def test_engines_on_one_machine_share_its_memory(
+    demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second engine halves the first one's room for caches, which has it back when the second is gone."""
+    monkeypatch.setattr(memory_claims, "READ_SECONDS", 0.0)
+    settings = Settings(model=str(demo_folder), state_dir=str(tmp_path))
+    first = MLXEngine(settings)
+    alone = first._memory.room_bytes
+    second = MLXEngine(settings)
+    assert not first.is_over_memory
+    assert first._memory.room_bytes == second._memory.room_bytes
+    assert 0.3 * alone < first._memory.room_bytes < 0.5 * alone
+    job = chat("a", max_tokens=10)
+    assert first.has_room(job, 10, 0)
+    del second
+    gc.collect()
+    assert first.has_room(job, 10, 0)
+    assert first._memory.room_bytes == alone
 
 
 def test_memory(demo_folder: Path) -> None:

@@ -20,6 +20,7 @@ from worker.loop.engine import InsertResult, ModelInfo, PromptEcho, SequenceFail
 from worker.mlx import model as mlx_model
 from worker.mlx.batch import Batch, NewRow, OneAtATime, Response, alone
 from worker.mlx.memory import CacheMemory, expected_tokens
+from worker.mlx.memory_share import MemoryShare
 from worker.mlx.prefix_cache import Found, PrefixCache, should_wait_for
 from worker.mlx.scoring import PromptScoring, most_likely
 from worker.mlx.warm_up import warm_up
@@ -75,7 +76,8 @@ class MLXEngine:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        loaded = mlx_model.load_model(settings)
+        self._share = MemoryShare(settings)
+        loaded = mlx_model.load_model(settings, self._share.claim)
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         self._info = mlx_model.describe(loaded, settings.max_batch)
         self._token_bytes = TokenBytes(self._tokenizer)
@@ -86,7 +88,8 @@ class MLXEngine:
         )
         self._rows: dict[str, _Row] = {}
         self._by_uid: dict[int, _Row] = {}
-        self._memory = mlx_model.cache_memory(loaded, settings.memory_limit_gb)
+        self._memory_limit_bytes = self._share.limit_bytes()
+        self._memory = mlx_model.cache_memory(loaded, self._memory_limit_bytes)
         # A prompt that can never fit is refused like one that is longer than the model's context.
         self._info = replace(self._info, context_length=self._memory.longest_row(self._info.context_length))
         self._generator = self._new_generator()
@@ -113,12 +116,23 @@ class MLXEngine:
         self._compiled(job)  # which is kept for `insert`
         return prompts.tokenize(job, self._tokenizer, self._info.context_length, self._format)
 
+    def _follow_share(self) -> None:
+        """Take account of workers that started or ended on this machine."""
+        limit_bytes = self._share.limit_bytes()
+        if limit_bytes != self._memory_limit_bytes:
+            log.info("this worker may use %.1f GB of memory now", limit_bytes / 2**30)
+            self._memory_limit_bytes = limit_bytes
+            self._memory = self._memory.with_limit(limit_bytes)
+            self._make_room()
+
     def has_room(self, job: GenerationJob, num_prompt: int, num_done: int) -> bool:
+        self._follow_share()
         new = expected_tokens(num_prompt, num_done, self._max_tokens(job, num_prompt))
         return self._memory.fits([new, *(row.expected_tokens for row in self._rows.values())])
 
     @property
     def is_over_memory(self) -> bool:
+        self._follow_share()
         return not self._memory.fits([row.num_prompt + row.num_done for row in self._rows.values()])
 
     def _max_tokens(self, job: GenerationJob, num_prompt: int) -> int:

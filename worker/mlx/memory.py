@@ -6,7 +6,9 @@ is slots times longest. Made by `mlx_model`, asked by `mlx_engine`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from common.memory_claims import WORKING_BYTES, WORKING_SHARE
 
 _GROWS_BY_TOKENS = 256
 """Caches get longer in steps of this, mlx-lm's (0.32, `KVCache.step`) and those in slots."""
@@ -48,10 +50,17 @@ class CacheMemory:
 
     Attributes:
         room_bytes: For all rows together.
+        weight_bytes: Of the model.
     """
 
     cost: CacheCost
     room_bytes: float
+    weight_bytes: int = 0
+
+    def with_limit(self, limit_bytes: float) -> CacheMemory:
+        """The same with the room that a process has which may use so much memory."""
+        working_bytes = max(WORKING_BYTES, WORKING_SHARE * limit_bytes)
+        return replace(self, room_bytes=limit_bytes - self.weight_bytes - working_bytes)
 
     def fits(self, num_tokens_by_row: list[int]) -> bool:
         """Whether these rows, with so many tokens each, have room together."""

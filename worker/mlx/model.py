@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -39,10 +39,6 @@ _UNKNOWN_CONTEXT_TOKENS = 32_768
 """For a model that names no limit, such as one with a recurrent state instead of a cache."""
 
 _MACHINE_SHARE = 0.75
-_WORKING_SHARE = 0.05
-_WORKING_BYTES = 256 * 2**20
-"""What a step needs beside weights and caches, at least."""
-
 _MIN_CONTEXT_TOKENS = 512
 
 _LARGEST_BELIEVED_CONTEXT = 10**9
@@ -97,10 +93,13 @@ def has_gpu(mx: ModuleType | None = None) -> bool:
     return bool(mx.default_device().type == mx.DeviceType.gpu)
 
 
-def load_model(settings: Settings) -> LoadedModel:
+def load_model(settings: Settings, before_loading: Callable[[Path], object] | None = None) -> LoadedModel:
     """Load `settings.model`, with its adapter and chat template; downloads or converts it first if need be.
 
     Call it on the thread that will generate: MLX's streams and lazy arrays do not cross threads (mlx 0.31.2 on).
+
+    Args:
+        before_loading: Called with the model's folder before its weights are read.
 
     Raises:
         StartupError: There is no such model, it cannot be fetched, or mlx-lm cannot load it.
@@ -110,6 +109,8 @@ def load_model(settings: Settings) -> LoadedModel:
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
     folder = model_folder.find(settings, DEFAULT_ALLOW_PATTERNS)
+    if before_loading is not None:
+        before_loading(folder)
 
     if settings.cache_limit_gb is not None:
         mx.set_cache_limit(int(settings.cache_limit_gb * 2**30))
@@ -146,23 +147,18 @@ def describe(loaded: LoadedModel, max_batch: int) -> ModelInfo:
     )
 
 
-def cache_memory(loaded: LoadedModel, limit_gb: float | None) -> CacheMemory:
-    """What is left for the rows' caches, of `limit_gb` or of what the machine has.
+def cache_memory(loaded: LoadedModel, limit_bytes: float) -> CacheMemory:
+    """What is left for the rows' caches, of the memory that this process may use.
 
     Raises:
         StartupError: The weights leave no room.
     """
-    mx = _mlx()
     from mlx.utils import tree_flatten
 
     cost = _cache_cost(loaded.model)
-    limit_bytes = _machine_limit_bytes(mx) if limit_gb is None else limit_gb * 2**30
-    if limit_gb is not None:
-        mx.set_memory_limit(int(limit_bytes))
     parameters: Any = tree_flatten(loaded.model.parameters())
     weight_bytes = sum(weight.nbytes for _, weight in parameters)
-    room_bytes = limit_bytes - weight_bytes - max(_WORKING_BYTES, _WORKING_SHARE * limit_bytes)
-    memory = CacheMemory(cost, room_bytes)
+    memory = CacheMemory(cost, 0.0, weight_bytes).with_limit(limit_bytes)
     if not memory.longest_row(_MIN_CONTEXT_TOKENS):
         raise StartupError(
             f"the model's weights are {weight_bytes / 2**30:.1f} GB, which leaves no room for requests in "
@@ -171,8 +167,23 @@ def cache_memory(loaded: LoadedModel, limit_gb: float | None) -> CacheMemory:
     return memory
 
 
-def _machine_limit_bytes(mx: ModuleType) -> float:
+def set_memory_limit(limit_bytes: int) -> None:
+    """Let MLX's allocator wait for memory to be freed beyond this."""
+    _mlx().set_memory_limit(limit_bytes)
+
+
+def device_name() -> str:
+    """Which memory MLX computes in: workers with the same name share it."""
+    mx = _mlx()
+    if not has_gpu(mx):
+        return "cpu"
+    # MLX uses the first GPU that CUDA shows it.
+    return "gpu " + os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+
+
+def machine_limit_bytes() -> float:
     """What MLX recommends for a Mac's GPU; elsewhere a part of the memory that computes."""
+    mx = _mlx()
     if has_gpu(mx):
         # Its keys differ between Metal and CUDA (mlx 0.32).
         about: dict[str, Any] = getattr(mx, "device_info", dict)()

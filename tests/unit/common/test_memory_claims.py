@@ -1,0 +1,145 @@
+"""Workers on one machine share its memory; what does not fit is refused before anything loads."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common import memory_claims
+from common.errors import StartupError
+from common.memory_claims import GB, READ_SECONDS, Claim, Machine, Registration
+
+MACHINE = Machine("gpu 0", 12 * GB)
+MB = 2**20
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def claim(model: str = "a", *, gb: float = 4, limit_gb: float | None = None, device: str = "gpu 0") -> Claim:
+    limit_bytes = None if limit_gb is None else int(limit_gb * GB)
+    return Claim(pid=1, model=model, device=device, weight_bytes=int(gb * GB), limit_bytes=limit_bytes)
+
+
+def test_a_worker_alone_has_all() -> None:
+    """Without other workers, the share is all that the machine has for workers."""
+    assert memory_claims.share_bytes(claim(), [], MACHINE) == 12 * GB
+
+
+def test_each_has_its_weights_and_the_same_room() -> None:
+    """Shares add up to the machine's memory; each is as far above its own weights as the others'."""
+    small, large = claim(gb=1), claim(gb=5)
+    shares = [
+        memory_claims.share_bytes(small, [large], MACHINE),
+        memory_claims.share_bytes(large, [small], MACHINE),
+    ]
+    assert shares == [4 * GB, 8 * GB]
+
+
+def test_a_limit_is_honoured() -> None:
+    """A worker with a limit has that; the others share what it leaves."""
+    limited = claim(gb=2, limit_gb=6)
+    others = [claim(gb=1), claim(gb=1)]
+    assert memory_claims.share_bytes(limited, others, MACHINE) == 6 * GB
+    assert memory_claims.share_bytes(others[0], [others[1], limited], MACHINE) == 3 * GB
+
+
+def test_a_second_worker_halves_the_room_of_the_first(tmp_path: Path) -> None:
+    """A running worker sees another start and end, within READ_SECONDS."""
+    clock = Clock()
+    first = memory_claims.register(claim("a", gb=4), MACHINE, tmp_path, clock)
+    assert first.share_bytes() == 12 * GB
+    second = memory_claims.register(claim("b", gb=4), MACHINE, tmp_path, clock)
+    assert second.share_bytes() == 6 * GB
+    assert first.share_bytes() == 12 * GB  # it looks now and then only
+    clock.now += READ_SECONDS
+    assert first.share_bytes() == 6 * GB
+    second.close()
+    clock.now += READ_SECONDS
+    assert first.share_bytes() == 12 * GB
+
+
+def test_other_devices_share_nothing(tmp_path: Path) -> None:
+    """Two GPUs have memory of their own."""
+    other = memory_claims.register(claim(gb=10, device="gpu 1"), Machine("gpu 1", 12 * GB), tmp_path)
+    own = memory_claims.register(claim(gb=10), MACHINE, tmp_path)
+    assert own.share_bytes() == other.share_bytes() == 12 * GB
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    """The sentence names the workers that run and how much of what there is; the refused one leaves no claim."""
+    first: Registration = memory_claims.register(claim("org/a", gb=9), MACHINE, tmp_path)
+    with pytest.raises(
+        StartupError, match=r"b does not fit .*org/a in process 1.*org/a 9\.3 GB \+ b 3\.3 GB"
+    ) as refused:
+        memory_claims.register(claim("b", gb=3), MACHINE, tmp_path)
+    assert "workers may use 12.0 GB" in str(refused.value)
+    assert [each.model for each in memory_claims.read(tmp_path, "gpu 0")] == ["org/a"]
+    first.close()
+    memory_claims.register(claim("b", gb=3), MACHINE, tmp_path)
+
+
+def test_a_limit_beyond_the_machine_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What was set explicitly is not refused."""
+    first = memory_claims.register(claim("a", gb=4, limit_gb=8), MACHINE, tmp_path)
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        second = memory_claims.register(claim("b", gb=4, limit_gb=8), MACHINE, tmp_path)
+    assert "a 8.0 GB + b 8.0 GB = 16.0 GB" in caplog.text
+    assert first.share_bytes() == second.share_bytes() == 8 * GB
+
+
+REGISTER_AND_DIE = """
+import os, signal, sys
+from pathlib import Path
+from common.memory_claims import Claim, Machine, register
+registration = register(Claim(os.getpid(), "m", "gpu 0", 9 * 2**30), Machine("gpu 0", 12 * 2**30), Path(sys.argv[1]))
+print("registered", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_killed_worker_leaves_no_claim(tmp_path: Path) -> None:
+    """Another process's claim holds while it lives, and not a moment longer when it is killed."""
+    command = [sys.executable, "-c", REGISTER_AND_DIE, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "registered\n"
+        assert [each.pid for each in memory_claims.read(tmp_path, "gpu 0")] == [other.pid]
+        with pytest.raises(StartupError, match=f"m in process {other.pid}"):
+            memory_claims.register(claim(), MACHINE, tmp_path)
+        other.kill()
+        other.wait()
+    assert memory_claims.register(claim(), MACHINE, tmp_path).share_bytes() == 12 * GB
+    assert len(list(tmp_path.glob("*.json"))) == 1
+
+
+def test_an_unreadable_claim_is_passed_over(tmp_path: Path) -> None:
+    """A file that another version wrote stops no worker."""
+    held = memory_claims.register(claim(), MACHINE, tmp_path)
+    [path] = tmp_path.glob("*.json")
+    path.write_text("[")
+    assert memory_claims.read(tmp_path, "gpu 0") == []
+    held.close()
+
+
+def test_weights_are_measured_on_disk(tmp_path: Path) -> None:
+    """All parts of the weights, and nothing else in the folder."""
+    for name in (
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "adapters.safetensors",
+    ):
+        (tmp_path / name).write_bytes(b"x" * 100)
+    assert memory_claims.weight_bytes(tmp_path) == 200

@@ -1,0 +1,88 @@
+"""This worker's share of the machine's memory, which it has to share with the other workers there.
+
+Made by `worker.mlx.engine` before it loads a model. `python -m worker.mlx.memory_share` prints what there is to share, for
+`make up`, which must not import MLX. The arithmetic is in `common.memory_claims`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+import msgspec
+
+from common import memory_claims
+from common.errors import StartupError
+from common.folders import state_folder
+from common.memory_claims import GB, Claim, Machine
+from common.settings import Settings
+from worker.mlx import model as mlx_model
+
+log = logging.getLogger(__name__)
+
+
+class MemoryShare:
+    """See the module."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._machine = machine()
+        self._registration: memory_claims.Registration | None = None
+        if settings.memory_limit_gb is not None:
+            mlx_model.set_memory_limit(int(settings.memory_limit_gb * GB))
+
+    def claim(self, model_folder: Path) -> None:
+        """Register what the model in this folder needs; call it before the model is loaded.
+
+        Raises:
+            StartupError: It does not fit next to the workers that run on this machine.
+        """
+        limit_gb = self._settings.memory_limit_gb
+        claim = Claim(
+            pid=os.getpid(),
+            model=self._settings.model,
+            device=self._machine.device,
+            weight_bytes=memory_claims.weight_bytes(model_folder),
+            limit_bytes=None if limit_gb is None else int(limit_gb * GB),
+        )
+        folder = memory_claims.folder(state_folder(self._settings))
+        try:
+            self._registration = memory_claims.register(claim, self._machine, folder)
+        except OSError as error:
+            log.warning("other workers on this machine do not see what memory this one takes: %s", error)
+
+    def limit_bytes(self) -> int:
+        """The memory that this worker may use now, its model's weights included. Cheap enough to call often."""
+        if self._registration is not None:
+            return self._registration.share_bytes()
+        if self._settings.memory_limit_gb is not None:
+            return int(self._settings.memory_limit_gb * GB)
+        return self._machine.limit_bytes
+
+
+def machine() -> Machine:
+    """The device that MLX computes on, and how much of its memory workers may use.
+
+    Raises:
+        StartupError: MLX cannot be imported.
+    """
+    return Machine(mlx_model.device_name(), int(mlx_model.machine_limit_bytes()))
+
+
+def main() -> int:
+    """Print the machine as a line of JSON; the exit status."""
+    try:
+        line = msgspec.json.encode(machine()).decode()
+    except StartupError as error:
+        sys.stderr.write(f"mlx-pool: {error}\n")
+        return 1
+    sys.stdout.write(line + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # as in worker.__main__: MLX's threads may abort a regular exit
