@@ -1,6 +1,6 @@
-"""The application: stores, resources and routes put together; started and stopped with its process.
+"""The ASGI application: wires stores, middleware, resources and routes, and starts and stops what runs beside requests.
 
-Called by `api.asgi` and by tests. What a request goes through is told in docs/architecture.md.
+Called by `api.asgi` and by tests. docs/architecture.md describes the path of a request.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from api.generation.model_directory import ModelDirectory
 from api.generation.relay import Relay
 from api.http import errors
 from api.http.disconnect import App, with_disconnects
-from api.http.headers import Connections, CrossOrigin, KnownMethods, RequestIds
-from api.http.health import Health
+from api.http.headers import ConnectionClose, RequestIds
+from api.http.health import LIVE_PATH, READY_PATH, REPORT_PATH, Health
+from api.http.hosts import HostCheck, Hosts
+from api.http.methods import UnknownMethods
+from api.http.origins import CrossOrigin, Origins
 from api.openai.chat.resource import ChatCompletions
 from api.openai.completions.resource import Completions
 from api.openai.models import Model, Models
@@ -36,11 +39,11 @@ log = logging.getLogger(__name__)
 
 
 LAST_FRAMES_SECONDS = 0.1
-"""What handlers get to write their streams' last frames when the process ends."""
+"""Time for handlers to write the last frames of their streams at shutdown."""
 
 
 class Lifespan:
-    """What runs beside requests, as long as the process does."""
+    """Starts and stops the background tasks of a process (ASGI lifespan)."""
 
     def __init__(
         self, client: redis.asyncio.Redis, directory: ModelDirectory, relay: Relay, job_queue: JobQueue
@@ -54,7 +57,7 @@ class Lifespan:
         await self._directory.start()
         await self._relay.start()
         if not self._relay.is_connected:
-            log.warning("started without Redis; requests are answered 503 until it is there")
+            log.warning("started without Redis; requests are answered 503 until it can be reached")
 
     async def process_shutdown(self, _scope: dict[str, Any], _event: dict[str, Any]) -> None:
         self._relay.end_all()
@@ -69,7 +72,7 @@ def create_app(settings: Settings) -> App:
     """The ASGI application.
 
     Raises:
-        StartupError: The settings name no Redis, or a key file that cannot be read.
+        StartupError: The Redis URL or the origins are malformed, or the key file cannot be read.
     """
     client = connections.connect_async(settings.redis_url)
     reads = CommandBatch(client, transaction=False)
@@ -82,18 +85,21 @@ def create_app(settings: Settings) -> App:
     middleware: list[Any] = [
         Lifespan(client, directory, relay, job_queue),
         RequestIds(),
-        Connections(),
-        KnownMethods(),
-        CrossOrigin(settings.cors_origins),
+        ConnectionClose(),
+        UnknownMethods(),
     ]
-    if settings.api_keys_file is not None:
-        middleware.append(Authentication(key_file.opened(Path(settings.api_keys_file).expanduser())))
+    origins = Origins.from_settings(settings)
+    if settings.api_keys_file is None:
+        middleware += [HostCheck(Hosts(settings.host, origins)), CrossOrigin(origins)]
+    else:
+        key_path = Path(settings.api_keys_file).expanduser()
+        middleware += [CrossOrigin(origins), Authentication(key_file.opened(key_path))]
     app: falcon.asgi.App[Any, Any] = falcon.asgi.App(media_type=falcon.MEDIA_JSON, middleware=middleware)
     errors.install(app)
     health = Health(directory, relay)
-    app.add_route("/livez", health, suffix="live")
-    app.add_route("/readyz", health, suffix="ready")
-    app.add_route("/health", health)
+    app.add_route(LIVE_PATH, health, suffix="live")
+    app.add_route(READY_PATH, health, suffix="ready")
+    app.add_route(REPORT_PATH, health)
     app.add_route(DESCRIPTION_PATH, Description(settings))
     for prefix in ("/v1", ""):
         app.add_route(f"{prefix}/chat/completions", ChatCompletions(settings, directory, generations))

@@ -1,13 +1,12 @@
-"""How gunicorn serves the API, made from our settings; and what may not be served at all.
+"""gunicorn's configuration, made from our settings, and the checks that prevent an unsafe start.
 
-Read by `api/gunicorn.conf.py`, before anything is forked.
+Called by `api/gunicorn.conf.py` before any process is forked, and by `make up` as `python -m api.server`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import ipaddress
 import logging
 import resource
 import sys
@@ -17,15 +16,16 @@ from typing import Any
 from gunicorn.glogging import Logger  # type: ignore[import-untyped]
 
 from api.auth import key_file
-from api.http import connection as gunicorn_protocol
-from api.http.headers import for_any_origin
+from api.http import connection
+from api.http.hosts import is_loopback
+from api.http.origins import Origins
 from common import connections, garbage
 from common import logging as common_logging
 from common.errors import StartupError
 from common.settings import PREFIX, Settings
 
 KEEP_ALIVE_SECONDS = 15
-"""Longer than the clients of Python keep an idle connection (5 s): who closes first never cuts off a request."""
+"""Longer than Python's clients keep an idle connection (5 s), so that the client closes first and no request is cut off."""
 
 BACKLOG = 2048
 MAX_LINE_BYTES = 8190
@@ -34,22 +34,21 @@ MAX_HEADER_BYTES = 16 * 1024
 KILL_SECONDS = 5
 
 OPEN_FILES = 10_240
-"""The most that each macOS takes (OPEN_MAX): a connection each, and a few of our own."""
+"""The highest limit that every macOS accepts (OPEN_MAX). Each connection needs one, and the process a few more."""
 
 
 def options(settings: Settings) -> dict[str, Any]:
     """gunicorn's settings.
 
     Raises:
-        StartupError: The API may not listen there, its key file cannot be read, or the settings name no Redis.
+        StartupError: The API may not listen there, its key file cannot be read, or its origins or Redis URL are malformed.
     """
     check_host(settings)
-    allow_open_files()
+    raise_open_files_limit()
+    origins = Origins.from_settings(settings)
     if settings.api_keys_file is not None:
-        key_file.opened(
-            Path(settings.api_keys_file).expanduser()
-        )  # for all processes that are forked from here
-    connections.connect(settings.redis_url).close()  # connects to nothing: it only reads the URL
+        key_file.opened(Path(settings.api_keys_file).expanduser())  # inherited by all forked processes
+    connections.connect(settings.redis_url).close()  # only parses the URL; no connection is made
 
     def post_fork(_arbiter: Any, _worker: Any) -> None:
         common_logging.configure(settings.log_level)
@@ -57,20 +56,18 @@ def options(settings: Settings) -> dict[str, Any]:
             handler.setFormatter(common_logging.Formatter(Logger.error_fmt, Logger.datefmt))
 
     def post_worker_init(worker: Any) -> None:
-        # gunicorn 27's asgi worker listens anew and leaves out its backlog: asyncio's 100 then makes a burst beyond it
-        # wait a second, until its SYNs are sent again.
+        # gunicorn 27's asgi worker calls listen() again without its backlog. With asyncio's default of 100, connections of
+        # a larger burst wait a second until their SYNs are retransmitted.
         worker.loop.create_server = functools.partial(worker.loop.create_server, backlog=worker.cfg.backlog)
-        # The master kills what is left after its own graceful_timeout: a worker's has to be over before, so that it can
-        # cancel what still runs.
+        # The master kills its workers after its own graceful_timeout. A worker's must end earlier, so that it can still
+        # cancel running requests.
         worker.cfg.set("graceful_timeout", int(settings.drain_seconds))
 
-        gunicorn_protocol.install(
-            settings.header_seconds, settings.take_seconds, for_any_origin(settings.cors_origins)
-        )
+        connection.install(settings.header_seconds, settings.take_seconds, origins.headers_without_request)
         garbage.spare_what_is_loaded()
 
     def worker_int(worker: Any) -> None:
-        # On SIGINT gunicorn leaves out the lifespan's end. Nothing is waited for then, but what runs is cancelled.
+        # On SIGINT gunicorn skips the lifespan shutdown. With this it runs: nothing is drained, but requests are cancelled.
         worker.cfg.set("graceful_timeout", 0)
         worker._quick_shutdown = False  # noqa: SLF001 (gunicorn 27)
 
@@ -87,8 +84,8 @@ def options(settings: Settings) -> dict[str, Any]:
         "limit_request_line": MAX_LINE_BYTES,
         "limit_request_fields": MAX_HEADERS,
         "limit_request_field_size": MAX_HEADER_BYTES,
-        "control_socket_disable": True,  # gunicorn 27 writes one into the home folder
-        "accesslog": None,  # our own line a request says more
+        "control_socket_disable": True,  # gunicorn 27 would create one in the home folder
+        "accesslog": None,  # we log a line per request that has more
         "loglevel": settings.log_level.lower(),
         "proc_name": "mlx-pool-api",
         "post_fork": post_fork,
@@ -97,41 +94,34 @@ def options(settings: Settings) -> dict[str, Any]:
     }
 
 
-def allow_open_files() -> None:
-    """Have room for as many connections as the system lets this process and its children have: a Mac's shell starts with 256."""
-    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if most == resource.RLIM_INFINITY else min(OPEN_FILES, most)
-    if now == resource.RLIM_INFINITY or now >= wanted:
+def raise_open_files_limit() -> None:
+    """Raise the soft limit of open files, which is 256 in a Mac's shell, for this process and its children."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
         return
-    # What macOS's kernel allows may be less than what it says.
+    # macOS's kernel may allow less than the hard limit that it reports.
     with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def check_host(settings: Settings) -> None:
-    """Make sure that nobody is served whom nobody meant to serve.
+    """Refuse to serve other machines without API keys, unless the settings allow it.
 
     Raises:
         StartupError: The API would listen beyond this machine, without keys.
     """
     has_keys = settings.api_keys_file is not None
-    if has_keys or settings.allow_unauthenticated or _is_loopback(settings.host):
+    if has_keys or settings.allow_unauthenticated or is_loopback(settings.host):
         return
     raise StartupError(
-        f"{PREFIX}HOST={settings.host} would let everybody who reaches this machine use the API; name a file of API keys "
-        f"with {PREFIX}API_KEYS_FILE, or set {PREFIX}ALLOW_UNAUTHENTICATED=1 if that is meant"
+        f"{PREFIX}HOST={settings.host} would let everybody who reaches this machine use the API; set "
+        f"{PREFIX}API_KEYS_FILE to a file of API keys, or {PREFIX}ALLOW_UNAUTHENTICATED=1 to allow that"
     )
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def main() -> int:
-    """Say in one sentence why gunicorn would not start with these settings, if so: `make up` asks; the exit status."""
+    """Check the settings as gunicorn would; print the error in one sentence. Returns the exit status."""
     try:
         options(Settings.load())
     except StartupError as error:

@@ -60,9 +60,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     allow_unauthenticated: Annotated[bool, _about("let the API listen beyond loopback without API keys")] = (
         False
     )
-    cors_origins: Annotated[str, _about("origins that browsers may call from, separated by commas, or *")] = (
-        "*"
-    )
+    cors_origins: Annotated[
+        str | None,
+        _about(
+            "web origins that may call, separated by commas, such as https://app.example or http://localhost:*; * for "
+            "any; unset: any with API keys, without keys those of this machine and of desktop apps (README, API keys)"
+        ),
+    ] = None
     default_model: Annotated[
         str | None, _about("model of requests that name none; unset: the only one served")
     ] = None

@@ -11,11 +11,12 @@ import logging
 import falcon.asgi
 
 from api.auth.key_file import KeyFile
+from api.http.health import HEALTH_PATHS
 from common.errors import RequestError
 
 log = logging.getLogger(__name__)
 
-_OPEN_PATHS = ("/health", "/livez", "/readyz", "/openapi.json")
+_OPEN_PATHS = (*HEALTH_PATHS, "/openapi.json")
 
 
 class Authentication:

@@ -1,4 +1,4 @@
-"""`/livez`, `/readyz` and `/health`, for whoever supervises the pool. Answered from what is known, in no time."""
+"""`/livez`, `/readyz` and `/health`, for probes, load balancers and operators; answered from memory, without a call to Redis."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ import msgspec
 from api.generation.model_directory import ModelDirectory
 from api.generation.relay import Relay
 
+LIVE_PATH, READY_PATH, REPORT_PATH = "/livez", "/readyz", "/health"
+HEALTH_PATHS = (LIVE_PATH, READY_PATH, REPORT_PATH)
+"""Served without a key and under any host name: a probe may have neither. They reveal no more than counts."""
+
 
 class Alive(msgspec.Struct, frozen=True, tag_field="status", tag="ok"):
-    """All is well."""
+    """The body of a 200."""
 
 
 class Unready(msgspec.Struct, frozen=True, tag_field="status", tag="unavailable"):
-    """Requests would fail."""
+    """The body of a 503: requests would fail."""
 
     reason: str
 
 
 class HealthReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What one API process sees.
+    """The state of the pool, as one API process sees it.
 
     Attributes:
-        status: `degraded` while Redis is away: the process lives, and requests would fail.
-        suspended: `rq suspend` is in force: requests are taken, and wait.
+        status: `degraded` while Redis is away: the process runs, but requests would fail.
+        suspended: `rq suspend` is in force: requests are accepted and wait in the queue.
     """
 
     status: Literal["ok", "degraded"]
@@ -40,27 +44,27 @@ class HealthReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Health:
-    """See the module."""
+    """The resource of all three paths."""
 
     def __init__(self, directory: ModelDirectory, relay: Relay) -> None:
         self._directory = directory
         self._relay = relay
 
     async def on_get_live(self, _req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
-        """This process runs."""
+        """200 if this process runs."""
         resp.data = msgspec.json.encode(Alive())
 
     async def on_get_ready(self, _req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
-        """Redis answers, and at least one model has a worker."""
+        """200 if Redis answers and at least one model has a worker, otherwise 503."""
         if not (self._relay.is_connected and self._directory.is_fresh):
-            self._not_ready(resp, "Redis does not answer")
+            self._render_unready(resp, "Redis does not answer")
         elif not self._directory.served:
-            self._not_ready(resp, "no model has a live worker")
+            self._render_unready(resp, "no model has a live worker")
         else:
             resp.data = msgspec.json.encode(Alive())
 
     async def on_get(self, _req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
-        """This process runs, and what it sees."""
+        """200 with a `HealthReport`, also while Redis is away."""
         models = self._directory.served
         has_redis = self._relay.is_connected and self._directory.is_fresh
         resp.data = msgspec.json.encode(
@@ -80,7 +84,7 @@ class Health:
     on_head_ready = on_get_ready
 
     @staticmethod
-    def _not_ready(resp: falcon.asgi.Response, reason: str) -> None:
+    def _render_unready(resp: falcon.asgi.Response, reason: str) -> None:
         resp.status = falcon.HTTP_503
         resp.set_header("retry-after", "1")
         resp.data = msgspec.json.encode(Unready(reason))

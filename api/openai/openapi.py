@@ -36,6 +36,7 @@ _REF = "#/components/schemas/{name}"
 _STATUSES: Mapping[int, str] = {
     400: "Something in the request is wrong or not supported; `param` names it.",
     401: "The API key is missing or nobody knows it.",
+    403: "A page of this origin may not call the API, or the API does not answer to this host name.",
     404: "Nobody knows the model.",
     405: "The path has no such method; `Allow` lists those that it has.",
     408: "The request's body did not come.",
@@ -52,9 +53,9 @@ _STATUSES: Mapping[int, str] = {
 _TOO_MANY_REQUESTS, _UNAVAILABLE, _NOT_ALLOWED = 429, 503, 405
 
 _ALWAYS = (400, 405, 414, 431, 500, 501)
-_LISTING = (401, 503)
-_ONE_MODEL = (401, 404, 503)
-_GENERATING = (401, 404, 408, 413, 415, 429, 503, 504)
+_LISTING = (401, 403, 503)
+_ONE_MODEL = (401, 403, 404, 503)
+_GENERATING = (401, 403, 404, 408, 413, 415, 429, 503, 504)
 
 _HEADERS: Mapping[str, Json] = {
     "X-Request-Id": {
@@ -326,7 +327,7 @@ def _described() -> Json:
             },
             "304": {"description": "It is what `If-None-Match` has.", "headers": headers},
         },
-        (),
+        (403,),
     )
 
 

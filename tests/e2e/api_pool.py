@@ -88,8 +88,10 @@ def chat_body(**fields: Any) -> bytes:
 
 
 def request(method: str, path: str, body: bytes = b"", **headers: str) -> bytes:
-    lines = [f"{method} {path} HTTP/1.1", "Host: x"]
-    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    """A request's bytes; `host` in `headers` replaces the default."""
+    fields = {"host": "localhost"} | headers
+    lines = [f"{method} {path} HTTP/1.1"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in fields.items()]
     if body:
         lines.append(f"Content-Length: {len(body)}")
     return "\r\n".join([*lines, "", ""]).encode() + body

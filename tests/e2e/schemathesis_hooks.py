@@ -1,4 +1,4 @@
-"""What schemathesis cannot read in the description; its command line loads it, see test_api_openapi.py."""
+"""What schemathesis cannot read in the description; its command line loads it, see api/test_openapi.py."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from tests.conformance import judge
 from tests.conformance.server import CHAT, LEGACY, Answer, Broken, NotShown, Server, see
 
 _OK = 200
-_ORIGIN = "https://app.example"
+_ORIGIN = "http://localhost:5173"
+"""Of a page in development: a server may refuse the origins of other machines."""
 _HUGE_BYTES = 20 * 2**30
 _DEEP = 40_000
 
