@@ -13,6 +13,7 @@ import math
 import os
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
@@ -86,7 +87,11 @@ def misfit(claims: Sequence[Claim], machine: Machine) -> str | None:
     """Why these workers do not fit on the machine together, as a sentence; None if they do."""
     if sum(claim.min_bytes for claim in claims) <= machine.limit_bytes:
         return None
-    listed = " + ".join(f"{claim.model} {claim.min_bytes / GB:.1f} GB" for claim in claims)
+    each = Counter((claim.model, claim.min_bytes) for claim in claims)
+    listed = " + ".join(
+        (f"{num} × " if num > 1 else "") + f"{model} {num_bytes / GB:.1f} GB"
+        for (model, num_bytes), num in each.items()
+    )
     total = sum(claim.min_bytes for claim in claims)
     return f"{listed} = {total / GB:.1f} GB, and workers may use {machine.limit_bytes / GB:.1f} GB of this machine's memory"
 

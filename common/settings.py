@@ -1,4 +1,4 @@
-"""Every setting of mlx-pool: one frozen object, read once at an entry point from the environment and flags.
+"""All settings of mlx-pool: one frozen object, read once at an entry point from the environment and flags.
 
 A setting `name` is the variable `MLXPOOL_NAME` and, where a command has flags, `--name`. The table of docs/settings.md
 is checked against this class by a test.
@@ -48,14 +48,14 @@ def _about(description: str, **constraints: Any) -> Meta:
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """See each field's description, which is also what `--help` and docs/settings.md say."""
+    """The description of each field is also its text in `--help` and docs/settings.md."""
 
     host: Annotated[str, _about("address the API listens on", min_length=1)] = "127.0.0.1"
     port: Annotated[int, _about("port the API listens on", ge=1, le=65535)] = 8080
     api_processes: Annotated[int, _about("API processes under gunicorn", ge=1, le=64)] = 2
     api_keys_file: Annotated[
         str | None,
-        _about("file of API keys, made by `python -m api.keys add NAME`; unset: no key is asked for"),
+        _about("file of API keys, made by `python -m api.keys add NAME`; unset: no key is needed"),
     ] = None
     allow_unauthenticated: Annotated[bool, _about("let the API listen beyond loopback without API keys")] = (
         False
@@ -70,38 +70,40 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     default_model: Annotated[
         str | None, _about("model of requests that name none; unset: the only one served")
     ] = None
-    strict_parameters: Annotated[bool, _about("answer 400 to a request field that nobody knows")] = False
+    strict_parameters: Annotated[bool, _about("answer 400 to unknown request fields")] = False
 
-    header_seconds: Annotated[float, _about("a request's head has to come within this time", gt=0)] = 10.0
-    body_seconds: Annotated[float, _about("a request's body has to come within this time", gt=0)] = 60.0
+    header_seconds: Annotated[float, _about("time for a client to send the request headers", gt=0)] = 10.0
+    body_seconds: Annotated[float, _about("time for a client to send the request body", gt=0)] = 60.0
     take_seconds: Annotated[
-        float, _about("a client that takes nothing of its answer for so long is cut off", gt=0)
+        float, _about("a client that does not read its response for this long is disconnected", gt=0)
     ] = 120.0
     max_body_bytes: Annotated[int, _about("largest request body", ge=1024)] = 10 * 1024 * 1024
 
-    sse_comment_seconds: Annotated[float, _about("silence in a stream before a comment line", gt=0)] = 10.0
+    sse_comment_seconds: Annotated[
+        float, _about("silence in a stream before a comment line is sent", gt=0)
+    ] = 10.0
     sse_header_seconds: Annotated[
-        float, _about("wait for a request's first event before a stream's headers are sent", gt=0)
+        float, _about("how long the headers of a stream wait for its first event", gt=0)
     ] = 2.0
     stream_buffer_events: Annotated[
-        int, _about("events kept for a slow client; beyond, they are read from the journal", ge=16)
+        int, _about("events buffered for a slow client; further ones are read from the journal", ge=16)
     ] = 1024
 
     request_seconds: Annotated[
-        float, _about("deadline of a request; the header X-Request-Timeout may ask for less", gt=0)
+        float, _about("deadline of a request; the header X-Request-Timeout may shorten it", gt=0)
     ] = 1800.0
-    queue_seconds: Annotated[int, _about("longest wait of a request in the queue", ge=1)] = 600
+    queue_seconds: Annotated[int, _about("how long a request may wait in the queue", ge=1)] = 600
     max_queued_requests: Annotated[int, _about("requests that may wait for a model", ge=1)] = 512
     max_queued_tokens: Annotated[
-        int, _about("prompt and answer tokens, estimated, that may wait for a model", ge=1)
+        int, _about("estimated prompt and answer tokens that may wait for a model", ge=1)
     ] = 1_000_000
 
     model: Annotated[
         str, _about("path, hub repository or 'demo'; for `make up` several, separated by spaces")
     ] = "demo"
-    model_name: Annotated[str | None, _about("model id for clients; unset: made from the model's path")] = (
-        None
-    )
+    model_name: Annotated[
+        str | None, _about("model id for clients; unset: derived from the model's path")
+    ] = None
     adapter_path: Annotated[str | None, _about("LoRA adapter folder for the model")] = None
     chat_template: Annotated[str | None, _about("Jinja chat template, or a file that holds one")] = None
     use_default_chat_template: Annotated[bool, _about("use the tokenizer class's default chat template")] = (
@@ -109,18 +111,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     )
     trust_remote_code: Annotated[bool, _about("run Python code that comes with the model")] = False
 
-    max_batch: Annotated[int, _about("requests that a worker generates together", ge=1, le=1024)] = 32
-    prefill_step_tokens: Annotated[int, _about("most prompt tokens read between two decode steps", ge=16)] = (
-        2048
-    )
+    max_batch: Annotated[int, _about("requests that a worker decodes together", ge=1, le=1024)] = 32
+    prefill_step_tokens: Annotated[
+        int, _about("maximum of prompt tokens prefilled between two decode steps", ge=16)
+    ] = 2048
 
     memory_limit_gb: Annotated[
         Annotated[float, Meta(gt=0)] | None,
-        _about("memory of a worker; unset: what MLX recommends for a GPU, or 3/4 of a CPU's"),
+        _about(
+            "memory that a worker may use; unset: a fair share of what MLX recommends for the GPU, or of 3/4 of main memory"
+        ),
     ] = None
     prompt_cache_gb: Annotated[
         Annotated[float, Meta(ge=0)] | None,
-        _about("memory of it for prompts that were read before; unset: an eighth of what rows may take"),
+        _about("part of it for cached prefixes; unset: an eighth of the memory for KV caches"),
     ] = None
     cache_limit_gb: Annotated[Annotated[float, Meta(ge=0)] | None, _about("limit of MLX's buffer cache")] = (
         None
@@ -130,41 +134,42 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = False
 
     lease_seconds: Annotated[
-        float, _about("a worker that is silent this long loses its jobs to another", ge=0.5)
+        float, _about("other workers take over the jobs of a worker that is silent this long", ge=0.5)
     ] = 3.0
     stall_seconds: Annotated[
-        float, _about("a worker whose step takes this long ends itself; others take over", ge=1)
+        float, _about("a worker whose step takes this long exits; others take over", ge=1)
     ] = 60.0
-    max_takeovers: Annotated[int, _about("how often a job moves on after its worker died", ge=0)] = 3
+    max_takeovers: Annotated[int, _about("how often a job is taken over after its worker died", ge=0)] = 3
     orphan_seconds: Annotated[
-        float, _about("generation stops when no API process has listened this long", ge=1)
+        float, _about("generation stops if no API process has listened for this long", ge=1)
     ] = 10.0
     drain_seconds: Annotated[
-        float, _about("on SIGTERM: time to finish before jobs are handed over", ge=0)
+        float, _about("on SIGTERM: time to finish jobs before they are requeued", ge=0)
     ] = 30.0
 
     redis_url: Annotated[str, _about("Redis or Valkey that all processes share", min_length=1)] = (
         EMBEDDED_REDIS_URL
     )
-    journal_ttl_seconds: Annotated[int, _about("a journal is kept this long after its last token", ge=10)] = (
-        300
-    )
-    result_ttl_seconds: Annotated[int, _about("RQ keeps a finished job this long", ge=1)] = 60
-    failure_ttl_seconds: Annotated[int, _about("RQ keeps a failed job this long", ge=1)] = 3600
+    journal_ttl_seconds: Annotated[int, _about("time to live of a journal after its last token", ge=10)] = 300
+    result_ttl_seconds: Annotated[int, _about("time to live of a finished job in RQ", ge=1)] = 60
+    failure_ttl_seconds: Annotated[int, _about("time to live of a failed job in RQ", ge=1)] = 3600
 
-    cache_dir: Annotated[
-        str | None, _about("where the demo model is kept; unset: the user's cache folder")
-    ] = None
+    cache_dir: Annotated[str | None, _about("folder of the demo model; unset: the user's cache folder")] = (
+        None
+    )
     state_dir: Annotated[
-        str | None, _about("where the embedded server keeps its data; unset: the user's")
+        str | None,
+        _about(
+            "folder of the embedded server's data and of this machine's worker list; unset: the user's state folder"
+        ),
     ] = None
-    log_level: Annotated[LogLevel, _about("least severe messages that are logged")] = "INFO"
+    log_level: Annotated[LogLevel, _about("lowest level of messages that are logged")] = "INFO"
 
     @classmethod
     def load(
         cls, environ: Mapping[str, str] | None = None, overrides: Mapping[str, Any] | None = None
     ) -> Settings:
-        """Read the environment (default: `os.environ`), then `overrides` such as flags; None there means not given.
+        """Read the environment (default: `os.environ`), then `overrides` such as flags, where None means not given.
 
         Raises:
             StartupError: A value is not of its type or range, or a variable with our prefix is unknown.
@@ -181,7 +186,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 hint = (
                     f"; did you mean {PREFIX}{near[0].upper()}?"
                     if near
-                    else "; docs/settings.md has all of them"
+                    else "; docs/settings.md lists all of them"
                 )
                 raise StartupError(f"{variable} is not a setting of mlx-pool{hint}")
             if text != "":
@@ -194,7 +199,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def model_id(self) -> str:
-        """What clients call the model: as set, else a folder's name, else the repository or `demo` as it was given.
+        """The model's name for clients: as set, else its folder's name, else the repository or `demo`.
 
         Raises:
             StartupError: It cannot be the name of an RQ queue.
@@ -219,7 +224,7 @@ def _flag(name: str) -> str:
 
 
 def _check(cls: type[Settings], name: str, value: Any, given_as: str) -> None:
-    """Refuse one bad value with a sentence that names its variable or flag, what was expected and what came."""
+    """Refuse a bad value in a sentence that names its variable or flag, what was expected and what was given."""
     try:
         msgspec.convert({name: value}, cls, strict=False)
     except msgspec.ValidationError as error:
@@ -227,7 +232,7 @@ def _check(cls: type[Settings], name: str, value: Any, given_as: str) -> None:
 
 
 def _expected(name: str, error: str) -> str:
-    """What msgspec (0.22) says of a value, such as "Expected `int`, got `str` - at `$.port`", in words."""
+    """An error of msgspec (0.22) in plain words, such as "Expected `int`, got `str` - at `$.port`"."""
     if name == "log_level":
         *others, last = get_args(LogLevel)
         return f"{', '.join(others)} or {last}"
@@ -247,7 +252,7 @@ def describe() -> list[tuple[str, str, str]]:
 
 
 def add_flags(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
-    """Add `--name VALUE` for each setting (`--name` alone for a yes or no); not given stays None."""
+    """Add `--name VALUE` for each setting (`--name` alone for a yes or no); a flag that is not given stays None."""
     for variable, default, description in describe():
         name = variable.removeprefix(PREFIX).lower()
         if name not in names:
@@ -261,7 +266,7 @@ def add_flags(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
 
 
 def from_arguments(arguments: argparse.Namespace) -> Settings:
-    """What a parser that `add_flags` filled has read, over the environment.
+    """The settings of the environment, overridden by the flags that `add_flags` added to a parser.
 
     Raises:
         StartupError: As `Settings.load`.

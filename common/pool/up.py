@@ -245,7 +245,7 @@ def run(argv: list[str] | None = None) -> int:
         raise StartupError(f"WORKERS must be a whole number from 1 on, not {arguments.workers!r}")
     settings = Settings.load()
     workers = worker_settings(settings)
-    preflight.check(settings, [worker.model for worker in workers])
+    preflight.check(settings, workers, num_each)
     pool = Pool(settings, [worker.model_id for worker in workers], arguments.parent)
     add_processes(pool, workers, num_each, os.environ)
     pool.loop()

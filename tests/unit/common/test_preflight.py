@@ -8,10 +8,14 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
+from common import memory_claims
 from common.errors import StartupError
+from common.memory_claims import Claim, Machine
 from common.pool import preflight, redis_server
 from common.settings import Settings
 
@@ -33,8 +37,8 @@ def test_port_in_use() -> None:
 @pytest.mark.parametrize(
     ("host", "sentence"),
     [
-        ("192.0.2.1", "is no address of this machine"),
-        ("no such host", "MLXPOOL_HOST=no such host is no address"),
+        ("192.0.2.1", "is not an address of this machine"),
+        ("no such host", "MLXPOOL_HOST=no such host is not an address"),
     ],
 )
 def test_host_that_is_none(host: str, sentence: str) -> None:
@@ -114,14 +118,75 @@ def test_what_the_api_takes(tmp_path: Path) -> None:
     preflight.check_api(Settings())
 
 
+def workers(*models: str, **settings: Any) -> list[Settings]:
+    """The settings of a worker for each model."""
+    return [Settings(model=model, **settings) for model in models]
+
+
+def model_folder(path: Path, num_gb: float) -> str:
+    """A folder that looks like a model's, with weights of this size in a file that takes no room on the disk."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with (path / "model.safetensors").open("wb") as weights:
+        weights.truncate(int(num_gb * memory_claims.GB))
+    return str(path)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with 12 GB for workers."""
+    line = msgspec.json.encode(Machine("gpu 0", 12 * memory_claims.GB)).decode()
+    monkeypatch.setattr(preflight, "_output", lambda *_: line)
+
+
+@pytest.mark.usefixtures("machine")
+def test_workers_that_do_not_fit_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """How much each model needs, how often, and how much there is; a limit that was set is only warned of."""
+    models = model_folder(tmp_path / "a", 2.0), model_folder(tmp_path / "b", 4.0)
+    state = str(tmp_path / "state")
+    preflight.check_memory(workers(*models, state_dir=state), 1)
+    with pytest.raises(
+        StartupError, match=r"2 × \S+/a 2\.3 GB \+ 2 × \S+/b 4\.3 GB = 13\.2 GB.* may use 12\.0 GB"
+    ):
+        preflight.check_memory(workers(*models, state_dir=state), 2)
+    preflight.check_memory(workers(*models, state_dir=state, memory_limit_gb=3.0), 2)
+    assert not capsys.readouterr().err
+    preflight.check_memory(workers(*models, state_dir=state, memory_limit_gb=4.0), 2)
+    assert "warning: memory may run short" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("machine")
+def test_workers_that_run_already_count(tmp_path: Path) -> None:
+    """Two models that would fit alone do not fit next to a third one's worker."""
+    models = model_folder(tmp_path / "a", 2.0), model_folder(tmp_path / "b", 4.0)
+    running = memory_claims.register(
+        Claim(1, "c", "gpu 0", 6 * memory_claims.GB),
+        Machine("gpu 0", 12 * memory_claims.GB),
+        memory_claims.folder(tmp_path / "state"),
+    )
+    with pytest.raises(StartupError, match=r"next to the 1 that already run here: c 6\.3 GB \+"):
+        preflight.check_memory(workers(*models, state_dir=str(tmp_path / "state")), 1)
+    running.close()
+    preflight.check_memory(workers(*models, state_dir=str(tmp_path / "state")), 1)
+
+
+def test_mlx_says_how_much_memory_there_is(tmp_path: Path) -> None:
+    """No machine has so much memory: the real command's answer is what the models are compared with."""
+    huge = model_folder(tmp_path / "huge", 7_000.0), model_folder(tmp_path / "huge too", 7_000.0)
+    with pytest.raises(
+        StartupError, match="GB of this machine's memory; start fewer, or take smaller models"
+    ):
+        preflight.check_memory(workers(*huge, state_dir=str(tmp_path)), 1)
+
+
 def test_models_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that is not there, or holds no model, is said; the demo and a hub's repository are a worker's concern."""
-    for name in ("check_port", "check_redis"):
-        monkeypatch.setattr(preflight, name, lambda _: None)
+    for name in ("check_port", "check_redis", "check_memory"):
+        monkeypatch.setattr(preflight, name, lambda *_: None)
     with pytest.raises(StartupError, match=r"folder /no/such does not exist; a model is a folder .* or demo"):
-        preflight.check(Settings(), ["demo", "/no/such"])
+        preflight.check(Settings(), workers("demo", "/no/such"))
     with pytest.raises(StartupError, match=r"there is no config.json in it"):
-        preflight.check(Settings(), [str(tmp_path)])
+        preflight.check(Settings(), workers(str(tmp_path)))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "model.safetensors").touch()
-    preflight.check(Settings(), ["demo", "org/repository", str(tmp_path)])
+    preflight.check(Settings(), workers("demo", "org/repository", str(tmp_path)))

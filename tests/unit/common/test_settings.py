@@ -63,7 +63,7 @@ def test_unknown_variable_is_refused_with_a_hint() -> None:
     ):
         Settings.load({"MLXPOOL_PROT": "1"})
     with pytest.raises(
-        StartupError, match=r"MLXPOOL_ZZZ is not a setting of mlx-pool; docs/settings\.md has all"
+        StartupError, match=r"MLXPOOL_ZZZ is not a setting of mlx-pool; docs/settings\.md lists all"
     ):
         Settings.load({"MLXPOOL_ZZZ": "1"})
 
