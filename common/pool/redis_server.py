@@ -179,7 +179,7 @@ def _only_one(folder: Path, port: int) -> Iterator[None]:
         except BlockingIOError:
             raise StartupError(
                 f"the embedded Redis is already running on port {port}, in another `make up`: end that one first, or give"
-                " each pool a Redis of its own (README.md, 'Two pools')"
+                " each pool a Redis of its own (docs/operations.md, 'Two pools')"
             ) from None
         yield
 

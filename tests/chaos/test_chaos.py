@@ -1,4 +1,4 @@
-"""What docs/faults.md promises, row by row, in a short form: processes are killed, and every token is checked."""
+"""What docs/faults.md promises, in a short form: processes are killed, and every token is checked."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ from worker.jobs.watchdog import EXIT_STALLED
 
 
 def test_kills(running: Chaos) -> None:
-    """Whoever has all the streams is killed, twice in a row: every stream is exact, nothing is left behind."""
+    """The worker that has all streams is killed, twice in a row: every stream is exact, and nothing is left in Redis."""
     running.start()
     running.outcome = chaos.kills(running.workers, 2)
     running.assert_exact()
 
 
 @pytest.mark.heavy
-def test_all_kinds_of_harm(running: Chaos) -> None:
-    """Kills, sleeps, hand-overs and cut connections under 24 streams on three workers: each stream is exact."""
+def test_mixed_faults(running: Chaos) -> None:
+    """SIGKILL, SIGSTOP, SIGTERM and cut connections under 24 streams on three workers: each stream is exact."""
     running.start()
     running.outcome = chaos.mixed(running.workers, 5, seed=3)
     running.assert_exact()
 
 
-def test_redis_goes_and_comes_back(running: Chaos) -> None:
-    """Streams pause and go on where they were, with nothing lost and nothing twice."""
+def test_redis_restarts(running: Chaos) -> None:
+    """Streams pause while Redis is away and continue with the next token: none is lost, none is repeated."""
     running.start()
     running.outcome = chaos.redis_away(running.workers, 3.0)
     running.assert_exact()
 
 
-def test_redis_comes_back_empty(running: Chaos) -> None:
-    """Without its data, running streams end in a clear error, nothing hangs, and the pool works again by itself."""
+def test_redis_loses_its_data(running: Chaos) -> None:
+    """Redis restarts without data: running streams end in the error `answer_lost`, and the pool serves requests again."""
     running.start(2)
     streams = [running.stream(1000) for _ in range(6)]
     thread = threading.Thread(target=running.load.run, args=(streams,))
@@ -66,8 +66,8 @@ def _is_served(running: Chaos) -> bool:
 
 
 @pytest.mark.heavy
-def test_a_bad_network(running: Chaos) -> None:
-    """Redis behind 20 ms of latency and connections that are torn off again and again, in mid-step: every stream is exact."""
+def test_bad_network(running: Chaos) -> None:
+    """Redis has 20 ms of latency and its connections are reset three times during steps: every stream is exact."""
     with Proxy(running.pool.redis_port) as proxy:
         running.pool.redis_url = f"redis://127.0.0.1:{proxy.port}/0"
         running.start(2)
@@ -81,8 +81,8 @@ def test_a_bad_network(running: Chaos) -> None:
 
 
 @pytest.mark.settings(sse_comment_seconds=0.5)
-def test_the_last_worker_dies(running: Chaos) -> None:
-    """Streams wait, with comments, and go on when a worker joins."""
+def test_last_worker_dies(running: Chaos) -> None:
+    """Streams wait, with comments, and continue when a worker joins."""
     running.start()
     [victim] = running.workers.roles
     with chaos.running(running.load, 4, 2 * STEPS_PER_SECOND, running.outcome):
@@ -93,8 +93,8 @@ def test_the_last_worker_dies(running: Chaos) -> None:
 
 
 @pytest.mark.settings(request_seconds=3)
-def test_no_worker_comes(running: Chaos) -> None:
-    """At its deadline a stream that waits for a worker ends in a clear 504, and its job leaves the queue."""
+def test_no_worker_joins(running: Chaos) -> None:
+    """At its deadline a stream that waits for a worker ends in a 504, and its job leaves the queue."""
     running.start()
     stream = running.stream(500)
     thread = threading.Thread(target=running.load.run, args=([stream],))
@@ -108,11 +108,11 @@ def test_no_worker_comes(running: Chaos) -> None:
 
 
 @pytest.mark.settings(api_processes=2, orphan_seconds=1)
-def test_an_api_process_dies(running: Chaos) -> None:
-    """Its clients see a broken connection and its jobs stop; the streams of the other process miss nothing."""
+def test_api_process_dies(running: Chaos) -> None:
+    """Its clients see a broken connection and its jobs stop; streams of the other process are exact."""
     running.start()
     streams = [running.stream(4 * STEPS_PER_SECOND) for _ in range(12)]
-    # One after another: processes that share a socket share a burst unevenly.
+    # Not all at once: processes that share a socket share a burst unevenly.
     thread = threading.Thread(target=running.load.run, args=(streams,), kwargs={"apart_seconds": 0.03})
     thread.start()
     wait_until(lambda: all(stream.num_chunks for stream in streams))
@@ -136,7 +136,7 @@ def test_an_api_process_dies(running: Chaos) -> None:
 
 @pytest.mark.settings(api_processes=2, drain_seconds=10)
 @pytest.mark.heavy
-def test_a_rolling_restart(running: Chaos) -> None:
+def test_rolling_restart(running: Chaos) -> None:
     """All workers and all API processes are replaced under load: no request fails."""
     running.start(2)
     [master] = running.pool.pids("api")[:1]
@@ -157,8 +157,8 @@ def test_a_rolling_restart(running: Chaos) -> None:
 
 
 @pytest.mark.settings(stall_seconds=2, lease_seconds=1)
-def test_a_step_that_hangs(running: Chaos) -> None:
-    """The worker ends itself, its neighbours' streams go on elsewhere and are exact; the one that hangs fails in the end."""
+def test_step_that_hangs(running: Chaos) -> None:
+    """The worker ends itself, the other streams continue on another worker and are exact; the one that hangs fails in the end."""
     running.start(1, "--obey")
     streams = [running.stream(3 * STEPS_PER_SECOND) for _ in range(4)]
     bad = running.stream(3 * STEPS_PER_SECOND, "hang 10")
@@ -175,7 +175,7 @@ def test_a_step_that_hangs(running: Chaos) -> None:
 
 
 class _Restarts:
-    """A supervisor: a worker that died is started again, until it is told to stop."""
+    """A supervisor: restarts a worker that died, until `stop`."""
 
     def __init__(self, running: Chaos) -> None:
         self._running = running
@@ -208,7 +208,7 @@ class _Restarts:
 )
 @pytest.mark.settings(lease_seconds=1)
 def test_poison(running: Chaos, how: str) -> None:
-    """A request that brings down whoever takes it fails with a reason; its neighbours' streams are exact."""
+    """A request that kills every worker that takes it fails with `worker_lost`; the other streams are exact."""
     running.start(1, "--obey")
     restarting = _Restarts(running)
     streams = [running.stream(3 * STEPS_PER_SECOND) for _ in range(5)]
@@ -222,8 +222,8 @@ def test_poison(running: Chaos, how: str) -> None:
         assert 2 <= restarting.num <= 4
 
 
-def test_one_bad_row(running: Chaos) -> None:
-    """A row that fails by itself fails alone and at once; nobody else notices."""
+def test_one_failing_sequence(running: Chaos) -> None:
+    """A sequence whose sampler raises fails at once; the other streams are exact."""
     running.start(1, "--obey")
     streams = [running.stream(STEPS_PER_SECOND) for _ in range(4)]
     bad = running.stream(STEPS_PER_SECOND, "fail 5")
@@ -235,8 +235,8 @@ def test_one_bad_row(running: Chaos) -> None:
 
 
 @pytest.mark.settings(lease_seconds=1)
-def test_two_that_believe_in_their_lease(running: Chaos) -> None:
-    """A worker that slept wakes up beside the one that went on: each n is written once, and the sleeper gives up its rows."""
+def test_stopped_worker_with_an_expired_lease(running: Chaos) -> None:
+    """A worker wakes up after another one has taken its jobs over: each n is journaled once, and the first drops its sequences."""
     running.start(2)
     with chaos.running(running.load, 8, 5 * STEPS_PER_SECOND, running.outcome):
         sleeper = running.workers.roles[0]
@@ -259,11 +259,11 @@ def _free_slots(client: object) -> list[int]:
     return [int(free) for free in cards if free is not None]
 
 
-# ARGV: a model. Each job that is neither in exactly one of the queue, the intermediate queue and the registry of those that
-# run, nor has ended, with the number of its places.
-_PLACES = """
-local places, wrong = {}, {}
-local function count(id) places[id] = (places[id] or 0) + 1 end
+# ARGV: a model. Returns each unfinished job that is not in exactly one of the queue, the intermediate queue and the registry
+# of running executions, with the number of lists that it is in.
+_MISPLACED_JOBS = """
+local counts, wrong = {}, {}
+local function count(id) counts[id] = (counts[id] or 0) + 1 end
 for _, list in ipairs({'rq:queue:' .. ARGV[1], 'rq:queue:' .. ARGV[1] .. ':intermediate'}) do
   for _, id in ipairs(redis.call('LRANGE', list, 0, -1)) do count(id) end
 end
@@ -272,21 +272,21 @@ for _, entry in ipairs(redis.call('ZRANGE', 'rq:wip:' .. ARGV[1], 0, -1)) do
 end
 for _, key in ipairs(redis.call('KEYS', 'rq:job:*')) do
   local id, status = string.sub(key, 8), redis.call('HGET', key, 'status')
-  if (status == 'queued' or status == 'started') and places[id] ~= 1 then
-    wrong[#wrong + 1] = id .. ' ' .. status .. ' ' .. (places[id] or 0)
+  if (status == 'queued' or status == 'started') and counts[id] ~= 1 then
+    wrong[#wrong + 1] = id .. ' ' .. status .. ' ' .. (counts[id] or 0)
   end
 end
 return wrong
 """
 
 
-def test_a_job_is_in_one_list(running: Chaos) -> None:
-    """Looked at all the time, while workers are killed: a job is never in no list, nor in two."""
+def test_every_job_is_in_one_list(running: Chaos) -> None:
+    """A job is never in no list and never in two, observed a thousand times a second while workers are killed."""
     running.start(2)
     over = threading.Event()
     wrong: list[bytes] = []
     with connections.connect(running.pool.redis_url) as client:
-        look = client.register_script(_PLACES)
+        look = client.register_script(_MISPLACED_JOBS)
 
         def watch() -> None:
             while not over.wait(0.001):
@@ -306,7 +306,7 @@ def test_a_job_is_in_one_list(running: Chaos) -> None:
 
 @pytest.mark.heavy
 def test_overload() -> None:
-    """Ten times what it can do, for a short while: each request is whole, or refused with advice."""
+    """Ten times the capacity for a few seconds: each request is complete, or refused with `Retry-After`."""
     with Pool({"MLXPOOL_MAX_QUEUED_REQUESTS": str(overload.MAX_QUEUED)}) as pool:
         overload.start(pool)
         result = overload.overload(pool, factor=10.0, seconds=4.0)

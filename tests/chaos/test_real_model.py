@@ -63,14 +63,13 @@ def real(demo_folder: Path) -> Iterator[RealPool]:
 
 
 def test_text_after_a_kill(real: RealPool) -> None:
-    """A greedy and a seeded text: after a kill -9 each equals the text of an undisturbed run."""
+    """A greedy and a seeded text: after a kill -9 of the worker that has both, each equals the text of an undisturbed run."""
     prompts = [GREEDY, SEEDED]
     with real.streams(prompts, 40) as undisturbed:
-        real.start_worker("second")
+        pass
     with real.streams(prompts, 40) as disturbed:
         real.kill_when("first", disturbed, 3)
-        real.kill_when("second", disturbed, 10)  # whichever worker a stream was on, it died
-        real.start_worker("third")
+        real.start_worker("second")
     assert all(max(stream.gaps_seconds) > 1.0 for stream in disturbed), "nothing was taken over"
     assert [stream.text for stream in disturbed] == [stream.text for stream in undisturbed]
 
