@@ -23,14 +23,8 @@ from common.schema import grammar
 from common.settings import Settings
 from worker.mlx import model as mlx_model
 from worker.models import demo_model
-from worker.sampling.grammar import (
-    CompiledGrammar,
-    GrammarCompiler,
-    GrammarMatcher,
-    apply,
-    num_words,
-    unpacked,
-)
+from worker.sampling.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher, num_words
+from worker.sampling.sampler import apply_mask
 
 BATCH = 16
 NUM_STEPS = 200
@@ -138,8 +132,8 @@ def _steps(compiled: CompiledGrammar, grammars: GrammarCompiler) -> tuple[list[f
     applies: list[float] = []
     for _ in range(NUM_STEPS):
         masks += [_seconds(functools.partial(row.fill, out)) for row, out in zip(rows, words, strict=True)]
-        applies.append(_seconds(lambda: apply(words, logits)))
-        for i, allowed in enumerate(unpacked(words, grammars.vocab_size)):
+        applies.append(_seconds(lambda: apply_mask(np, words, logits)))
+        for i, allowed in enumerate(np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")):
             token_id = int(draw.choice(np.flatnonzero(allowed)))
             advances.append(_seconds(functools.partial(rows[i].advance, token_id)))
             if rows[i].is_finished:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from worker.sampling.grammar import CompiledGrammar, GrammarMatcher, unpacked
+from worker.sampling.grammar import CompiledGrammar, GrammarMatcher
 
 _LEAF = {
     "type": "object",
@@ -196,7 +196,7 @@ class Walk:
             allowed = allowed_ids(matcher)
             token_id = self._draw(allowed)
             matcher.advance(token_id)
-            if token_id in self.compiled.grammars.eos_token_ids:
+            if token_id in self.compiled.compiler.eos_token_ids:
                 return self
             self.token_ids.append(token_id)
         raise AssertionError(f"no end in sight: {self.text!r}")
@@ -214,13 +214,13 @@ class Walk:
         return self._random.choice([i for i in best if len(self._text_of(i)) == 1] or best)
 
     def _rank(self, token_id: int) -> int:
-        if token_id in self.compiled.grammars.eos_token_ids:
+        if token_id in self.compiled.compiler.eos_token_ids:
             return -1
         first = self._text_of(token_id)[:1]
         return _CLOSING.find(first) if first in _CLOSING else 3 if first in _PLAIN else 4
 
 
 def allowed_ids(matcher: GrammarMatcher) -> list[int]:
-    """The ids whose bits are set."""
-    words = matcher.allowed()
-    return [int(i) for i in np.flatnonzero(unpacked(words, len(words) * 32))]
+    """The token ids that a matcher allows, in ascending order."""
+    bits = np.unpackbits(matcher.allowed().view(np.uint8), bitorder="little")
+    return [int(i) for i in np.flatnonzero(bits)]

@@ -13,7 +13,8 @@ from common.protocol import ToolUse
 from common.schema import grammar
 from tests.grammar_cases import SCHEMAS, Walk
 from worker.mlx import model as mlx_model
-from worker.sampling.grammar import GrammarCompiler, GrammarMatcher, apply, apply_mlx, num_words
+from worker.sampling.grammar import GrammarCompiler, GrammarMatcher, num_words
+from worker.sampling.sampler import apply_mask
 from worker.text.detokenizer import TokenBytes
 
 VOCAB_SIZE = 49152
@@ -80,7 +81,7 @@ def test_a_small_model_calls_as_asked(grammars: GrammarCompiler, demo: mlx_model
     token_ids: list[int] = []
     while not row.is_finished and len(token_ids) < 60:
         logits = demo.model(mx.array([[*prompt, *token_ids]]))[:, -1, :]
-        token_ids.append(int(mx.argmax(apply_mlx(mx, mx.array(row.allowed()[None]), logits), axis=-1).item()))
+        token_ids.append(int(mx.argmax(apply_mask(mx, row.allowed()[None], logits), axis=-1).item()))
         row.advance(token_ids[-1])
     text = demo.tokenizer.decode(token_ids)
     assert text.startswith("<tool_call>")
@@ -97,5 +98,5 @@ def test_mlx_applies_a_mask_as_numpy_does(demo: mlx_model.LoadedModel, vocab_siz
     generator = np.random.default_rng(1)
     words = generator.integers(0, 2**32, (3, num_words(vocab_size)), np.uint32)
     logits = generator.standard_normal((3, vocab_size), np.float32)
-    got = np.array(apply_mlx(mx, mx.array(words), mx.array(logits)))
-    assert np.array_equal(got, apply(words, logits))
+    got = np.array(apply_mask(mx, words, mx.array(logits)))
+    assert np.array_equal(got, apply_mask(np, words, logits))

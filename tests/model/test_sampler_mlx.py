@@ -64,13 +64,13 @@ def test_mlx_chooses_as_numpy_does(only: str | None) -> None:
             for row in rows()
             if only is None
             or (only == "drawn" and not row.is_greedy)
-            or (only == "adjusted" and row.is_adjusted)
+            or (only == "adjusted" and row.has_adjustments)
             or (only == "filtered" and row.is_filtered)
         ]
 
     ours, theirs = chosen(), chosen()
-    on_host = BatchSampler(np, start=lambda _array: None, never_excluded=(1, 2))
-    on_device = BatchSampler(mx, start=mx.async_eval, never_excluded=(1, 2))
+    on_host = BatchSampler(np, async_eval=lambda _array: None, xtc_special_token_ids=(1, 2))
+    on_device = BatchSampler(mx, async_eval=mx.async_eval, xtc_special_token_ids=(1, 2))
     random = np.random.default_rng(5)
     num_same = num_all = 0
     for _ in range(25):

@@ -359,7 +359,7 @@ def alone(row: SequenceSampler, processor: Callable[[Any, Any], Any]) -> Callabl
 def _sampler(*, on_host: bool, never_excluded: list[int]) -> BatchSampler:
     import mlx.core as mx
 
-    return BatchSampler(np if on_host else mx, start=mx.async_eval, never_excluded=never_excluded)
+    return BatchSampler(np if on_host else mx, async_eval=mx.async_eval, xtc_special_token_ids=never_excluded)
 
 
 def _sampled(sampler: BatchSampler, rows: list[SequenceSampler], logprobs: Any) -> Any:

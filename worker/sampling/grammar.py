@@ -1,8 +1,8 @@
-"""What may come next in a row whose answer has to match a grammar, by llguidance.
+"""Constrains answers to a grammar, with llguidance: which tokens may come next in a sequence.
 
-`GrammarCompiler` is made once a model; the intake thread compiles with it (`Engine.encode`), the generation thread makes a
-`GrammarMatcher` a row, asks it for a mask before each draw, and tells it what was drawn. A mask is bits: bit i % 32 of word i // 32
-is token i. The same tokens always lead to the same state, which is what a takeover relies on. Knows nothing of MLX.
+There is one `GrammarCompiler` per model. The intake thread compiles with it (`Engine.encode`); the generation thread creates a
+`GrammarMatcher` per sequence, asks it for a mask before each draw and advances it by each token. A mask is an array of uint32 words: bit
+i % 32 of word i // 32 is token id i. The same tokens always lead to the same state, on which a takeover relies. Independent of MLX.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ Words = NDArray[np.uint32]
 
 _WORD_BITS = 32
 _MAX_COMPILED = 32
-"""CompiledGrammar grammars: a few hundred kilobytes each, seldom some megabytes."""
+"""How many compiled grammars are cached; a few hundred kilobytes each, seldom some megabytes."""
 
-_TEXT_MARKS = (texts.CALL_BEGIN, texts.CALL_END)
-"""Tokens that stand for their own text in a grammar, also where a tokenizer calls them special."""
+_TEXT_MARKERS = (texts.CALL_BEGIN, texts.CALL_END)
+"""Tokens that represent their own text in a grammar, even if a tokenizer marks them as special."""
 
 
 class GrammarError(MLXPoolError):
-    """This row cannot go on: its grammar does not allow the token, or is too much for llguidance's limits."""
+    """The sequence cannot continue: its grammar allows no token or not this one, or exceeds llguidance's limits."""
 
 
 class CompiledGrammar:
-    """A grammar, ready for any number of rows.
+    """A grammar, ready for any number of sequences.
 
     Attributes:
-        start: In the state before the first token; only ever copied.
-        grammars: What it was compiled by.
+        initial: llguidance's matcher in the state before the first token; only ever copied.
+        compiler: What compiled it.
     """
 
-    __slots__ = ("grammars", "start")
+    __slots__ = ("compiler", "initial")
 
-    def __init__(self, start: LLMatcher, grammars: GrammarCompiler) -> None:
-        self.start = start
-        self.grammars = grammars
+    def __init__(self, initial: LLMatcher, compiler: GrammarCompiler) -> None:
+        self.initial = initial
+        self.compiler = compiler
 
 
 class GrammarCompiler:
@@ -57,11 +57,13 @@ class GrammarCompiler:
 
     Args:
         tokenizer: mlx-lm's `TokenizerWrapper`.
-        vocab_size: How many logits the model has; its tokenizer may know fewer tokens, or more.
-        eos_token_ids: Each of them may come exactly where the grammar can end.
+        vocab_size: The model's number of logits; the tokenizer may have fewer tokens, or more.
+        eos_token_ids: Not empty; each may come exactly where the grammar can end.
 
     Attributes:
-        num_words: Of a mask.
+        num_words: Length of a mask, in words.
+        num_ll_words: Length of llguidance's own masks, in words; may differ.
+        eos_words: The mask of the end-of-text tokens, (num_words,).
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
@@ -82,13 +84,13 @@ class GrammarCompiler:
         self._compiled: DigestCache[CompiledGrammar] = DigestCache(_MAX_COMPILED)
 
     def compile(self, grammar: str, param: str = "response_format") -> CompiledGrammar:
-        """Compile a grammar: milliseconds, without the interpreter's lock, and from the cache the second time. Any thread may call.
+        """Compile a grammar, or return it from the cache. Takes milliseconds, without the GIL; may be called on any thread.
 
         Args:
-            param: What a client has asked for it with.
+            param: The request parameter that an error refers to.
 
         Raises:
-            RequestError: 400; it cannot be compiled, or nothing can match it.
+            RequestError: 400; the grammar cannot be compiled, or nothing can match it.
         """
         return self._compiled.get(grammar, lambda: self._compile(grammar, param))
 
@@ -98,52 +100,52 @@ class GrammarCompiler:
         compiled = CompiledGrammar(
             LLMatcher(self._tokenizer, grammar, log_level=0, limits=texts.limits()), self
         )
-        if not compiled.start.is_error():
+        if not compiled.initial.is_error():
             try:
-                # On a copy: the first mask is part of what is checked.
+                # The first mask is part of the check. It is computed on a copy.
                 GrammarMatcher(compiled).allowed()
             except GrammarError as error:
                 raise invalid(f"The grammar cannot be used with this model: {error}", param) from None
             return compiled
         raise invalid(
-            f"The grammar cannot be used with this model: {texts.line(compiled.start.get_error())}",
+            f"The grammar cannot be used with this model: {texts.line(compiled.initial.get_error())}",
             param,
         )
 
 
 class GrammarMatcher:
-    """Where one row stands in its grammar. One thread's."""
+    """The state of one sequence in its grammar. Used on one thread."""
 
     def __init__(self, compiled: CompiledGrammar) -> None:
-        self._grammars = compiled.grammars
-        self._matcher = compiled.start.deep_copy()
+        self._compiler = compiled.compiler
+        self._matcher = compiled.initial.deep_copy()
         self._is_ended = False
-        self._scratch: Words = np.empty(self._grammars.num_ll_words, np.uint32)
+        self._scratch: Words = np.empty(self._compiler.num_ll_words, np.uint32)
 
     @property
     def eos_words(self) -> Words:
-        """The mask of the tokens that end an answer."""
-        return self._grammars.eos_words
+        """The mask of the end-of-text tokens, (num_words,)."""
+        return self._compiler.eos_words
 
     @property
     def is_finished(self) -> bool:
-        """Whether only an end-of-text token may come."""
+        """Whether only an end-of-text token is allowed."""
         return self._is_ended or self._matcher.is_stopped()
 
     def allowed(self) -> Words:
-        """A new mask of what may come next, shape (num_words,)."""
-        words: Words = np.empty(self._grammars.num_words, np.uint32)
+        """The mask of the tokens that may come next, as a new array (num_words,)."""
+        words: Words = np.empty(self._compiler.num_words, np.uint32)
         self.fill(words)
         return words
 
     def fill(self, out: Words) -> None:
-        """Write the mask of what may come next into `out`, such as a row of a (batch, num_words) array.
+        """Write the mask of the tokens that may come next into `out`, such as a row of a (batch, num_words) array.
 
         Raises:
-            GrammarError: Nothing may, or a limit was reached.
+            GrammarError: No token is allowed, or one of llguidance's limits was reached.
         """
         if self.is_finished:
-            out[:] = self._grammars.eos_words
+            out[:] = self._compiler.eos_words
             return
         self._matcher.unsafe_compute_mask_ptr(self._scratch.ctypes.data, self._scratch.nbytes)
         if self._matcher.is_error():
@@ -151,19 +153,19 @@ class GrammarMatcher:
         n = min(len(out), len(self._scratch))
         out[:n] = self._scratch[:n]
         out[n:] = 0
-        # llguidance allows one of them, and that only where it has no other way (1.9.1).
+        # llguidance 1.9.1 allows one end-of-text token, and only if no other token is allowed.
         if self._matcher.is_accepting():
-            out |= self._grammars.eos_words
+            out |= self._compiler.eos_words
         if not out.any():
             raise GrammarError("The grammar allows no token of this model's vocabulary.")
 
     def advance(self, token_id: int) -> None:
-        """Go on with a token.
+        """Append a token.
 
         Raises:
             GrammarError: The grammar does not allow it.
         """
-        if token_id in self._grammars.eos_token_ids:
+        if token_id in self._compiler.eos_token_ids:
             if not (self.is_finished or self._matcher.is_accepting()):
                 raise GrammarError("The answer ends before its grammar does.")
             self._is_ended = True
@@ -171,7 +173,7 @@ class GrammarMatcher:
             raise GrammarError(f"The grammar does not allow token {token_id}.")
 
     def replay(self, token_ids: Sequence[int]) -> None:
-        """Go on with tokens that were drawn before, here or in another process.
+        """Append tokens that were sampled before, by this worker or another one.
 
         Raises:
             GrammarError: The grammar does not allow one of them.
@@ -181,34 +183,15 @@ class GrammarMatcher:
 
 
 def num_words(vocab_size: int) -> int:
+    """The number of uint32 words in a mask."""
     return -(-vocab_size // _WORD_BITS)
 
 
-def unpacked(words: Words, vocab_size: int) -> NDArray[np.bool_]:
-    """Masks as booleans: (batch, num_words) to (batch, vocab_size)."""
-    bits = np.unpackbits(
-        words.astype("<u4", copy=False).view(np.uint8), axis=-1, count=vocab_size, bitorder="little"
-    )
-    return bits.view(np.bool_)
-
-
-def apply(words: Words, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """`logits` (batch, vocab) with minus infinity where `words` (batch, num_words) has no bit."""
-    return np.where(unpacked(words, logits.shape[-1]), logits, np.float32(-np.inf))
-
-
-def apply_mlx(mx: Any, words: Any, logits: Any) -> Any:
-    """The same on MLX's arrays, which `mx` is to compute with: `words` (batch, num_words) uint32."""
-    bits = (words[:, :, None] >> mx.arange(_WORD_BITS, dtype=mx.uint32)) & 1
-    mask = bits.reshape(words.shape[0], -1)[:, : logits.shape[-1]]
-    return mx.where(mask.astype(mx.bool_), logits, -mx.inf)
-
-
 class _Vocabulary:
-    """A tokenizer as `llguidance.TokenizerWrapper` wants it: what each token stands for, and how text becomes tokens.
+    """A tokenizer in the form that `llguidance.TokenizerWrapper` expects: the bytes of each token, and a function that tokenizes text.
 
-    llguidance's own way, from `tokenizer.json`, takes every added token for a special one, ``<tool_call>`` and runs of white
-    space too: its masks then allow what its parser refuses (1.9.1).
+    llguidance's own conversion of `tokenizer.json` treats every added token as special, ``<tool_call>`` and runs of white space
+    included; its masks then allow tokens that its parser refuses (1.9.1).
     """
 
     bos_token_id = None
@@ -219,17 +202,17 @@ class _Vocabulary:
         added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
         special = {i for i, token in added.items() if getattr(token, "special", True)}
         special |= {*getattr(tokenizer, "all_special_ids", [])}
-        special = {i for i in special if token_bytes[i].decode(errors="replace") not in _TEXT_MARKS}
+        special = {i for i in special if token_bytes[i].decode(errors="replace") not in _TEXT_MARKERS}
         self.special_token_ids = sorted(special.union(eos_token_ids))
         self.eos_token_id = eos_token_ids[0]
         self.tokens = [token_bytes[i] if i < num_known else b"" for i in range(max(vocab_size, num_known))]
         self._by_bytes = {data: i for i, data in enumerate(self.tokens) if data and i not in special}
-        self._longest = max(map(len, self._by_bytes))
+        self._max_token_bytes = max(map(len, self._by_bytes))
         backend = getattr(getattr(tokenizer, "_tokenizer", tokenizer), "backend_tokenizer", None)
-        self._encode = None if backend is None else _plain(backend)
+        self._encode = None if backend is None else _plain_encoder(backend)
 
     def __call__(self, text: bytes) -> list[int]:
-        """As the model learnt to read it; for text that a grammar leaves no choice about."""
+        """Tokenize text that the grammar forces, as in the model's training data."""
         if self._encode is not None:
             token_ids: list[int] = self._encode(text.decode(errors="replace")).ids
             if b"".join(self.tokens[i] for i in token_ids) == text:
@@ -239,34 +222,34 @@ class _Vocabulary:
     def _greedy(self, text: bytes) -> list[int]:
         token_ids, start = [], 0
         while start < len(text):
-            ends = range(min(len(text), start + self._longest), start, -1)
+            ends = range(min(len(text), start + self._max_token_bytes), start, -1)
             end = next((end for end in ends if text[start:end] in self._by_bytes), None)
             if end is None:
-                break  # llguidance goes on without a choice of ours
+                break  # llguidance continues without a forced token
             token_ids.append(self._by_bytes[text[start:end]])
             start = end
         return token_ids
 
 
-def _plain(backend: Any) -> Any:
-    """A fast tokenizer's `encode` for text in the midst of other text: nothing special, no space in front, nothing cut."""
+def _plain_encoder(backend: Any) -> Any:
+    """A fast tokenizer's `encode` for a fragment of a text: no special tokens, no space prepended, no truncation."""
     from tokenizers import Tokenizer
 
-    whole = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
-    for added in whole.get("added_tokens", []):
-        if added["content"] in _TEXT_MARKS:
+    config = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
+    for added in config.get("added_tokens", []):
+        if added["content"] in _TEXT_MARKERS:
             added["special"] = False
-    normalizer = whole.get("normalizer") or {}
+    normalizer = config.get("normalizer") or {}
     parts = [
         part
         for part in normalizer.get("normalizers", [normalizer])
         if part.get("type") not in (None, "Prepend")
     ]
-    whole["normalizer"] = {"type": "Sequence", "normalizers": parts} if parts else None
-    splitter = whole.get("pre_tokenizer") or {}
+    config["normalizer"] = {"type": "Sequence", "normalizers": parts} if parts else None
+    splitter = config.get("pre_tokenizer") or {}
     for part in splitter.get("pretokenizers", [splitter]):
         if part.get("type") == "Metaspace":
             part["prepend_scheme"] = "never"
-    plain = Tokenizer.from_str(json.dumps(whole))
+    plain = Tokenizer.from_str(json.dumps(config))
     plain.encode_special_tokens = True
     return functools.partial(plain.encode, add_special_tokens=False)

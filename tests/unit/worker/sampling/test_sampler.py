@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.protocol import SamplingParams
-from worker.sampling.sampler import BatchSampler, SequenceSampler
+from worker.sampling.sampler import BatchSampler, SequenceSampler, apply_mask
 
 VOCAB = 40
 
 
-def sampler(never_excluded: tuple[int, ...] = ()) -> BatchSampler:
-    return BatchSampler(np, start=lambda _array: None, never_excluded=never_excluded)
+def sampler(xtc_special_token_ids: tuple[int, ...] = ()) -> BatchSampler:
+    return BatchSampler(np, async_eval=lambda _array: None, xtc_special_token_ids=xtc_special_token_ids)
 
 
 def logprobs(seed: int, num_rows: int = 1, spread: float = 2.0, vocab: int = VOCAB) -> Any:
@@ -26,10 +26,10 @@ def logprobs(seed: int, num_rows: int = 1, spread: float = 2.0, vocab: int = VOC
 
 
 def drawn(
-    params: SamplingParams, values: Any, num: int, *, never_excluded: tuple[int, ...] = ()
+    params: SamplingParams, values: Any, num: int, *, xtc_special_token_ids: tuple[int, ...] = ()
 ) -> list[int]:
     """The tokens that so many positions of one row draw from the same log-probabilities."""
-    row, batch = SequenceSampler(params), sampler(never_excluded)
+    row, batch = SequenceSampler(params), sampler(xtc_special_token_ids)
     tokens = []
     for _ in range(num):
         token_ids = batch.sample([row], values)
@@ -143,7 +143,7 @@ def test_xtc() -> None:
     values = np.log(probs).astype(np.float32)
     always = SamplingParams(temperature=1.0, xtc_probability=1.0, xtc_threshold=0.1, seed=1)
     assert set(drawn(always, values, 300)) == {2, 3, 4}
-    assert set(drawn(always, values, 300, never_excluded=(0, 99))) == {0, 2, 3, 4}
+    assert set(drawn(always, values, 300, xtc_special_token_ids=(0, 99))) == {0, 2, 3, 4}
     half = SamplingParams(temperature=1.0, xtc_probability=0.5, xtc_threshold=0.1, seed=1)
     counts = np.bincount(drawn(half, values, 4000), minlength=5) / 4000
     # Half of the time as the model says; else 2, 3 and 4 share everything.
@@ -161,7 +161,7 @@ def test_penalties_and_bias_as_openai_says() -> None:
     )
     row.observe([1, 1, 3])
     added: dict[int, float] = {}
-    for ids, amounts in row.additions():
+    for ids, amounts in row.sparse_adjustments():
         for token_id, amount in zip(ids.tolist(), amounts.tolist(), strict=True):
             added[token_id] = added.get(token_id, 0.0) + amount
     assert added == {1: -1.0, 3: 0.25}
@@ -259,3 +259,15 @@ def _seeded(kind: int, seed: int) -> SamplingParams:
     import msgspec
 
     return msgspec.structs.replace(KINDS[kind], seed=seed)
+
+
+def test_apply_mask() -> None:
+    """Values stay as they are if their bit is set; otherwise they become too small to be chosen, row by row."""
+    words = np.array([[0b101, 1 << 31], [0, 0xFFFFFFFF]], np.uint32)
+    values = np.arange(2 * 40, dtype=np.float32).reshape(2, 40)
+    masked = apply_mask(np, words, values)
+    assert np.flatnonzero(masked[0] >= 0).tolist() == [0, 2]
+    assert np.flatnonzero(masked[1] >= 0).tolist() == [*range(32, 40)]
+    assert (masked[1, 32:] == values[1, 32:]).all()
+    assert masked[0, 1] < -1e8
+    assert masked.dtype == np.float32

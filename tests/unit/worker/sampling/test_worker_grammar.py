@@ -18,7 +18,7 @@ from common.errors import RequestError
 from common.protocol import ToolUse
 from common.schema import grammar
 from tests.grammar_cases import SCHEMAS, Walk, allowed_ids
-from worker.sampling.grammar import GrammarCompiler, GrammarError, GrammarMatcher, apply, num_words, unpacked
+from worker.sampling.grammar import GrammarCompiler, GrammarError, GrammarMatcher, num_words
 
 SPECIAL = ["<end>", "<pad>", "<tool_call>", "</tool_call>"]
 END, PAD, CALL = 0, 1, 2
@@ -181,7 +181,7 @@ def test_a_mask_is_as_long_as_the_models_vocabulary() -> None:
     row = matcher(grammar.for_tool_calls(ToolUse(tools=[{"type": "function", "function": {"name": "f"}}])))
     batch = np.full((2, num_words(VOCAB_SIZE)), 0xFFFFFFFF, np.uint32)
     row.fill(batch[1])
-    bits = unpacked(batch, VOCAB_SIZE)
+    bits = np.unpackbits(batch.view(np.uint8), axis=-1, count=VOCAB_SIZE, bitorder="little")
     assert bits.shape == (2, VOCAB_SIZE)
     assert bits[0].all()
     assert not bits[1, backend().get_vocab_size() :].any()
@@ -195,17 +195,6 @@ def test_a_model_that_has_fewer_logits_than_its_tokenizer_tokens() -> None:
         few.compile(grammar.for_tool_calls(ToolUse(tools=[{"type": "function", "function": {"name": "f"}}])))
     )
     assert row.allowed().shape == (num_words(300),)
-
-
-def test_apply() -> None:
-    """Logits stay where the bit is set, and are minus infinity elsewhere, row by row."""
-    words = np.array([[0b101, 1 << 31], [0, 0xFFFFFFFF]], np.uint32)
-    logits = np.arange(2 * 40, dtype=np.float32).reshape(2, 40)
-    out = apply(words, logits)
-    assert np.flatnonzero(np.isfinite(out[0])).tolist() == [0, 2]
-    assert np.flatnonzero(np.isfinite(out[1])).tolist() == [*range(32, 40)]
-    assert (out[1, 32:] == logits[1, 32:]).all()
-    assert out.dtype == np.float32
 
 
 @pytest.mark.parametrize("as_one_token", [True, False])
