@@ -16,22 +16,22 @@ import redis.asyncio
 from api.auth import key_file
 from api.auth.authentication import Authentication
 from api.generation.command_batch import CommandBatch
-from api.generation.generation import Generations
+from api.generation.endpoint import Endpoint, Services
 from api.generation.job_queue import JobQueue
 from api.generation.model_directory import ModelDirectory
 from api.generation.relay import Relay
-from api.http import errors
+from api.health import Health
 from api.http.disconnect import App, with_disconnects
+from api.http.errors import ErrorHandlers
 from api.http.headers import ConnectionClose, RequestIds
-from api.http.health import LIVE_PATH, READY_PATH, REPORT_PATH, Health
 from api.http.hosts import HostCheck, Hosts
 from api.http.methods import UnknownMethods
+from api.http.open_paths import LIVE_PATH, READY_PATH, REPORT_PATH
 from api.http.origins import CrossOrigin, Origins
-from api.openai.chat.resource import ChatCompletions
-from api.openai.completions.resource import Completions
 from api.openai.models import Model, Models
-from api.openai.openapi import PATH as DESCRIPTION_PATH
-from api.openai.openapi import Description
+from api.openapi import PATH as DESCRIPTION_PATH
+from api.openapi import Description
+from api.protocols import ERROR_FORMATS, FRONT_ENDS
 from common import connections
 from common.settings import Settings
 
@@ -81,7 +81,7 @@ def create_app(settings: Settings) -> App:
         client, reads, max_events=settings.stream_buffer_events, queue_seconds=settings.queue_seconds
     )
     job_queue = JobQueue(settings, CommandBatch(client, transaction=True))
-    generations = Generations(settings, relay, job_queue)
+    services = Services(settings, directory, relay, job_queue)
     middleware: list[Any] = [
         Lifespan(client, directory, relay, job_queue),
         RequestIds(),
@@ -95,15 +95,15 @@ def create_app(settings: Settings) -> App:
         key_path = Path(settings.api_keys_file).expanduser()
         middleware += [CrossOrigin(origins), Authentication(key_file.opened(key_path))]
     app: falcon.asgi.App[Any, Any] = falcon.asgi.App(media_type=falcon.MEDIA_JSON, middleware=middleware)
-    errors.install(app)
+    ErrorHandlers(ERROR_FORMATS).install(app)
     health = Health(directory, relay)
     app.add_route(LIVE_PATH, health, suffix="live")
     app.add_route(READY_PATH, health, suffix="ready")
     app.add_route(REPORT_PATH, health)
     app.add_route(DESCRIPTION_PATH, Description(settings))
     for prefix in ("/v1", ""):
-        app.add_route(f"{prefix}/chat/completions", ChatCompletions(settings, directory, generations))
-        app.add_route(f"{prefix}/completions", Completions(settings, directory, generations))
+        for path, front_end in FRONT_ENDS.items():
+            app.add_route(prefix + path, Endpoint(front_end, services))
         app.add_route(f"{prefix}/models", Models(directory))
         app.add_route(f"{prefix}/models/{{model_id:path}}", Model(directory))
     return with_disconnects(app)

@@ -19,6 +19,7 @@ from api.auth import key_file
 from api.http import connection
 from api.http.hosts import is_loopback
 from api.http.origins import Origins
+from api.protocols import ERROR_FORMATS
 from common import connections, garbage
 from common import logging as common_logging
 from common.errors import StartupError
@@ -63,7 +64,9 @@ def options(settings: Settings) -> dict[str, Any]:
         # cancel running requests.
         worker.cfg.set("graceful_timeout", int(settings.drain_seconds))
 
-        connection.install(settings.header_seconds, settings.take_seconds, origins.headers_without_request)
+        connection.install(
+            settings.header_seconds, settings.take_seconds, origins.headers_without_request, ERROR_FORMATS
+        )
         garbage.spare_what_is_loaded()
 
     def worker_int(worker: Any) -> None:

@@ -110,6 +110,9 @@ class GenerationJob(msgspec.Struct, frozen=True, kw_only=True):
         grammar: What the answer's text has to match, for llguidance (`common.schema.grammar`).
         tool_use: Functions that may be called; of chats only.
         echo: Whether an `Echo` of the prompt comes first, with log-probabilities where `top_logprobs` says so.
+        api_key_name: Of the client's API key, for log lines; None: the API is open, or older than this field.
+        answer: How the API renders the request's answer (`api.generation.request.AnswerRecord`), in the request's first
+            job only. Workers do not read it.
     """
 
     job_id: str
@@ -124,6 +127,8 @@ class GenerationJob(msgspec.Struct, frozen=True, kw_only=True):
     grammar: str | None = None
     tool_use: ToolUse | None = None
     echo: bool = False
+    api_key_name: str | None = None
+    answer: dict[str, Any] | None = None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -11,7 +11,7 @@ import logging
 import falcon.asgi
 
 from api.auth.key_file import KeyFile
-from api.http.health import HEALTH_PATHS
+from api.http.open_paths import HEALTH_PATHS
 from common.errors import RequestError
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class Authentication:
         name = self._file.keys.name_of(secret.strip())
         if name is None:
             raise _unauthorized(resp, "The API key is not valid, or not any more.")
+        req.context.api_key_name = name
         log.debug("request %s: the key of %s", req.context.request_id, name)
 
 

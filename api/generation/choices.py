@@ -1,15 +1,19 @@
-"""The jobs of one request, and their events as they come.
+"""The jobs of one request, and their events as they arrive.
 
-Owned by a generation. One job is the usual case and costs no task of its own. Knows no rendering and no HTTP.
+Owned by an `ActiveRequest`. One job is the usual case and costs no task of its own. Independent of rendering and HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
 
+from api.generation.front_end import AnswerEvent
 from api.generation.relay import Relay
 from api.generation.subscription import Subscription
-from common.protocol import Event, Failed, Finished, GenerationJob
+from common.protocol import Event, Failed, Finished, GenerationJob, Started
+
+ChoiceEvents = list[tuple[int, list[AnswerEvent | Failed]]]
+"""Events in order, by the index of their choice. An empty list of events: the choice's prefill has begun."""
 
 
 class Choices:
@@ -17,12 +21,14 @@ class Choices:
 
     Attributes:
         jobs: In the order of the choices' indices.
-        failed: What the first job to fail said; the request fails with it.
+        failed: The end of the first job to fail; the request fails with it.
+        prompt_tokens: By index, of the choices whose prefill has begun.
     """
 
     def __init__(self, jobs: list[GenerationJob], relay: Relay) -> None:
         self.jobs = jobs
         self.failed: Failed | None = None
+        self.prompt_tokens: dict[int, int] = {}
         self._relay = relay
         self._subscriptions: list[Subscription] = [relay.subscribe(job.job_id) for job in jobs]
         self._finished: dict[int, Finished] = {}
@@ -30,56 +36,66 @@ class Choices:
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing more comes: every job has ended, or one has failed."""
+        """Whether no more events follow: every job has ended, or one has failed."""
         return self.failed is not None or len(self._finished) == len(self.jobs)
 
     @property
     def finished(self) -> list[Finished]:
-        """How the jobs ended; those of all of them once `is_done` and not `failed`."""
+        """How the jobs ended, in order; complete once `is_done` and not `failed`."""
         return [self._finished[index] for index in sorted(self._finished)]
 
     @property
     def num_tokens(self) -> int:
-        """That came so far."""
+        """Tokens received so far."""
         return sum(subscription.num_tokens for subscription in self._subscriptions)
 
-    def give_up(self, failed: Failed) -> None:
+    def abort(self, failed: Failed) -> None:
         """End here, whatever the jobs do."""
         for subscription in self._subscriptions:
-            subscription.give_up(failed)
+            subscription.abort(failed)
 
-    def heard(self, at: float) -> None:
-        """They are in the queue: silence counts from now, on the event loop's clock."""
+    def mark_queued(self, now_mono: float) -> None:
+        """The jobs are in the queue: silence counts from now, on the event loop's clock."""
         for subscription in self._subscriptions:
-            subscription.heard_at = at
+            subscription.last_event_mono = now_mono
 
     def release(self) -> list[GenerationJob]:
-        """Listen no more; the jobs that may still be somewhere."""
+        """Unsubscribe; returns the jobs that may still be queued or running."""
         for take in self._takes.values():
             take.cancel()
         running = []
         for job, subscription in zip(self.jobs, self._subscriptions, strict=True):
             self._relay.unsubscribe(subscription)
-            if subscription.terminal is None or subscription.is_given_up:
+            if subscription.terminal is None or subscription.is_aborted:
                 running.append(job)
         return running
 
-    async def take(self) -> list[tuple[int, list[Event]]]:
-        """Wait for events of any job: (its index, events in order), the terminal one last. Empty when time has moved on.
+    async def take(self) -> ChoiceEvents:
+        """Wait for events of any job; a terminal event is the last of its choice. Empty on a tick of the clock.
 
-        Not to be called once `is_done`.
+        Must not be called once `is_done`.
         """
         if len(self.jobs) == 1:
             taken = [(0, await self._subscriptions[0].take())]
         else:
             taken = await self._take_any()
-        for index, _ in taken:
+        events_by_choice: ChoiceEvents = []
+        for index, events in taken:
             terminal = self._subscriptions[index].terminal
             if isinstance(terminal, Failed):
                 self.failed = self.failed or terminal
             elif terminal is not None:
                 self._finished[index] = terminal
-        return [each for each in taken if each[1]]
+            if events:
+                events_by_choice.append((index, self._without_started(index, events)))
+        return events_by_choice
+
+    def _without_started(self, index: int, events: list[Event]) -> list[AnswerEvent | Failed]:
+        first = events[0]  # `Started` is the first event of a subscription, if it comes at all
+        if isinstance(first, Started):
+            self.prompt_tokens[index] = first.prompt_tokens
+            events = events[1:]
+        return events  # type: ignore[return-value]
 
     async def _take_any(self) -> list[tuple[int, list[Event]]]:
         for index, subscription in enumerate(self._subscriptions):

@@ -1,7 +1,7 @@
-"""Redis commands of many requests on one connection: those of the same moment travel together.
+"""Redis commands of many requests on one connection: those of the same moment are sent together.
 
-Called by whatever of the API talks to Redis. redis-py's asyncio pool takes a connection for each caller and breaks at a
-hundred; here a burst of any size is one connection and few round trips. Knows nothing of what the commands mean.
+Used by everything in the API that talks to Redis. redis-py's asyncio pool takes a connection for each caller and breaks at a
+hundred; here a burst of any size is one connection and few round trips. Independent of what the commands mean.
 """
 
 from __future__ import annotations
@@ -13,11 +13,18 @@ from typing import Any
 
 import redis.asyncio
 
+from common.errors import RequestError, unavailable
+
 Command = tuple[Any, ...]
 """Name and arguments."""
 
 MAX_CALLERS = 64
-"""In one round trip, so that a burst does not keep Redis from everybody else."""
+"""In one round trip, so that a burst does not keep Redis from other clients."""
+
+
+def queue_unavailable() -> RequestError:
+    """A 503 while Redis is unavailable."""
+    return unavailable("The queue is unavailable; try again in a moment.", code="queue_unavailable")
 
 
 class CommandBatch:
@@ -34,30 +41,30 @@ class CommandBatch:
         self._sender: asyncio.Task[None] | None = None
 
     async def execute(self, commands: Iterable[Command]) -> list[Any]:
-        """Send `commands`, next to each other and in order; calls are sent in the order in which they came.
+        """Send `commands` in order and not interleaved with others; calls are sent in the order in which they were made.
 
         A caller that is cancelled before its turn sends nothing. Nothing is ever sent twice.
 
         Raises:
-            redis.RedisError: They may have been carried out or not.
+            redis.RedisError: They may have been executed or not.
         """
-        answers = await self.execute_each(commands)
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        return answers
+        replies = await self.execute_each(commands)
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+        return replies
 
     async def execute_each(self, commands: Iterable[Command]) -> list[Any]:
-        """As `execute`, but a command that the server refuses has its error in place of an answer.
+        """Like `execute`, but a command that the server refuses has its error in place of a reply.
 
         Raises:
-            redis.RedisError: The server could not be asked; they may have been carried out or not.
+            redis.RedisError: The connection failed; they may have been executed or not.
         """
-        answer: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((list(commands), answer))
+        reply: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((list(commands), reply))
         if self._sender is None or self._sender.done():
             self._sender = asyncio.create_task(self._send_all())
-        return await answer
+        return await reply
 
     async def _send_all(self) -> None:
         while self._waiting:
@@ -65,9 +72,9 @@ class CommandBatch:
             batch = [caller for caller in batch if not caller[1].done()]
             try:
                 await self._send(batch)
-            finally:  # only when we are cancelled is somebody still without an answer
-                for _, answer in batch:
-                    answer.cancel()
+            finally:  # a caller without a reply is left only when this task is cancelled
+                for _, reply in batch:
+                    reply.cancel()
 
     async def _send(self, batch: list[tuple[list[Command], asyncio.Future[list[Any]]]]) -> None:
         try:
@@ -76,14 +83,14 @@ class CommandBatch:
                     for command in commands:
                         pipe.execute_command(*command)
                 results = await pipe.execute(raise_on_error=False)
-        except Exception as error:  # noqa: BLE001 (whatever it is, it is the callers' to hear)
-            for _, answer in batch:
-                if not answer.done():
-                    answer.set_exception(error)
+        except Exception as error:  # noqa: BLE001 (whatever it is, the callers get it)
+            for _, reply in batch:
+                if not reply.done():
+                    reply.set_exception(error)
             return
         start = 0
-        for commands, answer in batch:
+        for commands, reply in batch:
             own = results[start : start + len(commands)]
             start += len(commands)
-            if not answer.done():
-                answer.set_result(own)
+            if not reply.done():
+                reply.set_result(own)

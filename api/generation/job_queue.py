@@ -1,7 +1,7 @@
-"""The one door to RQ's queues: jobs in, jobs out again when their client leaves.
+"""The only file that enqueues RQ jobs, and removes them again when their client leaves.
 
-RQ's own commands are recorded on a pipeline that is never executed and are sent with those of other requests of the same
-moment, as one MULTI. Called by the generations; whether a model has workers was decided before. Knows no HTTP.
+RQ's own commands are recorded on a pipeline that is never executed, and are sent with those of other requests of the same
+moment as one MULTI. Used by `ActiveRequest`; that the model has workers was checked before. Must not know HTTP.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import msgspec
 import redis
 from rq.job import Retry
 
-from api.generation.command_batch import Command, CommandBatch
-from api.http import errors
+from api.generation.command_batch import Command, CommandBatch, queue_unavailable
 from common import connections, names
 from common.errors import MLXPoolError
 from common.protocol import Cancel, GenerationJob, encode
@@ -26,26 +25,26 @@ from common.settings import Settings
 log = logging.getLogger(__name__)
 
 JOB_SECONDS = 24 * 3600
-"""RQ's limit on a job's run; ours end by their tokens, their client or their lease."""
+"""RQ's limit on a job's execution; ours end by their tokens, their client or their lease."""
 
 CANCEL_RETRY_SECONDS = 0.5
 CLOSE_SECONDS = 2.0
 MAX_CANCELS = 256
 
 _LARGE_JOB_BYTES = 64 * 1024
-"""RQ compresses a job; one larger than this is compressed in a thread, since others wait behind it."""
+"""RQ compresses a job; a larger one is compressed in a thread, to keep the event loop free."""
 
 _MAX_QUEUES = 256
 """Queue objects in memory, one a model."""
 
-# ARGV: queue, most requests and most tokens that may wait in it, the new jobs' number and tokens; then RQ's commands, each
-# as its number of words and its words. A queue's ids say how many tokens each job is (`names.new_job_id`). What finds the
-# queue empty is never too much. Answer: whether the jobs were put into the queue, and how many requests and tokens wait.
+# ARGV: queue, its maximum of requests and of tokens, the new jobs' number and tokens; then RQ's commands, each as its number
+# of words and its words. A job id encodes the job's estimated tokens (`names.new_job_id`). An empty queue takes a request of
+# any size. Reply: whether the jobs were enqueued, and how many requests and tokens wait.
 _SUBMIT = """
-local queue, most, max_tokens, own = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[5])
+local queue, max_requests, max_tokens, own = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[5])
 local num, tokens, i = redis.call('LLEN', queue), 0, 6
 if num > 0 then
-  if num + ARGV[4] > most then return {0, num, 0} end
+  if num + ARGV[4] > max_requests then return {0, num, 0} end
   for _, id in ipairs(redis.call('LRANGE', queue, 0, -1)) do
     tokens = tokens + (tonumber(string.sub(id, -6), 16) or 0)
   end
@@ -61,11 +60,11 @@ return {1, num, tokens}
 
 
 class QueueFullError(MLXPoolError):
-    """As many requests, or as many tokens, wait for the model as may.
+    """The model's queue has reached its maximum of requests or tokens.
 
     Attributes:
-        num_requests: That wait.
-        is_tokens: Whether it is the tokens.
+        num_requests: Waiting in it.
+        is_tokens: Whether it is the maximum of tokens.
     """
 
     def __init__(self, num_requests: int, *, is_tokens: bool) -> None:
@@ -84,20 +83,20 @@ class JobQueue:
     def __init__(self, settings: Settings, writes: CommandBatch) -> None:
         self._settings = settings
         self._writes = writes
-        self._recorder = connections.connect(settings.redis_url)  # never connects
+        self._recorder = connections.connect(settings.redis_url)  # records commands, never connects
         self._queues: dict[str, JsonQueue] = {}
-        self._leaving: dict[str, str] = {}  # model by job id
-        self._canceller: asyncio.Task[None] | None = None
+        self._cancels: dict[str, str] = {}  # model by job id
+        self._cancel_task: asyncio.Task[None] | None = None
 
     async def submit(self, jobs: list[GenerationJob], num_bytes: int = 0) -> None:
         """Put the jobs of a request into their model's queue, all or none.
 
         Args:
-            num_bytes: About how large the request is.
+            num_bytes: The approximate size of one job.
 
         Raises:
-            QueueFullError: They are not in the queue, because too much is.
-            RequestError: 503; Redis is away. The jobs may be in the queue nevertheless: `cancel` them.
+            QueueFullError: They are not in the queue; it is full.
+            RequestError: 503; Redis is unavailable. The jobs may be in the queue nevertheless: `cancel` them.
         """
         if num_bytes * len(jobs) > _LARGE_JOB_BYTES:
             commands = await asyncio.to_thread(self._record_all, jobs)
@@ -109,28 +108,28 @@ class JobQueue:
             )
         except (redis.RedisError, OSError) as error:
             log.warning("job %s cannot be queued: %s", jobs[0].job_id, error)
-            raise errors.queue_unavailable() from error
+            raise queue_unavailable() from error
         if not is_queued:
             raise QueueFullError(num_requests, is_tokens=num_tokens > 0)
 
     def _guarded(self, jobs: list[GenerationJob], commands: list[Command]) -> Command:
-        """RQ's commands as one script, which does nothing if the queue is full: one trip, and no process can be too late."""
+        """RQ's commands as one script, which does nothing if the queue is full: one round trip, and no race."""
         limits = (self._settings.max_queued_requests, self._settings.max_queued_tokens)
         own = (len(jobs), sum(names.estimated_tokens(job.job_id) for job in jobs))
         words = [word for command in commands for word in (len(command), *command)]
         return ("EVAL", _SUBMIT, 0, self._queue(jobs[0].model).key, *limits, *own, *words)
 
     def cancel(self, job_id: str, model: str) -> None:
-        """Nobody waits for this job any more; one that has ended is fine. Sent soon, and again until Redis takes it."""
-        self._leaving[job_id] = model
-        if self._canceller is None or self._canceller.done():
-            self._canceller = asyncio.create_task(self._send_cancels())
+        """Cancel a job whose client has left; it may have ended. Sent in the background, and again until Redis accepts it."""
+        self._cancels[job_id] = model
+        if self._cancel_task is None or self._cancel_task.done():
+            self._cancel_task = asyncio.create_task(self._send_cancels())
 
     async def close(self) -> None:
-        """Send the cancellations that are left; gives up after CLOSE_SECONDS."""
-        if self._canceller is not None:
-            await asyncio.wait([self._canceller], timeout=CLOSE_SECONDS)
-            self._canceller.cancel()
+        """Send the remaining cancellations, within CLOSE_SECONDS."""
+        if self._cancel_task is not None:
+            await asyncio.wait([self._cancel_task], timeout=CLOSE_SECONDS)
+            self._cancel_task.cancel()
         self._recorder.close()
 
     def _record_all(self, jobs: list[GenerationJob]) -> list[Command]:
@@ -147,7 +146,7 @@ class JobQueue:
             ttl=settings.queue_seconds,
             result_ttl=settings.result_ttl_seconds,
             failure_ttl=settings.failure_ttl_seconds,
-            # Without one, RQ would make it from the arguments: the prompt would be in logs and in `rq info`.
+            # RQ's default is made from the arguments: the prompt would be in logs and in `rq info`.
             description=f"{job.prompt.__class__.__name__} for {job.model}",
             retry=Retry(max=settings.max_takeovers, enqueue_at_front=True)
             if settings.max_takeovers
@@ -160,27 +159,27 @@ class JobQueue:
     def _queue(self, model: str) -> JsonQueue:
         queue = self._queues.get(model)
         if queue is None:
-            if len(self._queues) >= _MAX_QUEUES:  # of models that came and went
+            if len(self._queues) >= _MAX_QUEUES:  # most are of models that are served no more
                 self._queues.clear()
             queue = self._queues[model] = JsonQueue(model, connection=self._recorder)
-            # RQ 3.0 asks the server otherwise, and blocks. It only decides which commands take a job, which is not here.
+            # RQ 3.0 would ask the server, and block. It only selects the commands that dequeue, which are not used here.
             queue.redis_server_version = (7, 0, 0)
         return queue
 
     async def _send_cancels(self) -> None:
-        while self._leaving:
-            batch = dict(list(self._leaving.items())[:MAX_CANCELS])
+        while self._cancels:
+            batch = dict(list(self._cancels.items())[:MAX_CANCELS])
             try:
                 await self._send_cancel(batch)
             except (redis.RedisError, OSError) as error:
-                log.warning("%d jobs cannot be cancelled yet: %s", len(batch), error)
+                log.warning("%d jobs cannot be cancelled yet, trying again: %s", len(batch), error)
                 await asyncio.sleep(CANCEL_RETRY_SECONDS)
                 continue
             for job_id in batch:
-                self._leaving.pop(job_id, None)
+                self._cancels.pop(job_id, None)
 
     async def _send_cancel(self, batch: Mapping[str, str]) -> None:
-        """Out of the queue, a mark for who is just taking it, a message for who runs it."""
+        """Remove from the queue, leave a mark for a worker that is just taking a job, notify those that run one."""
         commands: list[Command] = []
         by_model: dict[str, list[str]] = {}
         for job_id, model in batch.items():
@@ -191,9 +190,9 @@ class JobQueue:
             by_model.setdefault(model, []).append(job_id)
         for model, job_ids in by_model.items():
             commands.append(("PUBLISH", names.control_channel(model), encode(Cancel(job_ids))))
-        answers: list[Any] = await self._writes.execute(commands)
+        replies: list[Any] = await self._writes.execute(commands)
         queued = [
-            job_id for job_id, removed in zip(batch, answers[: 2 * len(batch) : 2], strict=True) if removed
+            job_id for job_id, removed in zip(batch, replies[: 2 * len(batch) : 2], strict=True) if removed
         ]
-        if queued:  # nobody has taken them, and nobody will
+        if queued:  # no worker has taken them, and none will
             await self._writes.execute([("DEL", *(JsonJob.key_for(job_id) for job_id in queued))])

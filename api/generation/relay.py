@@ -1,8 +1,8 @@
-"""The relay: one pub/sub connection for all requests of this API process, and what keeps it honest.
+"""The relay: one pub/sub connection for all requests of this API process.
 
-`subscribe` before the job is enqueued; then each message is decoded once and handed to its subscriptions. A dropped or
-half-open connection is noticed and made anew, and every journal is read after it; a job that ends without a word is
-noticed by its status. Called by the generations; knows nothing of HTTP.
+`subscribe` before the job is enqueued; then each message is decoded once and its events are passed to their subscriptions.
+A dropped or half-open connection is detected and replaced, and every journal is read after that. A job that ends without a
+published event is detected by its status. Used by `Choices`. Must not know HTTP.
 """
 
 from __future__ import annotations
@@ -26,38 +26,38 @@ from common.rq import JsonJob
 log = logging.getLogger(__name__)
 
 START_SECONDS = 2.0
-"""How long a process waits for its subscription before it listens; without Redis it answers 503."""
+"""How long a starting process waits for its subscription; without Redis it starts all the same and answers 503."""
 
 PING_SECONDS = 2.0
-"""Silence on the channel before it is asked whether it is alive: a half-open socket just stays silent."""
+"""Silence on the channel before a PING: a half-open socket just stays silent."""
 
 PONG_SECONDS = 3.0
 RECONNECT_SECONDS = 0.25
 
 TICK_SECONDS = 1.0
-"""How often waiting handlers look at their clocks."""
+"""How often waiting handlers wake up to check the time."""
 
 SILENT_SECONDS = 5.0
-"""Silence of one job before its status is asked for, and between two such questions."""
+"""Silence of one job before its status is read, and between two such reads."""
 
 _SHUTDOWN = Failed(
     0, "The server is shutting down.", status=503, code="shutting_down", retry_after_seconds=1.0
 )
 
-_IS_WELL = (b"queued", b"started", b"deferred", b"scheduled")
+_LIVE_STATUSES = (b"queued", b"started", b"deferred", b"scheduled")
 
 
 class Relay:
     """See the module.
 
     Attributes:
-        channel: Where workers publish for this process; made by `start`, since a process may be forked before it.
+        channel: Where workers publish for this process; set by `start`, which runs after the fork.
         is_connected: Whether the channel is subscribed now.
 
     Args:
-        reads: For journals and job states.
-        max_events: Held for each request; beyond, they are read from the journal.
-        queue_seconds: How long a job may wait in the queue.
+        reads: For journals and job statuses.
+        max_events: Buffered for each job; more are read from the journal.
+        queue_seconds: How long a job may wait in the queue, for an error message.
     """
 
     def __init__(
@@ -75,35 +75,35 @@ class Relay:
 
     @property
     def num_subscriptions(self) -> int:
-        """Requests that are waited for now."""
+        """Jobs whose events this process waits for."""
         return len(self._subscriptions)
 
     async def start(self) -> None:
-        """Listen from now on; returns when the channel is subscribed, or without Redis after START_SECONDS."""
+        """Start to listen; returns once the channel is subscribed, or after START_SECONDS without Redis."""
         self.channel = names.api_channel(secrets.token_hex(8))
         self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._tick())]
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._connected.wait(), START_SECONDS)
 
     def end_all(self) -> None:
-        """The process ends: what is still waited for ends with an error, and its job is cancelled by its handler."""
+        """The process ends: abort all subscriptions; the handlers cancel their jobs."""
         for subscription in self._subscriptions.values():
-            subscription.give_up(_SHUTDOWN)
+            subscription.abort(_SHUTDOWN)
 
     async def stop(self) -> None:
-        """Listen no more."""
+        """Stop listening."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def subscribe(self, job_id: str) -> Subscription:
-        """Listen for a job that is not in the queue yet; `unsubscribe` ends it."""
+        """Subscribe to a job that is not in the queue yet, until `unsubscribe`."""
         subscription = Subscription(job_id, self._read_journal, self._max_events)
         self._subscriptions[job_id] = subscription
         return subscription
 
     def unsubscribe(self, subscription: Subscription) -> None:
-        """Forget a job."""
+        """Drop a job's subscription."""
         self._subscriptions.pop(subscription.job_id, None)
 
     # -- the channel ------------------------------------------------------------------------------------------------
@@ -116,23 +116,23 @@ class Relay:
                 await self._listen_on(pubsub)
             except (redis.RedisError, OSError) as error:
                 if self.is_connected or is_first_failure:
-                    log.warning("%s; requests are answered 503 meanwhile", self._what_is_wrong(error))
+                    log.warning("%s; requests are answered 503 until it is back", self._diagnosis(error))
                 is_first_failure = False
             except Exception:
-                log.exception("the relay failed and starts again")
+                log.exception("the relay failed and restarts")
             finally:
                 self.is_connected = False
                 with contextlib.suppress(redis.RedisError, OSError):
                     await pubsub.aclose()
             await asyncio.sleep(RECONNECT_SECONDS)
 
-    def _what_is_wrong(self, error: Exception) -> str:
+    def _diagnosis(self, error: Exception) -> str:
         if isinstance(error, redis.AuthenticationError):
             return connections.refusal(self._client, error)
-        return f"Redis is away ({error})"
+        return f"Redis is unavailable ({error})"
 
     async def _listen_on(self, pubsub: Any) -> None:
-        """Hand on messages until the connection fails; every message, also a pong, says that it has not."""
+        """Pass on messages until the connection fails. Every message, a pong too, shows that it is alive."""
         await pubsub.subscribe(self.channel)
         while True:
             message = await pubsub.get_message(timeout=PING_SECONDS)
@@ -140,40 +140,40 @@ class Relay:
                 await pubsub.ping()
                 message = await pubsub.get_message(timeout=PONG_SECONDS)
                 if message is None:
-                    raise redis.TimeoutError("no answer on the subscribed connection")
+                    raise redis.TimeoutError("no reply on the subscribed connection")
             if message["type"] == "message":
-                self._hand_on(message["data"])
+                self._pass_on(message["data"])
             elif message["type"] == "subscribe":
-                self._is_subscribed()
+                self._on_subscribed()
 
-    def _is_subscribed(self) -> None:
-        """The channel is subscribed, perhaps again: what was published in between is in the journals."""
+    def _on_subscribed(self) -> None:
+        """The channel is subscribed, perhaps again: what was published since is in the journals."""
         if not self.is_connected:
             log.info("listening on %s", self.channel)
         self.is_connected = True
         self._connected.set()
-        self._look_in_all_journals()
+        self._read_all_journals()
 
-    def _hand_on(self, data: bytes) -> None:
+    def _pass_on(self, data: bytes) -> None:
         now = asyncio.get_running_loop().time()
         subscriptions = self._subscriptions
         try:
             step = decode_step(data)
         except (msgspec.MsgspecError, UnicodeDecodeError):
-            log.exception("a message on %s is not one of ours", self.channel)
-            self._look_in_all_journals()
+            log.exception("a message on %s cannot be decoded", self.channel)
+            self._read_all_journals()
             return
         for job_id, event in step:
             subscription = subscriptions.get(job_id)
             if subscription is not None:
-                subscription.heard_at = now
+                subscription.last_event_mono = now
                 subscription.offer(event)
 
-    # -- what was not heard -----------------------------------------------------------------------------------------
+    # -- missed events -----------------------------------------------------------------------------------------
 
-    def _look_in_all_journals(self) -> None:
+    def _read_all_journals(self) -> None:
         for subscription in self._subscriptions.values():
-            subscription.look_in_journal()
+            subscription.read_journal_next()
 
     async def _read_journal(self, job_id: str, first_n: int, max_entries: int) -> list[Event]:
         command = ("XRANGE", names.journal(job_id), f"{first_n}-0", "+", "COUNT", max_entries)
@@ -186,35 +186,35 @@ class Relay:
             try:
                 await self._check_silent()
             except (redis.RedisError, OSError):
-                pass  # said by the listener
+                pass  # the listener logs it
             except Exception:
-                log.exception("silent jobs could not be checked")
+                log.exception("the statuses of silent jobs could not be checked")
             for subscription in self._subscriptions.values():
                 subscription.wake()
 
     async def _check_silent(self) -> None:
-        """Ask for the state of the jobs that were not heard of lately."""
+        """Read the status of each job without a recent event."""
         now = asyncio.get_running_loop().time()
-        silent = [s for s in self._subscriptions.values() if now - s.heard_at >= SILENT_SECONDS]
+        silent = [s for s in self._subscriptions.values() if now - s.last_event_mono >= SILENT_SECONDS]
         if not silent:
             return
         for subscription in silent:
-            subscription.heard_at = now
+            subscription.last_event_mono = now
         commands = [("HGET", JsonJob.key_for(s.job_id), "status") for s in silent]
         for subscription, status in zip(silent, await self._reads.execute(commands), strict=True):
-            if status not in _IS_WELL:
-                subscription.look_in_journal(self._verdict(subscription, status))
+            if status not in _LIVE_STATUSES:
+                subscription.read_journal_next(self._verdict(subscription, status))
 
     def _verdict(self, subscription: Subscription, status: bytes | None) -> Failed:
-        """What a client is told of a job that has ended, should its journal not say so."""
-        if status is None and not subscription.has_begun:
+        """The error for a job that has ended, if its journal has no terminal event."""
+        if status is None and not subscription.has_started:
             return Failed(
                 0,
-                f"The request is no longer in the queue: {self._queue_seconds} seconds went by, or it was removed.",
+                f"The request is no longer in the queue: it waited {self._queue_seconds} seconds, or it was removed.",
                 status=503,
                 code="queue_timeout",
                 retry_after_seconds=10.0,
             )
         if status in (b"stopped", b"canceled"):
             return Failed(0, "The request was stopped by an operator.", status=503, code="stopped")
-        return Failed(0, "The request failed before its answer was whole.", code="answer_lost")
+        return Failed(0, "The request failed before its answer was complete.", code="answer_lost")

@@ -1,15 +1,19 @@
-"""A request as the API understands it, whichever endpoint it came by: what goes to workers and how it is answered.
+"""A request as the API understands it, whichever protocol it came by: its jobs, and the record of how it is answered.
 
-Each choice is a job of its own: it is taken, batched, taken over and counted as any other, by whichever worker is free.
+Made by the protocols' parsers; `api.generation.endpoint` turns it into jobs. Each choice is a job of its own: it is
+batched, taken over and counted like any other, by any free worker. Must not know Redis or any one protocol.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import time
+from typing import Any
 
 import msgspec
 
+from api.generation.served_model import ServedModel
 from common import names
 from common.errors import invalid
 from common.protocol import ChatPrompt, GenerationJob, SamplingParams, TextPrompt, TokenPrompt, ToolUse
@@ -20,24 +24,50 @@ MAX_CHOICES = 1024
 """Of one request: prompts times choices."""
 
 MAX_COPIES_BYTES = 64 * 2**20
-"""Each choice's job has its prompt; so much of one request may lie in Redis."""
+"""Each choice's job has a copy of its prompt; the bound on all copies of one request."""
+
+
+class AnswerRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """All that a rendering needs besides the events: with the jobs' journals it determines every byte of the answer.
+
+    Stored in the request's first job (`GenerationJob.answer`). New fields have defaults, as in `common.protocol`.
+
+    Attributes:
+        front_end: The name of the `FrontEnd` that renders it.
+        job_ids: The request's jobs, in the order of the choices. The first one names the answer.
+        created: Unix seconds.
+        model: As the client named it.
+        fingerprint: OpenAI's system_fingerprint: changes when what computes the answer does.
+        stream: Whether the client asked for a stream.
+        n: Choices of each prompt that are shown.
+        best_of: Choices of each prompt that are generated.
+        options: The front end's own.
+    """
+
+    front_end: str
+    job_ids: list[str]
+    created: int
+    model: str
+    fingerprint: str
+    stream: bool = False
+    n: int = 1
+    best_of: int = 1
+    options: dict[str, Any] = {}
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """Parsed and checked, as far as it can be without the model.
+    """Parsed, and checked as far as possible without the model.
 
     Attributes:
         model: As the client named it; None: the default.
         prompts: At least one; only completions have several.
-        n: Choices a prompt.
-        best_of: How many are generated for those; at least `n`.
+        n: Choices of each prompt.
+        best_of: How many are generated to choose those from; at least `n`.
         max_tokens: None: up to the context.
         top_logprobs: As in `common.protocol.GenerationJob`.
-        include_usage: Whether a stream ends with the counts.
-        service_tier: What the answer says, where the client asked.
+        options: What the front end's rendering needs to know of the request (`AnswerRecord.options`).
         grammar: As in `common.protocol.GenerationJob`, and the next two.
-        ignored: Fields that nobody knows.
-        answers_functions: Whether a call is told in the deprecated form, as `function_call`.
+        ignored: Names of unknown fields.
     """
 
     model: str | None
@@ -47,49 +77,83 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     top_logprobs: int | None
     sampling: SamplingParams
     stream: bool
-    include_usage: bool
-    service_tier: str | None
     ignored: list[str]
+    options: msgspec.Struct | None = None
     n: int = 1
     best_of: int = 1
     grammar: str | None = None
     tool_use: ToolUse | None = None
     echo: bool = False
-    answers_functions: bool = False
 
     @property
     def num_jobs(self) -> int:
-        """One for each choice, those too that are generated to choose the best from."""
+        """One for each generated choice."""
         return len(self.prompts) * self.best_of
 
-    def jobs(self, model_id: str, channel: str, tokens: list[int]) -> list[GenerationJob]:
-        """The choices of the first prompt, then those of the next.
+    def jobs(
+        self,
+        front_end: str,
+        model: ServedModel,
+        channel: str,
+        estimated_tokens: list[int],
+        api_key_name: str | None = None,
+    ) -> list[GenerationJob]:
+        """The choices of the first prompt, then those of the next. The first job has the request's `AnswerRecord`.
 
         Args:
-            tokens: What a job of each prompt is estimated to take.
+            front_end: The name of the one that renders the answer.
+            channel: Where the jobs' events are published.
+            estimated_tokens: Of a job of each prompt.
+            api_key_name: Of the client's key; None: the API is open.
         """
         top_logprobs = self.top_logprobs
         if self.best_of > self.n and top_logprobs is None:
-            top_logprobs = 0  # the best one is found by them
+            top_logprobs = 0  # the best choice is found by them
         submitted_at = time.time()
+        prompts = [
+            (prompt, names.new_job_id(num_tokens), choice)
+            for prompt, num_tokens in zip(self.prompts, estimated_tokens, strict=True)
+            for choice in range(self.best_of)
+        ]
+        record = AnswerRecord(
+            front_end=front_end,
+            job_ids=[job_id for _, job_id, _ in prompts],
+            created=int(submitted_at),
+            model=self.model or model.id,
+            fingerprint=fingerprint(model),
+            stream=self.stream,
+            n=self.n,
+            best_of=self.best_of,
+            options={} if self.options is None else msgspec.to_builtins(self.options),
+        )
         return [
             GenerationJob(
-                job_id=names.new_job_id(num_tokens),
-                model=model_id,
+                job_id=job_id,
+                model=model.id,
                 channel=channel,
                 prompt=prompt,
                 max_tokens=self.max_tokens,
                 stop=self.stop,
                 top_logprobs=top_logprobs,
-                sampling=_for_choice(self.sampling, choice),
+                sampling=_sampling_of_choice(self.sampling, choice),
                 submitted_at=submitted_at,
                 grammar=self.grammar,
                 tool_use=self.tool_use,
                 echo=self.echo,
+                api_key_name=api_key_name,
+                answer=msgspec.to_builtins(record) if index == 0 else None,
             )
-            for prompt, num_tokens in zip(self.prompts, tokens, strict=True)
-            for choice in range(self.best_of)
+            for index, (prompt, job_id, choice) in enumerate(prompts)
         ]
+
+
+def answer_record(first: GenerationJob) -> AnswerRecord:
+    """The record of a request, from its first job.
+
+    Raises:
+        msgspec.ValidationError: The job has none: it is not the first of its request, or of an older API.
+    """
+    return msgspec.convert(first.answer, AnswerRecord)
 
 
 def check_size(request: GenerationRequest, num_bytes: int) -> None:
@@ -106,12 +170,30 @@ def check_size(request: GenerationRequest, num_bytes: int) -> None:
     copies_bytes = num_bytes * request.best_of
     if request.best_of > 1 and copies_bytes > MAX_COPIES_BYTES:
         raise invalid(
-            f"So many choices of so long a prompt are too much for one request: {copies_bytes} bytes.", param
+            f"The request is too large: its prompt is stored once for each choice, {copies_bytes} bytes in all, "
+            f"and at most {MAX_COPIES_BYTES} are allowed.",
+            param,
         )
 
 
-def _for_choice(sampling: SamplingParams, choice: int) -> SamplingParams:
-    """The first choice is the one that a request for one would get; the others draw with seeds of their own."""
+def _version() -> str:
+    """mlx-pool's; 0 if it is not installed."""
+    try:
+        return importlib.metadata.version("mlx-pool")
+    except importlib.metadata.PackageNotFoundError:
+        return "0"
+
+
+VERSION = _version()
+
+
+def fingerprint(model: ServedModel) -> str:
+    """The same for the same model under the same version of mlx-pool."""
+    return "fp_" + hashlib.sha256(f"{model.id}\0{model.quantization}\0{VERSION}".encode()).hexdigest()[:10]
+
+
+def _sampling_of_choice(sampling: SamplingParams, choice: int) -> SamplingParams:
+    """The first choice is what a request for a single one would get; the others draw with seeds of their own."""
     if choice == 0:
         return sampling
     digest = hashlib.blake2b(f"{sampling.seed} {choice}".encode(), digest_size=8).digest()

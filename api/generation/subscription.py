@@ -1,7 +1,7 @@
-"""One request's events, in order and each exactly once, whatever happens to the connection or to the client.
+"""One job's events, in order and each exactly once, whatever happens to the connection or the client.
 
-Fed by the relay as messages come, emptied by the request's handler. Holds a bounded number of events: what a slow client
-does not take, and what never arrived, is read from the job's journal. Knows nothing of HTTP.
+Fed by the relay as messages arrive, emptied by the request's handler. Holds a bounded number of events: what a slow client
+has not taken, and what never arrived, is read from the job's journal. Must not know HTTP.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import redis
 from common.protocol import Event, Failed, Finished, Started
 
 JournalReader = Callable[[str, int, int], Awaitable[list[Event]]]
-"""(job id, first n, most entries) to the journal's events from that n on."""
+"""(job id, first n, maximum number of events) to the journal's events from that n on."""
 
 RETRY_SECONDS = 0.25
 MAX_EMPTY_READS = 40
-"""So often is the journal asked for an event that was published, before it counts as lost."""
+"""Reads of the journal without a published event, after which the event counts as lost."""
 
-_LOST = Failed(0, "A part of the answer was lost.", code="answer_lost")
+_LOST = Failed(0, "Part of the answer was lost.", code="answer_lost")
 
 
 class Subscription:
@@ -30,31 +30,31 @@ class Subscription:
 
     Attributes:
         terminal: The last event, once it is among those taken or waiting.
-        is_given_up: Whether it came from here and not from the job, which may still be somewhere.
-        heard_at: Event loop's clock when the last event came; infinite before the job is in the queue.
+        is_aborted: Whether it came from this process and not from the job, which may still be queued or running.
+        last_event_mono: The event loop's clock at the last event; infinite before the job is in the queue.
     """
 
     __slots__ = (
         "_empty_reads",
         "_events",
-        "_has_started",
         "_is_behind",
+        "_is_started",
         "_last_seen_n",
         "_max_events",
         "_next_n",
         "_read_journal",
         "_verdict",
         "_waiter",
-        "heard_at",
-        "is_given_up",
+        "is_aborted",
         "job_id",
+        "last_event_mono",
         "terminal",
     )
 
     def __init__(self, job_id: str, read_journal: JournalReader, max_events: int) -> None:
         self.job_id = job_id
-        self.heard_at = math.inf
-        self.is_given_up = False
+        self.last_event_mono = math.inf
+        self.is_aborted = False
         self.terminal: Finished | Failed | None = None
         self._read_journal = read_journal
         self._max_events = max_events
@@ -63,26 +63,26 @@ class Subscription:
         self._last_seen_n = 0
         self._is_behind = False
         self._empty_reads = 0
-        self._has_started = False
+        self._is_started = False
         self._verdict: Failed | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that came, whether they were taken or not."""
-        return self._next_n - (1 if self.terminal is None or self.is_given_up else 2)
+        """Tokens received, taken or not."""
+        return self._next_n - (1 if self.terminal is None or self.is_aborted else 2)
 
     @property
-    def has_begun(self) -> bool:
-        """Whether a worker was heard of."""
-        return self._has_started or self._next_n > 1
+    def has_started(self) -> bool:
+        """Whether a worker has published anything."""
+        return self._is_started or self._next_n > 1
 
     def offer(self, event: Event) -> None:
-        """An event came over the wire.
+        """Accept an event that was published.
 
-        1. The next one is taken.
-        2. One that was seen is dropped: a second `Started` after a takeover, a repeated message.
-        3. After a gap, or with no room, only that it exists is kept: the journal has it.
+        1. The next one is kept.
+        2. One that was seen before is dropped: a second `Started` after a takeover, a repeated message.
+        3. After a gap, or with a full buffer, only its n is kept: the journal has it.
         """
         n = event.n
         if self.terminal is not None:
@@ -91,17 +91,17 @@ class Subscription:
             self._accept(event)
         elif n >= self._next_n:
             self._last_seen_n = max(self._last_seen_n, n)
-            self.look_in_journal()
-        elif n == 0 and not self._has_started and self._next_n == 1 and isinstance(event, Started):
-            self._has_started = True
+            self.read_journal_next()
+        elif n == 0 and not self._is_started and self._next_n == 1 and isinstance(event, Started):
+            self._is_started = True
             self._events.append(event)
             self.wake()
 
-    def look_in_journal(self, verdict: Failed | None = None) -> None:
-        """Something may have been missed.
+    def read_journal_next(self, verdict: Failed | None = None) -> None:
+        """Events may have been missed: the next `take` reads the journal.
 
         Args:
-            verdict: How the job ends if its journal does not say that it ended.
+            verdict: How the request ends if the journal has no terminal event.
         """
         if self.terminal is None:
             self._is_behind = True
@@ -109,22 +109,22 @@ class Subscription:
             self.wake()
 
     def wake(self) -> None:
-        """Let `take` return, also with nothing."""
+        """Let `take` return, even without events."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def give_up(self, failed: Failed) -> None:
-        """End here, whatever the job does; nothing that comes later counts."""
+    def abort(self, failed: Failed) -> None:
+        """End here, whatever the job does; later events are dropped."""
         if self.terminal is None:
             self.terminal = msgspec.structs.replace(failed, n=self._next_n)
-            self.is_given_up = True
+            self.is_aborted = True
             self._events.append(self.terminal)
             self.wake()
 
     async def take(self) -> list[Event]:
-        """Wait for events; empty when there may be something to do other than events (the time has moved on).
+        """Wait for events; empty on a tick of the clock.
 
-        Not to be called after the terminal event was taken.
+        Must not be called after the terminal event was taken.
         """
         if not self._events:
             if self._is_behind:
@@ -147,7 +147,7 @@ class Subscription:
             self._waiter.set_result(None)
 
     async def _catch_up(self) -> None:
-        """Read on in the journal; what is published meanwhile is noticed, and read the next time."""
+        """Read the journal from the next n on; what is published meanwhile is read the next time."""
         verdict = self._verdict
         try:
             events = await self._read_journal(self.job_id, self._next_n, self._max_events)
@@ -163,16 +163,16 @@ class Subscription:
         if self.terminal is not None or len(events) >= self._max_events:
             return
         if verdict is not None:
-            self.give_up(verdict)
+            self.abort(verdict)
         elif self._last_seen_n < self._next_n:
             self._is_behind = False
         elif self._next_n == before:
             await self._wait_for_entry()
 
     async def _wait_for_entry(self) -> None:
-        """The journal lacks what was published: it expired, or Redis lost its last moments."""
+        """The journal lacks a published event: it expired, or Redis lost its last writes."""
         self._empty_reads += 1
         if self._empty_reads >= MAX_EMPTY_READS:
-            self.give_up(_LOST)
+            self.abort(_LOST)
         else:
             await asyncio.sleep(RETRY_SECONDS)

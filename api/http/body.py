@@ -1,4 +1,7 @@
-"""A request's body: of the right type and size, and what is said of fields in it that nobody knows."""
+"""A request's body: its media type and size, and the report of its unknown fields.
+
+Used by the endpoint. Must not know what a body contains.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +9,35 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable
+from typing import TypeVar
 
 import falcon.asgi
 
-from api.generation.request import GenerationRequest
 from api.http.disconnect import CLIENT, Client
 from common.errors import RequestError, invalid
 from common.settings import Settings
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _LARGE_BYTES = 32 * 1024
 _STRICT = b'"strict"'
-"""Schemas of strict functions are compiled, to see whether they can be."""
+"""Schemas of strict functions are compiled while parsing, to find those that cannot be."""
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
 
 
 async def read_json(req: falcon.asgi.Request, settings: Settings) -> bytes:
-    """The body of a request that says it is JSON, or says nothing of it.
+    """The body of a request whose content type is JSON, or missing.
 
     Raises:
-        RequestError: 415, it says that it is something else, or compressed; 413 and 408 as `Client.read_body`.
+        RequestError: 415, its content type or encoding is another one; 413 and 408 as `Client.read_body`.
     """
     coding = (req.get_header("content-encoding") or "identity").strip().lower()
     if coding != "identity":
         raise RequestError(
-            f"The content encoding `{coding[:64]}` is not supported; send the body as it is.",
+            f"The content encoding `{coding[:64]}` is not supported; send the body uncompressed.",
             status=415,
             code="unsupported_media_type",
         )
@@ -47,8 +52,8 @@ async def read_json(req: falcon.asgi.Request, settings: Settings) -> bytes:
     return await client.read_body(settings.max_body_bytes, settings.body_seconds)
 
 
-async def parsed(body: bytes, parse: Callable[[bytes], GenerationRequest]) -> GenerationRequest:
-    """The request; one that takes a while to read is read beside the event loop.
+async def parsed(body: bytes, parse: Callable[[bytes], T]) -> T:
+    """The parsed body; one that takes long to parse is parsed in a thread.
 
     Raises:
         RequestError: As `parse`.
@@ -61,10 +66,10 @@ async def parsed(body: bytes, parse: Callable[[bytes], GenerationRequest]) -> Ge
 def report_ignored(
     req: falcon.asgi.Request, resp: falcon.asgi.Response, names: list[str], *, strict: bool
 ) -> None:
-    """Say which fields nobody knows, in a header and in the log.
+    """Report unknown fields, in a response header and in the log.
 
     Raises:
-        RequestError: 400 where `strict`.
+        RequestError: 400, if `strict`.
     """
     if not names:
         return
@@ -72,4 +77,4 @@ def report_ignored(
         raise invalid(f"Unknown parameter: `{names[0][:64]}`.", names[0][:64], "unknown_parameter")
     listed = ", ".join(_UNSAFE.sub("?", name[:64]) for name in names)
     resp.set_header("x-ignored-parameters", listed)
-    log.info("request %s: ignored %s", req.context.request_id, listed)
+    log.info("request %s: ignored the unknown parameters %s", req.context.request_id, listed)

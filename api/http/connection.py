@@ -54,25 +54,34 @@ def _num_untaken(transport: asyncio.Transport) -> int:
     return transport.get_write_buffer_size() + int(in_kernel)
 
 
-def install(header_seconds: float, take_seconds: float, headers: Mapping[str, str]) -> None:
+def install(
+    header_seconds: float, take_seconds: float, headers: Mapping[str, str], error_formats: errors.ErrorFormats
+) -> None:
     """From now on this process's connections are `Connection`s.
 
     Args:
         header_seconds: From a connection's opening, or from a later request's first byte, to the end of that head.
         take_seconds: How long a client may take nothing of what waits for it.
         headers: Of each error that is made here, beside its own.
+        error_formats: For the bodies of errors.
     """
-    gasgi.ASGIProtocol = functools.partial(Connection, header_seconds, take_seconds, headers)
+    gasgi.ASGIProtocol = functools.partial(Connection, header_seconds, take_seconds, headers, error_formats)
 
 
 class Connection(ASGIProtocol):  # type: ignore[misc]  # gunicorn has no types
     """One HTTP connection; `install` tells of its arguments."""
 
     def __init__(
-        self, header_seconds: float, take_seconds: float, headers: Mapping[str, str], worker: Any
+        self,
+        header_seconds: float,
+        take_seconds: float,
+        headers: Mapping[str, str],
+        error_formats: errors.ErrorFormats,
+        worker: Any,
     ) -> None:
         super().__init__(worker)
         self._headers = headers
+        self._error_formats = error_formats
         self._header_seconds = header_seconds
         self._take_seconds = take_seconds
         self._head_timer: asyncio.TimerHandle | None = None
@@ -203,17 +212,24 @@ class Connection(ASGIProtocol):  # type: ignore[misc]  # gunicorn has no types
         """In place of gunicorn's, which answers in plain text; its callers close the connection."""
         self._refuse(status, _MESSAGES.get(http.HTTPStatus(status), _NOT_HTTP), extra_headers)
 
+    def _path(self) -> str:
+        """The request's path as far as it was parsed; empty if the request line is not complete."""
+        target = getattr(self._callback_parser, "path", None) or b""
+        return bytes(target).partition(b"?")[0].decode("latin-1")
+
     def _refuse(self, status: int, message: str, extra_headers: Iterable[tuple[str, str]] = ()) -> None:
         if self._closed:
             return
         self._says_close = True
         kind = "invalid_request_error" if status < http.HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
-        body = errors.body(RequestError(message, status=status, type=kind))
+        request_id = new_request_id()
+        error = RequestError(message, status=status, type=kind)
+        body = self._error_formats.body(self._path(), error, request_id)
         headers = {
             "Content-Type": "application/json",
             "Content-Length": str(len(body)),
             "Connection": "close",
-            "X-Request-Id": new_request_id(),
+            "X-Request-Id": request_id,
             **self._headers,
             **dict(extra_headers),
         }

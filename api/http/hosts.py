@@ -13,7 +13,7 @@ import socket
 
 import falcon.asgi
 
-from api.http.health import HEALTH_PATHS
+from api.http.open_paths import HEALTH_PATHS
 from api.http.origins import Origins
 from common.errors import RequestError
 from common.settings import PREFIX

@@ -12,7 +12,7 @@ from typing import Any
 
 import falcon.asgi
 
-from api.http.health import HEALTH_PATHS
+from api.http.open_paths import HEALTH_PATHS
 from common.errors import RequestError, StartupError
 from common.settings import PREFIX, Settings
 

@@ -1,102 +1,87 @@
-"""What is the same in every chunk and every object of one answer, and what both kinds of answers share.
+"""What all chunks and objects of an OpenAI answer have in common, for chat and legacy completions.
 
-Used by the two renderings. An answer has one id, one time and one model, whatever it is streamed as.
+Used by the two renderings. An answer has one id, one time and one model, whatever form it has. Must not know where events
+come from.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
-from common.protocol import Event, Finished, Usage
+from api.generation.front_end import total_usage
+from api.generation.request import AnswerRecord
+from api.http import sse
+from common.protocol import Finished, Usage
 
-DONE = b"data: [DONE]\n\n"
-COMMENT = b": keep-alive\n\n"
 
-
-class Answer(msgspec.Struct, frozen=True):
-    """What identifies an answer.
+class AnswerOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a rendering needs to know of the request (`AnswerRecord.options`). New fields have defaults.
 
     Attributes:
-        id: OpenAI's, such as ``chatcmpl-…``.
-        created: Unix seconds.
-        model: As the client named it.
-        fingerprint: The same for the same model under the same version of mlx-pool.
-        service_tier: Only where the client asked for one.
+        include_usage: Whether a stream ends with the token counts.
+        service_tier: Only if the client asked for one.
+        with_logprobs: Whether the client asked for log-probabilities.
+        as_function_call: Whether a call is rendered in the deprecated form, as `function_call`.
     """
 
-    id: str
-    created: int
-    model: str
-    fingerprint: str
+    include_usage: bool = False
     service_tier: str | None = None
+    with_logprobs: bool = False
+    as_function_call: bool = False
 
-    def head(self, kind: str) -> bytes:
+
+class Answer:
+    """The common parts of one answer.
+
+    Attributes:
+        id: OpenAI's, such as ``chatcmpl-…``; it has the id of the request's first job.
+    """
+
+    def __init__(self, record: AnswerRecord, id_prefix: str, chunk_kind: str) -> None:
+        self.id = id_prefix + record.job_ids[0]
+        self.options = msgspec.convert(record.options, AnswerOptions)
+        self._record = record
+        self._chunk_head = sse.DATA + self._head(chunk_kind) + b',"choices":['
+        self._chunk_tail = (b',"usage":null}' if self.options.include_usage else b"}") + sse.END
+
+    def chunk_parts(self, start: bytes, end: bytes) -> tuple[bytes, bytes]:
+        """What comes before and after the new part of each chunk of a choice.
+
+        Args:
+            start: Of the choice's object.
+            end: The same.
+        """
+        return self._chunk_head + start, end + b"]" + self._chunk_tail
+
+    def closing(self, finished: list[Finished]) -> bytes:
+        """The token counts, if they were asked for, and the end of the stream."""
+        if not self.options.include_usage:
+            return sse.DONE
+        return self._chunk_head + b'],"usage":' + self._usage(finished) + b"}" + sse.END + sse.DONE
+
+    def body(self, kind: str, choices: list[dict[str, Any]], finished: list[Finished]) -> bytes:
+        """The complete answer as one object."""
+        encoded = msgspec.json.encode(choices)
+        return self._head(kind) + b',"choices":' + encoded + b',"usage":' + self._usage(finished) + b"}"
+
+    def _head(self, kind: str) -> bytes:
         """The beginning of an object of `kind`, without its closing brace."""
+        record = self._record
         fields: dict[str, Any] = {
             "id": self.id,
             "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
+            "created": record.created,
+            "model": record.model,
+            "system_fingerprint": record.fingerprint,
         }
-        if self.service_tier is not None:
-            fields["service_tier"] = self.service_tier
+        if self.options.service_tier is not None:
+            fields["service_tier"] = self.options.service_tier
         return msgspec.json.encode(fields)[:-1]
 
-
-class Rendering(Protocol):
-    """How a kind of answer looks; its methods are called in the order of a stream or of a whole answer."""
-
-    def opening(self) -> bytes:
-        """The first bytes of a stream; may be empty."""
-
-    def frames(self, index: int, events: list[Event]) -> bytes:
-        """What a stream's client gets for `events` of a choice; may be empty. None of them is `Failed`."""
-
-    def closing(self, finished: list[Finished]) -> bytes:
-        """The last bytes of a stream, when all choices are whole."""
-
-    def add(self, index: int, events: list[Event]) -> None:
-        """Keep what `events` of a choice say for `body`."""
-
-    def body(self, finished: list[Finished]) -> bytes:
-        """The whole answer as one object; how each choice ended."""
-
-
-@lru_cache(maxsize=256)
-def fingerprint(model: str, quantization: str) -> str:
-    """OpenAI's system_fingerprint: changes when what computes the answer does."""
-    return "fp_" + hashlib.sha256(f"{model}\0{quantization}\0{version()}".encode()).hexdigest()[:10]
-
-
-def version() -> str:
-    """mlx-pool's; 0 where it runs without being installed."""
-    try:
-        return importlib.metadata.version("mlx-pool")
-    except importlib.metadata.PackageNotFoundError:
-        return "0"
-
-
-def total_usage(finished: list[Finished], num_choices: int) -> Usage:
-    """Of all choices of a request together; each prompt counts once.
-
-    Args:
-        num_choices: Of each prompt.
-    """
-    usages = [each.usage for each in finished]
-    prompts = [usages[i : i + max(1, num_choices)] for i in range(0, len(usages), max(1, num_choices))]
-    return Usage(
-        prompt_tokens=sum(choices[0].prompt_tokens for choices in prompts),
-        completion_tokens=sum(usage.completion_tokens for usage in usages),
-        # Of a prompt's choices one reads it, whichever that is, and the others find it read.
-        cached_tokens=sum(min(usage.cached_tokens for usage in choices) for choices in prompts),
-        reasoning_tokens=sum(usage.reasoning_tokens for usage in usages),
-    )
+    def _usage(self, finished: list[Finished]) -> bytes:
+        return msgspec.json.encode(usage_object(total_usage(finished, self._record.best_of)))
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:

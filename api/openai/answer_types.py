@@ -1,4 +1,4 @@
-"""What answers look like, for the description (`api.openai.openapi`); the renderings write the same as ready bytes.
+"""What answers look like, for the description (`api.openapi`); the renderings write the same as ready bytes.
 
 A test holds both together: each answer and each chunk has to be one of these, without a field that is not here.
 https://platform.openai.com/docs/api-reference/chat/object

@@ -5,13 +5,13 @@ from __future__ import annotations
 import falcon.asgi
 import msgspec
 
-from api.generation.model_directory import ModelDirectory, ServedModel
+from api.generation.served_model import ModelLookup, ServedModel
 
 OWNER = "mlx-pool"
 
 
 class ModelObject(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="model"):
-    """OpenAI's model object under the name that was asked for, and what else is good to know."""
+    """OpenAI's model object, with fields of our own."""
 
     id: str
     created: int
@@ -43,24 +43,24 @@ def _model_object(model: ServedModel, name: str) -> ModelObject:
 class Models:
     """All models that can be used now."""
 
-    def __init__(self, directory: ModelDirectory) -> None:
-        self._directory = directory
+    def __init__(self, models: ModelLookup) -> None:
+        self._lookup = models
 
     async def on_get(self, _req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
-        models = [_model_object(model, model.id) for model in self._directory.current()]
+        models = [_model_object(model, model.id) for model in self._lookup.current()]
         resp.data = msgspec.json.encode(ModelList(models))
 
     on_head = on_get
 
 
 class Model:
-    """One of them; its id may have slashes."""
+    """One of them. Its id may contain slashes; it is returned as it was requested."""
 
-    def __init__(self, directory: ModelDirectory) -> None:
-        self._directory = directory
+    def __init__(self, models: ModelLookup) -> None:
+        self._lookup = models
 
     async def on_get(self, _req: falcon.asgi.Request, resp: falcon.asgi.Response, model_id: str) -> None:
-        model = await self._directory.resolve(model_id)
+        model = await self._lookup.resolve(model_id)
         resp.data = msgspec.json.encode(_model_object(model, model_id))
 
     on_head = on_get

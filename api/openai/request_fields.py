@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
-from api.generation.model_directory import ServedModel
+from api.generation.served_model import ServedModel
 from common.errors import invalid
 from common.protocol import SamplingParams
 
@@ -37,7 +37,7 @@ def whole(pattern: str) -> Meta:
     r"""A string that matches `pattern` from its beginning to its end.
 
     Python's `$` lets a line break through. JSON Schema's expressions, which are ECMA-262's, know no `\Z`: it is told with
-    `$` (`api.openai.openapi`), and for readers in Python without a line break.
+    `$` (`api.openapi`), and for readers in Python without a line break.
     """
     return Meta(pattern=rf"^{pattern}\Z", extra_json_schema={"not": {"pattern": "\n"}})
 

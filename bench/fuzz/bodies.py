@@ -14,7 +14,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from api.openai.openapi import GENERATING
+from api.openapi import GENERATING
 
 MODEL = "synthetic"
 MAX_TOKENS = 6

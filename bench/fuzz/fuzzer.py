@@ -299,7 +299,7 @@ class Fuzz:
 
     def left_behind(self, redis_url: str, model: str = MODEL) -> Iterator[str]:
         """What a pool that nobody uses must not have: requests in the API, jobs in the queue or with a worker."""
-        if num := json.loads(self.get("/health"))["running_requests"]:
+        if num := json.loads(self.get("/health"))["open_requests"]:
             yield f"{num} requests run"
         with connections.connect(redis_url) as client:
             queue = JsonQueue(model, connection=client)

@@ -142,7 +142,7 @@ def test_a_dropped_connection(redis_url: str) -> None:
             await side.say(event)
             await asyncio.sleep(0.002)
         assert await taking == ALL
-        assert not subscription.is_given_up
+        assert not subscription.is_aborted
 
     run(redis_url, test)
 
@@ -259,7 +259,7 @@ def test_a_job_that_ends_without_a_word(
 
     async def test(side: Side) -> None:
         subscription = side.relay.subscribe(JOB)
-        subscription.heard_at = asyncio.get_running_loop().time()
+        subscription.last_event_mono = asyncio.get_running_loop().time()
         await side.set_status(status)
         [failed] = await take_all(subscription)
         assert isinstance(failed, Failed)
@@ -278,7 +278,7 @@ def test_the_watchdog_looks_into_the_journal_first(redis_url: str, status: str |
 
     async def test(side: Side) -> None:
         subscription = side.relay.subscribe(JOB)
-        subscription.heard_at = asyncio.get_running_loop().time()
+        subscription.last_event_mono = asyncio.get_running_loop().time()
         for event in ALL:
             await side.write(event)
         await side.set_status(status)
@@ -294,7 +294,7 @@ def test_a_silent_job_that_is_well_goes_on(redis_url: str, status: str) -> None:
 
     async def test(side: Side) -> None:
         subscription = side.relay.subscribe(JOB)
-        subscription.heard_at = asyncio.get_running_loop().time()
+        subscription.last_event_mono = asyncio.get_running_loop().time()
         await side.set_status(status)
         for _ in range(20):
             assert await subscription.take() == []
@@ -336,7 +336,7 @@ def test_shutting_down_ends_every_stream(redis_url: str) -> None:
         [failed] = await take_all(subscription)
         assert isinstance(failed, Failed)
         assert failed.code == "shutting_down"
-        assert subscription.is_given_up
+        assert subscription.is_aborted
 
     run(redis_url, test)
 

@@ -158,10 +158,11 @@ def log_end(job_end: JobEnd) -> None:
         else ""
     )
     log.info(
-        "job %s: model %s, %d prompt tokens (%d cached), %d completion tokens, queued %.3f s, "
+        "job %s: model %s, key %s, %d prompt tokens (%d cached), %d completion tokens, queued %.3f s, "
         "first token after %.3f s, %.1f tokens/s, %s",
         job_end.job_id,
         sequence.job.model,
+        sequence.job.api_key_name or "-",
         sequence.insert_result.prompt_tokens,
         sequence.insert_result.cached_tokens,
         sequence.num_tokens,

@@ -13,6 +13,7 @@ from msgspec import Meta
 
 from api.generation.request import GenerationRequest
 from api.openai import request_fields as fields
+from api.openai.answer import AnswerOptions
 from api.openai.chat import messages as chat_messages
 from api.openai.chat import response_format
 from api.openai.chat import tools as tool_request
@@ -144,12 +145,15 @@ def parse(body: bytes) -> GenerationRequest:
         top_logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
         sampling=fields.sampling(chat),
         stream=bool(chat.stream),
-        include_usage=chat.stream_options is not None and bool(chat.stream_options.include_usage),
-        service_tier="default" if chat.service_tier is not None else None,
         ignored=ignored,
+        options=AnswerOptions(
+            include_usage=chat.stream_options is not None and bool(chat.stream_options.include_usage),
+            service_tier="default" if chat.service_tier is not None else None,
+            with_logprobs=bool(chat.logprobs),
+            as_function_call=tool_request.uses_functions(chat),
+        ),
         grammar=response_format.grammar_of(chat.response_format),
         tool_use=tool_request.tool_use(chat),
-        answers_functions=tool_request.answers_functions(chat),
     )
 
 

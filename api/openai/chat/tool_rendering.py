@@ -1,7 +1,7 @@
-"""Calls and reasoning as OpenAI says them: deltas of a stream, or fields of a whole message.
+"""Tool calls and reasoning as OpenAI writes them: deltas of a stream, or fields of a complete message.
 
-Used by `chat_rendering`. A call's id follows from the answer's and the call's place in it, so that it is the same whichever
-worker wrote it.
+Used by `api.openai.chat.rendering`. A call's id is derived from the answer's id and the call's index, so that any process
+renders the same one.
 """
 
 from __future__ import annotations
@@ -12,57 +12,57 @@ from typing import Any
 from common.protocol import Piece, Reasoning, ToolArguments, ToolCall
 
 _ID_CHARACTERS = 24
-"""OpenAI's have as many behind their prefix."""
+"""As many as OpenAI's have after their prefix."""
 
 
 class ToolRendering:
     """One choice of an answer.
 
     Args:
-        key: What the ids follow from; another one for each choice.
-        answers_functions: The deprecated form, in which there is one call at most, without an id.
+        key: What the ids are derived from; unique to the choice.
+        as_function_call: Render the deprecated form, which has at most one call and no id.
     """
 
-    def __init__(self, key: str, *, answers_functions: bool) -> None:
+    def __init__(self, key: str, *, as_function_call: bool) -> None:
         self._key = key
-        self._answers_functions = answers_functions
-        self._thoughts: list[str] = []
+        self._as_function_call = as_function_call
+        self._reasoning: list[str] = []
         self._names: list[str] = []
         self._arguments: list[list[str]] = []
 
     # -- a stream ---------------------------------------------------------------------------------------------------
 
     def delta(self, piece: Piece) -> dict[str, Any]:
-        """What a chunk's delta says of a piece: a call with its name first, then its arguments bit by bit."""
+        """The delta of a chunk for a piece: a call's first one has its name, the next ones parts of its arguments."""
         match piece:
             case Reasoning(text):
                 return {"reasoning_content": text}
             case ToolCall(index, name):
                 call = self._call(index, name, "")
-                return call if self._answers_functions else {"tool_calls": [{"index": index} | call]}
+                return call if self._as_function_call else {"tool_calls": [{"index": index} | call]}
             case ToolArguments(index, text):
-                if self._answers_functions:
+                if self._as_function_call:
                     return {"function_call": {"arguments": text}}
                 return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
 
     def reason(self, finish_reason: str) -> str:
-        """The finish reason as this client knows it."""
-        return "function_call" if self._answers_functions and finish_reason == "tool_calls" else finish_reason
+        """The finish reason, in the form that the client asked for."""
+        return "function_call" if self._as_function_call and finish_reason == "tool_calls" else finish_reason
 
     def _call(self, index: int, name: str, arguments: str) -> dict[str, Any]:
         function = {"name": name, "arguments": arguments}
-        if self._answers_functions:
+        if self._as_function_call:
             return {"function_call": function}
         digest = hashlib.sha256(f"{self._key}/{index}".encode()).hexdigest()
         return {"id": f"call_{digest[:_ID_CHARACTERS]}", "type": "function", "function": function}
 
-    # -- a whole message --------------------------------------------------------------------------------------------
+    # -- a complete message --------------------------------------------------------------------------------------------
 
     def add(self, piece: Piece) -> None:
-        """Keep what a piece says; the pieces of a call follow its beginning."""
+        """Collect a piece; a call's arguments come after its `ToolCall`."""
         match piece:
             case Reasoning(text):
-                self._thoughts.append(text)
+                self._reasoning.append(text)
             case ToolCall(_, name):
                 self._names.append(name)
                 self._arguments.append([])
@@ -70,10 +70,10 @@ class ToolRendering:
                 self._arguments[index].append(text)
 
     def message(self, content: str) -> dict[str, Any]:
-        """The message with this content, which is null where there are only calls."""
+        """The message with this content, which is null if there are only calls."""
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if self._thoughts:
-            message["reasoning_content"] = "".join(self._thoughts)
+        if self._reasoning:
+            message["reasoning_content"] = "".join(self._reasoning)
         if not self._names:
             return message
         calls = [
@@ -81,4 +81,4 @@ class ToolRendering:
             for i, (name, texts) in enumerate(zip(self._names, self._arguments, strict=True))
         ]
         message["content"] = content or None
-        return message | (calls[0] if self._answers_functions else {"tool_calls": calls})
+        return message | (calls[0] if self._as_function_call else {"tool_calls": calls})

@@ -117,8 +117,8 @@ def tool_use(chat: ToolFields) -> ToolUse | None:
     )
 
 
-def answers_functions(chat: ToolFields) -> bool:
-    """Whether the client knows the deprecated form only: `function_call` in the answer."""
+def uses_functions(chat: ToolFields) -> bool:
+    """Whether the request has the deprecated `functions`, so that the answer has `function_call`."""
     return bool(chat.functions)
 
 

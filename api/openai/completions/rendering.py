@@ -1,6 +1,6 @@
-"""A legacy completion as OpenAI says it: chunks of a stream as ready bytes, or one object.
+"""A legacy completion as OpenAI writes it: chunks of a stream as ready bytes, or one object.
 
-Fed by a generation with events of each choice, in order; knows nothing of where they come from.
+An `api.generation.front_end.Rendering`: a pure function of the request's record and its jobs' events.
 https://platform.openai.com/docs/api-reference/completions
 """
 
@@ -11,107 +11,79 @@ from typing import Any
 
 import msgspec
 
-from api.openai.answer import DONE, Answer, total_usage, usage_object
+from api.generation.front_end import AnswerEvent
+from api.generation.request import AnswerRecord
+from api.http import sse
+from api.openai.answer import Answer
+from api.openai.errors import error_frame
 from api.openai.logprobs import Item, LogprobAligner, echoed_items, legacy_arrays
-from common.protocol import Delta, Echo, Event, Finished
+from common.errors import RequestError
+from common.protocol import Delta, Echo, Finished
 
 _encode = msgspec.json.encode
 
 
 class CompletionRendering:
-    """See the module; one for each answer.
+    """See the module; one for each answer."""
 
-    Args:
-        num_choices: Of all prompts together, those to choose from included; at least 1.
-        n: How many of each prompt's choices are shown, the best ones.
-        best_of: How many each prompt has.
-        with_logprobs: Whether the client asked for them.
-        include_usage: Whether a stream ends with the counts.
-    """
-
-    def __init__(
-        self,
-        answer: Answer,
-        num_choices: int = 1,
-        *,
-        n: int = 1,
-        best_of: int = 1,
-        with_logprobs: bool,
-        include_usage: bool,
-    ) -> None:
-        self._answer = answer
-        self._n = n
-        self._best_of = best_of
-        self._include_usage = include_usage
-        head = answer.head("text_completion")
-        self._no_choice = b"data: " + head + b',"choices":[],"usage":'
-        usage = b',"usage":null}\n\n' if include_usage else b"}\n\n"
-        self._choices = [
-            _Choice(index, head, usage, LogprobAligner() if with_logprobs else None)
-            for index in range(num_choices)
-        ]
+    def __init__(self, record: AnswerRecord) -> None:
+        self._answer = Answer(record, "cmpl-", "text_completion")
+        self._n = record.n
+        self._best_of = record.best_of
+        self._choices = [_Choice(index, self._answer) for index in range(len(record.job_ids))]
 
     def opening(self) -> bytes:
-        """Nothing: all is said with the text."""
+        """Nothing: chunks have text only."""
         return b""
 
-    def frames(self, index: int, events: list[Event]) -> bytes:
-        """What a client gets for `events` of a choice; may be empty. None of them is `Failed`."""
+    def frames(self, index: int, events: list[AnswerEvent]) -> bytes:
         return self._choices[index].frames(events)
 
     def closing(self, finished: list[Finished]) -> bytes:
-        """The counts, where they are asked for, and the end of the stream."""
-        if not self._include_usage:
-            return DONE
-        usage = total_usage(finished, self._best_of)
-        return self._no_choice + _encode(usage_object(usage)) + b"}\n\n" + DONE
+        return self._answer.closing(finished)
 
-    def add(self, index: int, events: list[Event]) -> None:
-        """Keep what `events` of a choice say."""
+    def error(self, error: RequestError) -> bytes:
+        return error_frame(error)
+
+    def keep_alive(self) -> bytes:
+        return sse.KEEP_ALIVE
+
+    def add(self, index: int, events: list[AnswerEvent]) -> None:
         self._choices[index].add(events)
 
     def body(self, finished: list[Finished]) -> bytes:
-        """The whole answer as one object."""
         choices: list[dict[str, Any]] = []
         for first in range(0, len(self._choices), self._best_of):
-            rivals = self._choices[first : first + self._best_of]
+            candidates = self._choices[first : first + self._best_of]
             if self._best_of > self._n:
                 # OpenAI: the best is the one with the highest log probability per token.
-                rivals = sorted(rivals, key=lambda choice: -choice.mean_logprob)[: self._n]
-            for choice in rivals:
-                choices.append(choice.whole(len(choices), finished[choice.index]))
-        usage = total_usage(finished, self._best_of)
-        tail = _encode({"choices": choices, "usage": usage_object(usage)})
-        return self._answer.head("text_completion") + b"," + tail[1:]
+                candidates = sorted(candidates, key=lambda choice: -choice.mean_logprob)[: self._n]
+            for choice in candidates:
+                choices.append(choice.complete(len(choices), finished[choice.index]))
+        return self._answer.body("text_completion", choices, finished)
 
 
 class _Choice:
-    """One choice's chunks, or its text so far.
+    """One choice's chunks, or its text so far."""
 
-    Args:
-        head: What each chunk begins with.
-        usage: What it ends with.
-    """
-
-    def __init__(self, index: int, head: bytes, usage: bytes, aligner: LogprobAligner | None) -> None:
+    def __init__(self, index: int, answer: Answer) -> None:
         self.index = index
-        self._aligner = aligner
+        self._aligner = LogprobAligner() if answer.options.with_logprobs else None
         self._num_characters = 0  # of the items so far
         self._texts: list[str] = []
         self._items: list[Item] = []
         self._logprobs: list[float] = []
-        self._before = b"data: " + head + b',"choices":[{"index":%d,"text":' % index
-        self._after = b',"logprobs":null,"finish_reason":null}]' + usage
-        self._usage = usage
+        self._before, self._end = answer.chunk_parts(b'{"index":%d,"text":' % index, b"}")
+        self._after = b',"logprobs":null,"finish_reason":null' + self._end
 
     @property
     def mean_logprob(self) -> float:
-        """Of its tokens, as far as they are known."""
+        """Of its tokens, if log-probabilities were reported."""
         return statistics.fmean(self._logprobs) if self._logprobs else 0.0
 
     # -- a stream ---------------------------------------------------------------------------------------------------
 
-    def frames(self, events: list[Event]) -> bytes:
+    def frames(self, events: list[AnswerEvent]) -> bytes:
         frames = []
         for event in events:
             if isinstance(event, Delta):
@@ -130,7 +102,7 @@ class _Choice:
 
     def _chunk(self, text: str, items: list[Item], reason: str | None) -> bytes:
         rest = _encode(text) + b',"logprobs":' + _encode(self._arrays(items)) + b',"finish_reason":'
-        return self._before + rest + _encode(reason) + b"}]" + self._usage
+        return self._before + rest + _encode(reason) + self._end
 
     def _arrays(self, items: list[Item]) -> dict[str, list[Any]] | None:
         if not items:
@@ -142,9 +114,9 @@ class _Choice:
     def _echoed(self, echo: Echo) -> list[Item]:
         return echoed_items(echo) if self._aligner is not None else []
 
-    # -- a whole answer ---------------------------------------------------------------------------------------------
+    # -- a complete answer ------------------------------------------------------------------------------------------
 
-    def add(self, events: list[Event]) -> None:
+    def add(self, events: list[AnswerEvent]) -> None:
         for event in events:
             if isinstance(event, Delta):
                 self._texts.append(event.text)
@@ -156,7 +128,7 @@ class _Choice:
                 self._texts.append(event.text)
                 self._items += self._echoed(event)
 
-    def whole(self, index: int, finished: Finished) -> dict[str, Any]:
+    def complete(self, index: int, finished: Finished) -> dict[str, Any]:
         if self._aligner is not None:
             self._items += self._aligner.finish()
         return {

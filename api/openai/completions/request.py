@@ -10,9 +10,10 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from api.generation.model_directory import ServedModel
 from api.generation.request import GenerationRequest
+from api.generation.served_model import ServedModel
 from api.openai import request_fields as fields
+from api.openai.answer import AnswerOptions
 from common.errors import invalid
 from common.protocol import ChatPrompt, TextPrompt, TokenPrompt
 
@@ -68,9 +69,13 @@ def parse(body: bytes) -> GenerationRequest:
         top_logprobs=completion.logprobs,
         sampling=fields.sampling(completion),
         stream=bool(completion.stream),
-        include_usage=completion.stream_options is not None and bool(completion.stream_options.include_usage),
-        service_tier="default" if completion.service_tier is not None else None,
         ignored=ignored,
+        options=AnswerOptions(
+            include_usage=completion.stream_options is not None
+            and bool(completion.stream_options.include_usage),
+            service_tier="default" if completion.service_tier is not None else None,
+            with_logprobs=completion.logprobs is not None,
+        ),
     )
 
 

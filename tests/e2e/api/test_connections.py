@@ -327,7 +327,7 @@ def test_a_stream_that_nobody_takes(api: ApiPool) -> None:
     with api.connect() as connection:
         connection.sendall(request("POST", "/v1/chat/completions", chat_body(stream=True)))
         wait_until(lambda: not connections_of(api, connection))
-    wait_until(lambda: json.loads(api.ask("GET", "/health").body)["running_requests"] == 0)
+    wait_until(lambda: json.loads(api.ask("GET", "/health").body)["open_requests"] == 0)
 
 
 def connections_of(api: ApiPool, client: socket.socket) -> list[object]:
@@ -359,5 +359,5 @@ def test_a_client_that_leaves_in_the_middle_of_its_body(api: ApiPool, sent: byte
     assert len(api.worker.jobs) == 1
     with redis.Redis.from_url(api.pool.redis_url) as client:
         assert client.keys("rq:queue:*") == []
-    assert json.loads(api.ask("GET", "/health").body)["running_requests"] == 0
+    assert json.loads(api.ask("GET", "/health").body)["open_requests"] == 0
     assert "Traceback" not in api.pool.log("api")[len(log) :]

@@ -75,7 +75,7 @@ def test_a_client_that_leaves(api: ApiPool, stream: bool, script: Any) -> None:
     connection.close()
     wait_for(lambda: job_id in api.worker.cancelled)
     assert api.worker.cancelled[job_id] - left_at < 0.2
-    wait_for(lambda: api.ask("GET", "/health").json["running_requests"] == 0)
+    wait_for(lambda: api.ask("GET", "/health").json["open_requests"] == 0)
 
 
 def test_a_client_that_aborts(api: ApiPool) -> None:

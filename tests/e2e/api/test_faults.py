@@ -71,7 +71,7 @@ def test_redis_that_is_not_there_yet() -> None:
         assert (refused.status, refused.error["code"]) == (503, "queue_unavailable")
         assert int(refused.headers["retry-after"]) >= 1
         assert "Traceback" not in pool.log("api")
-        assert pool.log("api").count("Redis is away") == 1
+        assert pool.log("api").count("Redis is unavailable") == 1
         pool.start_redis()
         wait_for(lambda: api.ask("GET", "/readyz").json["reason"] == "no model has a live worker")
         assert api.ask("GET", "/readyz").status == 503
@@ -128,6 +128,6 @@ def test_redis_that_goes_and_comes_back() -> None:
         assert text == "".join(f" {n}" for n in range(1, 11))
         assert answer.frames[-1] == "[DONE]"
         assert answer.body.count(b": keep-alive") >= 2
-        assert api.pool.log("api").count("Redis is away") == 1
+        assert api.pool.log("api").count("Redis is unavailable") == 1
         api.follow(lambda _job: iter([Started(0, 1), Finished(1, "stop", Usage(1, 0))]))
         wait_for(lambda: api.chat(model=MODEL).status == 200)

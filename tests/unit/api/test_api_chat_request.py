@@ -9,6 +9,7 @@ import pytest
 
 from api.generation.request import GenerationRequest
 from api.openai import request_fields
+from api.openai.answer import AnswerOptions
 from api.openai.chat import request as chat_request
 from common.errors import RequestError
 from common.protocol import ChatPrompt
@@ -285,7 +286,7 @@ def test_an_explicit_null_is_the_default() -> None:
         "top_logprobs",
         "stream",
         "ignored",
-        "service_tier",
+        "options",
     ):
         assert getattr(nulls, name) == getattr(plain, name)
     assert plain.max_tokens is None
@@ -383,8 +384,8 @@ def test_sampling_is_taken_over() -> None:
     assert (sampling.repetition_penalty, sampling.repetition_context_size) == (1.5, 7)
     assert sampling.logit_bias == {5: -100.0, 6: 1.5}
     assert (request.stop, request.max_tokens, request.top_logprobs) == (["END"], 9, 3)
-    assert (request.model, request.stream, request.include_usage) == ("m", True, True)
-    assert request.service_tier == "default"
+    assert (request.model, request.stream) == ("m", True)
+    assert request.options == AnswerOptions(include_usage=True, service_tier="default", with_logprobs=True)
 
 
 def test_logprobs_without_alternatives() -> None:

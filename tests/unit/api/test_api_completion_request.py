@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from api.generation import request as generation_request
-from api.generation.model_directory import ServedModel
 from api.generation.request import GenerationRequest
+from api.generation.served_model import ServedModel
 from api.openai import request_fields
 from api.openai.completions import request as completion_request
 from common.errors import RequestError
@@ -45,7 +45,7 @@ def test_one_prompt_in_each_of_its_forms(prompt: Any, parsed: TextPrompt | Token
 def test_several_prompts_with_choices() -> None:
     """A job for each choice of each prompt, in OpenAI's order; the first one of each draws as a single one would."""
     request = parse(prompt=["a", "b"], n=2, best_of=3, seed=7)
-    jobs = request.jobs("m", "c", [10, 20])
+    jobs = request.jobs("x", MODEL, "c", [10, 20])
     assert [job.prompt for job in jobs] == [TextPrompt("a")] * 3 + [TextPrompt("b")] * 3
     assert [job.sampling.seed == 7 for job in jobs] == [True, False, False] * 2
     assert len({job.sampling.seed for job in jobs}) == 3

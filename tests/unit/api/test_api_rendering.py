@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import msgspec
 import pytest
 
-from api.openai.answer import Answer, Rendering, fingerprint, total_usage
+from api.generation.front_end import AnswerEvent, Rendering, total_usage
+from api.generation.request import fingerprint
 from api.openai.chat.rendering import ChatRendering
 from api.openai.completions.rendering import CompletionRendering
-from common.protocol import Delta, Echo, Event, Finished, Started, TokenLogprob, Usage
+from common.protocol import Delta, Echo, Finished, TokenLogprob, Usage
+from tests.unit.api.records import MODEL, record
 
-ANSWER = Answer(id="x-1", created=5, model="m/1", fingerprint="fp_1")
 USAGE = {
     "prompt_tokens": 3,
     "completion_tokens": 2,
@@ -20,9 +22,8 @@ USAGE = {
     "prompt_tokens_details": {"cached_tokens": 1},
     "completion_tokens_details": {"reasoning_tokens": 0},
 }
-HEAD = {"id": "x-1", "created": 5, "model": "m/1", "system_fingerprint": "fp_1"}
-EVENTS: list[Event] = [
-    Started(0, 3),
+HEAD = {"created": 5, "model": "m/1", "system_fingerprint": "fp_1"}
+EVENTS: list[AnswerEvent] = [
     Delta(1, 7, 'q"\n\u2028'),
     Delta(2, 8, ""),
     Finished(3, "stop", Usage(3, 2, 1)),
@@ -40,11 +41,11 @@ def frames(data: bytes) -> list[Any]:
     return parsed
 
 
-def last(events: list[Event]) -> list[Finished]:
+def last(events: list[AnswerEvent]) -> list[Finished]:
     return [event for event in events if isinstance(event, Finished)]
 
 
-def streamed(rendering: Rendering, events: list[Event]) -> bytes:
+def streamed(rendering: Rendering, events: list[AnswerEvent]) -> bytes:
     return rendering.opening() + rendering.frames(0, events) + rendering.closing(last(events))
 
 
@@ -54,20 +55,20 @@ def choice(**fields: Any) -> dict[str, Any]:
 
 def test_chat_stream() -> None:
     """The role first and alone, text as it comes, an empty delta with the reason, [DONE] once; empty text is no chunk."""
-    rendering = ChatRendering(ANSWER, with_logprobs=False, include_usage=False)
+    rendering = ChatRendering(record())
     chunks = frames(streamed(rendering, EVENTS))
     deltas: list[dict[str, Any]] = [
         choice(delta={"role": "assistant", "content": "", "refusal": None}),
         choice(delta={"content": 'q"\n\u2028'}),
         choice(delta={}, finish_reason="stop"),
     ]
-    head = HEAD | {"object": "chat.completion.chunk"}
+    head = HEAD | {"id": "chatcmpl-1", "object": "chat.completion.chunk"}
     assert chunks == [*(head | {"choices": [delta]} for delta in deltas), "[DONE]"]
 
 
 def test_chat_stream_with_usage() -> None:
     """Null in all chunks but the last, which has no choices."""
-    rendering = ChatRendering(ANSWER, with_logprobs=False, include_usage=True)
+    rendering = ChatRendering(record(include_usage=True))
     *chunks, last, done = frames(streamed(rendering, EVENTS))
     assert [chunk["usage"] for chunk in chunks] == [None] * 3
     assert (last["choices"], last["usage"]) == ([], USAGE)
@@ -78,13 +79,13 @@ def test_chat_stream_with_usage() -> None:
 def test_chat_stream_with_logprobs(in_one_burst: bool) -> None:
     """Items go out with their text, whether events come together or one by one."""
     own = [TokenLogprob(1, -1.0, b"a"), TokenLogprob(2, -2.0, b"b"), TokenLogprob(3, -3.0, b"cd")]
-    events: list[Event] = [
+    events: list[AnswerEvent] = [
         Delta(1, 1, "", own[0], [own[0]]),
         Delta(2, 2, "ab", own[1]),
         Delta(3, 3, "c", own[2]),
         Finished(4, "stop", Usage(3, 3)),
     ]
-    rendering = ChatRendering(ANSWER, with_logprobs=True, include_usage=False)
+    rendering = ChatRendering(record(with_logprobs=True))
     bursts = [events] if in_one_burst else [[event] for event in events]
     chunks = frames(
         b"".join(rendering.frames(0, burst) for burst in bursts) + rendering.closing(last(events))
@@ -101,11 +102,12 @@ def test_chat_stream_with_logprobs(in_one_burst: bool) -> None:
 
 def test_chat_object() -> None:
     """One object with all its fields, null where nothing is to be said."""
-    rendering = ChatRendering(ANSWER, with_logprobs=False, include_usage=False)
+    rendering = ChatRendering(record())
     rendering.add(0, EVENTS[:2])
     rendering.add(0, EVENTS[2:])
     message = {"role": "assistant", "content": 'q"\n\u2028', "refusal": None}
     assert json.loads(rendering.body([Finished(3, "length", Usage(3, 2, 1))])) == HEAD | {
+        "id": "chatcmpl-1",
         "object": "chat.completion",
         "choices": [choice(message=message, finish_reason="length")],
         "usage": USAGE,
@@ -114,7 +116,7 @@ def test_chat_object() -> None:
 
 def test_chat_object_with_logprobs() -> None:
     """The items of the whole answer."""
-    rendering = ChatRendering(ANSWER, with_logprobs=True, include_usage=False)
+    rendering = ChatRendering(record(with_logprobs=True))
     rendering.add(
         0, [Delta(1, 1, "", TokenLogprob(1, -1.0, b"a")), Delta(2, 2, "ab", TokenLogprob(2, -2.0, b"bc"))]
     )
@@ -128,16 +130,16 @@ def test_chat_object_with_logprobs() -> None:
 
 def test_log_probabilities_of_no_token() -> None:
     """Who asked for them gets a list, which is empty where a stop string or the end came first."""
-    rendering = ChatRendering(ANSWER, with_logprobs=True, include_usage=False)
+    rendering = ChatRendering(record(with_logprobs=True))
     body = json.loads(rendering.body([Finished(1, "stop", Usage(3, 1))]))
     assert body["choices"][0]["logprobs"] == {"content": [], "refusal": None}
 
 
 def test_completion_stream() -> None:
     """Text as it comes, then the reason with no text, then [DONE]."""
-    rendering = CompletionRendering(ANSWER, with_logprobs=False, include_usage=True)
+    rendering = CompletionRendering(record(include_usage=True))
     *chunks, last, done = frames(streamed(rendering, EVENTS))
-    head = HEAD | {"object": "text_completion", "usage": None}
+    head = HEAD | {"id": "cmpl-1", "object": "text_completion", "usage": None}
     assert chunks == [
         head | {"choices": [choice(text='q"\n\u2028')]},
         head | {"choices": [choice(text="", finish_reason="stop")]},
@@ -147,13 +149,13 @@ def test_completion_stream() -> None:
 
 def test_completion_object_and_stream_have_the_same_logprobs() -> None:
     """The arrays of all chunks together are those of the object, with offsets that go on."""
-    events: list[Event] = [
+    events: list[AnswerEvent] = [
         Delta(1, 1, "ab", TokenLogprob(1, -1.0, b"ab")),
         Delta(2, 2, "", TokenLogprob(2, -2.0, b"c")),
         Delta(3, 3, "cd", TokenLogprob(3, -3.0, b"de")),
     ]
     finished = Finished(4, "stop", Usage(3, 3))
-    whole = CompletionRendering(ANSWER, with_logprobs=True, include_usage=False)
+    whole = CompletionRendering(record(with_logprobs=True))
     whole.add(0, events)
     expected = json.loads(whole.body([finished]))["choices"][0]["logprobs"]
     assert expected == {
@@ -162,28 +164,31 @@ def test_completion_object_and_stream_have_the_same_logprobs() -> None:
         "top_logprobs": [{"ab": -1.0}, {"c": -2.0}, {"d": -3.0}],
         "text_offset": [0, 2, 3],
     }
-    stream = CompletionRendering(ANSWER, with_logprobs=True, include_usage=False)
+    stream = CompletionRendering(record(with_logprobs=True))
     chunks = frames(stream.frames(0, [*events, finished]))
     parts = [chunk["choices"][0]["logprobs"] for chunk in chunks if chunk["choices"][0]["logprobs"]]
     assert {name: [x for part in parts for x in part[name]] for name in expected} == expected
 
 
-def test_service_tier_is_said_where_it_was_asked_for() -> None:
-    """And nowhere else."""
-    asked = Answer(id="x", created=5, model="m", fingerprint="f", service_tier="default")
-    assert json.loads(asked.head("o") + b"}")["service_tier"] == "default"
-    assert "service_tier" not in json.loads(ANSWER.head("o") + b"}")
+def test_service_tier_is_included_if_it_was_asked_for() -> None:
+    """And in no other answer, in each chunk and in an object."""
+    for options, expected in (({"service_tier": "default"}, "default"), ({}, None)):
+        body = json.loads(ChatRendering(record(**options)).body([Finished(1, "stop", Usage(3, 1))]))
+        [chunk] = frames(ChatRendering(record(**options)).opening())
+        assert body.get("service_tier") == chunk.get("service_tier") == expected
 
 
 def test_the_fingerprint_is_the_models() -> None:
-    """It stays for a model, and differs between two."""
-    assert fingerprint("a", "4-bit") == fingerprint("a", "4-bit")
-    assert len({fingerprint("a", "4-bit"), fingerprint("b", "4-bit"), fingerprint("a", "8-bit")}) == 3
+    """It stays the same for a model, and differs between two models or quantizations."""
+    other_id = msgspec.structs.replace(MODEL, id="other")
+    other_bits = msgspec.structs.replace(MODEL, quantization="8-bit")
+    assert fingerprint(MODEL) == fingerprint(msgspec.structs.replace(MODEL, free_slots=0))
+    assert len({fingerprint(MODEL), fingerprint(other_id), fingerprint(other_bits)}) == 3
 
 
 def test_choices_of_a_chat() -> None:
     """Each has its index and its role, chunks come as events do, the end comes once, and the counts are all choices'."""
-    rendering = ChatRendering(ANSWER, 2, with_logprobs=False, include_usage=True)
+    rendering = ChatRendering(record(2, include_usage=True))
     ends = [Finished(2, "stop", Usage(3, 1, 2)), Finished(2, "length", Usage(3, 4))]
     data = rendering.opening() + rendering.frames(1, [Delta(1, 7, "b")])
     data += rendering.frames(0, [Delta(1, 7, "a"), ends[0]]) + rendering.frames(1, [ends[1]])
@@ -202,7 +207,7 @@ def test_choices_of_a_chat() -> None:
     ]
     assert (usage["choices"], done) == ([], "[DONE]")
     assert (usage["usage"]["prompt_tokens"], usage["usage"]["completion_tokens"]) == (3, 5)
-    whole = ChatRendering(ANSWER, 2, with_logprobs=False, include_usage=False)
+    whole = ChatRendering(record(2))
     whole.add(1, [Delta(1, 7, "b")])
     whole.add(0, [Delta(1, 7, "a")])
     body = json.loads(whole.body(ends))
@@ -215,10 +220,10 @@ def test_choices_of_a_chat() -> None:
 
 def test_the_best_of_several() -> None:
     """Of each prompt, the most likely per token come first and are numbered anew; all that was generated is counted."""
-    rendering = CompletionRendering(ANSWER, 6, n=2, best_of=3, with_logprobs=False, include_usage=False)
+    rendering = CompletionRendering(record(6, n=2, best_of=3))
     likely = [-3.0, -1.0, -2.0, -1.0, -2.0, -3.0]
     for index, logprob in enumerate(likely):
-        deltas: list[Event] = [
+        deltas: list[AnswerEvent] = [
             Delta(n, 7, f"{index}", TokenLogprob(7, logprob, b"x")) for n in range(1, 2 + index % 2)
         ]
         rendering.add(index, deltas)
@@ -237,16 +242,16 @@ def test_an_echo(with_logprobs: bool) -> None:
     """The prompt comes before the text, with its tokens, the first of them without a number; offsets go on."""
     tokens = [TokenLogprob(1, 0.0, b"\xc3"), TokenLogprob(2, -1.0, b"\xa9"), TokenLogprob(3, -2.0, b" b")]
     echo = Echo(1, "é b", tokens, [[], [TokenLogprob(2, -1.0, b"\xa9")], [TokenLogprob(4, -0.5, b" c")]])
-    events: list[Event] = [
+    events: list[AnswerEvent] = [
         echo if with_logprobs else Echo(1, "é b"),
         Delta(2, 5, "!", TokenLogprob(5, -0.1, b"!")),
     ]
     finished = Finished(3, "length", Usage(3, 1))
-    whole = CompletionRendering(ANSWER, with_logprobs=with_logprobs, include_usage=False)
+    whole = CompletionRendering(record(with_logprobs=with_logprobs))
     whole.add(0, events)
     [answer] = json.loads(whole.body([finished]))["choices"]
     assert answer["text"] == "é b!"
-    stream = CompletionRendering(ANSWER, with_logprobs=with_logprobs, include_usage=False)
+    stream = CompletionRendering(record(with_logprobs=with_logprobs))
     chunks = [c["choices"][0] for c in frames(stream.frames(0, [*events, finished]))]
     assert "".join(c["text"] for c in chunks) == "é b!"
     if not with_logprobs:

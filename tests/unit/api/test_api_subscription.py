@@ -64,7 +64,7 @@ def test_events_in_order() -> None:
             subscription.offer(event)
         assert await subscription.take() == [Started(0, 5), *ALL]
         assert subscription.terminal == END
-        assert (subscription.num_tokens, subscription.is_given_up, journal.num_reads) == (
+        assert (subscription.num_tokens, subscription.is_aborted, journal.num_reads) == (
             NUM_TOKENS,
             False,
             0,
@@ -116,7 +116,7 @@ def test_what_is_published_while_the_journal_is_read() -> None:
 
         subscription = Subscription("j", read, 100)
         journal.events = ALL[:3]
-        subscription.look_in_journal()
+        subscription.read_journal_next()
         assert await take_all(subscription) == ALL
 
     play(run)
@@ -145,7 +145,7 @@ def test_redis_away_is_waited_for() -> None:
     async def run(journal: Journal) -> None:
         journal.events, journal.failures = ALL, 2
         subscription = Subscription("j", journal.read, 100)
-        subscription.look_in_journal()
+        subscription.read_journal_next()
         assert [await subscription.take(), await subscription.take()] == [[], []]
         assert await subscription.take() == ALL
 
@@ -158,14 +158,14 @@ def test_a_verdict_is_the_journals_to_overrule() -> None:
     async def run(journal: Journal) -> None:
         journal.events = ALL
         told = Subscription("j", journal.read, 100)
-        told.look_in_journal(VERDICT)
+        told.read_journal_next(VERDICT)
         assert await take_all(told) == ALL
-        assert not told.is_given_up
+        assert not told.is_aborted
         journal.events = ALL[:2]
         untold = Subscription("j", journal.read, 100)
-        untold.look_in_journal(VERDICT)
+        untold.read_journal_next(VERDICT)
         assert await take_all(untold) == [*ALL[:2], Failed(3, "gone", status=503)]
-        assert untold.is_given_up
+        assert untold.is_aborted
         assert untold.num_tokens == 2
 
     play(run)
@@ -226,14 +226,14 @@ def test_any_mischief_gives_the_same_answer(data: st.DataObject) -> None:
             for offered in data.draw(st.lists(st.sampled_from(journal.events), max_size=3), label="offered"):
                 subscription.offer(offered)
             if data.draw(st.booleans(), label="reconnect"):
-                subscription.look_in_journal()
+                subscription.read_journal_next()
             subscription.wake()
             if data.draw(st.booleans(), label="take") and subscription.terminal is None:
                 taking = asyncio.create_task(subscription.take())
                 await asyncio.sleep(0)
                 subscription.wake()
                 taken += await taking
-        subscription.look_in_journal()
+        subscription.read_journal_next()
         while END not in taken:
             taken += await subscription.take()
         assert taken == ALL

@@ -9,11 +9,10 @@ import pytest
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from api.openai.answer import Answer
+from api.generation.front_end import AnswerEvent
 from api.openai.chat.rendering import ChatRendering
 from common.protocol import (
     Delta,
-    Event,
     Finished,
     Reasoning,
     TokenLogprob,
@@ -21,10 +20,10 @@ from common.protocol import (
     ToolCall,
     Usage,
 )
+from tests.unit.api.records import record
 
-ANSWER = Answer(id="chatcmpl-1", created=5, model="m", fingerprint="fp_1")
 END = Finished(9, "tool_calls", Usage(3, 8, 0, 2))
-EVENTS: list[Event] = [
+EVENTS: list[AnswerEvent] = [
     Delta(1, 1, "", pieces=[Reasoning("h")]),
     Delta(2, 2, "Look", pieces=[Reasoning("m")]),
     Delta(3, 3, ": ", pieces=[ToolCall(0, "f")]),
@@ -34,7 +33,9 @@ EVENTS: list[Event] = [
 ]
 
 
-def stream(rendering: ChatRendering, events: list[Event], finished: Finished = END) -> list[dict[str, Any]]:
+def stream(
+    rendering: ChatRendering, events: list[AnswerEvent], finished: Finished = END
+) -> list[dict[str, Any]]:
     data = rendering.opening() + rendering.frames(0, [*events, finished]) + rendering.closing([finished])
     frames = data.decode().removesuffix("\n\n").split("\n\n")
     assert frames[-1] == "data: [DONE]"
@@ -42,10 +43,10 @@ def stream(rendering: ChatRendering, events: list[Event], finished: Finished = E
 
 
 def rendering(**more: Any) -> ChatRendering:
-    return ChatRendering(ANSWER, **({"with_logprobs": False, "include_usage": False} | more))
+    return ChatRendering(record(**more))
 
 
-def whole(events: list[Event], finished: Finished = END, **more: Any) -> dict[str, Any]:
+def whole(events: list[AnswerEvent], finished: Finished = END, **more: Any) -> dict[str, Any]:
     rendered = rendering(**more)
     rendered.add(0, events)
     body: dict[str, Any] = json.loads(rendered.body([finished]))
@@ -132,29 +133,28 @@ def test_the_sdk_puts_a_stream_together() -> None:
 
 def test_ids_are_the_answers_and_the_choices() -> None:
     """The same events give the same ids, for whoever renders them; choices and answers have their own."""
-    calls: list[Event] = [Delta(1, 1, pieces=[ToolCall(0, "f")])]
+    calls: list[AnswerEvent] = [Delta(1, 1, pieces=[ToolCall(0, "f")])]
 
-    def call_id(answer: Answer, index: int) -> str:
-        rendered = ChatRendering(answer, 2, with_logprobs=False, include_usage=False)
+    def call_id(job_id: str, index: int) -> str:
+        rendered = ChatRendering(record(2, job_id=job_id))
         rendered.add(index, calls)
         body = json.loads(rendered.body([END, END]))
         return str(body["choices"][index]["message"]["tool_calls"][0]["id"])
 
-    other = Answer(id="chatcmpl-2", created=5, model="m", fingerprint="fp_1")
-    assert call_id(ANSWER, 0) == call_id(ANSWER, 0)
-    assert len({call_id(ANSWER, 0), call_id(ANSWER, 1), call_id(other, 0)}) == 3
+    assert call_id("1", 0) == call_id("1", 0)
+    assert len({call_id("1", 0), call_id("1", 1), call_id("2", 0)}) == 3
 
 
 def test_the_deprecated_form() -> None:
     """Who asked with `functions` is answered with `function_call`, whole and streamed."""
     events = [*EVENTS[2:5]]
-    body = whole(events, answers_functions=True)
+    body = whole(events, as_function_call=True)
     message = ChatCompletion.model_validate(body).choices[0].message
     assert message.tool_calls is None
     assert message.function_call is not None
     assert (message.function_call.name, message.function_call.arguments) == ("f", '{"a":"é"}')
     assert body["choices"][0]["finish_reason"] == "function_call"
-    chunks = stream(rendering(answers_functions=True), events)
+    chunks = stream(rendering(as_function_call=True), events)
     assert [ChatCompletionChunk.model_validate(chunk).choices[0].delta.tool_calls for chunk in chunks] == [
         None
     ] * 6
@@ -202,7 +202,7 @@ def own(text: str) -> TokenLogprob:
         ],
     ],
 )
-def test_logprobs_are_those_of_the_content(events: list[Event]) -> None:
+def test_logprobs_are_those_of_the_content(events: list[AnswerEvent]) -> None:
     """Items concatenate to the content, as text and as bytes, whatever was taken out of the text."""
     for logprobs in (
         [chunk["choices"][0]["logprobs"] for chunk in stream(rendering(with_logprobs=True), events)],

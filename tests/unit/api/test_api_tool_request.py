@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from api.generation.request import GenerationRequest
+from api.openai.answer import AnswerOptions
 from api.openai.chat import request as chat_request
 from common.errors import RequestError
 from common.protocol import (
     ChatPrompt,
     ToolUse,
 )
+from tests.unit.api.records import MODEL
 
 HI = [{"role": "user", "content": "hi"}]
 INEXPRESSIBLE = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
@@ -97,8 +99,8 @@ def test_functions_reach_the_worker(fields: dict[str, Any], expected: ToolUse | 
     """Each way to say what may be called comes down to one value."""
     request = parse(**fields)
     assert request.tool_use == expected
-    assert request.jobs("m", "c", [1])[0].tool_use == expected
-    assert request.answers_functions == ("functions" in fields)
+    assert request.jobs("x", MODEL, "c", [1])[0].tool_use == expected
+    assert request.options == AnswerOptions(as_function_call="functions" in fields)
     assert request.ignored == []
 
 

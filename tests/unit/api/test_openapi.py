@@ -12,11 +12,10 @@ import pytest
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from api import app
-from api.http import errors
-from api.openai import openapi
+from api import app, openapi
 from api.openai.chat import request as chat_request
 from api.openai.completions import request as completion_request
+from api.openai.errors import error_body
 from common.errors import RequestError
 from common.settings import Settings
 
@@ -192,7 +191,7 @@ def test_a_strict_server_says_so() -> None:
 
 def test_errors_are_as_described() -> None:
     """With all four keys, null or not, and no other."""
-    body = json.loads(errors.body(RequestError("no", param="n")))
+    body = json.loads(error_body(RequestError("no", param="n")))
     assert body == {"error": {"message": "no", "type": "invalid_request_error", "param": "n", "code": None}}
     error = validator("ErrorBody")
     assert error.is_valid(body)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from api.generation.model_directory import ServedModel
 from api.generation.overload import estimated_tokens, refusal
 from api.generation.request import GenerationRequest
+from api.generation.served_model import ServedModel
 from common import names
 from common.protocol import SamplingParams, TextPrompt, TokenPrompt
 from worker.jobs.heartbeat import BusyRate
@@ -25,8 +25,6 @@ def request(prompt: TextPrompt | TokenPrompt, max_tokens: int | None) -> Generat
         top_logprobs=None,
         sampling=SamplingParams(),
         stream=False,
-        include_usage=False,
-        service_tier=None,
         ignored=[],
     )
 

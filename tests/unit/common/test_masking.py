@@ -10,6 +10,7 @@ import pytest
 
 from api.auth import key_file
 from api.http import errors
+from api.openai.errors import error_body
 from common.errors import RequestError
 from common.logging import FORMAT, Formatter
 from common.masking import masked
@@ -25,7 +26,9 @@ def test_a_key_is_masked_wherever_it_stands(key: str) -> None:
     for around in ("{}", "Bearer {}", "GET /v1/{} HTTP", "'{}'", "a={}&b", "/{}/{}", "({})"):
         text = around.replace("{}", key)
         assert masked(text) == around.replace("{}", "sk-...")
-        error = msgspec.json.decode(errors.body(RequestError(text, param=text)))["error"]
+        error = msgspec.json.decode(
+            errors.ErrorFormats(error_body).body("/", RequestError(text, param=text), "")
+        )["error"]
         assert (error["message"], error["param"]) == (masked(text), masked(text))
     written = io.StringIO()
     handler = logging.StreamHandler(written)

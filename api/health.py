@@ -11,10 +11,6 @@ import msgspec
 from api.generation.model_directory import ModelDirectory
 from api.generation.relay import Relay
 
-LIVE_PATH, READY_PATH, REPORT_PATH = "/livez", "/readyz", "/health"
-HEALTH_PATHS = (LIVE_PATH, READY_PATH, REPORT_PATH)
-"""Served without a key and under any host name: a probe may have neither. They reveal no more than counts."""
-
 
 class Alive(msgspec.Struct, frozen=True, tag_field="status", tag="ok"):
     """The body of a 200."""
@@ -30,8 +26,10 @@ class HealthReport(msgspec.Struct, frozen=True, kw_only=True):
     """The state of the pool, as one API process sees it.
 
     Attributes:
-        status: `degraded` while Redis is away: the process runs, but requests would fail.
+        status: `degraded` while Redis is unavailable: the process runs, but requests would fail.
         suspended: `rq suspend` is in force: requests are accepted and wait in the queue.
+        running_requests: Choices that the workers generate now, as of their last heartbeats.
+        open_requests: Choices that this API process waits for, queued ones included.
     """
 
     status: Literal["ok", "degraded"]
@@ -41,6 +39,7 @@ class HealthReport(msgspec.Struct, frozen=True, kw_only=True):
     workers: int
     free_slots: int
     running_requests: int
+    open_requests: int
 
 
 class Health:
@@ -64,7 +63,7 @@ class Health:
             resp.data = msgspec.json.encode(Alive())
 
     async def on_get(self, _req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
-        """200 with a `HealthReport`, also while Redis is away."""
+        """200 with a `HealthReport`, also while Redis is unavailable."""
         models = self._directory.served
         has_redis = self._relay.is_connected and self._directory.is_fresh
         resp.data = msgspec.json.encode(
@@ -75,7 +74,8 @@ class Health:
                 models=len(models),
                 workers=sum(model.num_workers for model in models),
                 free_slots=sum(model.free_slots for model in models),
-                running_requests=self._relay.num_subscriptions,
+                running_requests=sum(model.busy_slots for model in models),
+                open_requests=self._relay.num_subscriptions,
             )
         )
 

@@ -16,12 +16,13 @@ import falcon
 import falcon.asgi
 import msgspec
 
-from api.http import health
-from api.http.errors import ErrorBody
-from api.openai import answer, models
+from api import health
+from api.generation.request import VERSION
+from api.openai import models
 from api.openai.answer_types import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk
 from api.openai.chat import request as chat_request
 from api.openai.completions import request as completion_request
+from api.openai.errors import ErrorBody
 from common.settings import Settings
 
 Json = dict[str, Any]
@@ -152,7 +153,7 @@ def document(settings: Settings) -> Json:
         "info": {
             "title": "mlx-pool",
             "description": "OpenAI-compatible answers from MLX models on any number of Macs.",
-            "version": answer.version(),
+            "version": VERSION,
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "servers": [{"url": "/"}],

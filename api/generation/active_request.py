@@ -1,0 +1,172 @@
+"""One accepted request from its subscription to its release.
+
+Made by the endpoint. It subscribes, submits, receives events, and releases everything in one place, `release`, however
+the request ends. `api.generation.delivery` turns its events into a response. Must not know HTTP or any protocol.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from api.generation.choices import ChoiceEvents, Choices
+from api.generation.command_batch import queue_unavailable
+from api.generation.front_end import total_usage
+from api.generation.job_queue import JobQueue, QueueFullError
+from api.generation.relay import Relay
+from common.errors import RequestError
+from common.protocol import Delta, Failed, Finished, GenerationJob
+
+log = logging.getLogger(__name__)
+
+
+class ActiveRequest:
+    """See the module.
+
+    Args:
+        jobs: In the order of the choices; at least one.
+        best_of: How many of them belong to each prompt.
+        timeout_seconds: From now to the request's deadline.
+    """
+
+    def __init__(
+        self,
+        jobs: list[GenerationJob],
+        best_of: int,
+        relay: Relay,
+        job_queue: JobQueue,
+        timeout_seconds: float,
+    ) -> None:
+        self.job_id = jobs[0].job_id
+        self._best_of = best_of
+        self._relay = relay
+        self._job_queue = job_queue
+        self._choices = Choices(jobs, relay)
+        self._is_submitted = False
+        self._deadline = asyncio.get_running_loop().call_later(
+            timeout_seconds, self._choices.abort, _deadline_exceeded(timeout_seconds)
+        )
+        self._began_mono = time.monotonic()
+        self._first_token_mono: float | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no more events follow."""
+        return self._choices.is_done
+
+    async def submit(self, num_bytes: int) -> None:
+        """Put the jobs into their queue, all or none.
+
+        Raises:
+            QueueFullError: They are not in the queue; it is full.
+            RequestError: 503; Redis is unavailable.
+        """
+        if not self._relay.is_connected:
+            raise queue_unavailable()
+        self._is_submitted = True
+        try:
+            await self._job_queue.submit(self._choices.jobs, num_bytes)
+        except QueueFullError:
+            self._is_submitted = False
+            raise
+        self._choices.mark_queued(asyncio.get_running_loop().time())
+
+    async def take(self) -> ChoiceEvents:
+        """Wait for events; empty on a tick of the clock. Must not be called once `is_done`."""
+        taken = await self._choices.take()
+        if self._first_token_mono is None and any(
+            isinstance(event, Delta) for _, events in taken for event in events
+        ):
+            self._first_token_mono = time.monotonic()
+        return taken
+
+    def finished(self) -> list[Finished]:
+        """How the choices ended, once `is_done`.
+
+        Raises:
+            RequestError: The answer is not complete and never will be.
+        """
+        failed = self._choices.failed
+        if failed is not None:
+            raise RequestError(
+                failed.message,
+                status=failed.status,
+                type=failed.kind,
+                param=failed.param,
+                code=failed.code,
+                retry_after_seconds=failed.retry_after_seconds,
+            )
+        finished = self._choices.finished
+        if any(each.finish_reason == "cancelled" for each in finished):
+            raise RequestError(
+                "The request was cancelled before its answer was complete.",
+                status=503,
+                type="server_error",
+                code="cancelled",
+            )
+        return finished
+
+    def release(self) -> None:
+        """Release everything; called exactly once, when the request has ended in whatever way."""
+        self._deadline.cancel()
+        running = self._choices.release()
+        for job in running if self._is_submitted else ():
+            self._job_queue.cancel(job.job_id, job.model)
+        self._log_end()
+
+    def _log_end(self) -> None:
+        """One line a request; never its text."""
+        now_mono = time.monotonic()
+        choices = self._choices
+        completion_tokens = choices.num_tokens
+        prompt_tokens, cached = self._prompt_tokens(), ""
+        outcome, status = ("client left", "499") if self._is_submitted else ("not queued", "429 or 503")
+        if choices.failed is not None:
+            outcome = f"failed ({choices.failed.code or choices.failed.kind})"
+            status = str(choices.failed.status)
+        elif choices.is_done:
+            outcome, status = str(choices.finished[0].finish_reason), "200"
+            usage = total_usage(choices.finished, self._best_of)
+            completion_tokens, prompt_tokens = usage.completion_tokens, str(usage.prompt_tokens)
+            cached = f" ({usage.cached_tokens} cached)"
+        first_mono = self._first_token_mono
+        rate = (
+            (completion_tokens - 1) / (now_mono - first_mono)
+            if first_mono is not None and now_mono > first_mono
+            else 0.0
+        )
+        # A worker logs each complete answer. What it cannot know, such as that the client left, is logged here.
+        log.log(
+            logging.DEBUG if status == "200" else logging.INFO,
+            "job %s: model %s, key %s, %d choices, %s prompt tokens%s, %d completion tokens, first token after %s, "
+            "%.3f s, %.1f tokens/s, %s, status %s",
+            self.job_id,
+            choices.jobs[0].model,
+            choices.jobs[0].api_key_name or "-",
+            len(choices.jobs),
+            prompt_tokens,
+            cached,
+            completion_tokens,
+            f"{first_mono - self._began_mono:.3f} s" if first_mono is not None else "-",
+            now_mono - self._began_mono,
+            max(0.0, rate),
+            outcome,
+            status,
+        )
+
+    def _prompt_tokens(self) -> str:
+        """Of the prompts whose prefill has begun; workers report them when it does."""
+        by_prompt = {
+            index // self._best_of: num_tokens for index, num_tokens in self._choices.prompt_tokens.items()
+        }
+        return str(sum(by_prompt.values())) if by_prompt else "unknown"
+
+
+def _deadline_exceeded(timeout_seconds: float) -> Failed:
+    return Failed(
+        0,
+        f"The answer was not complete within {timeout_seconds:g} seconds, the request's deadline.",
+        status=504,
+        code="deadline_exceeded",
+    )

@@ -1,0 +1,104 @@
+"""A request's events as an HTTP response, streamed or complete, by whatever rendering its protocol has.
+
+Called by the endpoint. The headers of a stream go out with the first event, so that a request that fails at once, such as
+one with too long a prompt, is still answered with a status and an error body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+
+import falcon
+import falcon.asgi
+
+from api.generation.active_request import ActiveRequest
+from api.generation.choices import ChoiceEvents
+from api.generation.front_end import AnswerEvent, Rendering
+from api.http import errors
+from common.errors import RequestError
+from common.protocol import Failed, Finished
+from common.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+async def send_complete(resp: falcon.asgi.Response, request: ActiveRequest, rendering: Rendering) -> None:
+    """Answer with one JSON object.
+
+    Raises:
+        RequestError: The request failed.
+    """
+    while not request.is_done:
+        for index, events in await request.take():
+            rendering.add(index, _shown(events))
+    resp.data = rendering.body(request.finished())
+    resp.status = falcon.HTTP_200
+
+
+async def send_stream(
+    resp: falcon.asgi.Response, request: ActiveRequest, rendering: Rendering, settings: Settings
+) -> None:
+    """Answer with a stream, which falcon reads once this has returned.
+
+    Raises:
+        RequestError: The request failed before its first event.
+    """
+    first = await _first_events(request, settings.sse_header_seconds)
+    resp.status = falcon.HTTP_200
+    resp.content_type = "text/event-stream; charset=utf-8"
+    resp.set_header("cache-control", "no-cache")
+    resp.set_header("x-accel-buffering", "no")
+    # Not `resp.sse`: falcon 4.4 would watch for a disconnect with a task of its own, and serialize what is bytes already.
+    resp.stream = _frames(first, request, rendering, settings.sse_comment_seconds)
+
+
+async def _first_events(request: ActiveRequest, header_seconds: float) -> ChoiceEvents:
+    """The first events; none if they do not come in time, when the headers have to go out."""
+    try:
+        async with asyncio.timeout(header_seconds):
+            while not (taken := await request.take()):
+                pass
+    except TimeoutError:
+        return []
+    if request.is_done:
+        request.finished()
+    return taken
+
+
+async def _frames(
+    taken: ChoiceEvents, request: ActiveRequest, rendering: Rendering, keep_alive_seconds: float
+) -> AsyncIterator[bytes]:
+    """The stream's bytes. A stream that fails ends with an error frame, it never just stops."""
+    try:
+        frames = rendering.opening() + _rendered(taken, rendering)
+        yield frames or rendering.keep_alive()  # some bytes, since the headers go out with them
+        sent_mono = time.monotonic()
+        while not request.is_done:
+            frames = _rendered(await request.take(), rendering)
+            if not frames and time.monotonic() - sent_mono >= keep_alive_seconds:
+                frames = rendering.keep_alive()
+            if frames:
+                yield frames
+                sent_mono = time.monotonic()
+        yield rendering.closing(request.finished())
+    except RequestError as error:
+        yield rendering.error(errors.masked_error(error))
+    except Exception:
+        log.exception("job %s: its stream failed", request.job_id)
+        yield rendering.error(errors.internal())
+
+
+def _rendered(taken: ChoiceEvents, rendering: Rendering) -> bytes:
+    return b"".join(rendering.frames(index, _shown(events)) for index, events in taken)
+
+
+def _shown(events: list[AnswerEvent | Failed]) -> list[AnswerEvent]:
+    """Without a last event that says that the answer is not complete: the error comes after what was generated."""
+    if events:
+        last = events[-1]
+        if isinstance(last, Failed) or (isinstance(last, Finished) and last.finish_reason == "cancelled"):
+            events = events[:-1]
+    return events  # type: ignore[return-value]

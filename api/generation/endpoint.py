@@ -1,0 +1,93 @@
+"""`POST` of every generating endpoint: body, parsing, checks, jobs, response. A protocol's front end supplies its part.
+
+`api.app` makes one `Endpoint` for each path in `api.protocols`. Must not know any one protocol.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import falcon.asgi
+
+from api.generation import delivery, overload
+from api.generation.active_request import ActiveRequest
+from api.generation.front_end import FrontEnd
+from api.generation.job_queue import JobQueue, QueueFullError
+from api.generation.model_directory import ModelDirectory
+from api.generation.relay import Relay
+from api.generation.request import GenerationRequest, answer_record, check_size
+from api.generation.served_model import ServedModel
+from api.http.body import parsed, read_json, report_ignored
+from api.http.disconnect import CLIENT, Client
+from api.http.headers import timeout_seconds
+from common.protocol import GenerationJob
+from common.settings import Settings
+
+
+@dataclass(frozen=True)
+class Services:
+    """What all endpoints of a process share."""
+
+    settings: Settings
+    directory: ModelDirectory
+    relay: Relay
+    job_queue: JobQueue
+
+
+class Endpoint:
+    """A falcon resource.
+
+    Args:
+        front_end: What is particular to its protocol.
+    """
+
+    def __init__(self, front_end: FrontEnd, services: Services) -> None:
+        self._front_end = front_end
+        self._services = services
+
+    async def on_post(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
+        front_end, services = self._front_end, self._services
+        body = await read_json(req, services.settings)
+        request = await parsed(body, front_end.parse)
+        report_ignored(req, resp, request.ignored, strict=services.settings.strict_parameters)
+        model = await services.directory.resolve(request.model)
+        await front_end.check(request, model)
+        jobs, active = await self._begin(req, request, model, len(body))
+        # From the record and nothing else, as another process would render it.
+        rendering = front_end.rendering(answer_record(jobs[0]))
+        if request.stream:
+            await delivery.send_stream(resp, active, rendering, services.settings)
+        else:
+            await delivery.send_complete(resp, active, rendering)
+
+    async def _begin(
+        self, req: falcon.asgi.Request, request: GenerationRequest, model: ServedModel, num_bytes: int
+    ) -> tuple[list[GenerationJob], ActiveRequest]:
+        """Subscribe, then submit.
+
+        Args:
+            num_bytes: The size of the request's body.
+
+        Raises:
+            RequestError: 400, a header is wrong or the request is too large; 429, the queue is full; 503, Redis is
+                unavailable.
+        """
+        services = self._services
+        seconds = timeout_seconds(req, services.settings.request_seconds)
+        check_size(request, num_bytes)
+        jobs = request.jobs(
+            self._front_end.name,
+            model,
+            services.relay.channel,
+            [overload.estimated_tokens(request, prompt, model, num_bytes) for prompt in request.prompts],
+            getattr(req.context, "api_key_name", None),
+        )
+        active = ActiveRequest(jobs, request.best_of, services.relay, services.job_queue, seconds)
+        client: Client = req.scope[CLIENT]
+        client.at_end(active.release)
+        client.watch()
+        try:
+            await active.submit(num_bytes)
+        except QueueFullError as full:
+            raise overload.refusal(model, full.num_requests, is_tokens=full.is_tokens) from None
+        return jobs, active

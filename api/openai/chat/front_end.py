@@ -1,0 +1,19 @@
+"""`POST /v1/chat/completions` as a front end: its parser, its checks and its rendering."""
+
+from __future__ import annotations
+
+from api.generation.front_end import FrontEnd
+from api.generation.request import GenerationRequest
+from api.generation.served_model import ServedModel
+from api.openai import request_fields
+from api.openai.chat import request as chat_request
+from api.openai.chat import response_format
+from api.openai.chat.rendering import ChatRendering
+
+
+async def _check(request: GenerationRequest, model: ServedModel) -> None:
+    request_fields.check_logit_bias(request.sampling, model)
+    await response_format.check(request.grammar)
+
+
+CHAT_COMPLETIONS = FrontEnd("openai.chat", chat_request.parse, _check, ChatRendering)

@@ -1,0 +1,18 @@
+"""`POST /v1/completions`, OpenAI's legacy endpoint, as a front end: its parser, its checks and its rendering."""
+
+from __future__ import annotations
+
+from api.generation.front_end import FrontEnd
+from api.generation.request import GenerationRequest
+from api.generation.served_model import ServedModel
+from api.openai import request_fields
+from api.openai.completions import request as completion_request
+from api.openai.completions.rendering import CompletionRendering
+
+
+async def _check(request: GenerationRequest, model: ServedModel) -> None:
+    request_fields.check_logit_bias(request.sampling, model)
+    completion_request.check_prompts(request, model)
+
+
+COMPLETIONS = FrontEnd("openai.completions", completion_request.parse, _check, CompletionRendering)
