@@ -1,1 +1,1 @@
-"""What users would measure, against peers, in one run. See RESULTS.md."""
+"""Benchmarks: what users would measure, against peers, in one run. See RESULTS.md."""

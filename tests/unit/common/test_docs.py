@@ -11,7 +11,12 @@ import pytest
 from common.settings import describe
 
 ROOT = Path(__file__).parents[3]
-DOCUMENTS = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
+HISTORY = ROOT / "docs" / "results-history.md"
+DOCUMENTS = [
+    str(path.relative_to(ROOT))
+    for path in (ROOT / "README.md", ROOT / "bench" / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md")))
+    if path != HISTORY  # it names what was measured, as it was then
+]
 PACKAGES = ("api", "bench", "common", "docs", "tests", "worker")
 
 _CODE = re.compile(r"`([^`\n]+)`")
