@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 from common.masking import masked
 
@@ -24,5 +25,6 @@ def configure(level: str) -> None:
     # RQ says at INFO what our own line a request says better, and it says it three times a job.
     for name in ("rq.worker", "rq.job", "rq.queue", "httpx"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(level)))
-    # It warns of prompts that are longer than the context: those are answered with an error of their own.
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    # transformers warns that a prompt longer than the context "will result in indexing errors"; here it is refused with a 400.
+    # It sets the level of its logger from this variable when it is imported (5.23), whatever the level was before.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

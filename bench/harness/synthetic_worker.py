@@ -3,7 +3,7 @@
 For benchmarks, capacity planning and tests: everything is the real worker but the engine. Token k of a stream has the text
 " k" (k from 1), so that a reader can see that none is missing, doubled or out of order. With `--obey`, a request's last
 words can ask for misfortune: "crash 5" kills the worker before that row's fifth token, "hang 5" has the step hang,
-"raise 5" has it raise, "fail 5" fails that row.
+"raise 5" has it raise, "fail 5" fails that row, "hang 0" hangs while its prompt is encoded.
 """
 
 from __future__ import annotations
@@ -71,7 +71,12 @@ class SyntheticEngine:
     def encode(self, job: GenerationJob) -> list[int]:
         if job.echo or job.grammar or job.tool_use:
             raise invalid("The synthetic worker only counts: no echo, no grammar, no tools.")
-        return [0] * (max(1, len(job.prompt.text.split())) if isinstance(job.prompt, TextPrompt) else 1)
+        if self._obey and _misfortune(job) == ("hang", 0):
+            self._sleep(3600)
+        num_tokens = max(1, len(job.prompt.text.split())) if isinstance(job.prompt, TextPrompt) else 1
+        if num_tokens >= self.info.context_length:
+            raise invalid("The prompt is too long.", "prompt", "context_length_exceeded")
+        return [0] * num_tokens
 
     @property
     def is_over_memory(self) -> bool:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,7 +83,7 @@ def test_template_refuses(tokenizer: Any) -> None:
 def test_too_long_prompts_are_logged(fast: PreTrainedTokenizerFast, lines: list[logging.LogRecord]) -> None:
     """transformers warns of a prompt that is longer than the model's limit, under the logger `transformers`.
 
-    We answer it with an error of our own, so `common.logging` silences the line by that logger's level. Open common/logging.py.
+    Such a prompt is refused with a 400, so `common.logging` silences the line. Open common/logging.py.
     """
     logging.getLogger("transformers").setLevel(logging.WARNING)
     fast.encode("a a a")
@@ -94,7 +97,7 @@ def test_too_long_prompts_are_logged(fast: PreTrainedTokenizerFast, lines: list[
 
 
 def test_import_sets_the_level() -> None:
-    """Importing transformers sets the level of its logger, so that one set before is lost. Open common/logging.py and worker/mlx/model.py."""
+    """Importing transformers sets the level of its logger: one set before is lost. Open common/logging.py."""
     import inspect
 
     from transformers.utils import logging as own
@@ -102,6 +105,19 @@ def test_import_sets_the_level() -> None:
     configured = inspect.getsource(own._configure_library_root_logger)
     assert "library_root_logger.setLevel(_get_default_logging_level())" in configured
     assert "if _default_handler:" in configured, "only once"
+
+
+def test_verbosity_variable() -> None:
+    """The level that transformers sets at import is that of TRANSFORMERS_VERBOSITY, which `configure` sets. Open common/logging.py."""
+    program = (
+        "import logging; from common.logging import configure; configure('INFO'); import transformers; "
+        "transformers.utils.logging.get_logger(); print(logging.getLogger('transformers').level)"
+    )
+    environ = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
+    ran = subprocess.run(
+        [sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert int(ran.stdout) == logging.ERROR
 
 
 def test_added_tokens(fast: PreTrainedTokenizerFast) -> None:

@@ -46,14 +46,21 @@ def wait_until(is_true: Callable[[], Any], seconds: float = 15.0) -> Any:
 
 
 class Worker:
-    """One `python -m bench.harness.synthetic_worker` process."""
+    """One `python -m bench.harness.synthetic_worker` process.
 
-    def __init__(self, redis_url: str, model: str, steps_per_second: float, **settings: Any) -> None:
+    Args:
+        options: More of its command line.
+        settings: `MLXPOOL_` variables, by their names in lower case.
+    """
+
+    def __init__(
+        self, redis_url: str, model: str, steps_per_second: float, *options: str, **settings: Any
+    ) -> None:
         environ = {k: v for k, v in os.environ.items() if not k.startswith("MLXPOOL_")}
         environ |= {"MLXPOOL_REDIS_URL": redis_url, "MLXPOOL_LEASE_SECONDS": str(LEASE_SECONDS)}
         environ |= {f"MLXPOOL_{name.upper()}": str(value) for name, value in settings.items()}
         command = [sys.executable, "-m", "bench.harness.synthetic_worker", "--name", model]
-        command += ["--steps-per-second", str(steps_per_second)]
+        command += ["--steps-per-second", str(steps_per_second), *options]
         self.process = subprocess.Popen(command, cwd=ROOT, env=environ, stderr=subprocess.PIPE, text=True)
 
     def send(self, signum: int) -> None:
@@ -104,10 +111,10 @@ class Workers:
         self._pubsub.close()
         self.client.close()
 
-    def start(self, model: str = "m", steps_per_second: float = 50, **settings: Any) -> Worker:
+    def start(self, model: str = "m", steps_per_second: float = 50, *options: str, **settings: Any) -> Worker:
         """Start a worker and wait until it shows its card."""
         before = len(self.cards())
-        worker = Worker(self.url, model, steps_per_second, **settings)
+        worker = Worker(self.url, model, steps_per_second, *options, **settings)
         self._workers.append(worker)
         wait_until(lambda: len(self.cards()) > before or worker.process.poll() is not None)
         assert worker.process.poll() is None
@@ -122,14 +129,16 @@ class Workers:
     def free_slots(self) -> list[int]:
         return sorted(int(card[b"free_slots"]) for card in self.cards())
 
-    def submit(self, model: str = "m", max_tokens: int = 20, retries: int = 3, **job: Any) -> str:
+    def submit(
+        self, model: str = "m", max_tokens: int = 20, retries: int = 3, text: str = "x", **job: Any
+    ) -> str:
         """Enqueue a request as the API does; its job id."""
         job_id = secrets.token_hex(12)
         request = GenerationJob(
             job_id=job_id,
             model=model,
             channel=self.channel,
-            prompt=TextPrompt("x"),
+            prompt=TextPrompt(text),
             max_tokens=max_tokens,
             sampling=SamplingParams(),
             submitted_at=time.time(),

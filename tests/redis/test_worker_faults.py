@@ -20,6 +20,7 @@ from common.rq import JsonJob, JsonQueue
 from tests.conftest import unused_port
 from tests.redis.pool_of_workers import LEASE_SECONDS, Workers, exact, wait_until
 from worker.jobs.takeover import Takeover
+from worker.jobs.watchdog import EXIT_STALLED
 
 
 @pytest.fixture
@@ -237,3 +238,18 @@ def test_the_last_try_of_a_job_that_runs_elsewhere(workers: Workers) -> None:
     wait_until(lambda: workers.has_ended(job))
     assert not isinstance(workers.terminal(job), Failed)
     assert workers.text(job) == exact(100)
+
+
+def test_prompt_that_hangs_the_tokenizer(workers: Workers) -> None:
+    """A worker whose intake hangs ends itself. Its neighbour's stream continues elsewhere; the job fails after its last takeover."""
+    first, second = (workers.start("m", 50, "--obey", stall_seconds=2) for _ in range(2))
+    neighbour = workers.submit(max_tokens=500)
+    wait_until(lambda: workers.has_token(neighbour))
+    bad = workers.submit(text="hang 0", retries=1)
+    wait_until(lambda: first.process.poll() == second.process.poll() == EXIT_STALLED, seconds=20)
+    workers.start("m", 50, "--obey")
+    wait_until(lambda: workers.has_ended(bad, neighbour), seconds=30)
+    failed = workers.terminal(bad)
+    assert isinstance(failed, Failed)
+    assert failed.code == "worker_lost"
+    assert workers.text(neighbour) == exact(500)

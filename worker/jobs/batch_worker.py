@@ -36,7 +36,7 @@ from worker.jobs.intake import Intake
 from worker.jobs.redis_journal import RedisJournal
 from worker.jobs.registration import Registration
 from worker.jobs.takeover import Takeover
-from worker.jobs.watchdog import end_if_stuck, start_thread
+from worker.jobs.watchdog import end_if_stalled, start_thread
 from worker.loop.engine import Engine
 from worker.loop.generation_loop import GenerationLoop
 from worker.loop.messages import Abort, AbortReason, JobEnd, Message, Shutdown
@@ -160,7 +160,7 @@ class BatchWorker(BaseWorker):
             self._intake_thread = self._start_thread("intake", self._intake.run)
             log.info("%s serves %s, up to %d requests at a time", self.name, self.queue.name, info.max_batch)
             while not self._is_done():
-                end_if_stuck(loop.step_began_at, self._settings.stall_seconds)
+                end_if_stalled((loop.progress, self._intake.progress), self._settings.stall_seconds)
                 self._beat()
                 self._sleep()
         finally:

@@ -24,6 +24,7 @@ from common.rq import ForeignJobError, JsonJob, JsonQueue
 from worker.jobs.executions import Executions
 from worker.jobs.records import read_crash_count, read_journal, restored
 from worker.loop.messages import Admit
+from worker.loop.progress import Progress
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
@@ -98,6 +99,7 @@ class Intake:
     """See the module.
 
     Attributes:
+        progress: The prompt that is being encoded, for the watchdog.
         is_taking: Whether jobs have been taken that are not handed on yet. Read by other threads.
 
     Args:
@@ -133,6 +135,7 @@ class Intake:
         self._max_batch = slots.qsize()
         self._suspects_since = math.inf
         self._complaint = ""
+        self.progress = Progress("intake")
         self.is_taking = False
         self._workers_key = f"{RQ_KEY_PREFIX}:workers:{self._queue.name}"
 
@@ -330,7 +333,8 @@ class Intake:
 
     def _encoded(self, request: GenerationJob) -> list[int] | RequestError:
         try:
-            return self._encode(request)
+            with self.progress.on("prompt", request.job_id):
+                return self._encode(request)
         except RequestError as error:
             return error
         except Exception:

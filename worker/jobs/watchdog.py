@@ -1,7 +1,7 @@
-"""What ends a worker that is of no more use, so that others take its jobs over: a thread that failed, a step that hangs.
+"""Ends a worker that is of no more use, so that others take its jobs over: a thread failed, or its work does not come back.
 
-Progress counts, not pulse: a worker whose step hangs still beats, and would keep its leases for ever. Called by the main
-thread.
+Progress counts, not heartbeats: a worker with a hanging step still sends them, and would keep its leases for ever. Called by
+the main thread.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import faulthandler
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from threading import Thread
+
+from worker.loop.progress import Progress, Work
 
 log = logging.getLogger(__name__)
 
@@ -20,13 +22,13 @@ EXIT_STALLED = 4
 
 
 def start_thread(name: str, target: Callable[[], None]) -> Thread:
-    """Start a thread of this process; should it fail, the process ends: others take its jobs over."""
+    """Start a thread of this process. If it fails, the process ends, and others take its jobs over."""
 
     def run() -> None:
         try:
             target()
         except BaseException as error:
-            # A worker with a thread less is worse than none.
+            # A worker with a thread missing is worse than none.
             log.critical("the %s thread failed", name, exc_info=error)
             os._exit(EXIT_THREAD_FAILED)
 
@@ -35,16 +37,33 @@ def start_thread(name: str, target: Callable[[], None]) -> Thread:
     return thread
 
 
-def end_if_stuck(step_began_at: float | None, stall_seconds: float) -> None:
-    """End this process if a step does not come back: one that hangs in a driver cannot be stopped otherwise.
+def find_stalled(
+    progresses: Iterable[Progress], stall_seconds: float, now_mono: float
+) -> tuple[Progress, Work] | None:
+    """The first thread whose work has taken longer than `stall_seconds`."""
+    for progress in progresses:
+        work = progress.work
+        if work is not None and now_mono - work.began_mono > stall_seconds:
+            return progress, work
+    return None
 
-    Reading a long prompt comes back about every second, and waiting for Redis is no step.
 
-    Args:
-        step_began_at: Monotonic seconds; None between steps.
+def end_if_stalled(progresses: Iterable[Progress], stall_seconds: float) -> None:
+    """End this process if a thread's work does not come back: what hangs in a driver cannot be stopped otherwise.
+
+    Each job that is held here gets one more crash unless it has a new token, so a job that stalls each of its workers fails in
+    the end. Prefilling a long prompt comes back about every second, and waiting for Redis is not work.
     """
-    if step_began_at is None or time.monotonic() - step_began_at <= stall_seconds:
+    stalled = find_stalled(progresses, stall_seconds, time.monotonic())
+    if stalled is None:
         return
-    log.critical("a step has taken more than %g s: this worker ends itself", stall_seconds)
+    progress, work = stalled
+    log.critical(
+        "the %s thread has spent more than %g s on one %s%s: this worker ends itself",
+        progress.thread,
+        stall_seconds,
+        work.what,
+        f" (job {work.job_id})" if work.job_id else "",
+    )
     faulthandler.dump_traceback()
     os._exit(EXIT_STALLED)

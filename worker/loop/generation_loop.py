@@ -20,6 +20,7 @@ from worker.loop.admission import Admission
 from worker.loop.engine import Engine, InsertResult, PromptEcho, SequenceFailure, StepEvent
 from worker.loop.journal import AppendResult, Journal, JournalEntry
 from worker.loop.messages import Abort, AbortReason, Admit, JobEnd, Message, Outcome, Shutdown
+from worker.loop.progress import Progress
 from worker.loop.sequence import Sequence, failed_event
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class GenerationLoop:
         num_steps: Engine steps so far.
         num_tokens: Tokens generated so far.
         mean_tokens: Moving average of the lengths of finished answers; 0 before the first.
-        step_began_at: `clock` when the step under way began; None between steps, also while Redis is waited for.
+        progress: The engine call under way, for the watchdog.
 
     Args:
         on_job_end: Called on the loop's thread when a job has ended, exactly once for each `Admit`.
@@ -103,7 +104,7 @@ class GenerationLoop:
         self.num_steps = 0
         self.num_tokens = 0
         self.mean_tokens = 0.0
-        self.step_began_at: float | None = None
+        self.progress = Progress("generation", clock)
 
     @property
     def is_admission_blocked(self) -> bool:
@@ -199,9 +200,10 @@ class GenerationLoop:
     def _start(self, message: Admit) -> None:
         """Insert a job into the engine; if the engine refuses it, only this job fails."""
         try:
-            result = self._engine.insert(
-                message.remaining_job, message.prompt_token_ids, message.replayed_token_ids
-            )
+            with self.progress.on("insert", message.job.job_id):
+                result = self._engine.insert(
+                    message.remaining_job, message.prompt_token_ids, message.replayed_token_ids
+                )
         except Exception as error:  # noqa: BLE001 (any error that one request causes is its own failure)
             self._admission.clear_poison_candidate(message.job.job_id)
             self._fail_admission(message, error)
@@ -279,16 +281,14 @@ class GenerationLoop:
         worker had died.
         """
         self.num_steps += 1
-        self.step_began_at = self._clock()
         try:
-            return self._engine.step()
+            with self.progress.on("step"):
+                return self._engine.step()
         except Exception:
             log.exception("a step failed; its %d sequences are retried", len(self._running))
             for sequence in list(self._running.values()):
                 self._end(sequence, Outcome.CRASHED, None)
             return []
-        finally:
-            self.step_began_at = None
 
     def _requeue_over_memory(self) -> None:
         """Requeue the youngest sequences while the KV caches exceed their memory budget: answers grew longer than expected."""
@@ -326,7 +326,8 @@ class GenerationLoop:
         """Release a job's sequence; its end is reported when the journal has answered for all of its events."""
         job_id = sequence.job.job_id
         if self._running.pop(job_id, None) is not None:
-            self._engine.remove(job_id)
+            with self.progress.on("remove", job_id):
+                self._engine.remove(job_id)
             self._admission.clear_poison_candidate(job_id)
         if terminal is not None:
             self._append(sequence, terminal)

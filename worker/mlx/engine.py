@@ -92,6 +92,7 @@ class MLXEngine:
         self._memory = mlx_model.cache_memory(loaded, self._memory_limit_bytes)
         # A prompt that can never fit is refused like one that is longer than the model's context.
         self._info = replace(self._info, context_length=self._memory.longest_row(self._info.context_length))
+        self._max_prompt_chars = prompts.max_prompt_chars(self._tokenizer, self._info.context_length)
         self._generator = self._new_generator()
         self._prefixes = PrefixCache(_prompt_cache_bytes(settings, self._memory))
         warm_up(self, on_gpu=mlx_model.has_gpu())
@@ -114,7 +115,9 @@ class MLXEngine:
     def encode(self, job: GenerationJob) -> list[int]:
         # Rust's tokenizers let go of the interpreter meanwhile (tokenizers 0.23), and so does llguidance (1.9).
         self._compiled(job)  # which is kept for `insert`
-        return prompts.tokenize(job, self._tokenizer, self._info.context_length, self._format)
+        return prompts.tokenize(
+            job, self._tokenizer, self._info.context_length, self._format, self._max_prompt_chars
+        )
 
     def _follow_share(self) -> None:
         """Take account of workers that started or ended on this machine."""

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.errors import RequestError, invalid
 from common.protocol import ChatPrompt, GenerationJob, TextPrompt, TokenPrompt
@@ -28,8 +28,20 @@ _FUNCTION_TEMPLATE_ARGUMENTS = ("enable_thinking", "thinking", "thinking_mode")
 """The arguments of a template that mlx-lm implements as a function; a Jinja template accepts any."""
 
 
+def max_prompt_chars(tokenizer: Any, context_length: int) -> int:
+    """The length in characters above which no text fits the context: each token is at most the vocabulary's longest.
+
+    In byte-level vocabularies a token's string has a character for each byte, so it covers at most as many characters of text.
+    """
+    return context_length * max(map(len, tokenizer.get_vocab()), default=1)
+
+
 def tokenize(
-    job: GenerationJob, tokenizer: Any, context_length: int, model_format: ModelFormat | None = None
+    job: GenerationJob,
+    tokenizer: Any,
+    context_length: int,
+    model_format: ModelFormat | None = None,
+    max_chars: int | None = None,
 ) -> list[int]:
     """Tokenize a job's prompt.
 
@@ -37,6 +49,7 @@ def tokenize(
         tokenizer: mlx-lm's `TokenizerWrapper`, or an object with the same methods.
         context_length: In tokens.
         model_format: What was detected about the model; None: nothing.
+        max_chars: See `max_prompt_chars`: a longer text is refused before it is rendered or tokenized; None: no limit.
 
     Returns:
         Token ids, at least one and fewer than `context_length`.
@@ -44,11 +57,13 @@ def tokenize(
     Raises:
         RequestError: 400; the template refuses the messages, the model cannot serve this kind of prompt, or it is too long.
     """
+    limit = _TextLimit(context_length, max_chars)
+    limit.check(job)
     match job.prompt:
         case ChatPrompt():
             param, token_ids = (
                 "messages",
-                _tokenize_chat(job, job.prompt, tokenizer, model_format or ModelFormat()),
+                _tokenize_chat(job, job.prompt, tokenizer, model_format or ModelFormat(), limit),
             )
         case TextPrompt(text, None):
             param, token_ids = "prompt", list(tokenizer.encode(text))
@@ -63,13 +78,41 @@ def tokenize(
             raise invalid("This model needs a prompt that is not empty.", param)
         token_ids = [start]
     if len(token_ids) >= context_length:
-        raise invalid(
-            f"This model's maximum context length is {context_length} tokens. However, your prompt has "
-            f"{len(token_ids)} tokens, which leaves no room for an answer.",
-            param,
-            "context_length_exceeded",
-        )
+        raise _too_long(context_length, f"{len(token_ids)} tokens", param)
     return token_ids
+
+
+class _TextLimit(NamedTuple):
+    """Refuses what is too long for the context whatever its tokens are: tokenizing 10 MB takes many seconds."""
+
+    context_length: int
+    max_chars: int | None
+
+    def check(self, job: GenerationJob) -> None:
+        """Check the texts of a request before a template renders them.
+
+        Raises:
+            RequestError: 400; they are too long.
+        """
+        match job.prompt:
+            case ChatPrompt(messages):
+                self.check_length(sum(len(str(m.get("content") or "")) for m in messages), "messages")
+            case TextPrompt(text, suffix):
+                self.check_length(len(text) + len(suffix or ""), "prompt")
+
+    def check_length(self, num_chars: int, param: str) -> None:
+        """As `check`, for one text."""
+        if self.max_chars is not None and num_chars > self.max_chars:
+            raise _too_long(self.context_length, f"{num_chars} characters", param)
+
+
+def _too_long(context_length: int, length: str, param: str) -> RequestError:
+    return invalid(
+        f"This model's maximum context length is {context_length} tokens. However, your prompt has {length}, "
+        "which leaves no room for an answer.",
+        param,
+        "context_length_exceeded",
+    )
 
 
 def _tokenize_fill_in_middle(prefix: str, suffix: str, tokenizer: Any) -> list[int]:
@@ -80,18 +123,20 @@ def _tokenize_fill_in_middle(prefix: str, suffix: str, tokenizer: Any) -> list[i
 
 
 def _tokenize_chat(
-    job: GenerationJob, prompt: ChatPrompt, tokenizer: Any, model_format: ModelFormat
+    job: GenerationJob, prompt: ChatPrompt, tokenizer: Any, model_format: ModelFormat, limit: _TextLimit
 ) -> list[int]:
     call_format = answer_format.choose_call_format(job, model_format)
     in_template = answer_format.template_describes_tools(call_format, model_format)
     messages = _convert_messages(job, prompt, call_format, model_format)
     if not tokenizer.has_chat_template:
-        return list(tokenizer.encode(_apply_role_mapping(messages, prompt.role_mapping)))
+        return list(tokenizer.encode(_apply_role_mapping(messages, prompt.role_mapping, limit)))
     arguments = _template_arguments(prompt, tokenizer)
     if in_template and job.tool_use is not None:
         arguments["tools"] = job.tool_use.tools
     try:
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, **arguments))
+        text = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, **arguments
+        )
     except RequestError:
         raise
     except Exception as error:
@@ -99,6 +144,8 @@ def _tokenize_chat(
         raise invalid(
             f"The model's chat template refuses these messages: {_one_line(error)}", "messages"
         ) from error
+    limit.check_length(len(text), "messages")
+    return list(tokenizer.encode(text, add_special_tokens=False))  # the template writes them
 
 
 def _convert_messages(
@@ -137,11 +184,14 @@ def _template_arguments(prompt: ChatPrompt, tokenizer: Any) -> dict[str, Any]:
     return arguments
 
 
-def _apply_role_mapping(messages: Messages, role_mapping: Mapping[str, str] | None) -> str:
+def _apply_role_mapping(messages: Messages, role_mapping: Mapping[str, str] | None, limit: _TextLimit) -> str:
     """Join the messages to one text, each with the prefix of its role; a base model can continue it."""
     mapping = role_mapping or DEFAULT_ROLE_MAPPING
     end = mapping.get("stop", "")
-    lines = [f"{mapping.get(m['role'], '')}{m.get('content') or ''}{end}" for m in messages]
+    prefixes = [mapping.get(m["role"], "") for m in messages]
+    # Checked before they are repeated: prefixes of megabytes and thousands of messages would be gigabytes.
+    limit.check_length(sum(map(len, prefixes)) + len(end) * len(messages), "messages")
+    lines = [f"{prefix}{m.get('content') or ''}{end}" for prefix, m in zip(prefixes, messages, strict=True)]
     return ("".join(lines) + mapping.get("assistant", "")).rstrip()
 
 

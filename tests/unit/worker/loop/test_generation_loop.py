@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from queue import Empty
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from common.protocol import Delta, Failed, Finished, Started, Usage, decode_even
 from tests.unit.worker.loop.scripted import LoopHarness, admit, refusal
 from worker.loop.generation_loop import MAX_BURST_WAIT_SECONDS, MAX_EARLY_ABORTS
 from worker.loop.messages import Abort, AbortReason, Outcome, Shutdown
+from worker.loop.progress import Work
 
 
 def texts(harness: LoopHarness, job_id: str) -> str:
@@ -344,21 +346,25 @@ def test_the_youngest_sequences_are_requeued_when_memory_is_short() -> None:
     assert list(harness.engine.sequences) == ["a"]
 
 
-def test_step_began_at_is_set_during_a_step() -> None:
-    """It is set while the engine steps and None otherwise: the watchdog reads it."""
+def test_progress_names_each_engine_call() -> None:
+    """Each call of the engine is recorded with its job and the time it began, and nothing between calls: the watchdog reads it."""
     harness = LoopHarness()
-    seen: list[float | None] = []
-    step = harness.engine.step
+    seen: list[Work | None] = []
 
-    def watched() -> Any:
-        seen.append(harness.loop.step_began_at)
-        return step()
+    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(*arguments: Any) -> Any:
+            seen.append(harness.loop.progress.work)
+            return call(*arguments)
 
-    harness.engine.step = watched  # type: ignore[method-assign]
+        return recorded
+
+    for name in ("insert", "step", "remove"):
+        setattr(harness.engine, name, watched(getattr(harness.engine, name)))
     harness.now = 7.0
     harness.run(admit("a"))
-    assert seen == [7.0]
-    assert harness.loop.step_began_at is None
+    assert harness.loop.progress.work is None
+    harness.run(Abort("a", AbortReason.CANCELLED))
+    assert seen == [Work("insert", 7.0, "a"), Work("step", 7.0), Work("remove", 7.0, "a")]
 
 
 def test_jobs_without_subscribers_are_cancelled() -> None:

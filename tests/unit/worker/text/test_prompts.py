@@ -8,7 +8,7 @@ import pytest
 
 from common.errors import RequestError
 from common.protocol import ChatPrompt, GenerationJob, TextPrompt, TokenPrompt
-from worker.text.prompts import tokenize
+from worker.text.prompts import max_prompt_chars, tokenize
 
 
 class Tokenizer:
@@ -20,17 +20,25 @@ class Tokenizer:
     def __init__(self, *, has_chat_template: bool = True, error: Exception | None = None) -> None:
         self.has_chat_template = has_chat_template
         self._error = error
+        self.num_encoded_chars = 0
+        self.num_rendered = 0
 
-    def encode(self, text: str) -> list[int]:
+    def get_vocab(self) -> dict[str, int]:
+        return {"a": 0, "four": 1, "the": 2}
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        self.num_encoded_chars += len(text)
         return [ord(char) for char in text]
 
     def apply_chat_template(
-        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool
-    ) -> list[int]:
+        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, tokenize: bool
+    ) -> str:
         assert add_generation_prompt
+        assert not tokenize
+        self.num_rendered += 1
         if self._error is not None:
             raise self._error
-        return self.encode("".join(f"{m['role']}:{m['content']};" for m in messages))
+        return "".join(f"{m['role']}:{m['content']};" for m in messages)
 
 
 def read(
@@ -100,3 +108,38 @@ def test_a_template_that_refuses() -> None:
         read(ChatPrompt(HELLO), Tokenizer(error=ValueError("roles must alternate")))
     assert (refused.value.status, refused.value.param) == (400, "messages")
     assert "roles must alternate" in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param", "num_rendered"),
+    [
+        (TextPrompt("x" * 41), "prompt", 0),
+        (TextPrompt("x" * 40, "y"), "prompt", 0),
+        (ChatPrompt([{"role": "user", "content": "x" * 41}]), "messages", 0),
+        (ChatPrompt([{"role": "user", "content": "x" * 40}]), "messages", 1),  # too long once it is rendered
+    ],
+)
+def test_text_that_cannot_fit_is_not_tokenized(
+    prompt: ChatPrompt | TextPrompt, param: str, num_rendered: int
+) -> None:
+    """Ten tokens of at most four characters cover 40 characters: a longer text is refused without the work of tokenizing it."""
+    tokenizer = Tokenizer()
+    max_chars = max_prompt_chars(tokenizer, 10)
+    assert max_chars == 40
+    job = GenerationJob(job_id="a", model="m", channel="c", prompt=prompt)
+    with pytest.raises(RequestError) as refused:
+        tokenize(job, tokenizer, 10, max_chars=max_chars)
+    assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
+    assert refused.value.param == param
+    assert (tokenizer.num_encoded_chars, tokenizer.num_rendered) == (0, num_rendered)
+
+
+def test_prefixes_of_roles_are_counted_before_they_are_repeated() -> None:
+    """A role mapping with long prefixes is refused by the length of all prefixes together."""
+    messages = [{"role": "user", "content": ""}] * 9
+    prompt = ChatPrompt(messages, {"user": "x" * 5, "stop": ""})
+    job = GenerationJob(job_id="a", model="m", channel="c", prompt=prompt)
+    tokenizer = Tokenizer(has_chat_template=False)
+    with pytest.raises(RequestError, match="your prompt has 45 characters"):
+        tokenize(job, tokenizer, 10, max_chars=max_prompt_chars(tokenizer, 10))
+    assert tokenizer.num_encoded_chars == 0
