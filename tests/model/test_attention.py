@@ -1,4 +1,4 @@
-"""Attention of padded rows: by a kernel where the mask is the padding's, by MLX's own everywhere else."""
+"""Attention of padded rows: by the kernel if the mask is the padding mask, by MLX itself otherwise."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from common.settings import Settings
 from tests.model.reference import greedy_job, of_mlx_lm
 from worker.mlx.backends.cuda_attention import (
     MAX_KEYS,
+    CheckedKernel,
     CudaKernel,
     PaddedAttention,
-    TriedKernel,
     cuda_kernel,
     fits,
-    works,
+    self_test,
 )
 from worker.mlx.engine import MLXEngine
 
@@ -74,8 +74,8 @@ def kernel(engine: MLXEngine) -> Iterator[ReferenceKernel]:
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_padded_rows_have_the_kernel(engine: MLXEngine, kernel: ReferenceKernel, penalty: float) -> None:
-    """All layers of their steps, also beside a row with a logits processor; the tokens are those that a row has alone."""
+def test_padded_sequences_use_the_kernel(engine: MLXEngine, kernel: ReferenceKernel, penalty: float) -> None:
+    """All layers use it, also next to a sequence with a logits processor; the tokens are those of a sequence decoded alone."""
     own = mx.fast.scaled_dot_product_attention
     found = generated(engine, PROMPTS, penalty)
     assert mx.fast.scaled_dot_product_attention is own
@@ -85,14 +85,14 @@ def test_padded_rows_have_the_kernel(engine: MLXEngine, kernel: ReferenceKernel,
         assert found[0] == of_mlx_lm(engine, PROMPTS[0], NUM_TOKENS)
 
 
-def test_rows_without_padding_have_none(engine: MLXEngine, kernel: ReferenceKernel) -> None:
-    """They need no mask, and have MLX's own."""
+def test_sequences_without_padding_do_not_use_the_kernel(engine: MLXEngine, kernel: ReferenceKernel) -> None:
+    """They need no mask, and use MLX's own attention."""
     generated(engine, [PROMPTS[0], PROMPTS[0][::-1]])
     assert kernel.num_calls == 0
 
 
-def test_other_masks_are_mlx_s() -> None:
-    """A mask that a model has made, sinks, and no mask at all: what is computed is what MLX computes."""
+def test_other_masks_use_mlx() -> None:
+    """With a mask that the model made, with sinks, and without a mask, the result is MLX's."""
     kernel = ReferenceKernel()
     attention = PaddedAttention(kernel)
     own = mx.fast.scaled_dot_product_attention
@@ -128,28 +128,28 @@ class BrokenKernel(ReferenceKernel):
         return mx.where(mx.arange(found.shape[0])[:, None, None, None] == 1, mx.nan, found)
 
 
-def test_a_kernel_that_does_not_work(caplog: pytest.LogCaptureFixture) -> None:
-    """It is found out when it is tried, and said."""
+def test_a_kernel_that_fails_its_self_test(caplog: pytest.LogCaptureFixture) -> None:
+    """A kernel that raises, or computes something else, is detected and logged."""
     for dtype in (mx.float32, mx.float16, mx.bfloat16):
-        assert works(ReferenceKernel(), dtype, 64, 3)
+        assert self_test(ReferenceKernel(), dtype, 64, 3)
     assert not caplog.records
-    assert not works(BrokenKernel(raises=True), mx.float32, 64, 3)
+    assert not self_test(BrokenKernel(raises=True), mx.float32, 64, 3)
     assert "no such architecture" in caplog.text
     caplog.clear()
-    assert not works(BrokenKernel(raises=False), mx.float32, 64, 3)
+    assert not self_test(BrokenKernel(raises=False), mx.float32, 64, 3)
     assert "off by nan" in caplog.text
 
 
-def test_a_kernel_is_tried_once_for_each_kind(
+def test_the_self_test_runs_once_per_kind_of_arrays(
     engine: MLXEngine, kernel: ReferenceKernel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With one that fails, rows have MLX's own and their tokens, and the log says it once."""
+    """If it fails, sequences use MLX's own attention and get the same tokens; it is logged once."""
     batch = engine._generator._generator._generation_batch  # type: ignore[union-attr]  # this model can batch
-    batch.attention = PaddedAttention(TriedKernel(kernel))
+    batch.attention = PaddedAttention(CheckedKernel(kernel))
     generated(engine, PROMPTS)
     assert kernel.num_calls >= 30 * (NUM_TOKENS - 1)
     assert not caplog.records
-    batch.attention = PaddedAttention(TriedKernel(BrokenKernel(raises=True)))
+    batch.attention = PaddedAttention(CheckedKernel(BrokenKernel(raises=True)))
     assert generated(engine, PROMPTS) == [of_mlx_lm(engine, prompt, NUM_TOKENS) for prompt in PROMPTS]
     assert caplog.text.count("cannot be used") == 1
 
@@ -165,10 +165,10 @@ def test_a_kernel_is_tried_once_for_each_kind(
         ((2, 4, 1, 64), (2, 2, 9, 64), (2, 2, 9, 64), mx.float16),  # queries in float32 beside such keys
     ],
 )
-def test_what_the_kernel_is_not_for(
+def test_unsupported_arrays_use_mlx(
     queries: tuple[int, ...], keys: tuple[int, ...], values: tuple[int, ...], dtype: mx.Dtype
 ) -> None:
-    """MLX's own does it."""
+    """MLX's own attention computes them."""
     assert not fits(mx.zeros(queries), mx.zeros(keys).astype(dtype), mx.zeros(values).astype(dtype))
     assert fits(mx.zeros((2, 4, 1, 64)), mx.zeros((2, 2, 9, 64)), mx.zeros((2, 2, 9, 64)))
 
@@ -180,9 +180,9 @@ def test_what_the_kernel_is_not_for(
     [(64, 32, 8), (128, 28, 4), (80, 8, 8), (96, 12, 4), (256, 8, 1), (64, 9, 3), (128, 32, 2)],
 )
 def test_the_kernel_on_cuda(dtype: mx.Dtype, dim: int, num_heads: int, num_key_heads: int) -> None:
-    """What MLX computes with a mask, in float32, of arrays that lie as a model's do."""
+    """It computes what MLX computes with a mask in float32, on arrays with a model's strides."""
     kernel = CudaKernel()
-    assert works(kernel, dtype, dim, num_heads // num_key_heads)
+    assert self_test(kernel, dtype, dim, num_heads // num_key_heads)
     tolerance = {mx.bfloat16: 2e-2, mx.float16: 3e-3, mx.float32: 1e-4}[dtype]
     for num_rows, length in ((1, 1), (3, 17), (8, 300), (5, 1000)):
         queries = mx.random.normal((num_rows, 1, num_heads, dim)).astype(dtype).swapaxes(1, 2)
@@ -199,9 +199,9 @@ def test_the_kernel_on_cuda(dtype: mx.Dtype, dim: int, num_heads: int, num_key_h
 
 
 @ONLY_CUDA
-def test_a_worker_on_cuda_has_the_kernel(demo_folder: Path) -> None:
-    """Without being asked."""
+def test_a_worker_on_cuda_uses_the_kernel(demo_folder: Path) -> None:
+    """It is active by default."""
     engine: Any = MLXEngine(Settings(model=str(demo_folder), max_batch=4, prompt_cache_gb=0))
     attention = engine._generator._generator._generation_batch.attention
     assert attention._kernel is cuda_kernel()
-    assert all(attention._kernel._works.values())
+    assert all(attention._kernel._passed.values())

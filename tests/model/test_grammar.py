@@ -1,4 +1,4 @@
-"""GrammarCompiler over a real vocabulary: the demo model's 49,152 tokens, and MLX's way to apply a mask."""
+"""Grammars with a real vocabulary, the demo model's 49,152 tokens; masks applied with MLX."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def token_bytes(demo: mlx_model.LoadedModel) -> TokenBytes:
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_whatever_is_drawn_validates(grammars: GrammarCompiler, token_bytes: TokenBytes, name: str) -> None:
-    """Tokens drawn blindly from what is allowed always come to an end, and make JSON that matches the client's schema."""
+def test_random_answers_validate(grammars: GrammarCompiler, token_bytes: TokenBytes, name: str) -> None:
+    """Tokens drawn at random from the allowed ones always reach an end, and form JSON that matches the client's schema."""
     compiled = grammars.compile(grammar.for_json_schema(SCHEMAS[name]))
     for seed in range(4):
         walk = Walk(compiled, token_bytes.__getitem__, seed).run()
@@ -57,10 +57,10 @@ def test_whatever_is_drawn_validates(grammars: GrammarCompiler, token_bytes: Tok
         'Let me look.\n<tool_call>{"name": "get_weather", "arguments": {"city": "Paris"}}</tool_call>',
     ],
 )
-def test_the_models_own_tokens_are_let_through(
+def test_the_tokenizers_own_tokens_are_allowed(
     grammars: GrammarCompiler, demo: mlx_model.LoadedModel, answer: str
 ) -> None:
-    """An answer as the tokenizer writes it is allowed token by token, and may end there: borders of tokens and rules differ."""
+    """An answer as the tokenizer encodes it is allowed token by token, although tokens span grammar rules, and may end there."""
     row = GrammarMatcher(grammars.compile(grammar.for_tool_calls(ToolUse(tools=TOOLS))))
     for token_id in demo.tokenizer.encode(answer, add_special_tokens=False):
         assert row.allowed()[token_id // 32] >> token_id % 32 & 1
@@ -68,8 +68,8 @@ def test_the_models_own_tokens_are_let_through(
     assert row.allowed()[0] & 0b101 == 0b101
 
 
-def test_a_small_model_calls_as_asked(grammars: GrammarCompiler, demo: mlx_model.LoadedModel) -> None:
-    """Greedily, a model that knows nothing of calls makes one that can be parsed."""
+def test_a_small_model_makes_a_required_call(grammars: GrammarCompiler, demo: mlx_model.LoadedModel) -> None:
+    """With greedy sampling, a model that was not trained on tool calls makes one that can be parsed."""
     import mlx.core as mx
 
     prompt = demo.tokenizer.apply_chat_template(
@@ -92,7 +92,7 @@ def test_a_small_model_calls_as_asked(grammars: GrammarCompiler, demo: mlx_model
 
 @pytest.mark.parametrize("vocab_size", [VOCAB_SIZE, 49153, 40])
 def test_mlx_applies_a_mask_as_numpy_does(demo: mlx_model.LoadedModel, vocab_size: int) -> None:
-    """The same logits stay, bit by bit, also where the vocabulary is no multiple of 32."""
+    """The results are bitwise equal, also if the vocabulary is not a multiple of 32."""
     import mlx.core as mx
 
     generator = np.random.default_rng(1)

@@ -1,4 +1,4 @@
-"""The same choice of tokens by MLX as by NumPy: on a GPU it is made where the numbers are."""
+"""MLX and NumPy sample the same tokens: a GPU samples where the log-probabilities are."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def rows() -> list[SequenceSampler]:
 
 
 @pytest.mark.parametrize("only", [None, "drawn", "adjusted", "filtered"])
-def test_mlx_chooses_as_numpy_does(only: str | None) -> None:
-    """Over many steps and in any mixture: the same tokens, and the same log-probabilities where those were changed."""
+def test_mlx_samples_as_numpy_does(only: str | None) -> None:
+    """Over many steps, for any mixture of sequences: the same tokens, and the same adjusted log-probabilities."""
     mlx_model.preload_blas()
     import mlx.core as mx
 

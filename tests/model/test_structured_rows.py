@@ -1,4 +1,4 @@
-"""Rows that are held to a grammar, on the real demo model: beside others, in every kind of sampling, under takeover."""
+"""Sequences constrained to a grammar, on the real demo model: in a mixed batch, with every kind of sampling, after a takeover."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def ids(tokens: list[StepToken]) -> list[int]:
     return [token.token_id for token in tokens]
 
 
-def test_held_and_free_rows_in_one_batch(engine: MLXEngine) -> None:
-    """Each held answer validates, greedy, drawn or penalized, with log-probabilities; the free one is what it is alone."""
+def test_constrained_and_free_sequences_in_one_batch(engine: MLXEngine) -> None:
+    """Each constrained answer validates, greedy, sampled or penalized, with log-probabilities; the free one is as if alone."""
     held = grammar.for_json_schema(SCHEMA)
     samplings = [
         SamplingParams(temperature=0),
@@ -87,10 +87,10 @@ def test_held_and_free_rows_in_one_batch(engine: MLXEngine) -> None:
 
 @pytest.mark.parametrize("sampling", [SamplingParams(temperature=0), SamplingParams(temperature=1.1, seed=4)])
 @pytest.mark.parametrize("asked", ["schema", pytest.param("call", marks=pytest.mark.heavy)])
-def test_going_on_where_another_worker_stopped(
+def test_a_takeover_restores_the_grammar_state(
     engine: MLXEngine, asked: str, sampling: SamplingParams
 ) -> None:
-    """With the first k tokens given, the rest are the undisturbed run's: the grammar stands where it stood."""
+    """After replaying the first k tokens, the rest are those of an uninterrupted run."""
     fields: dict[str, Any] = {"grammar": grammar.for_json_schema(SCHEMA)}
     if asked == "call":
         fields = {"tool_use": ToolUse(tools=[TOOL], is_required=True, is_parallel=False)}
@@ -102,8 +102,8 @@ def test_going_on_where_another_worker_stopped(
         assert ids(whole)[:k] + ids(rest) == ids(whole)
 
 
-def test_a_call_that_is_required(engine: MLXEngine) -> None:
-    """Whatever the model wanted to say, it calls, with arguments that validate."""
+def test_a_required_call(engine: MLXEngine) -> None:
+    """Whatever the model would say, it makes a call with arguments that validate."""
     job = chat("a", tool_use=ToolUse(tools=[TOOL], is_required=True, is_parallel=False))
     said = text(run(engine, job)["a"])
     call = json.loads(said.removeprefix("<tool_call>").removesuffix("</tool_call>"))
@@ -111,8 +111,8 @@ def test_a_call_that_is_required(engine: MLXEngine) -> None:
     jsonschema.validate(call["arguments"], SCHEMA)
 
 
-def test_what_cannot_be_compiled_is_the_requests_fault(engine: MLXEngine) -> None:
-    """A 400 before anything is taken; the API checks it too, but a worker does not rely on that."""
+def test_a_grammar_that_cannot_be_compiled(engine: MLXEngine) -> None:
+    """A 400 before the engine accepts the job; the API checks it too, but a worker does not rely on that."""
     with pytest.raises(RequestError) as refused:
         engine.encode(chat("a", grammar=grammar.for_json_schema({"enum": []})))
     assert (refused.value.status, refused.value.param) == (400, "response_format")

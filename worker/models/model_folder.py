@@ -1,6 +1,6 @@
-"""Where a model's files are: a folder of the user's, the converted demo model, or a repository of the hub.
+"""Finds a model's files: a local folder, the converted demo model, or a repository of the Hugging Face hub.
 
-Called by `mlx_model` before it loads. Says in one sentence why the hub gives nothing; knows nothing of MLX.
+Called before a model is loaded. Explains in one sentence why the hub cannot provide a model. Independent of MLX.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ log = logging.getLogger(__name__)
 
 
 def find(settings: Settings, hub_patterns: list[str]) -> Path:
-    """The local folder of `settings.model`: the demo's, one given by its path, or a hub repository's.
+    """Return the local folder of `settings.model`, which is the demo model, a path, or a repository of the hub.
 
     Args:
-        hub_patterns: Which files of a repository are downloaded.
+        hub_patterns: The files of a repository to download, as glob patterns.
 
     Raises:
-        StartupError: There is no such model, or it cannot be fetched.
+        StartupError: There is no such model, or it cannot be downloaded.
     """
     name = settings.model
     if name == DEMO_MODEL:
@@ -33,20 +33,18 @@ def find(settings: Settings, hub_patterns: list[str]) -> Path:
 
 
 def _from_hub(repository: str, patterns: list[str]) -> Path:
-    """Download a repository, or take it from the hub's cache.
+    """Download a repository, or find it in the hub's cache.
 
     Raises:
-        StartupError: There is no such repository, it may not be read, or the hub cannot be reached.
+        StartupError: The repository does not exist or is not accessible, or the hub cannot be reached.
     """
     from huggingface_hub import errors, snapshot_download
 
-    log.info("model %s: looking it up on the hub", repository)
+    log.info("model %s: resolving it on the hub", repository)
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
     except errors.GatedRepoError:
-        raise StartupError(
-            f"the hub lets only some accounts read {repository}; log in with `hf auth login`"
-        ) from None
+        raise StartupError(f"{repository} is a gated repository; log in with `hf auth login`") from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise StartupError(
             f"there is no folder {repository} here and no repository of that name on the hub"

@@ -1,9 +1,8 @@
-"""A decode step of fewer operations, for MLX's CPU back-end.
+"""Fused CPU ops: a leaner decode step for MLX's CPU back-end.
 
-On a GPU MLX 0.32 has one kernel each for rotary embeddings, RMS norms and attention. On a CPU it composes them of many small
-operations, of which each takes some microseconds on the thread that builds the step and again on the one that computes it,
-however little it computes. Here they are composed of fewer, to the same results (sums may round otherwise). `mlx_decoding` has them used while it builds
-a step.
+On a GPU MLX 0.32 has one kernel each for rotary embeddings, RMS norm and attention. On a CPU it composes them of many small operations; each
+costs some microseconds on the thread that builds the graph, and again on the one that evaluates it, however little it computes. Here
+they are composed of fewer operations, with the same results up to the rounding of sums. `worker.mlx.decode` activates them while it builds a decode step.
 """
 
 from __future__ import annotations
@@ -23,23 +22,27 @@ def _rotate(
 
 
 class FusedCpuOps:
-    """A context in which models have these operations for those of `mlx.core.fast`, which they call by their names there.
+    """A context manager that replaces `rope`, `rms_norm` and `scaled_dot_product_attention` of `mlx.core.fast`, which models call by these names.
 
-    Rotations and attention of more than one token a row, and what has options that are not known here, go to MLX's own.
+    Calls with more than one token per row, or with options not supported here, are forwarded to MLX's own functions.
     """
 
     def __init__(self) -> None:
-        self._own_rope: Any = mx.fast.rope
-        self._own_rms_norm: Any = mx.fast.rms_norm
-        self._own_attention: Any = mx.fast.scaled_dot_product_attention
-        # Without shapes: compiled once, not again for each number of rows.
+        self._mlx_rope: Any = mx.fast.rope
+        self._mlx_rms_norm: Any = mx.fast.rms_norm
+        self._mlx_attention: Any = mx.fast.scaled_dot_product_attention
+        # Shapeless: compiled once, not again for each batch size.
         self._rotated: Any = mx.compile(_rotate, shapeless=True)
-        self._normalized: Any = mx.compile(self._own_rms_norm, shapeless=True)
+        self._normalized: Any = mx.compile(self._mlx_rms_norm, shapeless=True)
         self._offset: mx.array | None = None
         self._angles: dict[tuple[Any, ...], tuple[mx.array | None, mx.array, mx.array]] = {}
 
     def expect(self, offset: mx.array) -> None:
-        """Compute the angles at `offset` (rows,) once until the context ends: many layers have it, and none changes it in place."""
+        """Compute the rotation angles at these positions once, until the context ends: all layers use them, and none modifies the array.
+
+        Args:
+            offset: (batch,) integers, the position of each row's token.
+        """
         self._offset = offset
 
     def __enter__(self) -> None:
@@ -48,28 +51,28 @@ class FusedCpuOps:
         mx.fast.scaled_dot_product_attention = self._attention
 
     def __exit__(self, *_error: object) -> None:
-        mx.fast.rope = self._own_rope
-        mx.fast.rms_norm = self._own_rms_norm
-        mx.fast.scaled_dot_product_attention = self._own_attention
+        mx.fast.rope = self._mlx_rope
+        mx.fast.rms_norm = self._mlx_rms_norm
+        mx.fast.scaled_dot_product_attention = self._mlx_attention
         self._offset = None
         self._angles.clear()
 
     def _rms_norm(self, x: mx.array, weight: mx.array | None, eps: float, **options: Any) -> mx.array:
-        # What is compiled checks no shapes, and writes where it must not for a last axis of one (MLX 0.32).
-        is_sound = x.shape[-1] > 1 and (weight is None or weight.shape == x.shape[-1:])
-        norm = self._normalized if is_sound and not options else self._own_rms_norm
-        found: mx.array = norm(x, weight, eps, **options)
-        return found
+        # NOTE: the compiled norm does not check shapes, and writes out of bounds if the last axis is 1 (MLX 0.32).
+        is_supported = x.shape[-1] > 1 and (weight is None or weight.shape == x.shape[-1:])
+        norm = self._normalized if is_supported and not options else self._mlx_rms_norm
+        result: mx.array = norm(x, weight, eps, **options)
+        return result
 
     def _rope(
         self, a: mx.array, dims: int, *, traditional: bool, offset: int | mx.array, **options: Any
     ) -> mx.array:
-        has_offsets = isinstance(offset, mx.array) and offset.shape == a.shape[:1]
+        is_offset_per_row = isinstance(offset, mx.array) and offset.shape == a.shape[:1]
         is_one_token = a.shape[2:-1] == (1,) and 0 < dims <= a.shape[-1]
         has_angles = (options.get("base") is None) != (options.get("freqs") is None)
-        if not (has_offsets and is_one_token and has_angles) or options.keys() - _ROPE_OPTIONS:
-            found: mx.array = self._own_rope(a, dims, traditional=traditional, offset=offset, **options)
-            return found
+        if not (is_offset_per_row and is_one_token and has_angles) or options.keys() - _ROPE_OPTIONS:
+            result: mx.array = self._mlx_rope(a, dims, traditional=traditional, offset=offset, **options)
+            return result
         cosines, sines = self._cosines_and_sines(offset, dims, a.dtype, **options)
         rotating, rest = (a[..., :dims], [a[..., dims:]]) if dims < a.shape[3] else (a, [])
         if traditional:
@@ -90,13 +93,13 @@ class FusedCpuOps:
         scale: float,
         freqs: Any = None,
     ) -> tuple[mx.array, mx.array]:
-        """Each (rows, 1, 1, dims / 2)."""
+        """Compute or look up the cosines and sines of the angles; each (batch, 1, 1, dims / 2)."""
         key = dims, dtype, base, scale, id(freqs)
         if offset is self._offset and key in self._angles:
             return self._angles[key][1:]
         if base is not None:
             half = dims // 2
-            step = mx.array(math.log(base), mx.float32) / half  # rounded as MLX does
+            step = mx.array(math.log(base), mx.float32) / half  # rounded as in MLX
             frequencies = mx.exp(mx.arange(0, -half, -1, dtype=mx.float32) * step)
         else:
             frequencies = mx.reciprocal(freqs.astype(mx.float32))
@@ -114,11 +117,11 @@ class FusedCpuOps:
             option is not None for option in options.values()
         )
         if q.shape[2] != 1 or not is_plain or not (mask is None or is_padding):
-            found: mx.array = self._own_attention(q, k, v, scale=scale, mask=mask, **options)
-            return found
+            result: mx.array = self._mlx_attention(q, k, v, scale=scale, mask=mask, **options)
+            return result
         num_rows, num_heads, _, dim = q.shape
         num_key_heads = k.shape[1]
-        # Query heads of one key head are rows of one product.
+        # The query heads that share a key head become rows of one matrix product.
         queries = (q * scale).reshape(num_rows, num_key_heads, num_heads // num_key_heads, dim)
         scores = queries @ k.swapaxes(-1, -2)
         if mask is not None:

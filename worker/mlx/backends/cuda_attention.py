@@ -1,8 +1,8 @@
-"""Attention of a decode step whose rows begin at different places, in one kernel of MLX's CUDA back-end.
+"""A CUDA kernel for the attention of a decode step with left-padded rows.
 
-MLX 0.32 has a kernel on CUDA for one query that attends to everything, and none for one with a mask: there it takes five, each of
-which the CPU has to start, and that is what limits a decode step of a small model. Metal's kernel takes masks: this is for CUDA
-alone. `mlx_decoding` has it computed in place of MLX's own where the mask is the padding's and nothing else.
+MLX 0.32 has a CUDA kernel for one query that attends to all keys, but none with a mask: it launches five kernels then, and
+launches limit the decode step of a small model. Metal's kernel supports masks, so this is for CUDA alone. `worker.mlx.decode` uses it in
+place of MLX's own attention if the mask is the padding mask and nothing else.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ import mlx.core as mx
 log = logging.getLogger(__name__)
 
 MAX_KEYS = 32_768
-"""Of more MLX's own is used: how fast one block of threads for all keys of a head is there was not measured."""
+"""With more keys MLX's own attention is used: one thread block per head was not measured there."""
 
-_LANES = {64: 8, 80: 8, 96: 8, 128: 16, 256: 32}  # by size of a head: threads that share a key
+_LANES = {64: 8, 80: 8, 96: 8, 128: 16, 256: 32}
+"""By head dimension: the number of threads that share a key."""
+
 _THREADS = 256
 _MAX_HEADS = 8
 
-_TRIAL_KEYS = 40
+_TEST_KEYS = 40
 _MAX_DIFFERENCE = 0.03
 
 _HEADER = """
@@ -46,10 +48,10 @@ struct Numbers {
 """
 
 _SOURCE = """
-  // LANES threads together have a key at a time; a block has all keys of a row's head, for HEADS of its queries.
+  // LANES threads share a key at a time; a block processes all keys of one row and key head, for HEADS of its queries.
   constexpr int PER_LANE = D / LANES;
   constexpr int GROUPS = THREADS / LANES;
-  constexpr float LEAST = -1e30f;
+  constexpr float MIN_SCORE = -1e30f;
   __shared__ float maxima[HEADS][GROUPS];
   __shared__ float sums[HEADS][GROUPS];
   __shared__ float outputs[GROUPS][D];
@@ -65,7 +67,7 @@ _SOURCE = """
   float query[HEADS][PER_LANE], output[HEADS][PER_LANE], maximum[HEADS], sum[HEADS];
   #pragma unroll
   for (int h = 0; h < HEADS; h++) {
-    maximum[h] = LEAST;
+    maximum[h] = MIN_SCORE;
     sum[h] = 0.0f;
     #pragma unroll
     for (int i = 0; i < PER_LANE; i++) {
@@ -74,10 +76,10 @@ _SOURCE = """
     }
   }
 
-  // The threads of a warp go round equally often: they shuffle together.
+  // All threads of a warp run the same number of iterations: they shuffle together.
   for (int first = start[row] + group - in_warp; first < num_keys; first += GROUPS) {
-    const bool is_there = first + in_warp < num_keys;
-    const long long at = is_there ? first + in_warp : num_keys - 1;
+    const bool is_key = first + in_warp < num_keys;
+    const long long at = is_key ? first + in_warp : num_keys - 1;
     Numbers<T, PER_LANE> key, value;
     key.read(keys + at * keys_strides[2]);
     value.read(values + at * values_strides[2]);
@@ -88,9 +90,9 @@ _SOURCE = """
       for (int i = 0; i < PER_LANE; i++) score += query[h][i] * static_cast<float>(key.of[i]);
       #pragma unroll
       for (int other = LANES / 2; other > 0; other /= 2) score += __shfl_xor_sync(0xFFFFFFFF, score, other);
-      const float higher = fmaxf(maximum[h], is_there ? score : LEAST);
+      const float higher = fmaxf(maximum[h], is_key ? score : MIN_SCORE);
       const float shrunk = exp2f(maximum[h] - higher);
-      const float weight = is_there ? exp2f(score - higher) : 0.0f;
+      const float weight = is_key ? exp2f(score - higher) : 0.0f;
       maximum[h] = higher;
       sum[h] = sum[h] * shrunk + weight;
       #pragma unroll
@@ -109,7 +111,7 @@ _SOURCE = """
     for (int i = 0; i < PER_LANE; i++) outputs[group][lane * PER_LANE + i] = output[h][i];
     __syncthreads();
     for (int d = threadIdx.x; d < D; d += THREADS) {
-      float highest = LEAST, total = 0.0f, weights = 0.0f;
+      float highest = MIN_SCORE, total = 0.0f, weights = 0.0f;
       for (int g = 0; g < GROUPS; g++) highest = fmaxf(highest, maxima[h][g]);
       for (int g = 0; g < GROUPS; g++) {
         const float share = exp2f(maxima[h][g] - highest);
@@ -124,29 +126,29 @@ _SOURCE = """
 
 
 class Kernel(Protocol):
-    """Attention of one query a row and head, of rows that begin at different places."""
+    """Attention with one query per row and head, over rows whose keys begin at different positions."""
 
     def supports(self, queries: mx.array, keys: mx.array, values: mx.array) -> bool:
-        """Whether it can be used on such arrays."""
+        """Whether the kernel supports arrays of these shapes and types."""
 
     def __call__(
         self, queries: mx.array, keys: mx.array, values: mx.array, start: mx.array, scale: float
     ) -> mx.array:
-        """What each row's query finds among the row's keys from `start` on.
+        """Compute each row's attention over its keys from `start` on.
 
         Args:
-            queries: (rows, query heads, 1, D); the numbers of a head lie together, as in the others.
-            keys: (rows, key heads, length, D), as are `values`; each key head serves equally many query heads.
-            start: (rows,) int32, each less than length.
-            scale: Of the products.
+            queries: (batch, query heads, 1, D); the last axis is contiguous in all three arrays.
+            keys: (batch, key heads, length, D), as is `values`; the number of query heads is a multiple of that of key heads.
+            start: (batch,) int32, each less than length.
+            scale: Factor of the dot products.
 
         Returns:
-            As `queries`.
+            Shape and type of `queries`.
         """
 
 
 def fits(queries: mx.array, keys: mx.array, values: mx.array) -> bool:
-    """Whether `CudaKernel` is made for such arrays."""
+    """Whether `CudaKernel` supports arrays of these shapes and types."""
     return (
         queries.shape[2] == 1
         and queries.shape[3] in _LANES
@@ -157,41 +159,42 @@ def fits(queries: mx.array, keys: mx.array, values: mx.array) -> bool:
     )
 
 
-def works(kernel: Kernel, dtype: mx.Dtype, dim: int, repeats: int) -> bool:
-    """Whether a kernel computes here what MLX does; where it does not, the log says why.
+def self_test(kernel: Kernel, dtype: mx.Dtype, dim: int, repeats: int) -> bool:
+    """Compare a kernel's result with MLX's own attention on this device; a failure is logged.
 
     Args:
-        repeats: Query heads for each key head.
+        dim: Head dimension.
+        repeats: Query heads per key head.
     """
-    shape = (2, 2, _TRIAL_KEYS, dim)
+    shape = (2, 2, _TEST_KEYS, dim)
     keys, values, queries = (
         mx.random.normal(shape, key=mx.random.key(number)).astype(dtype) for number in range(3)
     )
     queries = mx.repeat(queries[:, :, :1], repeats, axis=1)
     start = mx.array([0, 7], dtype=mx.int32)
-    mask = (mx.arange(_TRIAL_KEYS)[None, :] >= start[:, None])[:, None, None, :]
+    mask = (mx.arange(_TEST_KEYS)[None, :] >= start[:, None])[:, None, None, :]
     scale = dim**-0.5
-    wide = [each.astype(mx.float32) for each in (queries, keys, values)]
-    wanted = mx.fast.scaled_dot_product_attention(*wide, scale=scale, mask=mask)
+    inputs = [each.astype(mx.float32) for each in (queries, keys, values)]
+    expected = mx.fast.scaled_dot_product_attention(*inputs, scale=scale, mask=mask)
     try:
-        found = kernel(queries, keys, values, start, scale)
-        difference: Any = mx.abs(found.astype(mx.float32) - wanted).max().item()
+        result = kernel(queries, keys, values, start, scale)
+        difference: Any = mx.abs(result.astype(mx.float32) - expected).max().item()
     except Exception:
-        log.exception("the attention kernel cannot be used; padded rows have MLX's own attention")
+        log.exception("the attention kernel cannot be used; padded sequences use MLX's own attention")
         return False
     if not difference < _MAX_DIFFERENCE:
-        log.error("the attention kernel is off by %s; padded rows have MLX's own attention", difference)
+        log.error("the attention kernel differs by %s; padded sequences use MLX's own attention", difference)
         return False
     return True
 
 
 class CudaKernel:
-    """`Kernel` on MLX's CUDA back-end; compiled for each kind of arrays when they first come."""
+    """`Kernel` on MLX's CUDA back-end; compiled at first use for each type, head dimension and number of query heads per key head."""
 
     def __init__(self) -> None:
         self._scales: dict[float, mx.array] = {}
         self._kernel: Any = mx.fast.cuda_kernel(
-            # MLX may keep what it compiled by its name alone.
+            # MLX may cache compiled kernels by name alone.
             name="mlx_pool_attention_" + hashlib.sha256((_HEADER + _SOURCE).encode()).hexdigest()[:8],
             input_names=["queries", "keys", "values", "start", "scale"],
             output_names=["result"],
@@ -233,21 +236,21 @@ class CudaKernel:
         return results[0]
 
 
-class TriedKernel:
-    """A `Kernel` around another, which it tries with a few numbers for each kind of arrays when they first come."""
+class CheckedKernel:
+    """A `Kernel` that runs `self_test` on another one before its first use with each type, head dimension and grouping."""
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
-        self._works: dict[tuple[mx.Dtype, int, int], bool] = {}
+        self._passed: dict[tuple[mx.Dtype, int, int], bool] = {}
 
     def supports(self, queries: mx.array, keys: mx.array, values: mx.array) -> bool:
-        """See `Kernel`; what did not work once is not tried again."""
+        """See `Kernel`; a failed self-test is not repeated."""
         if not self._kernel.supports(queries, keys, values):
             return False
         kind = queries.dtype, queries.shape[3], queries.shape[1] // keys.shape[1]
-        if kind not in self._works:
-            self._works[kind] = works(self._kernel, *kind)
-        return self._works[kind]
+        if kind not in self._passed:
+            self._passed[kind] = self_test(self._kernel, *kind)
+        return self._passed[kind]
 
     def __call__(
         self, queries: mx.array, keys: mx.array, values: mx.array, start: mx.array, scale: float
@@ -257,41 +260,41 @@ class TriedKernel:
 
 
 @cache
-def cuda_kernel() -> TriedKernel:
-    """This process's."""
-    return TriedKernel(CudaKernel())
+def cuda_kernel() -> CheckedKernel:
+    """The kernel of this process."""
+    return CheckedKernel(CudaKernel())
 
 
 class PaddedAttention:
-    """A context in which MLX's attention is `kernel` wherever the mask is the one that was expected.
+    """A context manager in which attention with the expected padding mask is computed by `kernel`.
 
-    Models call `mlx.core.fast.scaled_dot_product_attention` by that name and hand the mask of their cache on to it. A model that
-    makes another mask of it, or none, has MLX's own attention.
+    Models call `mlx.core.fast.scaled_dot_product_attention` by this name and pass it the mask of their cache. With any other mask, or
+    none, MLX's own attention is used.
     """
 
     def __init__(self, kernel: Kernel) -> None:
         self._kernel = kernel
-        self._own: Any = mx.fast.scaled_dot_product_attention
+        self._mlx_attention: Any = mx.fast.scaled_dot_product_attention
         self._mask: mx.array | None = None
         self._start: mx.array | None = None
 
     def expect(self, mask: mx.array, start: mx.array) -> None:
-        """`mask` hides what is before `start` (rows,) in each row, and nothing else."""
+        """Announce the padding mask: it hides the keys before `start`, (batch,) int32, in each row, and nothing else."""
         self._mask, self._start = mask, start
 
     def __enter__(self) -> None:
         mx.fast.scaled_dot_product_attention = self._attend
 
     def __exit__(self, *_error: object) -> None:
-        mx.fast.scaled_dot_product_attention = self._own
+        mx.fast.scaled_dot_product_attention = self._mlx_attention
         self._mask = self._start = None
 
     def _attend(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, **options: Any
     ) -> mx.array:
-        is_ours = self._start is not None and mask is self._mask
+        is_padding_mask = self._start is not None and mask is self._mask
         is_plain = not any(option is not None for option in options.values())
-        if is_ours and is_plain and self._kernel.supports(q, k, v):
+        if is_padding_mask and is_plain and self._kernel.supports(q, k, v):
             return self._kernel(q, k, v, cast("mx.array", self._start), scale)
-        found: mx.array = self._own(q, k, v, scale=scale, mask=mask, **options)
-        return found
+        result: mx.array = self._mlx_attention(q, k, v, scale=scale, mask=mask, **options)
+        return result
