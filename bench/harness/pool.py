@@ -23,7 +23,8 @@ import psutil
 import redis
 
 from common import connections, names
-from common.pool.redis_server import arguments, find_server
+from common.pool import redis_binaries
+from common.pool.redis_server import arguments
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HOST = "127.0.0.1"
@@ -90,7 +91,7 @@ class Pool:
         """Start Redis, with the data that it had if it ran before, and wait until it answers."""
         data = self.folder / "redis"
         data.mkdir(exist_ok=True)
-        self._start("redis", arguments(find_server(), data, self.redis_port))
+        self._start("redis", arguments(redis_binaries.find()[0].path, data, self.redis_port))
         with connections.connect(self.redis_url) as client:
             connections.check(client)
 

