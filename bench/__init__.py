@@ -1,1 +1,1 @@
-"""Benchmarks: what users would measure, against peers, in one run. See RESULTS.md."""
+"""Benchmarks of what users notice, against peer servers in the same run. Results are in RESULTS.md."""

@@ -1,7 +1,7 @@
-"""What one layer's attention of a decode step costs: MLX's own with a mask, without one, and the worker's kernel.
+"""Time of one layer's attention in a decode step: MLX's own with a mask, without one, and the worker's CUDA kernel.
 
-`python -m bench.attention` needs MLX's CUDA back-end. Heads as those of the 1B shape (32 queries, 8 keys, 64 numbers each,
-bfloat16); rows begin at up to 23 different places. A call's time is that of 64 calls one after another, CPU and GPU together.
+`python -m bench.attention` needs MLX's CUDA back-end. The heads are those of a 1B model (32 query heads, 8 key heads, head size 64,
+bfloat16); sequences have up to 22 tokens of left padding. Reported is the mean over 64 consecutive calls, launch and kernel together.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ SCALE = 64**-0.5
 
 
 def seconds(call: Callable[[], mx.array]) -> float:
-    """Of one of many calls."""
+    """Mean time of one call."""
     mx.eval([call() for _ in range(4)])
     began = time.perf_counter()
     mx.eval([call() for _ in range(NUM_CALLS)])
     return (time.perf_counter() - began) / NUM_CALLS
 
 
-def calls(num_rows: int, num_keys: int) -> list[Callable[[], mx.array]]:
-    """The three ways for rows of that shape."""
+def calls(num_sequences: int, num_keys: int) -> list[Callable[[], mx.array]]:
+    """The three implementations, on arrays of that shape."""
     kernel, own = CudaKernel(), mx.fast.scaled_dot_product_attention
-    q = mx.random.normal((num_rows, 32, 1, 64)).astype(mx.bfloat16)
-    buffers = mx.random.normal((2, num_rows, 8, 4096, 64)).astype(mx.bfloat16)
+    q = mx.random.normal((num_sequences, 32, 1, 64)).astype(mx.bfloat16)
+    buffers = mx.random.normal((2, num_sequences, 8, 4096, 64)).astype(mx.bfloat16)
     k, v = buffers[0][:, :, :num_keys], buffers[1][:, :, :num_keys]
-    start = mx.array([i % MAX_PADDING for i in range(num_rows)], dtype=mx.int32)
+    start = mx.array([i % MAX_PADDING for i in range(num_sequences)], dtype=mx.int32)
     mask = (mx.arange(num_keys)[None, :] >= start[:, None])[:, None, None, :]
     mx.eval(q, k, v, start, mask)
     return [
@@ -50,12 +50,12 @@ def calls(num_rows: int, num_keys: int) -> list[Callable[[], mx.array]]:
 def main() -> int:
     """Measure and print a table."""
     if not mx.cuda.is_available():
-        sys.exit("bench.attention measures a kernel for MLX's CUDA back-end, which is not here.")
-    table = Table(["rows", "keys", "with a mask, µs", "without", "the kernel"])
-    for num_rows, num_keys in SHAPES:
-        rounds = [[seconds(call) for call in calls(num_rows, num_keys)] for _ in range(ROUNDS)]
-        middle = [statistics.median(way) for way in zip(*rounds, strict=True)]
-        table.add([str(num_rows), str(num_keys), *(f"{1e6 * each:.0f}" for each in middle)])
+        sys.exit("bench.attention needs MLX's CUDA back-end, which is not available on this machine.")
+    table = Table(["sequences", "keys", "masked, µs", "unmasked, µs", "our kernel, µs"])
+    for num_sequences, num_keys in SHAPES:
+        rounds = [[seconds(call) for call in calls(num_sequences, num_keys)] for _ in range(ROUNDS)]
+        medians = [statistics.median(times) for times in zip(*rounds, strict=True)]
+        table.add([str(num_sequences), str(num_keys), *(f"{1e6 * each:.0f}" for each in medians)])
     say(f"medians of {ROUNDS} rounds of {NUM_CALLS} calls")
     return 0
 

@@ -1,7 +1,7 @@
-"""What grammars cost: to compile, a mask a row, and a token at a batch of 16, as shares of a decode step.
+"""Cost of grammars: compilation, one mask, and one token for a batch of 16, also as a share of a decode step.
 
-``python -m bench.grammar`` with the demo model's vocabulary; ``--large`` makes a vocabulary of 150,000 tokens as well.
-The tokens are drawn at random from those that are allowed, so that every step asks for another mask.
+`python -m bench.grammar` uses the demo model's vocabulary; `--large` adds a synthetic one of 150,000 tokens. Tokens are drawn at
+random from those that the mask allows, so that each step computes a different mask.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def main(argv: list[str] | None = None) -> None:
     """Measure each grammar with each vocabulary."""
     parser = argparse.ArgumentParser(prog="python -m bench.grammar", description=main.__doc__)
     parser.add_argument(
-        "--large", action="store_true", help="also with 150,000 tokens, which takes a minute to make"
+        "--large",
+        action="store_true",
+        help="also with a vocabulary of 150,000 tokens, which takes a minute to generate",
     )
     arguments = parser.parse_args(argv)
     folder = demo_model.ensure_demo_model(Settings.load().cache_dir)
@@ -79,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
             *(
                 "check ms",
                 "compile ms",
-                "again µs",
+                "cached µs",
                 "mask µs",
                 "p99 µs",
                 "advance µs",
@@ -94,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         size = len(tokenizer.get_vocab())
         start = time.perf_counter()
         grammars = GrammarCompiler(tokenizer, size, [0])
-        say(f"{name}: {size} tokens, made ready in {time.perf_counter() - start:.2f} s, once a model\n")
+        say(f"{name}: {size} tokens, prepared in {time.perf_counter() - start:.2f} s, once per model\n")
         GrammarMatcher(grammars.compile(grammar.for_json_schema({"const": 1}))).allowed()
         for kind, make in GRAMMARS.items():
             table.add([f"{name}, {kind}", *_measured(grammars, make)])
@@ -122,26 +124,29 @@ def _measured(grammars: GrammarCompiler, make: Callable[[], str]) -> list[str]:
 
 
 def _steps(compiled: CompiledGrammar, grammars: GrammarCompiler) -> tuple[list[float], ...]:
-    """Seconds of each mask, of each token taken, of each time that all masks are applied, and of each step of all rows."""
-    draw = random.Random(1)  # noqa: S311 (a benchmark's)
-    rows = [GrammarMatcher(compiled) for _ in range(BATCH)]
+    """Seconds of each mask, of each advance by a token, of each application of all masks, and of each whole step."""
+    draw = random.Random(1)  # noqa: S311 (not for security)
+    matchers = [GrammarMatcher(compiled) for _ in range(BATCH)]
     words = np.zeros((BATCH, num_words(grammars.vocab_size)), np.uint32)
     logits = np.random.default_rng(1).standard_normal((BATCH, grammars.vocab_size), np.float32)
     masks: list[float] = []
     advances: list[float] = []
     applies: list[float] = []
     for _ in range(NUM_STEPS):
-        masks += [_seconds(functools.partial(row.fill, out)) for row, out in zip(rows, words, strict=True)]
+        masks += [
+            _seconds(functools.partial(matcher.fill, out))
+            for matcher, out in zip(matchers, words, strict=True)
+        ]
         applies.append(_seconds(lambda: apply_mask(np, words, logits)))
         for i, allowed in enumerate(np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")):
             token_id = int(draw.choice(np.flatnonzero(allowed)))
-            advances.append(_seconds(functools.partial(rows[i].advance, token_id)))
-            if rows[i].is_finished:
-                rows[i] = GrammarMatcher(compiled)
-    of_rows = [
+            advances.append(_seconds(functools.partial(matchers[i].advance, token_id)))
+            if matchers[i].is_finished:
+                matchers[i] = GrammarMatcher(compiled)
+    matcher_seconds = [
         sum(masks[i : i + BATCH]) + sum(advances[i : i + BATCH]) for i in range(0, BATCH * NUM_STEPS, BATCH)
     ]
-    return masks, advances, applies, [a + b for a, b in zip(of_rows, applies, strict=True)]
+    return masks, advances, applies, [a + b for a, b in zip(matcher_seconds, applies, strict=True)]
 
 
 def _seconds(function: Callable[[], object]) -> float:
@@ -151,10 +156,10 @@ def _seconds(function: Callable[[], object]) -> float:
 
 
 def _large() -> Any:
-    """Byte-level BPE of 150,000 tokens, from words that a random alphabet of syllables makes."""
+    """A byte-level BPE tokenizer with 150,000 tokens, merged at random."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    draw = random.Random(1)  # noqa: S311 (a benchmark's)
+    draw = random.Random(1)  # noqa: S311 (not for security)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = ["<end>", *alphabet]
     merges: list[tuple[str, str]] = []

@@ -1,8 +1,7 @@
-"""What it costs to choose tokens: rows of every kind of sampling, against as many greedy ones, on the same engine.
+"""Cost of sampling: a decode step of a full batch with each kind of sampling, relative to a greedy batch on the same engine.
 
-`python -m bench.sampling` interleaves rounds of 32 rows in one process: all greedy; all drawn with a seed; all with top_p;
-a mixture of every kind; all under a grammar. Decode steps alone are timed, not the reading of the prompts. `--model` and
-`--rounds` as elsewhere.
+`python -m bench.sampling` interleaves rounds of 32 sequences in one process: all greedy; all drawn with a seed; all with top_p;
+a mixture of every kind; all with penalties. Only decode steps are timed, not prefill.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from common.settings import Settings
 from worker.loop.engine import StepToken
 from worker.mlx.engine import MLXEngine
 
-NUM_ROWS = 32
+NUM_SEQUENCES = 32
 PATIENCE_SECONDS = 60.0
 
 _MIXTURE = (
@@ -44,30 +43,30 @@ KINDS: dict[str, Callable[[int], SamplingParams]] = {
 }
 
 
-def step_seconds(engine: MLXEngine, kind: str, num_steps: int, num_rows: int) -> float:
-    """One decode step of a full batch, the median of many."""
-    for i, prompt in enumerate(prompts(num_rows)):
+def step_seconds(engine: MLXEngine, kind: str, num_steps: int, num_sequences: int) -> float:
+    """Median time of a decode step of a full batch."""
+    for i, prompt in enumerate(prompts(num_sequences)):
         job = GenerationJob(
             job_id=f"{i}",
             model="m",
             channel="c",
             prompt=ChatPrompt([{"role": "user", "content": prompt}]),
             max_tokens=num_steps + 500,
-            # Without an end, so that the batch stays full.
+            # Larger than the number of steps, so that the batch stays full.
             sampling=KINDS[kind](i),
         )
         engine.insert(job, engine.encode(job), [])
-    taken: list[float] = []
-    while len(taken) < num_steps:
+    step_times: list[float] = []
+    while len(step_times) < num_steps:
         began = time.perf_counter()
         tokens = [token for token in engine.step() if isinstance(token, StepToken)]
-        if len(tokens) == num_rows:
-            taken.append(time.perf_counter() - began)
-        elif engine.num_sequences < num_rows:
-            break  # a text has ended
-    for i in range(num_rows):
+        if len(tokens) == num_sequences:
+            step_times.append(time.perf_counter() - began)
+        elif engine.num_sequences < num_sequences:
+            break  # a sequence ended at an end-of-text token
+    for i in range(num_sequences):
         engine.remove(f"{i}")
-    return statistics.median(taken)
+    return statistics.median(step_times)
 
 
 def main() -> int:
@@ -76,19 +75,22 @@ def main() -> int:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rows", type=int, default=NUM_ROWS)
+    parser.add_argument("--rows", type=int, default=NUM_SEQUENCES)
     arguments = parser.parse_args()
     engine = MLXEngine(Settings(model=arguments.model, max_batch=arguments.rows, prompt_cache_gb=0))
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     wait_until_quiet(PATIENCE_SECONDS)
     for _ in range(arguments.rounds):
-        for kind, taken in seconds.items():
-            taken.append(step_seconds(engine, kind, arguments.steps, arguments.rows))
+        for kind, medians in seconds.items():
+            medians.append(step_seconds(engine, kind, arguments.steps, arguments.rows))
     greedy = statistics.median(seconds["greedy"])
     table = Table(["sampling", "ms a step", "÷ greedy"])
-    for kind, taken in seconds.items():
-        table.add([kind, f"{statistics.median(taken) * 1e3:.1f}", f"{statistics.median(taken) / greedy:.3f}"])
-    say(f"{arguments.rows} rows; medians of {arguments.rounds} interleaved rounds of {arguments.steps} steps")
+    for kind, medians in seconds.items():
+        median = statistics.median(medians)
+        table.add([kind, f"{median * 1e3:.1f}", f"{median / greedy:.3f}"])
+    say(
+        f"{arguments.rows} sequences; medians of {arguments.rounds} interleaved rounds of {arguments.steps} steps"
+    )
     return 0
 
 

@@ -1,7 +1,8 @@
-"""How the transport grows: more API processes, more workers, more streams.
+"""Scaling of the transport: more API processes, more workers, more streams.
 
-`python -m bench.scaling` runs synthetic workers, at a given rate and flat out, with as many client processes as API processes
-and each stream checked token by token: 1, 2 and 4 workers and API processes on one Redis; then many streams at once, slow ones, with what each costs in memory. The machine is full where others and ours together use all CPUs.
+`python -m bench.scaling` runs synthetic workers on one Redis, at a given rate and flat out, with as many client processes as API
+processes, each stream checked token by token: 1, 2 and 4 workers and API processes; then many slow concurrent streams, with the
+memory of each. The last column of the first table shows whether the machine's CPUs are the limit.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 from bench.harness.meter import Meter, Usage, wait_until_quiet
-from bench.harness.pool import Pool
+from bench.harness.pool import Pool, synthetic_worker
 from bench.harness.table import Table, percentile, say
-from bench.load.streams import Load, Stream, errors
+from bench.load.streams import Load, Stream, inexact
 from bench.transport import MODEL, worker
 
 SIZES = (1, 2, 4)
 STREAMS_PER_WORKER = 64
 SECONDS = 6.0
-GUESSED_TOKENS_PER_SECOND = 60_000
-"""Per worker: it sets how long the streams are."""
+EXPECTED_TOKENS_PER_SECOND = 60_000
+"""Per worker; determines the length of the streams when running flat out."""
 
 MANY_STREAMS = 1000
 MANY_WORKERS = 4
@@ -54,18 +55,18 @@ MANY_COLUMNS = (
     "failed",
     "first token ms, p50",
     "p99",
-    *(f"KiB a stream, {role}" for role in MEMORY_ROLES),
+    *(f"KiB per stream, {role}" for role in MEMORY_ROLES),
 )
 
 
 class Part(NamedTuple):
-    """What one client process saw of its streams.
+    """What one client process measured.
 
     Attributes:
-        began_at: Monotonic seconds, which all processes of a machine share: the last stream's first token.
-        ended_at: The first stream's last.
-        num_tokens: In all streams.
-        per_second: While all were running, of each stream the rate between its first token and its last.
+        began_at: First token of the last stream to begin, in monotonic seconds, which a machine's processes share.
+        ended_at: Last token of the first stream to end.
+        num_tokens: Of all streams.
+        per_second: Sum of the streams' rates, each between its first and its last token.
     """
 
     began_at: float
@@ -77,14 +78,11 @@ class Part(NamedTuple):
 
 
 def client(url: str, num_streams: int, num_tokens: int) -> Part:
-    """So many checked streams at once, in this process."""
+    """Run concurrent streams in this process and check each."""
     _allow_open_files()
     load = Load(url, MODEL)
     request = load.request("go", num_tokens)
     streams = load.run([Stream(request, check=True) for _ in range(num_streams)], TIMEOUT_SECONDS)
-    wrong = errors(streams) + [
-        f"{each.num_checked} of {num_tokens}" for each in streams if each.num_checked != num_tokens
-    ]
     rates = [(each.num_checked - 1) / max(1e-9, each.last_at - each.first_at) for each in streams]
     return Part(
         max(each.first_at for each in streams),
@@ -92,30 +90,30 @@ def client(url: str, num_streams: int, num_tokens: int) -> Part:
         sum(each.num_checked for each in streams),
         sum(rates),
         [each.first_at - each.began_at for each in streams],
-        wrong,
+        inexact(streams, num_tokens),
     )
 
 
 def run_clients(url: str, num_clients: int, num_streams: int, num_tokens: int) -> list[Part]:
-    """The same, divided among processes.
+    """Run concurrent streams, divided among client processes.
 
     Raises:
         RuntimeError: A stream was not exact.
     """
     shares = [
-        num_streams // num_clients + (place < num_streams % num_clients) for place in range(num_clients)
+        num_streams // num_clients + (index < num_streams % num_clients) for index in range(num_clients)
     ]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_clients, mp_context=context) as executor:
         parts = list(executor.map(client, [url] * num_clients, shares, [num_tokens] * num_clients))
     wrong = [error for part in parts for error in part.errors]
     if wrong:
-        raise RuntimeError(f"{len(wrong)} of {num_streams} streams are wrong, such as: {wrong[0]}")
+        raise RuntimeError(f"{len(wrong)} of {num_streams} streams are not exact; the first: {wrong[0]}")
     return parts
 
 
 def measure_size(num_workers: int, num_api: int, steps: float, seconds: float) -> tuple[float, list[str]]:
-    """Tokens a second, and what everybody had to do for it."""
+    """Tokens per second, and the CPU shares of each role."""
     with Pool() as pool:
         for _ in range(num_workers):
             pool.start_worker(worker("--steps-per-second", str(steps)), MODEL)
@@ -123,7 +121,7 @@ def measure_size(num_workers: int, num_api: int, steps: float, seconds: float) -
         num_streams = STREAMS_PER_WORKER * num_workers
         run_clients(pool.url, num_api, num_streams, 200)
         wait_until_quiet(20.0)
-        num_tokens = round(seconds * (steps or GUESSED_TOKENS_PER_SECOND / STREAMS_PER_WORKER))
+        num_tokens = round(seconds * (steps or EXPECTED_TOKENS_PER_SECOND / STREAMS_PER_WORKER))
         meter = Meter(pool)
         parts = run_clients(pool.url, num_api, num_streams, num_tokens)
         usage = meter.usage()
@@ -131,7 +129,7 @@ def measure_size(num_workers: int, num_api: int, steps: float, seconds: float) -
 
 
 def _shares(usage: Usage, num_workers: int, num_api: int) -> list[str]:
-    clients = usage.others + usage.share("client")  # they are other processes
+    clients = usage.others + usage.share("client")  # clients run in other processes
     busy = clients + sum(usage.share(role) for role in ("worker", "api", "redis"))
     return [
         f"{100 * usage.share('worker') / num_workers:.0f}",
@@ -143,7 +141,7 @@ def _shares(usage: Usage, num_workers: int, num_api: int) -> list[str]:
 
 
 def measure_sizes(sizes: Sequence[tuple[int, int]], steps: float, seconds: float) -> None:
-    """A row for each."""
+    """One table row per size."""
     table = Table(COLUMNS)
     base = 0.0
     for num_workers, num_api in sizes:
@@ -154,13 +152,12 @@ def measure_sizes(sizes: Sequence[tuple[int, int]], steps: float, seconds: float
 
 
 def measure_many(num_streams: int, num_api: int, table: Table) -> None:
-    """So many slow streams at once: none may fail; what each costs in memory while it waits for its next token."""
-    most = -(-num_streams // MANY_WORKERS)
+    """Many slow concurrent streams: none may fail. Reports how much memory each role holds per stream."""
+    max_batch = -(-num_streams // MANY_WORKERS)
     with Pool({"MLXPOOL_MAX_QUEUED_REQUESTS": str(num_streams)}) as pool:
-        flags = worker("--steps-per-second", str(SLOW_STEPS_PER_SECOND), "--first-token-at-once")
-        flags[flags.index("--max-batch") + 1] = str(most)
+        flags = ("--steps-per-second", str(SLOW_STEPS_PER_SECOND), "--first-token-at-once")
         for _ in range(MANY_WORKERS):
-            pool.start_worker(flags, MODEL)
+            pool.start_worker(synthetic_worker(MODEL, max_batch, *flags), MODEL)
         pool.start_api(num_api)
         run_clients(pool.url, 1, 64, 2)
         before = pool.rss_bytes()
@@ -181,12 +178,12 @@ def measure_many(num_streams: int, num_api: int, table: Table) -> None:
 
 
 def _allow_open_files() -> None:
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure; the exit status."""
+    """Measure and print the tables; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=__doc__)
     parser.add_argument(
         "--sizes",
@@ -199,18 +196,14 @@ def main(argv: list[str] | None = None) -> int:
         "--steps-per-second", type=float, nargs="+", default=[400.0, 0.0], metavar="R", help="0: flat out"
     )
     parser.add_argument("--seconds", type=float, default=SECONDS, metavar="S")
-    parser.add_argument(
-        "--streams", type=int, default=MANY_STREAMS, metavar="N", help="0: leave this part out"
-    )
+    parser.add_argument("--streams", type=int, default=MANY_STREAMS, metavar="N", help="0: skip this part")
     arguments = parser.parse_args(argv)
     sizes = [(int(w), int(a)) for w, _, a in (size.partition("x") for size in arguments.sizes)]
     for steps in arguments.steps_per_second:
-        say(
-            f"\n{STREAMS_PER_WORKER} streams a worker, {f'{steps:g} steps a second' if steps else 'flat out'}\n"
-        )
+        say(f"\n{STREAMS_PER_WORKER} streams per worker, {f'{steps:g} steps/s' if steps else 'flat out'}\n")
         measure_sizes(sizes, steps, arguments.seconds)
     if arguments.streams:
-        say("\nMany streams at once\n")
+        say("\nMany concurrent streams\n")
         table = Table(MANY_COLUMNS)
         for num_api in (1, 2):
             measure_many(arguments.streams, num_api, table)

@@ -1,8 +1,8 @@
-"""The transport alone: a worker without a model, and everything else as users have it.
+"""The transport without a model: everything as in production, except for a synthetic engine.
 
 `python -m bench.transport` starts a private pool (Redis, one API process, one synthetic worker) and measures, with a client
-that checks each stream token by token: offered load against carried, and the way from the end of a step to the client;
-the most that goes through; the time that a request waits for its first token at an idle pool.
+that checks each stream token by token: offered and delivered load, and the latency from the end of a step to the client; maximum
+throughput; time to first token at an idle pool.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from bench.harness.meter import Meter, Usage, in_quiet
-from bench.harness.pool import Pool
+from bench.harness.meter import Meter, Usage, measure_when_quiet
+from bench.harness.pool import Pool, synthetic_worker
 from bench.harness.table import Table, percentile, say
-from bench.load.streams import Load, Stream, errors
+from bench.load.streams import Load, Stream, inexact
 
 MODEL = "synthetic"
 ROLES = ("api", "redis", "worker", "client")
@@ -25,7 +25,7 @@ MAX_BATCH = 256
 OFFERED: tuple[tuple[int, int], ...] = ((64, 100), (64, 200), (64, 400), (256, 50), (256, 100))
 FLAT_OUT = (1, 16, 64, 256)
 FLAT_OUT_TOKENS_PER_SECOND = 60_000
-"""About what goes through: it sets how long the streams are."""
+"""An estimate, which determines the length of the streams."""
 
 BURSTS = (16, 64, 256)
 NUM_BURSTS = 9
@@ -33,44 +33,30 @@ NUM_SEQUENTIAL = 200
 
 
 def worker(*flags: str) -> list[str]:
-    """The synthetic worker's command line."""
-    return [
-        "bench.harness.synthetic_worker",
-        "--name",
-        MODEL,
-        "--max-batch",
-        str(MAX_BATCH),
-        "--log-level",
-        "WARNING",
-        *flags,
-    ]
+    """The command line of the synthetic worker."""
+    return synthetic_worker(MODEL, MAX_BATCH, *flags)
 
 
 def run_checked(pool: Pool, load: Load, num_streams: int, num_tokens: int) -> tuple[list[Stream], Usage]:
-    """That many streams at once, each exact.
+    """Run concurrent streams and check that each is exact.
 
     Raises:
-        RuntimeError: One was not.
+        RuntimeError: A stream was not exact.
     """
     request = load.request("go", num_tokens)
     meter = Meter(pool)
     streams = load.run(Stream(request, check=True) for _ in range(num_streams))
     usage = meter.usage()
-    wrong = errors(streams) + [
-        f"{stream.num_checked} of {num_tokens} tokens"
-        for stream in streams
-        if stream.num_checked != num_tokens
-    ]
-    if wrong:
-        raise RuntimeError(f"{len(wrong)} of {num_streams} streams are wrong, such as: {wrong[0]}")
+    if wrong := inexact(streams, num_tokens):
+        raise RuntimeError(f"{len(wrong)} of {num_streams} streams are not exact; the first: {wrong[0]}")
     return streams, usage
 
 
-def carried(streams: list[Stream]) -> float:
-    """Tokens a second, from the last stream's first token to the first stream's last: while all were running."""
+def delivered_rate(streams: list[Stream]) -> float:
+    """Tokens per second while all streams were running; of streams that did not overlap, over the whole time."""
     began = max(stream.first_at for stream in streams)
     ended = min(stream.last_at for stream in streams)
-    if ended <= began:  # too short to have run together
+    if ended <= began:  # too short to overlap
         began, ended = min(stream.began_at for stream in streams), max(stream.last_at for stream in streams)
         return sum(stream.num_checked for stream in streams) / (ended - began)
     rates = [(stream.num_checked - 1) / (stream.last_at - stream.first_at) for stream in streams]
@@ -78,7 +64,7 @@ def carried(streams: list[Stream]) -> float:
 
 
 def costs(usage: Usage, num_tokens: int) -> list[str]:
-    """Microseconds a token of each role, their CPU shares, and who else was there."""
+    """Table cells: CPU microseconds per token of each role, their CPU shares, and CPUs used by other processes."""
     return [
         *(f"{usage.us_per(role, num_tokens):.1f}" for role in ROLES),
         " ".join(f"{100 * usage.share(role):.0f}" for role in ROLES),
@@ -86,16 +72,23 @@ def costs(usage: Usage, num_tokens: int) -> list[str]:
     ]
 
 
-COST_COLUMNS = ("API µs/token", "Redis", "worker", "client", "% of a CPU, the same four", "CPUs others used")
+COST_COLUMNS = (
+    "API µs/token",
+    "Redis",
+    "worker",
+    "client",
+    "% of a CPU, the same four",
+    "CPUs used by others",
+)
 
 
 def measure_offered(seconds: float, loads: tuple[tuple[int, int], ...]) -> None:
-    """(a) Streams × steps a second, offered and carried."""
+    """(a) Streams × steps per second, offered and delivered."""
     table = Table(
         [
             "streams × steps/s",
             "offered tokens/s",
-            "carried",
+            "delivered",
             "step to client, median ms",
             "p99 ms",
             *COST_COLUMNS,
@@ -106,13 +99,15 @@ def measure_offered(seconds: float, loads: tuple[tuple[int, int], ...]) -> None:
             pool.start_worker(worker("--steps-per-second", str(steps), "--timestamps"), MODEL)
             pool.start_api()
             load = Load(pool.url, MODEL)
-            run_checked(pool, load, num_streams, steps)  # a second, so that all is loaded and warm
-            streams, usage = in_quiet(partial(run_checked, pool, load, num_streams, round(steps * seconds)))
+            run_checked(pool, load, num_streams, steps)  # warm-up, one second
+            streams, usage = measure_when_quiet(
+                partial(run_checked, pool, load, num_streams, round(steps * seconds))
+            )
         latencies = [latency for stream in streams for latency in stream.latencies_us]
         row = [
             f"{num_streams} × {steps}",
             f"{num_streams * steps:,}",
-            f"{carried(streams):,.0f}",
+            f"{delivered_rate(streams):,.0f}",
             f"{percentile(latencies, 50) / 1000:.2f}",
             f"{percentile(latencies, 99) / 1000:.2f}",
         ]
@@ -120,7 +115,7 @@ def measure_offered(seconds: float, loads: tuple[tuple[int, int], ...]) -> None:
 
 
 def measure_flat_out(seconds: float) -> None:
-    """(b) As fast as it goes."""
+    """(b) Maximum throughput."""
     table = Table(["streams", "tokens/s", "chunks/token", *COST_COLUMNS])
     with Pool() as pool:
         pool.start_worker(worker("--steps-per-second", "0"), MODEL)
@@ -130,18 +125,18 @@ def measure_flat_out(seconds: float) -> None:
         for num_streams in FLAT_OUT:
             rate = min(FLAT_OUT_TOKENS_PER_SECOND, 4000 * num_streams)
             num_tokens = round(rate * seconds / num_streams)
-            streams, usage = in_quiet(
+            streams, usage = measure_when_quiet(
                 lambda num=num_streams, tokens=num_tokens: run_checked(pool, load, num, tokens)  # type: ignore[misc]
             )
             num_all = num_tokens * num_streams
             num_chunks = sum(stream.num_chunks for stream in streams)
-            row = [str(num_streams), f"{carried(streams):,.0f}", f"{num_chunks / num_all:.2f}"]
+            row = [str(num_streams), f"{delivered_rate(streams):,.0f}", f"{num_chunks / num_all:.2f}"]
             table.add(row + costs(usage, num_all))
 
 
 def measure_first_token() -> None:
-    """(c) What a request waits for its first token where the engine answers at once."""
-    table = Table(["requests", "median ms", "p99 ms", "at most", "CPUs others used"])
+    """(c) Time to first token with an engine that generates it immediately."""
+    table = Table(["requests", "median ms", "p99 ms", "max", "CPUs used by others"])
     with Pool() as pool:
         flags = ("--steps-per-second", "50", "--first-token-at-once")
         pool.start_worker(worker(*flags), MODEL)
@@ -150,7 +145,7 @@ def measure_first_token() -> None:
 
         def ask(num_requests: int, *, rest_seconds: float) -> list[float]:
             streams, _ = run_checked(pool, load, num_requests, 1)
-            time.sleep(rest_seconds)  # until the pool has done its books and is idle
+            time.sleep(rest_seconds)  # until RQ's bookkeeping is done and the pool is idle
             return [1000 * (stream.first_at - stream.began_at) for stream in streams]
 
         def measure(label: str, ask_all: Callable[[], list[float]]) -> None:
@@ -159,24 +154,24 @@ def measure_first_token() -> None:
                 waits = ask_all()
                 return waits, meter.usage()
 
-            waits, usage = in_quiet(ask_metered)
+            waits, usage = measure_when_quiet(ask_metered)
             figures = (percentile(waits, 50), percentile(waits, 99), max(waits))
             table.add([label, *(f"{figure:.1f}" for figure in figures), f"{usage.others:.2f}"])
 
         ask(16, rest_seconds=1.0)
         measure(
-            "one after another",
+            "sequential",
             lambda: [wait for _ in range(NUM_SEQUENTIAL) for wait in ask(1, rest_seconds=0.02)],
         )
         for size in BURSTS:
             measure(
-                f"{size} at once",
+                f"{size} concurrent",
                 lambda size=size: [wait for _ in range(NUM_BURSTS) for wait in ask(size, rest_seconds=0.5)],  # type: ignore[misc]
             )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure; the exit status."""
+    """Measure and print the tables; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.transport", description=__doc__)
     parser.add_argument(
         "parts", nargs="*", default=["offered", "flat", "first"], metavar="offered|flat|first"

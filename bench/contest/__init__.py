@@ -1,1 +1,1 @@
-"""The pool beside its peers, in one run."""
+"""The pool against peer servers, in interleaved rounds of one run."""

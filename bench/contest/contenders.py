@@ -1,8 +1,8 @@
-"""Who is compared by `bench.contest`: each answers the same prompts, and says what it took.
+"""The contenders of `bench.contest`: each answers the same prompts and reports its timings.
 
 `Alone` is mlx-lm's `BatchGenerator` in a process of its own; `Served` is any server with OpenAI's streaming chat API, ours
-among them; `OneAtATime` is a stock RQ worker that answers one job after another. Each is loaded and warm before anything is
-measured, and idles while the others work.
+included; `OneAtATime` is a stock RQ worker that processes one job after another. Each is loaded and warm before anything is
+measured, and idle while the others run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STOCK_SERVER = (
     'sys.argv[0] = "mlx_lm.server"; main()\' --model {model} --port {port} --log-level ERROR '
     "--decode-concurrency {streams} --prompt-concurrency 8"
 )
-"""mlx_lm.server as it comes, with OpenBLAS where that is there and as many streams in its batch as ours has."""
+"""mlx_lm.server, with OpenBLAS if it is installed, and with the same maximum batch size as our worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +44,12 @@ class Figures:
     """One round of one contender.
 
     Attributes:
-        num_tokens: Of the streams that were whole.
-        seconds: From the first request to the last token, reading the prompts included.
-        first_seconds: To the first token, by stream.
-        gaps_ms: Between the tokens of a stream: the median, and the 99th percentile.
+        num_tokens: Of the complete streams.
+        seconds: From the first request to the last token, prefill included.
+        first_seconds: Time to first token of each stream.
+        gaps_ms: Between the tokens of a stream: the median and the 99th percentile.
         cpu_seconds: By process.
-        errors: What went wrong, by stream that was not whole.
+        errors: Of the streams that were not complete.
     """
 
     num_tokens: int
@@ -74,19 +74,19 @@ class Contender(Protocol):
 
         Args:
             prompts: One for each stream.
-            max_tokens: Each is to have.
-            fields: More fields of the requests, by stream; what cannot be asked for is left out.
+            max_tokens: Of each answer.
+            fields: More request fields, by stream; a contender ignores what it does not support.
         """
 
     def cpu_seconds(self) -> dict[str, float]:
-        """Used so far, by process."""
+        """CPU time used so far, by process."""
 
     def model_pids(self) -> list[int]:
-        """The processes that run the model."""
+        """Ids of the processes that run the model."""
 
 
 class Alone:
-    """`BatchGenerator`, greedy, whatever the others are asked for."""
+    """`BatchGenerator`, always greedy."""
 
     name = "BatchGenerator alone"
 
@@ -108,8 +108,8 @@ class Served:
     """A server, over HTTP.
 
     Args:
-        cpu_seconds: Reads what its processes have used.
-        model_pids: Says which processes run the model.
+        cpu_seconds: Returns the CPU time of its processes.
+        model_pids: Returns the ids of the processes that run the model.
     """
 
     def __init__(
@@ -132,14 +132,14 @@ class Served:
             for prompt, more in zip(prompts, fields, strict=True)
         ]
         streams = self._load.run([Stream(request) for request in requests], STREAM_SECONDS)
-        whole = [stream for stream in streams if stream.error is None]
+        complete = [stream for stream in streams if stream.error is None]
         began = min(stream.began_at for stream in streams)
-        gaps = [1000 * gap for stream in whole for gap in stream.gaps_seconds]
+        gaps = [1000 * gap for stream in complete for gap in stream.gaps_seconds]
         return Figures(
-            # Not every server counts: a chunk is a token then.
-            sum(stream.completion_tokens or stream.num_chunks for stream in whole),
-            max((stream.last_at for stream in whole), default=began) - began or STREAM_SECONDS,
-            [stream.first_at - stream.began_at for stream in whole],
+            # Not every server reports usage; count each chunk as one token then.
+            sum(stream.completion_tokens or stream.num_chunks for stream in complete),
+            max((stream.last_at for stream in complete), default=began) - began or STREAM_SECONDS,
+            [stream.first_at - stream.began_at for stream in complete],
             (percentile(gaps, 50), percentile(gaps, 99)),
             errors=errors(streams),
         )
@@ -149,7 +149,7 @@ class Served:
 
 
 class OneAtATime:
-    """A stock RQ `SimpleWorker`, one job after another, without any streaming."""
+    """A stock RQ `SimpleWorker`: one job after another, without streaming."""
 
     name = "one after another"
 
@@ -178,13 +178,27 @@ class OneAtATime:
         return self._pool.pids("rq")
 
 
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server.
+
+    Attributes:
+        model: What requests have to name.
+        pid: Of its parent process.
+    """
+
+    url: str
+    model: str
+    pid: int
+
+
 @contextmanager
-def started(name: str, command: str, model: str, num_streams: int) -> Iterator[Served]:
-    """A server that is started here, and ended.
+def server(name: str, command: str, model: str, num_streams: int) -> Iterator[Server]:
+    """Start a server, and end it on exit.
 
     Args:
-        command: What to run, with {port}, {model} and {streams} in it; what begins with a dash is Python's.
-        model: A folder; the server's first listed model is asked for.
+        command: A command with placeholders {port}, {model} and {streams}; one that begins with a dash gets Python in front.
+        model: A folder. Requests name the first model that the server lists.
     """
     port = free_port()
     words = shlex.split(command.format(port=port, model=shlex.quote(model), streams=num_streams))
@@ -193,17 +207,12 @@ def started(name: str, command: str, model: str, num_streams: int) -> Iterator[S
     process = subprocess.Popen(
         words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
+    url = f"http://127.0.0.1:{port}"
     try:
-        listed = _wait_for_models(process, name, f"http://127.0.0.1:{port}")
-        # mlx_lm.server lists what is in the hub's cache; this is its name for the one it was started with.
-        asked = listed[0] if listed and "mlx_lm" not in command else "default_model"
-        yield Served(
-            name,
-            f"http://127.0.0.1:{port}",
-            asked,
-            lambda: {name: cpu_seconds_of_family(process.pid)},
-            lambda: family_pids(process.pid),
-        )
+        listed = _wait_for_models(process, name, url)
+        # mlx_lm.server lists the models of the hub's cache; the one that it was started with is `default_model`.
+        requested = listed[0] if listed and "mlx_lm" not in command else "default_model"
+        yield Server(url, requested, process.pid)
     finally:
         process.terminate()
         try:
@@ -211,6 +220,19 @@ def started(name: str, command: str, model: str, num_streams: int) -> Iterator[S
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@contextmanager
+def started(name: str, command: str, model: str, num_streams: int) -> Iterator[Served]:
+    """The contender on a server that is started by `server`."""
+    with server(name, command, model, num_streams) as running:
+        yield Served(
+            name,
+            running.url,
+            running.model,
+            lambda: {name: cpu_seconds_of_family(running.pid)},
+            lambda: family_pids(running.pid),
+        )
 
 
 def _wait_for_models(process: subprocess.Popen[bytes], name: str, url: str) -> list[str]:
@@ -221,8 +243,8 @@ def _wait_for_models(process: subprocess.Popen[bytes], name: str, url: str) -> l
             if answer.is_success:
                 return [str(model["id"]) for model in answer.json()["data"]]
         except ValueError:
-            return []  # mlx_lm.server, where there is no hub's cache
+            return []  # mlx_lm.server without a hub cache
         except httpx2.HTTPError:
             pass
         time.sleep(0.2)
-    raise RuntimeError(f"{name} does not answer at {url}")
+    raise RuntimeError(f"{name} did not answer at {url}")

@@ -1,7 +1,6 @@
-"""A client without the API: puts jobs into a model's RQ queue and hears the pub/sub channel itself.
+"""A client that bypasses the API: enqueues jobs in a model's RQ queue and subscribes to the pub/sub channel itself.
 
-What a worker and Redis cost without HTTP. `python -m bench.contest.direct` measures the synthetic worker that way; `Direct` is
-also how `bench.contest` tells the worker's part from the API's.
+`python -m bench.contest.direct` measures what a worker and Redis cost without HTTP, with the synthetic worker.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 import msgspec
 from redis.client import PubSub
 
-from bench.harness.pool import Pool
+from bench.harness.pool import Pool, synthetic_worker
 from bench.harness.table import Table, percentile
 from common import connections, names
 from common.protocol import ChatPrompt, Delta, Failed, Finished, GenerationJob, SamplingParams, decode_step
@@ -28,14 +27,14 @@ _MARK = re.compile(r" (\d+)@(\d+)")
 
 
 @dataclass(slots=True)
-class Heard:
-    """What came of the jobs.
+class Received:
+    """The events of some jobs.
 
     Attributes:
-        num_tokens: By job.
-        latencies_us: From the end of a step to this process, where the worker writes time stamps.
+        num_tokens: By job id.
+        latencies_us: From the end of a step to its arrival here, if the worker adds time stamps.
         first_at: Monotonic seconds of the first token of any job.
-        wrong: Jobs whose tokens did not come in order, and what happened.
+        wrong: Jobs that failed, or whose tokens were out of order, and why.
     """
 
     num_tokens: dict[str, int]
@@ -47,12 +46,12 @@ class Heard:
 
     @property
     def tokens_per_second(self) -> float:
-        """From the submission to the last token."""
+        """From submission to the last token."""
         return sum(self.num_tokens.values()) / (self.last_at - self.began_at)
 
 
 class Direct:
-    """Submits jobs for one model and hears them."""
+    """Submits jobs for one model and receives their events."""
 
     def __init__(self, redis_url: str, model: str) -> None:
         self._redis = connections.connect(redis_url)
@@ -64,14 +63,14 @@ class Direct:
         self._pubsub.get_message(timeout=5.0)
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connections."""
         self._pubsub.close()
         self._redis.close()
 
-    def generate(self, prompts: list[str], max_tokens: int, sampling: SamplingParams) -> Heard:
-        """Ask for `max_tokens` of each prompt, all at once, and wait for the last one."""
+    def generate(self, prompts: list[str], max_tokens: int, sampling: SamplingParams) -> Received:
+        """Submit all prompts at once and wait until the last job has ended."""
         jobs = [self._job(prompt, max_tokens, sampling) for prompt in prompts]
-        heard = Heard({job.job_id: 0 for job in jobs}, began_at=time.monotonic())
+        received = Received({job.job_id: 0 for job in jobs}, began_at=time.monotonic())
         with self._redis.pipeline() as pipe:
             for job in jobs:
                 self._queue.enqueue_call(
@@ -87,10 +86,10 @@ class Direct:
         while num_open:
             message: Any = self._pubsub.get_message(timeout=30.0)
             if message is None:
-                raise TimeoutError(f"{num_open} of {len(jobs)} jobs went silent")
+                raise TimeoutError(f"{num_open} of {len(jobs)} jobs sent no event for 30 s")
             if message["type"] == "message":
-                num_open -= _take(heard, message["data"])
-        return heard
+                num_open -= _take(received, message["data"])
+        return received
 
     def _job(self, prompt: str, max_tokens: int, sampling: SamplingParams) -> GenerationJob:
         return GenerationJob(
@@ -104,59 +103,59 @@ class Direct:
         )
 
 
-def _take(heard: Heard, data: bytes) -> int:
-    """Account for one message; how many jobs ended in it."""
+def _take(received: Received, data: bytes) -> int:
+    """Record one message; returns how many jobs ended in it."""
     now_us = time.time_ns() // 1000
-    heard.last_at = time.monotonic()
+    received.last_at = time.monotonic()
     num_ended = 0
     for job_id, event in decode_step(data):
         if isinstance(event, Delta):
-            heard.first_at = heard.first_at or heard.last_at
-            heard.num_tokens[job_id] += 1
-            if event.n != heard.num_tokens[job_id]:
-                heard.wrong.append(f"{job_id}: {event.n} after {heard.num_tokens[job_id] - 1}")
+            received.first_at = received.first_at or received.last_at
+            received.num_tokens[job_id] += 1
+            if event.n != received.num_tokens[job_id]:
+                received.wrong.append(f"{job_id}: {event.n} after {received.num_tokens[job_id] - 1}")
             if mark := _MARK.fullmatch(event.text):
-                heard.latencies_us.append(now_us - int(mark[2]))
+                received.latencies_us.append(now_us - int(mark[2]))
         elif isinstance(event, Finished | Failed):
             num_ended += 1
             if isinstance(event, Failed):
-                heard.wrong.append(f"{job_id}: {event.message}")
+                received.wrong.append(f"{job_id}: {event.message}")
     return num_ended
 
 
 def measure(
     num_streams: int, steps_per_second: float, seconds: float, *, timestamps: bool = True
 ) -> list[str]:
-    """One row of the table: the synthetic worker with `num_streams` rows."""
+    """One row of the table: the synthetic worker with `num_streams` sequences."""
     rate = steps_per_second or 150_000 / num_streams
-    worker = ["bench.harness.synthetic_worker", "--name", "direct", "--max-batch", str(num_streams)]
-    worker += ["--steps-per-second", str(steps_per_second), *(["--timestamps"] if timestamps else [])]
+    flags = ["--steps-per-second", str(steps_per_second), *(["--timestamps"] if timestamps else [])]
+    worker = synthetic_worker("direct", num_streams, *flags)
     with Pool() as pool:
         pool.start_worker(worker, "direct")
         direct = Direct(pool.redis_url, "direct")
         prompts = ["go"] * num_streams
         direct.generate(prompts, 50, SamplingParams())
         cpu_before, own_before, began = pool.cpu_seconds(), time.process_time(), time.monotonic()
-        heard = direct.generate(prompts, max(1, round(rate * seconds)), SamplingParams())
-        lasted = time.monotonic() - began
+        received = direct.generate(prompts, max(1, round(rate * seconds)), SamplingParams())
+        elapsed_seconds = time.monotonic() - began
         cpu, own = pool.cpu_seconds(), time.process_time() - own_before
         direct.close()
-    if heard.wrong:
-        raise RuntimeError(f"{len(heard.wrong)} wrong: {heard.wrong[:3]}")
-    num_tokens = sum(heard.num_tokens.values())
+    if received.wrong:
+        raise RuntimeError(f"{len(received.wrong)} wrong: {received.wrong[:3]}")
+    num_tokens = sum(received.num_tokens.values())
     used = {role: cpu[role] - cpu_before[role] for role in cpu} | {"client": own}
     return [
         str(num_streams),
         f"{steps_per_second:.0f}" if steps_per_second else "flat out",
-        f"{num_tokens / lasted:,.0f}",
-        f"{statistics.median(heard.latencies_us) / 1000:.2f}" if heard.latencies_us else "-",
-        f"{percentile(heard.latencies_us, 99) / 1000:.2f}" if heard.latencies_us else "-",
+        f"{num_tokens / elapsed_seconds:,.0f}",
+        f"{statistics.median(received.latencies_us) / 1000:.2f}" if received.latencies_us else "-",
+        f"{percentile(received.latencies_us, 99) / 1000:.2f}" if received.latencies_us else "-",
         *(f"{used[role] / num_tokens * 1e6:.1f}" for role in ("worker", "redis", "client")),
     ]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure the loads given; the exit status."""
+    """Measure the given loads and print a table; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.contest.direct", description=__doc__)
     parser.add_argument("loads", nargs="*", default=["64x100", "64x400", "64x0", "256x100"], metavar="NxR")
     parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="length of each load")

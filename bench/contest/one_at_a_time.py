@@ -1,7 +1,7 @@
 """The baseline without batching: an RQ job function that answers one prompt with mlx-lm, for a stock `rq worker`.
 
-Run by `rq worker --worker-class rq.SimpleWorker`, one job after another; the model is loaded at the first. What somebody
-would write who has RQ and mlx-lm and an afternoon.
+Run by `rq worker --worker-class rq.SimpleWorker`, one job after another; the model is loaded by the first job. It is the
+simplest way to combine RQ and mlx-lm.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def _model() -> mlx_model.LoadedModel:
 
 
 def generate(prompt: str, max_tokens: int) -> int:
-    """Answer greedily; the number of tokens."""
+    """Generate greedily; returns the number of tokens."""
     loaded = _model()
     from mlx_lm import stream_generate
 

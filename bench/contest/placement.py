@@ -1,8 +1,8 @@
-"""Where the processes of a round run: those with the model on a few CPUs of their own, everything else on the others.
+"""CPU affinity of a round's processes: those that run the model get a few CPUs of their own, everything else the others.
 
-On a GPU a decode step of a small model waits for one core that feeds it, and which core that is can decide more than what is
-compared: cores of a virtual machine are halves of real ones, of which somebody else may have the other half. So all
-contenders of a round get the same CPUs, and each round gets others. Linux only.
+On a GPU a decode step of a small model is bound by the one core that launches its kernels, and which core that is can matter more
+than what is compared: a virtual machine's cores are hyper-threads, whose siblings other machines may use. So all contenders
+of a round get the same CPUs, and each round gets different ones. Linux only.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class Placement:
     """See the module.
 
     Args:
-        num_cpus: For the processes that run the model; 0: everything runs wherever it likes.
-        models: Their process ids.
-        others: Those of everything else that takes part.
+        num_cpus: For the processes that run the model; 0: no affinity is set.
+        models: Returns their process ids.
+        others: Returns the process ids of everything else that takes part.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Placement:
         self._cpus = sorted(os.sched_getaffinity(0)) if num_cpus else []
 
     def begin(self, number: int) -> None:
-        """Place everybody for a round, by its number."""
+        """Set the affinities for a round."""
         if not self._num_cpus:
             return
         first = number * self._num_cpus % (len(self._cpus) - self._num_cpus + 1)

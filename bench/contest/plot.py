@@ -1,7 +1,7 @@
-"""A picture of what `bench.contest --json FILE` kept: `python -m bench.contest.plot FILE PICTURE.svg`.
+"""A chart of the results of `bench.contest --json FILE`: `python -m bench.contest.plot FILE PICTURE.svg`.
 
-Three panels over the number of streams: tokens a second, time to the first token, and gaps between tokens. A line is the
-median; the shade above it reaches to the 99th percentile.
+Three panels by number of streams: tokens per second, time to first token, and gaps between tokens. Lines are medians; the
+shaded area above reaches to the 99th percentile.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from bench.contest.contenders import Alone
 from bench.contest.rounds import POOL, STOCK, Summary
 
-_COLOURS = {Alone.name: "#555555", POOL: "#0072b2", STOCK: "#d55e00"}
+_COLORS = {Alone.name: "#555555", POOL: "#0072b2", STOCK: "#d55e00"}
 _OTHERS = ("#009e73", "#cc79a7", "#e69f00")
-"""Okabe and Ito's palette, which colour-blind people can tell apart."""
+"""Okabe and Ito's palette, which is safe for color-blind readers."""
 
 _WIDTH_INCHES, _HEIGHT_INCHES = 11.0, 3.8
 
 Value = Callable[[Summary], float]
 
 _PANELS: tuple[tuple[str, Value, Value | None], ...] = (
-    ("tokens a second", lambda each: each.tokens_per_second, None),
+    ("tokens/s", lambda each: each.tokens_per_second, None),
     ("first token, ms", lambda each: each.first_ms[0], lambda each: each.first_ms[1]),
     ("gap between tokens, ms", lambda each: each.gaps_ms[0], lambda each: each.gaps_ms[1]),
 )
 
 
-def picture(found: list[Summary], title: str) -> Figure:
-    """All contenders of one contest.
+def chart(found: list[Summary], title: str) -> Figure:
+    """A chart of all contenders of one contest.
 
     Args:
-        found: In any order; a contender need not have been at every number of streams.
+        found: In any order; a contender may be missing at some numbers of streams.
     """
     names = list(dict.fromkeys(each.contender for each in found))
     others = iter(_OTHERS * len(names))
-    colours = {name: _COLOURS.get(name) or next(others) for name in names}
+    colors = {name: _COLORS.get(name) or next(others) for name in names}
     figure = Figure(figsize=(_WIDTH_INCHES, _HEIGHT_INCHES), layout="constrained")
     figure.suptitle(title, fontsize=11)
     for axes, (label, median, p99) in zip(figure.subplots(1, len(_PANELS)), _PANELS, strict=True):
         for name in names:
-            of_name = sorted(
+            summaries = sorted(
                 (each for each in found if each.contender == name), key=lambda each: each.num_streams
             )
-            _line(axes, of_name, median, p99, colours[name])
-        _dress(axes, label, sorted({each.num_streams for each in found}))
+            _line(axes, summaries, median, p99, colors[name])
+        _format_axes(axes, label, sorted({each.num_streams for each in found}))
     figure.legend(
         *figure.axes[0].get_legend_handles_labels(),
         loc="outside lower center",
@@ -63,19 +63,19 @@ def picture(found: list[Summary], title: str) -> Figure:
     return figure
 
 
-def _line(axes: Axes, found: list[Summary], median: Value, p99: Value | None, colour: str) -> None:
-    known = [each for each in found if math.isfinite(median(each))]
-    if not known:
+def _line(axes: Axes, found: list[Summary], median: Value, p99: Value | None, color: str) -> None:
+    measured = [each for each in found if math.isfinite(median(each))]
+    if not measured:
         return
-    streams, medians = [each.num_streams for each in known], [median(each) for each in known]
-    axes.plot(streams, medians, color=colour, marker="o", markersize=4, label=known[0].contender)
+    streams, medians = [each.num_streams for each in measured], [median(each) for each in measured]
+    axes.plot(streams, medians, color=color, marker="o", markersize=4, label=measured[0].contender)
     if p99 is not None:
         axes.fill_between(
-            streams, medians, [p99(each) for each in known], color=colour, alpha=0.12, linewidth=0
+            streams, medians, [p99(each) for each in measured], color=color, alpha=0.12, linewidth=0
         )
 
 
-def _dress(axes: Axes, label: str, streams: list[int]) -> None:
+def _format_axes(axes: Axes, label: str, streams: list[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(streams, [str(num) for num in streams])
@@ -90,12 +90,12 @@ def _dress(axes: Axes, label: str, streams: list[int]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draw; the exit status."""
+    """Draw the chart; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.contest.plot", description=__doc__)
     parser.add_argument(
-        "figures", type=Path, nargs="+", help="what `bench.contest --json` wrote; several are put together"
+        "figures", type=Path, nargs="+", help="files that `bench.contest --json` wrote; they are merged"
     )
-    parser.add_argument("picture", type=Path, help="to be written: .svg or .png")
+    parser.add_argument("picture", type=Path, help="output file: .svg or .png")
     parser.add_argument("--title", default="")
     arguments = parser.parse_args(argv)
     found = [
@@ -103,10 +103,10 @@ def main(argv: list[str] | None = None) -> int:
         for path in arguments.figures
         for each in msgspec.json.decode(path.read_bytes(), type=list[Summary])
     ]
-    mpl.rcParams["svg.hashsalt"] = "mlx-pool"  # the same figures make the same file
+    mpl.rcParams["svg.hashsalt"] = "mlx-pool"  # equal results give equal files
     mpl.rcParams["svg.fonttype"] = "none"
     is_svg = arguments.picture.suffix == ".svg"
-    picture(found, arguments.title).savefig(
+    chart(found, arguments.title).savefig(
         arguments.picture, facecolor="white", metadata={"Date": None} if is_svg else None
     )
     return 0

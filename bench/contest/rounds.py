@@ -1,10 +1,10 @@
-"""How fast a real model comes through everything, beside the same model with nothing around it, and beside other servers.
+"""Throughput and latency of the pool with a real model, against mlx-lm's batch without a server, and against other servers.
 
 `python -m bench.contest` has all contenders answer the same prompts, greedily, in one run: mlx-lm's `BatchGenerator` alone; the
-pool, over HTTP, as users have it; mlx_lm.server; and whatever else is named (`--server 'NAME=COMMAND {model} {port}'`). Rounds are
-interleaved, and who is first changes, so that all meet the same machine. `--mix` gives four of five streams a seed,
-penalties, log-probabilities or a grammar, whose answers are as long (up to 800 tokens). `--json FILE` keeps the figures for `python -m bench.contest.plot`. `--model-cpus N` gives all contenders of
-a round the same N CPUs for the processes that run the model, and others in each round (`bench.contest.placement`).
+pool over HTTP; mlx_lm.server; and any other server (`--server 'NAME=COMMAND {model} {port}'`). Rounds are interleaved, and the
+order rotates, so that all see the same machine. `--mix` gives four of five streams a seed, penalties, log-probabilities or a grammar
+(with answers up to 800 tokens long). `--json FILE` saves the results for `python -m bench.contest.plot`. `--model-cpus N` pins the
+processes that run the model to N CPUs, the same for all contenders of a round (`bench.contest.placement`).
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ COLUMNS = (
     "gap ms, p50",
     "p99",
     "failed streams",
-    "CPU ms a token",
-    "CPUs others used",
+    "CPU ms per token",
+    "CPUs used by others",
 )
 
 _LONG_FORM = {
@@ -68,9 +68,9 @@ class Summary(msgspec.Struct, frozen=True):
     """All rounds of one contender at one number of streams.
 
     Attributes:
-        ratios: Tokens a second ÷ `BatchGenerator` alone, by round.
-        cpu_ms: Of each process, for a token.
-        others: CPUs that anything else kept busy, in the mean.
+        ratios: Tokens per second ÷ those of `BatchGenerator` alone, by round.
+        cpu_ms: Per token, by process.
+        others: Mean number of CPUs that other processes used.
     """
 
     contender: str
@@ -86,7 +86,7 @@ class Summary(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One contender's round, and what the machine did meanwhile."""
+    """One contender's round, and the CPU usage meanwhile."""
 
     figures: Figures
     cpu_seconds: dict[str, float]
@@ -94,7 +94,7 @@ class Round:
 
 
 def measure(contender: Contender, num_streams: int, number: int, arguments: argparse.Namespace) -> Round:
-    """One round, when the machine is quiet; the prompts go by its number."""
+    """Run one round when the machine is quiet; `number` determines the prompts."""
     wait_until_quiet(arguments.patience)
     fields = [_MIX[i % len(_MIX)] if arguments.mix else {} for i in range(num_streams)]
     began, busy, used, own = time.monotonic(), busy_seconds(), contender.cpu_seconds(), time.process_time()
@@ -134,9 +134,9 @@ def compare(
     arguments: argparse.Namespace,
     table: Table,
 ) -> list[Summary]:
-    """Interleaved rounds of all contenders at one number of streams, after one that does not count.
+    """Interleaved rounds of all contenders at one number of streams, after a warm-up round.
 
-    A GPU's first batch of each shape takes many times as long as the next.
+    On a GPU the first batch of each shape takes many times as long as the next.
     """
     for contender in contenders:
         contender.run(prompts(num_streams, 1000 * num_streams + 999), 16, [{}] * num_streams)
@@ -174,11 +174,11 @@ def _cells(found: Summary) -> list[str]:
 
 
 @contextmanager
-def everybody(arguments: argparse.Namespace) -> Iterator[tuple[list[Contender], Placement]]:
-    """All contenders, loaded, and who places their processes."""
+def all_contenders(arguments: argparse.Namespace) -> Iterator[tuple[list[Contender], Placement]]:
+    """All contenders, loaded, and the placement of their processes."""
     folder = str(ensure_demo_model(None)) if arguments.model == "demo" else arguments.model
-    most = max(arguments.streams)
-    settings = {"MLXPOOL_MODEL": arguments.model, "MLXPOOL_MAX_BATCH": str(max(32, most))}
+    max_streams = max(arguments.streams)
+    settings = {"MLXPOOL_MODEL": arguments.model, "MLXPOOL_MAX_BATCH": str(max(32, max_streams))}
     with ExitStack() as stack:
         contenders: list[Contender] = []
         if "alone" in arguments.contenders:
@@ -191,10 +191,10 @@ def everybody(arguments: argparse.Namespace) -> Iterator[tuple[list[Contender], 
                 Served(POOL, pool.url, "contest", pool.cpu_seconds, lambda: pool.pids("worker"))
             )
         if "stock" in arguments.contenders:
-            contenders.append(stack.enter_context(started(STOCK, STOCK_SERVER, folder, most)))
+            contenders.append(stack.enter_context(started(STOCK, STOCK_SERVER, folder, max_streams)))
         for server in arguments.server:
             name, _, command = server.partition("=")
-            contenders.append(stack.enter_context(started(name, command, folder, most)))
+            contenders.append(stack.enter_context(started(name, command, folder, max_streams)))
         if "one" in arguments.contenders:
             contenders.append(OneAtATime(pool))
         placement = Placement(
@@ -206,7 +206,7 @@ def everybody(arguments: argparse.Namespace) -> Iterator[tuple[list[Contender], 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compare; the exit status."""
+    """Compare all contenders and print a table; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.contest", description=__doc__)
     parser.add_argument("--model", default="demo", help="'demo' or a folder")
     parser.add_argument("--streams", type=int, nargs="+", default=list(NUM_STREAMS), metavar="N")
@@ -221,21 +221,23 @@ def main(argv: list[str] | None = None) -> int:
         help="'one' is a stock RQ SimpleWorker, one job after another",
     )
     parser.add_argument(
-        "--server", action="append", default=[], metavar="NAME=COMMAND", help="another one, to be started"
+        "--server", action="append", default=[], metavar="NAME=COMMAND", help="another server to start"
     )
     parser.add_argument(
         "--model-cpus", type=int, default=0, metavar="N", help="CPUs for the processes that run the model"
     )
-    parser.add_argument("--mix", action="store_true", help="seeds, penalties, log-probabilities and grammars")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="keep the figures")
     parser.add_argument(
-        "--patience", type=float, default=60.0, metavar="SECONDS", help="wait for a quiet machine"
+        "--mix", action="store_true", help="mix in seeds, penalties, log-probabilities and grammars"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save the results")
+    parser.add_argument(
+        "--patience", type=float, default=60.0, metavar="SECONDS", help="how long to wait for a quiet machine"
     )
     arguments = parser.parse_args(argv)
-    say(f"\n{arguments.model}, {arguments.max_tokens} tokens a stream, {arguments.rounds} rounds\n")
+    say(f"\n{arguments.model}, {arguments.max_tokens} tokens per stream, {arguments.rounds} rounds\n")
     table = Table(COLUMNS)
     found: list[Summary] = []
-    with everybody(arguments) as (contenders, placement):
+    with all_contenders(arguments) as (contenders, placement):
         for num_streams in arguments.streams:
             found += compare(contenders, num_streams, placement, arguments, table)
             if arguments.json:

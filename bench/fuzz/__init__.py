@@ -1,1 +1,1 @@
-"""Nearly valid request bodies."""
+"""Fuzzing with nearly valid request bodies."""

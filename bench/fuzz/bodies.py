@@ -1,8 +1,8 @@
-"""Nearly valid request bodies, as a Hypothesis strategy: what a client sends that has a bug, or means harm.
+"""Nearly valid request bodies, as a Hypothesis strategy: what a buggy or malicious client sends.
 
-A valid body, then one or a few faults: in a field (a wrong type, a huge number, odd text), in the JSON (a field twice, NaN,
-deep nesting), or in the bytes (cut off, not UTF-8). Fields are those of the types that parse requests, so that a new one is
-there at once. Used by `bench.fuzz`; knows no HTTP.
+A valid body with a few faults: in a field (a wrong type, a huge number, odd text), in the JSON (a duplicate field, NaN, deep
+nesting), or in the bytes (truncated, not UTF-8). The fields come from the types that parse requests, so that new ones are included
+automatically. Used by `bench.fuzz`; independent of HTTP.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MAX_FAULTS = 3
 
 @dataclass(frozen=True)
 class Body:
-    """What is sent where."""
+    """A request body, its path and the type that parses it."""
 
     path: str
     type_name: str
@@ -42,7 +42,7 @@ _ODD_TEXTS = st.sampled_from(
         " ",
         "\0",
         "\r\n\r\nHTTP/1.1 200 OK\r\n\r\n",
-        "a` - at `$.model",  # as the parser's own errors have it
+        "a` - at `$.model",  # resembles the parser's own errors
         "../../etc/passwd",
         "{{ 7 * 7 }}",
         "%00%ff%s%n",
@@ -51,7 +51,7 @@ _ODD_TEXTS = st.sampled_from(
         "e\u0301" * 50,
         "👩‍👩‍👧‍👦",
         "\U0010ffff",
-        "\ud800",  # alone
+        "\ud800",  # a lone surrogate
         "\udfff\ud800",
         "constructor",
         "null",
@@ -62,7 +62,7 @@ _ODD_TEXTS = st.sampled_from(
 _TEXTS = st.one_of(st.text(max_size=20), _ODD_TEXTS)
 _NUMBERS = st.one_of(
     st.integers(),
-    st.floats(),  # NaN and infinity too, which json writes as JavaScript does
+    st.floats(),  # NaN and infinity included, which json writes as in JavaScript
     st.sampled_from(
         [
             0,
@@ -163,18 +163,18 @@ _COMPLETION = st.builds(
 
 @st.composite
 def _with_field_faults(draw: st.DrawFn, valid: st.SearchStrategy[dict[str, Any]], names: list[str]) -> Any:
-    """A body with some of its fields wrong, missing or unheard of."""
-    body = copy.deepcopy(draw(valid))  # what a strategy gives again is not ours to change
+    """A body with some wrong, missing or unknown fields."""
+    body = copy.deepcopy(draw(valid))  # a strategy may return the same object again
     for _ in range(draw(st.integers(0, _MAX_FAULTS))):
         match draw(st.sampled_from(["set", "set", "inside", "text", "drop", "unknown"])):
             case "set":
                 body[draw(st.sampled_from(names))] = copy.deepcopy(draw(_ODD))
             case "inside":
-                place, key = draw(st.sampled_from(_places(body)))
-                place[key] = copy.deepcopy(draw(_ODD))
+                container, key = draw(st.sampled_from(_items(body)))
+                container[key] = copy.deepcopy(draw(_ODD))
             case "text":
-                place, key = draw(st.sampled_from(_places(body)))
-                place[key] = draw(_ODD_TEXTS)
+                container, key = draw(st.sampled_from(_items(body)))
+                container[key] = draw(_ODD_TEXTS)
             case "drop":
                 body.pop(draw(st.sampled_from(sorted(body) or [""])), None)
             case _:
@@ -182,40 +182,40 @@ def _with_field_faults(draw: st.DrawFn, valid: st.SearchStrategy[dict[str, Any]]
     return body
 
 
-def _places(value: Any) -> list[tuple[Any, Any]]:
-    """Each container with each of its keys, from the outside in."""
+def _items(value: Any) -> list[tuple[Any, Any]]:
+    """(container, key) of each item at each level, outermost first."""
     if not isinstance(value, dict | list):
         return [({}, 0)]
     items = list(value.items() if isinstance(value, dict) else enumerate(value))
-    inner = [place for _, item in items if isinstance(item, dict | list) and item for place in _places(item)]
+    inner = [each for _, item in items if isinstance(item, dict | list) and item for each in _items(item)]
     return [(value, key) for key, _ in items] + inner or [({}, 0)]
 
 
 @st.composite
 def _as_bytes(draw: st.DrawFn, body: dict[str, Any]) -> bytes:
-    """The body as JSON, now and then not quite."""
+    """The body as JSON, sometimes malformed."""
     data = json.dumps(body, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
     if not draw(st.sampled_from([False, False, False, True])):
         return data
-    spoil = draw(st.sampled_from([_broken, _doubled, _replaced]))
-    spoiled: bytes = draw(spoil(body, data))
-    return spoiled
+    corrupt = draw(st.sampled_from([_corrupted, _with_extra_field, _replaced]))
+    corrupted: bytes = draw(corrupt(body, data))
+    return corrupted
 
 
-def _broken(_body: dict[str, Any], data: bytes) -> st.SearchStrategy[bytes]:
-    """Bytes that are not there, or are too many or others."""
-    places = st.integers(1, len(data))
+def _corrupted(_body: dict[str, Any], data: bytes) -> st.SearchStrategy[bytes]:
+    """Bytes are cut off, added or replaced."""
+    offsets = st.integers(1, len(data))
     bad = st.sampled_from([b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\0", b'"', b"}"])
     return st.one_of(
-        places.map(lambda at: data[:at]),
-        st.builds(lambda at, more: data[:at] + more + data[at:], places, st.binary(min_size=1, max_size=3)),
-        st.builds(lambda at, other: data[:at] + other + data[at + 1 :], places, bad),
+        offsets.map(lambda at: data[:at]),
+        st.builds(lambda at, more: data[:at] + more + data[at:], offsets, st.binary(min_size=1, max_size=3)),
+        st.builds(lambda at, other: data[:at] + other + data[at + 1 :], offsets, bad),
         st.sampled_from([b"\xef\xbb\xbf", b"[", b"\0", b" \n\t"]).map(lambda before: before + data),
     )
 
 
-def _doubled(body: dict[str, Any], data: bytes) -> st.SearchStrategy[bytes]:
-    """One more field at the end: one that is there already, one that is deep, one with more digits than Python reads."""
+def _with_extra_field(body: dict[str, Any], data: bytes) -> st.SearchStrategy[bytes]:
+    """One more field at the end: a duplicate, a deeply nested one, or a number with more digits than Python parses."""
 
     def add(name: str, value: bytes) -> bytes:
         return data[:-1] + b"," + json.dumps(name).encode() + b":" + value + b"}"
@@ -231,12 +231,12 @@ def _doubled(body: dict[str, Any], data: bytes) -> st.SearchStrategy[bytes]:
 
 
 def _replaced(_body: dict[str, Any], data: bytes) -> st.SearchStrategy[bytes]:
-    """Another JSON value, or none."""
+    """A different JSON value, or none."""
     others = [b"{}", b"[]", b"null", b'"x"', b"5", b"NaN", data + data, data[::-1], b""]
     return st.sampled_from(others)
 
 
-def _of(endpoint: Any, valid: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[Body]:
+def _bodies(endpoint: Any, valid: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[Body]:
     names = sorted(endpoint.body.__struct_fields__)
     paths = st.sampled_from([f"/v1{endpoint.path}", endpoint.path])
     data = _with_field_faults(valid, names).flatmap(_as_bytes)
@@ -244,6 +244,6 @@ def _of(endpoint: Any, valid: st.SearchStrategy[dict[str, Any]]) -> st.SearchStr
 
 
 BODIES: st.SearchStrategy[Body] = st.one_of(
-    *(_of(endpoint, valid) for endpoint, valid in zip(GENERATING, (_CHAT, _COMPLETION), strict=True))
+    *(_bodies(endpoint, valid) for endpoint, valid in zip(GENERATING, (_CHAT, _COMPLETION), strict=True))
 )
-"""One body."""
+"""A nearly valid body."""

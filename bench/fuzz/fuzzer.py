@@ -1,8 +1,8 @@
-"""Thousands of nearly valid bodies at a pool: none may be answered 5xx, none may leave anything behind.
+"""Fuzzing: sends thousands of nearly valid bodies to a pool. None may cause a 5xx, and none may leave jobs behind.
 
-`python -m bench.fuzz --requests 10000` starts a private pool with the synthetic worker and prints what it counted by
-status. Each body's answer is held against the server's own description (`/openapi.json`): what is accepted has to be
-described as valid, what is refused has to name a field that the description faults. `tests/e2e` does the same, shorter.
+`python -m bench.fuzz --requests 10000` starts a private pool with a synthetic worker and prints the responses by status. Each
+response is checked against the server's OpenAPI description (`/openapi.json`): an accepted body must be valid by it, and a refusal
+must name a field that is invalid by it. `tests/e2e` runs a shorter version.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from bench.fuzz.bodies import BODIES, MODEL, Body
-from bench.harness.pool import HOST, Pool
+from bench.harness.pool import HOST, Pool, synthetic_worker
 from bench.harness.table import say
 from common import connections
 from common.rq import JsonQueue
 
 WAVE = 4
-"""Bodies that are sent at once, each on a connection of its own that stays open."""
+"""Bodies that are sent concurrently, each on a persistent connection of its own."""
 
 MAX_BATCH = 8
 CONTEXT_LENGTH = 4096
@@ -39,16 +39,16 @@ _TIMEOUT_SECONDS = 60.0
 _ROOT = re.compile(r"[^.\[]*")
 _REFUSED_CODES = ("unsupported_parameter", "unsupported_content", "context_length_exceeded")
 _REFUSED_WORDS = re.compile(
-    r"outside of the vocabulary"  # a model's, which the description does not know
-    r"|say different things"  # JSON Schema compares no two fields
-    r"|expected `int[^`]*`, got `float`"  # 1.0 is an integer there
-    r"|out of range"  # of thousands of digits; a number in JSON has no end
-    r"|cannot fill a gap"  # a model's
+    r"outside of the vocabulary"  # of a model, which the description does not include
+    r"|say different things"  # JSON Schema cannot compare two fields
+    r"|expected `int[^`]*`, got `float`"  # 1.0 is an integer in JSON Schema
+    r"|out of range"  # thousands of digits; JSON does not limit a number's length
+    r"|cannot fill a gap"  # of a model
     r"|at most \d+ are allowed"
     r"|`echo` and `suffix`|With `suffix`|`best_of` (cannot|must)"
     r"|Only an assistant's message"
 )
-_REFUSED_PLACES = (
+_REFUSED_FIELDS = (
     "tools",
     "tool_choice",
     "parallel_tool_calls",
@@ -57,11 +57,11 @@ _REFUSED_PLACES = (
     "chat_template_kwargs",
     "response_format",
 )
-"""What is in these refers to itself, or is a schema of which a grammar is made: rules that no schema says."""
+"""Fields with rules that JSON Schema cannot express: they refer to each other, or hold a schema that becomes a grammar."""
 
 
 class WrongAnswerError(AssertionError):
-    """What came back must not come back."""
+    """A response that violates the description or the protocol."""
 
 
 @dataclass(frozen=True)
@@ -72,20 +72,20 @@ class Answer:
 
 
 def is_beyond_description(error: dict[str, Any]) -> bool:
-    """Whether a refusal is for what a schema cannot say, or for what is said to be unsupported."""
-    place = re.split(r"[.\[]", error["param"] or "")[0]
-    is_known = error["code"] in _REFUSED_CODES or place in _REFUSED_PLACES
+    """Whether a refusal is for something that JSON Schema cannot express, or that is documented as unsupported."""
+    root = re.split(r"[.\[]", error["param"] or "")[0]
+    is_known = error["code"] in _REFUSED_CODES or root in _REFUSED_FIELDS
     return is_known or _REFUSED_WORDS.search(error["message"]) is not None
 
 
-# -- what an answer has to be -------------------------------------------------------------------------------------------
+# -- checks of a response ------------------------------------------------------------------------------------------------
 
 
 class Judge:
-    """Holds answers against the description.
+    """Checks responses against the OpenAPI description.
 
     Args:
-        description: The server's.
+        description: The server's `/openapi.json`.
     """
 
     def __init__(self, description: Any) -> None:
@@ -93,7 +93,7 @@ class Judge:
         self._requests = {name: _validator(name, components) for name in ("ChatBody", "CompletionBody")}
         for schema in components["schemas"].values():
             if "properties" in schema:
-                schema.setdefault("additionalProperties", False)  # so that an answer has nothing else
+                schema.setdefault("additionalProperties", False)  # an undocumented field is an error
         self._answers = {
             "ChatBody": (
                 _validator("ChatCompletion", components),
@@ -108,7 +108,7 @@ class Judge:
 
     def check(self, body: Body, answer: Answer) -> None:
         """Raises:
-        WrongAnswerError: The answer is none for this body.
+        WrongAnswerError: The response is not valid for this body.
         """
         value = _parsed(body.data)
         if answer.status == _OK:
@@ -119,37 +119,37 @@ class Judge:
         _conforms(self._error, _json(answer), answer)
         error = _json(answer)["error"]
         if answer.status == _NOT_FOUND:
-            _expect(error["param"] == "model", "a 404 that is not the model's", answer)
+            _expect(error["param"] == "model", "a 404 whose param is not model", answer)
         elif isinstance(value, dict):
             self._check_refused(body, value, error, answer)
-        elif not isinstance(value, Unclear | None):
-            _expect(error["param"] is None, "a field is named where there is none", answer)
+        elif not isinstance(value, Ambiguous | None):
+            _expect(error["param"] is None, "a param is named for a body without fields", answer)
 
     def _check_accepted(self, body: Body, value: Any, answer: Answer) -> None:
-        _expect(isinstance(value, dict | Unclear), "a body that is no JSON object was accepted", answer)
+        _expect(isinstance(value, dict | Ambiguous), "a body that is not a JSON object was accepted", answer)
         if isinstance(value, dict):
             faults = [f.message[:200] for f in self._requests[body.type_name].iter_errors(value)]
-            _expect(not faults, f"accepted, and not as described: {faults}", answer)
+            _expect(not faults, f"accepted, but invalid by the description: {faults}", answer)
         whole, chunk = self._answers[body.type_name]
         if answer.content_type == "application/json":
             _conforms(whole, _json(answer), answer)
             return
         _expect(answer.content_type.startswith("text/event-stream"), answer.content_type, answer)
         frames = [f for f in answer.data.split(b"\n\n") if f and not f.startswith(b":")]
-        _expect(all(frame.startswith(b"data: ") for frame in frames), "a frame without data", answer)
-        _expect(frames.pop() == b"data: [DONE]", "a stream that just stops", answer)
+        _expect(all(frame.startswith(b"data: ") for frame in frames), "a frame without data:", answer)
+        _expect(frames.pop() == b"data: [DONE]", "a stream without [DONE]", answer)
         for frame in frames:
             _conforms(chunk, json.loads(frame[6:]), answer)
 
     def _check_refused(self, body: Body, value: Any, error: dict[str, Any], answer: Answer) -> None:
-        _expect(error["param"] is not None, "no field is named", answer)
+        _expect(error["param"] is not None, "no param is named", answer)
         faults = list(self._requests[body.type_name].iter_errors(value))
         if is_beyond_description(error):
             return
-        _expect(bool(faults), "valid by the description, and refused", answer)
+        _expect(bool(faults), "valid by the description, but refused", answer)
         found = _ROOT.match(error["param"])
         roots = set().union(*map(_roots, faults))
-        _expect(found is not None and found[0] in roots, f"at fault are {sorted(roots)}", answer)
+        _expect(found is not None and found[0] in roots, f"the invalid fields are {sorted(roots)}", answer)
 
 
 def _validator(name: str, components: Any) -> Draft202012Validator:
@@ -158,7 +158,7 @@ def _validator(name: str, components: Any) -> Draft202012Validator:
 
 
 def _roots(fault: Any) -> set[str]:
-    """The fields of a body that a fault in it is about."""
+    """The top-level fields that a validation error is about."""
     if fault.absolute_path:
         return {str(fault.absolute_path[0])}
     if fault.validator == "required":
@@ -166,32 +166,32 @@ def _roots(fault: Any) -> set[str]:
     return set(re.findall(r'"properties": {"([^"]+)"', json.dumps(fault.schema)))
 
 
-class Unclear:
-    """A body on which two parsers may differ: a lone surrogate, nesting that is deep, a field that is there twice."""
+class Ambiguous:
+    """A body that parsers may read differently: a lone surrogate, deep nesting, a duplicate field."""
 
 
 def _parsed(data: bytes) -> Any:
-    """The JSON value, None where it is none (or null, which is as wrong)."""
+    """The JSON value; None if it is invalid JSON (or null, which is just as invalid as a body)."""
     try:
         value = json.loads(
             data.decode(), parse_constant=_no_constant, parse_int=_integer, object_pairs_hook=_object
         )
         json.dumps(value, ensure_ascii=False).encode()
-    except (RecursionError, UnicodeEncodeError, _TwiceError):
-        return Unclear()
+    except (RecursionError, UnicodeEncodeError, _DuplicateError):
+        return Ambiguous()
     except ValueError:
         return None
     return value
 
 
-class _TwiceError(Exception):
-    """An object has a field twice."""
+class _DuplicateError(Exception):
+    """An object has a duplicate field."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        raise _TwiceError
+        raise _DuplicateError
     return fields
 
 
@@ -200,11 +200,11 @@ def _no_constant(name: str) -> Any:
 
 
 def _integer(text: str) -> int:
-    return int(text[:400])  # Python takes no more than 4,300 digits; as large all the same
+    return int(text[:400])  # Python parses at most 4,300 digits; 400 are as far out of range
 
 
-def _expect(is_so: bool, otherwise: str, answer: Answer) -> None:
-    if not is_so:
+def _expect(is_true: bool, otherwise: str, answer: Answer) -> None:
+    if not is_true:
         raise WrongAnswerError(f"{otherwise}: {answer.status} {answer.data[:600]!r}")
 
 
@@ -217,7 +217,7 @@ def _json(answer: Answer) -> Any:
     try:
         return json.loads(answer.data)
     except ValueError:
-        raise WrongAnswerError(f"no JSON: {answer.data[:200]!r}") from None
+        raise WrongAnswerError(f"not JSON: {answer.data[:200]!r}") from None
 
 
 # -- sending ------------------------------------------------------------------------------------------------------------
@@ -225,12 +225,12 @@ def _json(answer: Answer) -> Any:
 
 @dataclass
 class Fuzz:
-    """Sends bodies over connections that stay open, and counts.
+    """Sends bodies over persistent connections, and counts responses.
 
     Attributes:
-        statuses: Answers by status; streams apart.
-        params: Refusals by the field that they name, without indices.
-        num_connections: Opened so far; few, since a refusal is no reason to close one.
+        statuses: Responses by status; streams are counted separately.
+        params: Refusals by the param that they name, without indices.
+        num_connections: Opened so far; few, since a refusal does not close the connection.
     """
 
     port: int
@@ -243,13 +243,13 @@ class Fuzz:
         self._judge = Judge(json.loads(self.get("/openapi.json")))
 
     def run(self, num_requests: int, *, is_repeatable: bool = False) -> None:
-        """Send about so many.
+        """Send about `num_requests` bodies.
 
         Args:
-            is_repeatable: The same bodies each time.
+            is_repeatable: Send the same bodies each time.
 
         Raises:
-            WrongAnswerError: With the smallest body that Hypothesis could find for it.
+            WrongAnswerError: With the smallest failing body that Hypothesis found.
         """
 
         @settings(
@@ -270,7 +270,7 @@ class Fuzz:
             self.close()
 
     def send(self, bodies: list[Body]) -> None:
-        """Send all, then read all answers and check them."""
+        """Send all bodies, then read and check all responses."""
         for i, body in enumerate(bodies):
             self._connection(i).request("POST", body.path, body.data, {"content-type": "application/json"})
         answers = [self._read(i) for i in range(len(bodies))]
@@ -283,7 +283,7 @@ class Fuzz:
                 self.params[re.sub(r"\[\d+\]", "[]", str(param))] += 1
 
     def get(self, path: str) -> bytes:
-        """A GET's body."""
+        """The body of a GET response."""
         connection = http.client.HTTPConnection(HOST, self.port, timeout=_TIMEOUT_SECONDS)
         try:
             connection.request("GET", path)
@@ -292,15 +292,15 @@ class Fuzz:
             connection.close()
 
     def close(self) -> None:
-        """End the connections."""
+        """Close the connections."""
         for connection in self._connections.values():
             connection.close()
         self._connections.clear()
 
     def left_behind(self, redis_url: str, model: str = MODEL) -> Iterator[str]:
-        """What a pool that nobody uses must not have: requests in the API, jobs in the queue or with a worker."""
+        """What an idle pool must not have: requests in the API, jobs in the queue or at a worker."""
         if num := json.loads(self.get("/health"))["open_requests"]:
-            yield f"{num} requests run"
+            yield f"{num} requests are running"
         with connections.connect(redis_url) as client:
             queue = JsonQueue(model, connection=client)
             for name, num in (
@@ -323,18 +323,17 @@ class Fuzz:
         return Answer(response.status, response.headers["content-type"], response.read())
 
 
-# -- the long form ------------------------------------------------------------------------------------------------------
+# -- the command --------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Send, count and look at what is left; the exit status is 1 where something is wrong."""
+    """Send bodies, print counts and check that nothing is left; the exit status is 1 if something is."""
     parser = argparse.ArgumentParser(prog="python -m bench.fuzz", description=__doc__)
     parser.add_argument("--requests", type=int, default=10_000, metavar="N")
     options = parser.parse_args(argv)
     with Pool() as pool:
-        command = ["bench.harness.synthetic_worker", "--name", MODEL, "--max-batch", str(MAX_BATCH)]
-        command += ["--context-length", str(CONTEXT_LENGTH), "--log-level", "WARNING"]
-        pool.start_worker(command, MODEL)
+        context = ("--context-length", str(CONTEXT_LENGTH))
+        pool.start_worker(synthetic_worker(MODEL, MAX_BATCH, *context), MODEL)
         pool.start_api()
         fuzz, began_at = Fuzz(pool.port), time.monotonic()
         try:
@@ -353,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _left(fuzz: Fuzz, pool: Pool) -> list[str]:
-    """What is left once the last answers' books are written."""
+    """What is left behind once RQ's bookkeeping of the last jobs is done."""
     deadline = time.monotonic() + IDLE_SECONDS
     while True:
         [model] = json.loads(fuzz.get("/v1/models"))["data"] or [{"free_slots": 0}]
@@ -361,7 +360,7 @@ def _left(fuzz: Fuzz, pool: Pool) -> list[str]:
         if model["free_slots"] != MAX_BATCH:
             left.append(f"{MAX_BATCH - model['free_slots']} slots")
         if pool.process("worker").poll() is not None:
-            left.append("a dead worker")
+            left.append("a worker that died")
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(0.1)

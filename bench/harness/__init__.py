@@ -1,1 +1,1 @@
-"""What benchmarks share: private pools, a worker without a model, meters."""
+"""Shared by benchmarks and tests: private pools, a synthetic worker, a proxy, CPU meters, tables."""

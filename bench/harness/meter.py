@@ -1,7 +1,7 @@
-"""Who used the machine while something was measured: each part of the pool, this process, and everybody else.
+"""CPU usage during a measurement: of each role of the pool, of this process, and of all other processes.
 
-A figure that was taken while others worked on the machine says little: `Usage.others` is printed beside each, and
-`in_quiet` measures again.
+A measurement is unreliable if other processes use the CPUs: benchmarks print `Usage.others` next to each result, and
+`measure_when_quiet` repeats a disturbed one.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from bench.harness.pool import Pool, cpu_seconds_of
 T = TypeVar("T")
 
 QUIET_CPUS = 0.15
-"""What others may use: the system itself, a shell."""
+"""What other processes may use: the system itself, a shell."""
 
-_LISTEN_SECONDS = 1.0
+_SAMPLE_SECONDS = 1.0
 _NUM_TRIES = 4
 
 
@@ -32,7 +32,7 @@ class Usage:
     Attributes:
         seconds: Wall clock.
         cpu_seconds: By role; this process is `client`.
-        others: CPUs that anything else kept busy, in the mean.
+        others: Mean number of CPUs that other processes used.
     """
 
     seconds: float
@@ -40,19 +40,19 @@ class Usage:
     others: float
 
     def share(self, role: str) -> float:
-        """Of one CPU, 0 to 1 (more for a process that uses several)."""
+        """Share of one CPU: 0 to 1, more for a role that uses several."""
         return self.cpu_seconds.get(role, 0.0) / self.seconds
 
     def us_per(self, role: str, num_tokens: int) -> float:
-        """Microseconds of CPU time for each token."""
+        """Microseconds of CPU time per token."""
         return 1e6 * self.cpu_seconds.get(role, 0.0) / num_tokens if num_tokens else 0.0
 
 
 class Meter:
-    """Reads the clocks when made, and again at `usage`.
+    """Reads CPU times when created, and again in `usage`.
 
     Args:
-        pids: More processes that are ours, by role.
+        pids: More processes of the benchmark, by role.
     """
 
     def __init__(self, pool: Pool, pids: dict[str, int] | None = None) -> None:
@@ -61,7 +61,7 @@ class Meter:
         self._began = self._read()
 
     def usage(self) -> Usage:
-        """What was used since then."""
+        """Usage since the meter was created."""
         (at, busy, ours), (at_before, busy_before, before) = self._read(), self._began
         used = {role: seconds - before.get(role, 0.0) for role, seconds in ours.items()}
         others = max(0.0, busy - busy_before - sum(used.values()))
@@ -73,8 +73,10 @@ class Meter:
         return time.monotonic(), busy, ours
 
 
-def in_quiet(measure: Callable[[], tuple[T, Usage]], patience_seconds: float = 60.0) -> tuple[T, Usage]:
-    """Measure while others leave the machine alone; if they never do for long, the quietest of a few tries."""
+def measure_when_quiet(
+    measure: Callable[[], tuple[T, Usage]], patience_seconds: float = 60.0
+) -> tuple[T, Usage]:
+    """Measure while other processes are idle; if they never are, take the least disturbed of a few tries."""
     tries = []
     for _ in range(_NUM_TRIES):
         wait_until_quiet(patience_seconds)
@@ -85,16 +87,16 @@ def in_quiet(measure: Callable[[], tuple[T, Usage]], patience_seconds: float = 6
 
 
 def wait_until_quiet(patience_seconds: float) -> None:
-    """Return when the machine idles, what we have started included, or when patience is over."""
+    """Wait until the whole machine is idle, but at most `patience_seconds`."""
     deadline = time.monotonic() + patience_seconds
     while time.monotonic() < deadline:
         before = busy_seconds()
-        time.sleep(_LISTEN_SECONDS)
-        if (busy_seconds() - before) / _LISTEN_SECONDS <= QUIET_CPUS:
+        time.sleep(_SAMPLE_SECONDS)
+        if (busy_seconds() - before) / _SAMPLE_SECONDS <= QUIET_CPUS:
             return
 
 
 def busy_seconds() -> float:
-    """CPU time that the machine has used since it started."""
+    """CPU seconds used by all processes since boot."""
     times = psutil.cpu_times()
     return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))

@@ -1,7 +1,7 @@
-"""A private pool for a benchmark: Redis, API processes and workers on free ports, started and ended here by their ids.
+"""A private pool for benchmarks and tests: Redis, API processes and workers on free ports, started and ended by process id.
 
-`Pool` knows each process and its children, so that a benchmark can say who used how much CPU and memory. It starts the
-commands that users start, in the configuration that users have.
+`Pool` keeps track of each process and its children, so that a benchmark can report CPU time and memory by role. It runs the same
+commands as users do, with default settings.
 """
 
 from __future__ import annotations
@@ -35,26 +35,32 @@ _POLL_SECONDS = 0.05
 
 
 class PoolError(RuntimeError):
-    """A process of the pool did not start, or ended by itself; the message has the end of its log."""
+    """A process of the pool did not start, or exited; the message has the end of its log."""
+
+
+def synthetic_worker(model: str, max_batch: int, *flags: str) -> list[str]:
+    """The command of a `bench.harness.synthetic_worker`, for `Pool.start_worker`."""
+    command = ["bench.harness.synthetic_worker", "--name", model, "--max-batch", str(max_batch)]
+    return [*command, "--log-level", "WARNING", *flags]
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody listens on now."""
+    """An unused TCP port on loopback."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
 
 
 class Pool:
-    """A pool while a `with` block lasts.
+    """A pool that runs for the duration of a `with` block.
 
     Attributes:
         url: The API's address, once `start_api` was called.
-        redis_url: The private Redis's.
+        redis_url: URL of the private Redis.
         redis_port: Its port.
 
     Args:
-        environ: More variables for all processes, such as settings.
+        environ: More environment variables for all processes, such as settings.
     """
 
     def __init__(self, environ: dict[str, str] | None = None) -> None:
@@ -70,7 +76,7 @@ class Pool:
         self.port = 0
 
     def __enter__(self) -> Self:
-        # A benchmark that is told to end leaves nothing running.
+        # On SIGTERM, end all processes too.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:
             self.start_redis()
@@ -88,7 +94,7 @@ class Pool:
         self.close()
 
     def start_redis(self) -> None:
-        """Start Redis, with the data that it had if it ran before, and wait until it answers."""
+        """Start Redis, with its data of an earlier start, and wait until it answers."""
         data = self.folder / "redis"
         data.mkdir(exist_ok=True)
         self._start("redis", arguments(redis_binaries.find()[0].path, data, self.redis_port))
@@ -96,7 +102,7 @@ class Pool:
             connections.check(client)
 
     def start_api(self, num_processes: int = 1) -> None:
-        """Start gunicorn and wait until it answers; before the first request there must be a worker."""
+        """Start gunicorn and wait until it answers."""
         self.port = free_port()
         self.url = f"http://{HOST}:{self.port}"
         environ = {"MLXPOOL_PORT": str(self.port), "MLXPOOL_API_PROCESSES": str(num_processes)}
@@ -105,7 +111,7 @@ class Pool:
         self._wait_for("api", self._api_answers)
 
     def start_worker(self, command: Sequence[str], model: str, role: str = "worker") -> None:
-        """Start `python -m COMMAND...` and wait until it shows a card for `model`."""
+        """Start `python -m COMMAND...` and wait until it publishes a card for `model`."""
         with connections.connect(self.redis_url) as client:
             before = _cards(client, model)
             self.start(role, command)
@@ -116,7 +122,7 @@ class Pool:
         self._start(role, [sys.executable, "-m", *command])
 
     def stop(self, role: str) -> None:
-        """End the processes of one role: SIGTERM, and SIGKILL for one that does not go."""
+        """End the processes of one role: SIGTERM, then SIGKILL after a timeout."""
         processes = self._processes.pop(role, [])
         for process in processes:
             process.terminate()
@@ -131,7 +137,7 @@ class Pool:
             self._logs.pop(process.pid).close()
 
     def close(self) -> None:
-        """End everything, Redis last."""
+        """End all processes, Redis last."""
         for role in [role for role in self._processes if role != "redis"]:
             self.stop(role)
         self.stop("redis")
@@ -139,11 +145,11 @@ class Pool:
 
     @property
     def folder(self) -> Path:
-        """Where its logs and Redis's data are, while it lasts."""
+        """Folder of the logs and of Redis's data; deleted when the pool is closed."""
         return Path(self._folder.name)
 
     def process(self, role: str) -> subprocess.Popen[bytes]:
-        """A role's first process."""
+        """The first process of a role."""
         return self._processes[role][0]
 
     def pids(self, role: str) -> list[int]:
@@ -151,18 +157,18 @@ class Pool:
         return [pid for process in self._processes.get(role, []) for pid in family_pids(process.pid)]
 
     def cpu_seconds(self) -> dict[str, float]:
-        """User and system time that each role's processes have used so far, children included."""
+        """User and system time of each role's processes so far, children included."""
         return {role: sum(map(cpu_seconds_of, self.pids(role))) for role in self._processes}
 
     def rss_bytes(self) -> dict[str, int]:
-        """Memory that each role's processes hold."""
+        """Resident memory of each role's processes, children included."""
         return {
             role: sum(psutil.Process(pid).memory_info().rss for pid in self.pids(role))
             for role in self._processes
         }
 
     def log(self, role: str) -> str:
-        """What the role's processes have written so far."""
+        """The log of a role's processes so far."""
         return "".join(
             Path(self._logs[process.pid].name).read_text(errors="replace")
             for process in self._processes.get(role, [])
@@ -177,7 +183,7 @@ class Pool:
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            start_new_session=True,  # a Ctrl-C is for the benchmark, which ends the others in order
+            start_new_session=True,  # a Ctrl-C is for the benchmark, which ends its processes in order
         )
         self._logs[process.pid] = log
         self._processes.setdefault(role, []).append(process)
@@ -198,7 +204,7 @@ class Pool:
             try:
                 connection.request("GET", "/v1/models")
                 response = connection.getresponse()
-                # 401: there, and careful
+                # 401: it runs with API keys
                 return response.status in (http.HTTPStatus.OK, http.HTTPStatus.UNAUTHORIZED)
             finally:
                 connection.close()
@@ -207,13 +213,13 @@ class Pool:
 
 
 def _cards(client: redis.Redis, model: str) -> set[bytes]:
-    """The workers that show a card for the model; one that was killed does for a while."""
+    """Names of the workers that have a card for the model; the card of a killed worker stays for a while."""
     workers: list[bytes] = client.zrange(names.WORKER_CARDS, 0, -1)  # type: ignore[assignment]
     return {w for w in workers if client.hget(names.worker_card(w.decode()), "id") == model.encode()}
 
 
 def _family(pid: int) -> list[psutil.Process]:
-    """The process and its descendants; empty where it has ended."""
+    """The process and its descendants; empty if it has ended."""
     try:
         parent = psutil.Process(pid)
         return [parent, *parent.children(recursive=True)]
@@ -222,12 +228,12 @@ def _family(pid: int) -> list[psutil.Process]:
 
 
 def family_pids(pid: int) -> list[int]:
-    """A process and its descendants that still run."""
+    """Ids of a process and its running descendants."""
     return [process.pid for process in _family(pid)]
 
 
 def cpu_seconds_of(pid: int) -> float:
-    """User and system time of a process; 0 where it has ended."""
+    """User and system time of a process; 0 if it has ended."""
     try:
         times = psutil.Process(pid).cpu_times()
     except psutil.NoSuchProcess:
@@ -236,5 +242,5 @@ def cpu_seconds_of(pid: int) -> float:
 
 
 def cpu_seconds_of_family(pid: int) -> float:
-    """Of a process and its descendants that still run."""
+    """User and system time of a process and its running descendants."""
     return sum(cpu_seconds_of(process.pid) for process in _family(pid))

@@ -1,4 +1,4 @@
-"""What benchmarks ask: prompts of about the same length that end in long answers."""
+"""Prompts for benchmarks: of about the same length, with long answers."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ _KINDS = ("story", "essay", "letter", "speech")
 
 
 def prompts(num: int, number: int = 0) -> list[str]:
-    """So many, none like another.
+    """`num` different prompts.
 
     Args:
-        number: Prompts of different numbers begin differently, so that no server has read them before.
+        number: Prompts of different numbers share no prefix, so that no server has cached them.
     """
     begin = f"{number}. " if number else ""
     return [

@@ -1,6 +1,6 @@
-"""A TCP proxy on loopback that makes a network bad: latency, connections that are reset.
+"""A TCP proxy on loopback that simulates a bad network: latency, and connections that are reset.
 
-For tests, in a thread (`Proxy`); for benchmarks in a process of its own: `python -m bench.harness.proxy --to PORT --delay-ms 1`.
+Tests run it in a thread (`Proxy`), benchmarks in a process of its own: `python -m bench.harness.proxy --to PORT --delay-ms 1`.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from bench.harness.table import say
 HOST = "127.0.0.1"
 
 
-class _Way(asyncio.Protocol):
-    """One side of a connection: what comes in goes out at the other, later, in order."""
+class _Side(asyncio.Protocol):
+    """One side of a connection: forwards what it receives to the other side, in order, after the delay."""
 
     def __init__(self, proxy: Proxy) -> None:
         self._proxy = proxy
         self._loop = asyncio.get_running_loop()
-        self._late: deque[bytes | None] = deque()  # on its way; None is the end
-        self._early: list[bytes] = []  # came before there was an other side
+        self._delayed: deque[bytes | None] = deque()  # None: end of the stream
+        self._early: list[bytes] = []  # received before the other side was connected
         self.transport: asyncio.Transport | None = None
-        self.other: _Way | None = None
+        self.other: _Side | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
-        self._proxy.ways.add(self)
+        self._proxy.sides.add(self)
 
-    def join(self, other: _Way) -> None:
-        """Know the other side, and send it what came before it was there."""
+    def join(self, other: _Side) -> None:
+        """Connect the other side, and forward what was received before."""
         self.other = other
         for data in self._early:
             self.data_received(data)
@@ -47,11 +47,11 @@ class _Way(asyncio.Protocol):
             self._send_later(data)
 
     def _send_later(self, data: bytes | None) -> None:
-        self._late.append(data)
+        self._delayed.append(data)
         self._loop.call_later(self._proxy.delay_seconds, self._send_next)
 
     def _send_next(self) -> None:
-        data = self._late.popleft()
+        data = self._delayed.popleft()
         transport = None if self.other is None else self.other.transport
         if transport is None:
             return
@@ -61,7 +61,7 @@ class _Way(asyncio.Protocol):
             transport.write(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._proxy.ways.discard(self)
+        self._proxy.sides.discard(self)
         if exc is not None and self.other is not None and self.other.transport is not None:
             self.other.transport.abort()
         else:
@@ -69,19 +69,19 @@ class _Way(asyncio.Protocol):
 
 
 class Proxy:
-    """In a thread, while a `with` block lasts.
+    """Runs in a thread for the duration of a `with` block.
 
     Attributes:
-        delay_seconds: What each piece of data waits, each way; may be changed while nothing is on its way.
+        delay_seconds: Delay of data, each way; may be changed while no data is in transit.
 
     Args:
-        port: Where it leads, on 127.0.0.1.
+        port: The port on 127.0.0.1 to which connections are forwarded.
     """
 
     def __init__(self, port: int, delay_seconds: float = 0.0) -> None:
         self.delay_seconds = delay_seconds
         self.port = 0
-        self.ways: set[_Way] = set()
+        self.sides: set[_Side] = set()
         self._target = port
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
@@ -101,17 +101,17 @@ class Proxy:
         self._loop.close()
 
     def join(self) -> None:
-        """Until the process ends."""
+        """Wait until the process ends."""
         self._thread.join()
 
     def reset_all(self) -> None:
-        """Every connection is torn off in the middle of whatever it carries."""
+        """Reset every connection, whatever is in transit."""
         self._loop.call_soon_threadsafe(self._reset)
 
     def _reset(self) -> None:
-        for way in list(self.ways):
-            if way.transport is not None:
-                way.transport.abort()
+        for side in list(self.sides):
+            if side.transport is not None:
+                side.transport.abort()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -125,26 +125,26 @@ class Proxy:
             task.cancel()
         self._loop.run_until_complete(asyncio.sleep(0))
 
-    def _accepted(self) -> _Way:
-        way = _Way(self)
-        task = self._loop.create_task(self._lead_on(way))
+    def _accepted(self) -> _Side:
+        side = _Side(self)
+        task = self._loop.create_task(self._forward(side))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return way
+        return side
 
-    async def _lead_on(self, way: _Way) -> None:
+    async def _forward(self, side: _Side) -> None:
         try:
-            _, there = await self._loop.create_connection(lambda: _Way(self), HOST, self._target)
+            _, target = await self._loop.create_connection(lambda: _Side(self), HOST, self._target)
         except OSError:
-            if way.transport is not None:
-                way.transport.abort()
+            if side.transport is not None:
+                side.transport.abort()
             return
-        there.join(way)
-        way.join(there)
+        target.join(side)
+        side.join(target)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one until it is ended; prints its port."""
+    """Print the proxy's port and run until the process is ended."""
     parser = argparse.ArgumentParser(prog="python -m bench.harness.proxy", description=__doc__)
     parser.add_argument("--to", type=int, required=True, metavar="PORT")
     parser.add_argument("--delay-ms", type=float, default=0.0, metavar="MS", help="each way")

@@ -1,9 +1,9 @@
 """A worker without a model: `python -m bench.harness.synthetic_worker --name MODEL_ID --steps-per-second R`.
 
-For benchmarks, capacity planning and tests: everything is the real worker but the engine. Token k of a stream has the text
-" k" (k from 1), so that a reader can see that none is missing, doubled or out of order. With `--obey`, a request's last
-words can ask for misfortune: "crash 5" kills the worker before that row's fifth token, "hang 5" has the step hang,
-"raise 5" has it raise, "fail 5" fails that row, "hang 0" hangs while its prompt is encoded.
+For benchmarks, capacity planning and tests: the real worker with a synthetic engine. Token k of a stream has the text " k" (k
+from 1), so that a client can check that none is missing, repeated or out of order. With `--obey`, the end of a prompt can request
+a fault: "crash 5" kills the worker before that sequence's fifth token, "hang 5" makes the step hang, "raise 5" makes it
+raise, "fail 5" fails that sequence, "hang 0" hangs while the prompt is encoded.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ VOCAB_SIZE = 1_000_000
 
 
 class SyntheticEngine:
-    """One token a row and step; the k-th has the id k and the text " k".
+    """An engine that generates one token per sequence and step; the k-th has the id k and the text " k".
 
     Args:
         steps_per_second: 0: flat out.
-        first_token_at_once: A new row's first token does not wait for the next step: what a client then waits for is
-            the transport alone.
-        timestamps: The k-th token's text is " k@T", T the microseconds since 1970 when its step ended: a reader on the
-            same machine knows how long it was on its way.
-        obey: Misfortunes are to be had; see the module.
+        first_token_at_once: A new sequence's first token does not wait for the next step, so that time to first token is
+            the transport's alone.
+        timestamps: The k-th token's text is " k@T", T being the Unix time in microseconds at which its step ended, so that a
+            client on the same machine can measure latency.
+        obey: Prompts can request faults; see the module.
     """
 
     def __init__(
@@ -54,15 +54,15 @@ class SyntheticEngine:
         self._first_token_at_once = first_token_at_once
         self._timestamps = timestamps
         self._obey = obey
-        self._misfortunes: dict[str, tuple[str, int]] = {}  # by job id: what, and before which token
+        self._faults: dict[str, tuple[str, int]] = {}  # by job id: kind, and before which token
         self._clock, self._sleep = clock, sleep
         self._next_step_at = 0.0
-        self._rows: dict[str, list[int]] = {}  # job id: tokens so far, tokens in all
+        self._sequences: dict[str, list[int]] = {}  # by job id: tokens so far, max tokens
         self._new: list[str] = []
 
     @property
     def num_sequences(self) -> int:
-        return len(self._rows)
+        return len(self._sequences)
 
     @property
     def burst_wait_seconds(self) -> float:
@@ -86,102 +86,103 @@ class SyntheticEngine:
         return True
 
     def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> InsertResult:
-        most = self.info.context_length
-        max_tokens = most if job.max_tokens is None else min(job.max_tokens, most)
+        limit = self.info.context_length
+        max_tokens = limit if job.max_tokens is None else min(job.max_tokens, limit)
         inserted = InsertResult(
             len(prompt), max_tokens, replayed_texts=[f" {token_id}" for token_id in replay]
         )
         if not max_tokens:
             return inserted
-        if not self._rows:  # time in which there was nothing to do is not to be made good
+        if not self._sequences:  # after an idle time, steps are not made up for
             self._next_step_at = self._clock()
-        self._rows[job.job_id] = [len(replay), max_tokens]
+        self._sequences[job.job_id] = [len(replay), max_tokens]
         self._new.append(job.job_id)
-        if self._obey and (asked := _misfortune(job)):
-            self._misfortunes[job.job_id] = asked
+        if self._obey and (requested := _requested_fault(job)):
+            self._faults[job.job_id] = requested
         return inserted
 
     def remove(self, job_id: str) -> None:
-        self._rows.pop(job_id, None)
-        self._misfortunes.pop(job_id, None)
+        self._sequences.pop(job_id, None)
+        self._faults.pop(job_id, None)
 
     def step(self) -> list[StepEvent]:
-        new, self._new = [job_id for job_id in self._new if job_id in self._rows], []
+        new, self._new = [job_id for job_id in self._new if job_id in self._sequences], []
         if new and self._first_token_at_once:
             return self._next_tokens(new)
         if self._period_seconds:
             wait_seconds = self._next_step_at - self._clock()
             if wait_seconds > 0:
-                # Short naps, so that a new row is seen: an engine that reads prompts between steps does as much.
+                # Short sleeps, so that new sequences are noticed, as by an engine that prefills between steps.
                 self._sleep(min(wait_seconds, 0.002) if self._first_token_at_once else wait_seconds)
                 if self._first_token_at_once and self._clock() < self._next_step_at:
                     return []
             self._next_step_at = max(self._next_step_at + self._period_seconds, self._clock() - 0.05)
-        return self._next_tokens(list(self._rows))
+        return self._next_tokens(list(self._sequences))
 
     def _next_tokens(self, job_ids: list[str]) -> list[StepEvent]:
         mark = f"@{time.time_ns() // 1000}" if self._timestamps else ""
-        failures = self._suffer(job_ids) if self._misfortunes else []
-        return [self._next_token(job_id, mark) for job_id in job_ids if job_id in self._rows] + failures
+        failures = self._inject_faults(job_ids) if self._faults else []
+        return [self._next_token(job_id, mark) for job_id in job_ids if job_id in self._sequences] + failures
 
-    def _suffer(self, job_ids: list[str]) -> list[StepEvent]:
-        """Do what rows of this step asked for."""
+    def _inject_faults(self, job_ids: list[str]) -> list[StepEvent]:
+        """Inject the faults that sequences of this step requested."""
         failures: list[StepEvent] = []
         for job_id in job_ids:
-            what, at = self._misfortunes.get(job_id, ("", 0))
-            if not what or self._rows[job_id][0] + 1 < at:
+            kind, before = self._faults.get(job_id, ("", 0))
+            if not kind or self._sequences[job_id][0] + 1 < before:
                 continue
-            match what:
+            match kind:
                 case "crash":
                     os.kill(os.getpid(), signal.SIGKILL)
                 case "hang":
                     self._sleep(3600)
                 case "raise":
-                    self._rows.clear()
-                    self._misfortunes.clear()
-                    raise RuntimeError("as asked")
+                    self._sequences.clear()
+                    self._faults.clear()
+                    raise RuntimeError("a requested fault")
                 case _:
                     self.remove(job_id)
-                    failures.append(SequenceFailure(job_id, RuntimeError("as asked")))
+                    failures.append(SequenceFailure(job_id, RuntimeError("a requested fault")))
         return failures
 
     def _next_token(self, job_id: str, mark: str) -> StepToken:
-        row = self._rows[job_id]
-        row[0] += 1
-        done = row[0] >= row[1]
-        if done:
-            del self._rows[job_id]
-        return StepToken(job_id, row[0], f" {row[0]}{mark}", "length" if done else None)
+        counts = self._sequences[job_id]
+        counts[0] += 1
+        num_tokens, max_tokens = counts
+        is_done = num_tokens >= max_tokens
+        if is_done:
+            del self._sequences[job_id]
+        return StepToken(job_id, num_tokens, f" {num_tokens}{mark}", "length" if is_done else None)
 
 
-def _misfortune(job: GenerationJob) -> tuple[str, int] | None:
-    """What a request's last two words ask for."""
+def _requested_fault(job: GenerationJob) -> tuple[str, int] | None:
+    """The fault that the last two words of a prompt request: its kind, and before which token."""
     prompt = job.prompt
     text = str(prompt.messages[-1].get("content")) if isinstance(prompt, ChatPrompt) else ""
     text = prompt.text if isinstance(prompt, TextPrompt) else text
-    asked = re.search(r"\b(crash|hang|raise|fail) (\d+)$", text)
-    return (asked[1], int(asked[2])) if asked else None
+    found = re.search(r"\b(crash|hang|raise|fail) (\d+)$", text)
+    return (found[1], int(found[2])) if found else None
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one; the exit status."""
+    """Run a synthetic worker; the exit status."""
     flags = WorkerFlags(
-        "python -m bench.harness.synthetic_worker", "A worker without a model; see the module."
+        "python -m bench.harness.synthetic_worker", "A worker with a synthetic engine instead of a model."
     )
     flags.parser.add_argument("--steps-per-second", type=float, default=0.0, metavar="R", help="0: flat out")
     flags.parser.add_argument(
         "--first-token-at-once",
         action="store_true",
-        help="a new request's first token does not wait for a step",
+        help="generate a new request's first token immediately",
     )
     flags.parser.add_argument(
         "--timestamps",
         action="store_true",
-        help="each token's text says when its step ended (Unix microseconds)",
+        help="add the end of the step to each token's text (Unix microseconds)",
     )
 
     flags.parser.add_argument(
-        "--obey", action="store_true", help="requests can ask for misfortune; see the module"
+        "--obey", action="store_true", help="prompts can request faults, such as 'crash 5'"
     )
 
     flags.parser.add_argument("--context-length", type=int, default=CONTEXT_LENGTH, metavar="N")
@@ -189,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     def make_engine(settings: Settings) -> SyntheticEngine:
         options = flags.arguments
         if options.steps_per_second < 0:
-            raise StartupError(f"--steps-per-second is at least 0, not {options.steps_per_second}")
+            raise StartupError(f"--steps-per-second must be at least 0, not {options.steps_per_second}")
         return SyntheticEngine(
             settings.max_batch,
             options.steps_per_second,

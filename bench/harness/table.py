@@ -1,4 +1,4 @@
-"""Figures as a Markdown table, printed row by row, and what they are made of."""
+"""Results as a Markdown table, printed row by row, and percentiles."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 
 class Table:
-    """A table whose rows are seen as they come.
+    """A table that prints each row when it is added.
 
     Args:
-        columns: Headings; all but the first are numbers.
+        columns: Headings; all columns but the first are right-aligned.
     """
 
     def __init__(self, columns: Sequence[str]) -> None:
@@ -19,7 +19,7 @@ class Table:
         self._is_begun = False
 
     def add(self, cells: Sequence[str]) -> None:
-        """Print a row, below the headings if it is the first."""
+        """Print a row, after the headings if it is the first."""
         if not self._is_begun:
             self._is_begun = True
             _print(self._columns)
@@ -28,7 +28,7 @@ class Table:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that `percent` of all are not above; NaN where there are none."""
+    """The smallest value that at least `percent` of all values do not exceed; NaN if there are none."""
     if not values:
         return math.nan
     ordered = sorted(values)
@@ -36,7 +36,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 
 def say(text: str) -> None:
-    """One line on standard output, at once."""
+    """Write a line to standard output and flush."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 

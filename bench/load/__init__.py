@@ -1,1 +1,1 @@
-"""Load on any OpenAI-compatible server."""
+"""A load generator for any OpenAI-compatible server."""

@@ -1,8 +1,8 @@
-"""A load client for any server with OpenAI's streaming chat API: many streams, one thread, little CPU.
+"""A load generator for any server with OpenAI's streaming chat API: many streams, one thread, little CPU.
 
-`python -m bench.load --url http://127.0.0.1:8080 --model MODEL_ID --streams 64` asks for that many answers at once and
-says how fast they came. Sockets and a selector rather than an HTTP library: on the machine that also runs the pool, the
-client's share must be small, and it is measured. Against `bench.harness.synthetic_worker` each stream is checked token by token.
+`python -m bench.load --url http://127.0.0.1:8080 --model MODEL_ID --streams 64` sends that many requests at once and
+reports how fast they came. It uses sockets and a selector instead of an HTTP library: it runs on the same machine as the pool, so
+its CPU share must be small, and is measured. Streams of `bench.harness.synthetic_worker` can be checked token by token.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Usage(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Chunk(msgspec.Struct, frozen=True, gc=False):
-    """As much of a chunk as is measured."""
+    """The fields of a chunk that are measured."""
 
     choices: list[_Choice] = []
     usage: _Usage | None = None
@@ -51,23 +51,23 @@ _decode_chunk = msgspec.json.Decoder(_Chunk).decode
 
 
 class Stream:
-    """One request and what came of it.
+    """One request and its response.
 
     Attributes:
-        began_at: Monotonic seconds before the connection was made.
-        answered_at: When the head of the answer had come.
-        retry_after_seconds: What a refusal said.
-        first_at: When the first text came; 0 where none did.
+        began_at: Monotonic seconds, before the connection was opened; as the others.
+        answered_at: When the response headers were complete.
+        retry_after_seconds: The Retry-After header of a refusal.
+        first_at: When the first text came; 0 if none did.
         last_at: When the last text came.
-        num_chunks: Chunks with text: tokens, for a server that sends each in its own.
-        gaps_seconds: Between one text and the next.
-        latencies_us: From the end of a token's step to its arrival here, where the synthetic worker says when it was.
-        completion_tokens: As the server counts them, where it was asked to.
-        text: All of it, where it is kept.
-        error: What went wrong; None where the stream ended as it should.
+        num_chunks: Chunks with text: tokens, if the server sends each in a chunk of its own.
+        gaps_seconds: Between consecutive chunks with text.
+        latencies_us: From the end of a token's step to its arrival here, if the synthetic worker adds time stamps.
+        completion_tokens: The server's count, if usage was asked for.
+        text: The whole text, if `keep_text`.
+        error: Why the stream is incomplete or wrong; None if it is complete.
 
     Args:
-        check: The text must be the synthetic worker's: " 1 2 3 ...", each once and in order.
+        check: Check that the text is the synthetic worker's: " 1 2 3 ...", each number once and in order.
         keep_text: Keep the text.
     """
 
@@ -87,8 +87,8 @@ class Stream:
         self._check = check
         self._keep_text = keep_text
         self._texts: list[str] = []
-        self._raw = b""  # from the socket, not yet whole chunks
-        self._body = b""  # of the answer, not yet whole events
+        self._raw = b""  # from the socket: an incomplete transfer chunk
+        self._body = b""  # of the response: an incomplete event
         self._is_chunked = False
 
     @property
@@ -96,16 +96,16 @@ class Stream:
         return "".join(self._texts)
 
     def feed(self, data: bytes) -> None:
-        """Take what came from the socket; no data: the server hung up."""
+        """Process data from the socket; empty data means that the server closed the connection."""
         if not data:
-            self._end(f"the server hung up (status {self.status}): {self._body[:300]!r}")
+            self._end(f"the server closed the connection (status {self.status}): {self._body[:300]!r}")
             return
         self._raw += data
-        if self.status == 0 and not self._read_head():
+        if self.status == 0 and not self._read_headers():
             return
         self._read_body()
 
-    def _read_head(self) -> bool:
+    def _read_headers(self) -> bool:
         head, separator, rest = self._raw.partition(b"\r\n\r\n")
         if not separator:
             return False
@@ -171,7 +171,7 @@ class Stream:
                 number, _, mark = word.partition("@")
                 self.num_checked += 1
                 if number != str(self.num_checked):
-                    self._end(f"token {number} where {self.num_checked} was to come")
+                    self._end(f"token {number} instead of {self.num_checked}")
                     return
                 if mark:
                     self.latencies_us.append(now_us - int(mark))
@@ -191,7 +191,7 @@ class Load:
         self._api_key = api_key
 
     def request(self, prompt: str, max_tokens: int, **options: Any) -> bytes:
-        """A streaming chat request, as bytes for a new connection."""
+        """A streaming chat request, as the bytes of a whole connection."""
         body = msgspec.json.encode(
             {
                 "model": self._model,
@@ -211,10 +211,10 @@ class Load:
     def run(
         self, streams: Iterable[Stream], timeout_seconds: float = 120.0, *, apart_seconds: float = 0.0
     ) -> list[Stream]:
-        """Send all of them, each on a connection of its own; returns when each has ended.
+        """Send all requests, each on a connection of its own; returns when all have ended.
 
         Args:
-            apart_seconds: From one to the next, whatever the server does meanwhile; 0: all at once.
+            apart_seconds: Between the starts of two requests; 0: all at once.
         """
         streams = list(streams)
         began_at = time.monotonic()
@@ -238,7 +238,7 @@ class Load:
                 key.fileobj.close()  # type: ignore[union-attr]
         for stream in streams:
             if not stream.is_done:
-                stream.error = f"not whole after {timeout_seconds:.0f} s"
+                stream.error = f"incomplete after {timeout_seconds:.0f} s"
         return streams
 
     def _connect(self, stream: Stream, selector: selectors.BaseSelector) -> None:
@@ -247,14 +247,14 @@ class Load:
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if connection.connect_ex(self._address) not in (0, errno.EINPROGRESS):
-            raise OSError(f"nobody listens at {self._address}")
+            raise OSError(f"cannot connect to {self._address}")
         selector.register(connection, selectors.EVENT_WRITE, stream)
 
     @staticmethod
     def _on_ready(stream: Stream, key: selectors.SelectorKey, selector: selectors.BaseSelector) -> None:
         connection: Any = key.fileobj
         try:
-            if key.events & selectors.EVENT_WRITE:  # a request fits into a socket's buffer at once
+            if key.events & selectors.EVENT_WRITE:  # a request fits into the socket's buffer
                 connection.send(stream.request)
                 selector.modify(connection, selectors.EVENT_READ, stream)
             else:
@@ -266,32 +266,41 @@ class Load:
 
 
 def errors(streams: Iterable[Stream]) -> list[str]:
-    """What went wrong, of the streams where something did."""
+    """The errors of the streams that have one."""
     return [stream.error for stream in streams if stream.error is not None]
 
 
+def inexact(streams: Iterable[Stream], num_tokens: int) -> list[str]:
+    """An error for each checked stream that failed or has another number of tokens."""
+    return [
+        stream.error or f"{stream.num_checked} of {num_tokens} tokens"
+        for stream in streams
+        if stream.error is not None or stream.num_checked != num_tokens
+    ]
+
+
 def summary(streams: list[Stream], own_cpu_seconds: float) -> str:
-    """A few lines about one run."""
-    good = [stream for stream in streams if stream.error is None]
-    lines = [f"{len(good)} of {len(streams)} streams are whole"]
+    """A summary of one run, in lines."""
+    complete = [stream for stream in streams if stream.error is None]
+    lines = [f"{len(complete)} of {len(streams)} streams are complete"]
     lines += sorted(set(errors(streams)))[:5]
-    if good:
-        num_chunks = sum(stream.num_chunks for stream in good)
-        seconds = max(stream.last_at for stream in good) - min(stream.began_at for stream in good)
-        first = [1000 * (stream.first_at - stream.began_at) for stream in good]
-        gaps = [1000 * gap for stream in good for gap in stream.gaps_seconds]
+    if complete:
+        num_chunks = sum(stream.num_chunks for stream in complete)
+        seconds = max(stream.last_at for stream in complete) - min(stream.began_at for stream in complete)
+        first = [1000 * (stream.first_at - stream.began_at) for stream in complete]
+        gaps = [1000 * gap for stream in complete for gap in stream.gaps_seconds]
         lines += [
-            f"{num_chunks} chunks in {seconds:.2f} s: {num_chunks / seconds:,.1f} a second",
-            f"first text after {percentile(first, 50):.1f} ms in the median, {percentile(first, 99):.1f} ms p99",
-            f"gaps {percentile(gaps, 50):.1f} ms in the median, {percentile(gaps, 99):.1f} ms p99",
-            f"the longest gap {max(gaps, default=0):.1f} ms",
-            f"this client used {1e6 * own_cpu_seconds / num_chunks:.1f} µs a chunk",
+            f"{num_chunks} chunks in {seconds:.2f} s: {num_chunks / seconds:,.1f} per second",
+            f"first text after {percentile(first, 50):.1f} ms median, {percentile(first, 99):.1f} ms p99",
+            f"gaps {percentile(gaps, 50):.1f} ms median, {percentile(gaps, 99):.1f} ms p99",
+            f"longest gap {max(gaps, default=0):.1f} ms",
+            f"this client used {1e6 * own_cpu_seconds / num_chunks:.1f} µs per chunk",
         ]
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Load a server; the exit status is 1 where a stream was not whole."""
+    """Load a server; the exit status is 1 if a stream was not complete."""
     parser = argparse.ArgumentParser(prog="python -m bench.load", description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8080")
     parser.add_argument("--model", required=True, metavar="MODEL_ID")
@@ -299,7 +308,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--streams", type=int, default=16, metavar="N")
     parser.add_argument("--max-tokens", type=int, default=100, metavar="N")
     parser.add_argument("--prompt", default="Write a long story about the sea.")
-    parser.add_argument("--check", action="store_true", help="the texts must be the synthetic worker's")
+    parser.add_argument(
+        "--check", action="store_true", help="check that the texts are the synthetic worker's"
+    )
     parser.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS")
     arguments = parser.parse_args(argv)
     load = Load(arguments.url, arguments.model, arguments.api_key)

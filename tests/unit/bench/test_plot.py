@@ -1,4 +1,4 @@
-"""The picture of a contest shows what was measured."""
+"""The chart of a contest shows what was measured."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def _summary(contender: str, num_streams: int, tokens_per_second: float) -> Summ
 
 
 def test_lines_are_the_medians() -> None:
-    """A line for each contender and panel, by streams, with the figures as they are; what was not measured has none."""
+    """One line per contender and panel, by number of streams; a contender without measurements in a panel has none."""
     found = [_summary("a", 8, 80.0), _summary("a", 1, 10.0), _summary("one after another", 8, 5.0)]
-    tokens, _, gaps = plot.picture(found, "title").axes
+    tokens, _, gaps = plot.chart(found, "title").axes
     assert [line.get_xydata().tolist() for line in tokens.lines] == [[[1, 10.0], [8, 80.0]], [[8, 5.0]]]
     assert [line.get_xydata().tolist() for line in gaps.lines] == [[[1, 2.0], [8, 16.0]]]
     assert len(gaps.collections) == 1  # up to the 99th percentile
 
 
-def test_the_same_figures_make_the_same_file(tmp_path: Path) -> None:
-    """Files of several runs are put together; nothing in the picture changes without them."""
+def test_equal_results_give_equal_files(tmp_path: Path) -> None:
+    """Files of several runs are merged, and the chart is reproducible byte by byte."""
     for name, streams in (("one", 1), ("eight", 8)):
         (tmp_path / name).write_bytes(msgspec.json.encode([_summary("mlx-pool", streams, 10.0)]))
     pictures = [tmp_path / "first.svg", tmp_path / "second.svg"]
