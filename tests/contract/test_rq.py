@@ -119,6 +119,17 @@ def test_requeueing_only_writes(client: redis.Redis, queue: JsonQueue) -> None:
     assert parameters(Queue._enqueue_job)[:3] == ["job", "pipeline", "at_front"]
 
 
+def test_recorded_words_can_be_sent(client: redis.Redis, queue: JsonQueue) -> None:
+    """Recorded commands are sent as arguments of a script: each word has to be one that redis-py encodes.
+
+    Open worker/jobs/recorded.py, api/generation/job_queue.py.
+    """
+    encode = redis.connection.Encoder("utf-8", "strict", decode_responses=False).encode
+    commands = _recorded(client, lambda pipe: queue.enqueue_job(_job(queue), pipeline=pipe))
+    words = [encode(word) for command in commands for word in command]
+    assert b"queued" in words, "a status is its value"
+
+
 def test_server_version_can_be_given(client: redis.Redis) -> None:
     """`JobQueue` sets `redis_server_version`, since RQ asks the server otherwise, blocking the API's event loop.
 
@@ -132,7 +143,7 @@ def test_server_version_can_be_given(client: redis.Redis) -> None:
 
 
 def test_execution_is_recorded(client: redis.Redis, queue: JsonQueue) -> None:
-    """`start_execution` makes executions in intake's MULTI; their keys are leases. Open worker/jobs/batch_worker.py."""
+    """`Executions.start` creates executions in intake's MULTI; their keys are leases. Open worker/jobs/executions.py."""
     pipe = client.pipeline()
     execution = Execution.create(_job(queue), 60, pipeline=pipe, worker_name="w")
     assert execution.composite_key == f"j:{execution.id}"
@@ -169,7 +180,7 @@ def test_registries_renew_without_adding(client: redis.Redis, queue: JsonQueue) 
 
 
 def test_execution_deletion_is_recorded(client: redis.Redis, queue: JsonQueue, worker: BaseWorker) -> None:
-    """`drop_execution` and `requeue` delete an execution in their own MULTI. Open worker/jobs/batch_worker.py."""
+    """`Executions.drop` and `requeue` delete an execution in a MULTI or a script of their own. Open worker/jobs/executions.py."""
     job, execution = _job(queue), Execution("e", "j", client, worker_name="w")
     worker.executions["e"] = execution
     commands = _recorded(client, lambda pipe: worker.cleanup_execution(job, pipe, execution))
@@ -180,7 +191,7 @@ def test_execution_deletion_is_recorded(client: redis.Redis, queue: JsonQueue, w
 
 
 def test_preparation_is_recorded(client: redis.Redis, queue: JsonQueue) -> None:
-    """`prepare_for_execution` writes the status by which takeover knows a job that was begun. Open worker/jobs/batch_worker.py."""
+    """`prepare_for_execution` writes the status by which takeover knows a job that was begun. Open worker/jobs/executions.py."""
     job = _job(queue)
     (command,) = _recorded(client, lambda pipe: job.prepare_for_execution("w", pipeline=pipe))
     assert command[:2] == ("HSET", "rq:job:j")
@@ -205,7 +216,7 @@ def test_failure_is_recorded(client: redis.Redis, queue: JsonQueue) -> None:
 
 
 def test_result_comes_from_a_private_attribute(client: redis.Redis, queue: JsonQueue) -> None:
-    """`finish_job` sets `Job._result`; RQ's tools show nothing of a finished request otherwise. Open worker/jobs/batch_worker.py."""
+    """`Executions.finish` sets `Job._result`; RQ's tools show nothing of a finished request otherwise. Open worker/jobs/executions.py."""
     job = _job(queue)
     job.ended_at = now()
     job._result = {"finish_reason": "stop"}
@@ -219,7 +230,7 @@ def test_result_comes_from_a_private_attribute(client: redis.Redis, queue: JsonQ
 
 
 def test_handlers_of_job_ends() -> None:
-    """`finish_job` and `fail_job` call RQ's handlers, which use `_stopped_job_id` and `should_retry`. Open worker/jobs/batch_worker.py."""
+    """`Executions.finish` and `fail` call RQ's handlers, which use `_stopped_job_id` and `should_retry`. Open worker/jobs/executions.py."""
     assert accepts(BaseWorker.handle_job_success, None, "job", "queue", "registry", "execution")
     assert accepts(BaseWorker.handle_job_failure, None, "job", "queue", exc_string="", execution=None)
     failure = inspect.getsource(BaseWorker.handle_job_failure)
@@ -302,7 +313,7 @@ def test_bootstrap_subscribes() -> None:
 
 
 def test_working_time_is_a_difference(queue: JsonQueue) -> None:
-    """RQ sums `ended_at - started_at` of jobs; `BatchWorker` sets the first. Open worker/jobs/batch_worker.py."""
+    """RQ sums `ended_at - started_at` of jobs; `Executions` sets the first. Open worker/jobs/executions.py."""
     job = _job(queue)
     job.started_at = now()
     job.ended_at = now()

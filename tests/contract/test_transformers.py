@@ -132,7 +132,7 @@ def test_added_tokens(fast: PreTrainedTokenizerFast) -> None:
 
 
 def test_encoding(fast: PreTrainedTokenizerFast) -> None:
-    """Text is encoded with and without special tokens. Open worker/text/prompts.py, worker/text/filling.py."""
+    """Text is encoded with and without special tokens. Open worker/text/prompts.py, worker/text/fill_in_middle.py."""
     assert list(fast.encode("a b")) == [1, 2]
     assert fast.encode("a", add_special_tokens=False) == [1]
     assert getattr(fast, "add_bos_token", False) in (True, False)
