@@ -71,7 +71,7 @@ class SyntheticEngine:
     def encode(self, job: GenerationJob) -> list[int]:
         if job.echo or job.grammar or job.tool_use:
             raise invalid("The synthetic worker only counts: no echo, no grammar, no tools.")
-        if self._obey and _misfortune(job) == ("hang", 0):
+        if self._obey and _requested_fault(job) == ("hang", 0):
             self._sleep(3600)
         num_tokens = max(1, len(job.prompt.text.split())) if isinstance(job.prompt, TextPrompt) else 1
         if num_tokens >= self.info.context_length:

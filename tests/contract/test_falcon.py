@@ -76,7 +76,7 @@ def _app(resource: object, *middleware: object) -> falcon.asgi.App[Any, Any]:
 
 
 def test_bytes_are_sent_as_they_are() -> None:
-    """`resp.data` and the bytes of `resp.stream` are sent unchanged. Open api/generation/generation.py, `answer`."""
+    """`resp.data` and the bytes of `resp.stream` are sent unchanged. Open api/generation/delivery.py."""
 
     async def frames() -> AsyncIterator[bytes]:
         yield b"a"
