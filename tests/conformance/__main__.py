@@ -11,11 +11,11 @@ from tests.conformance.server import Broken, Server
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Judge a server and print the table; 1 where it cannot be reached, or with `--strict` does not show everything."""
+    """Check a server and print the report. Returns 1 if it cannot be reached, or with `--strict` if a behavior is not shown."""
     asked = _parser().parse_args(arguments)
-    behaviours = catalogue.load(asked.only, with_key=bool(asked.key))
+    behaviors = catalogue.load(asked.only, with_key=bool(asked.key))
     if asked.list:
-        _print(f"{behaviour.id}: {behaviour.sentence}" for behaviour in behaviours)
+        _print(f"{behavior.id}: {behavior.sentence}" for behavior in behaviors)
         return 0
     server = Server(asked.url, asked.model, asked.key or None)
     try:
@@ -24,14 +24,14 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"{asked.url} cannot be reached: {error}\n")
         return 1
     results = runner.run(
-        server, behaviours, asked.max_seconds, _tell if sys.stderr.isatty() else lambda _: None
+        server, behaviors, asked.max_seconds, _print_progress if sys.stderr.isatty() else lambda _: None
     )
     _print(report.table(results, with_all=asked.all))
     server.close()
     return int(asked.strict and not all(result.shown for result in results))
 
 
-def _tell(result: runner.Result) -> None:
+def _print_progress(result: runner.Result) -> None:
     sys.stderr.write("." if result.shown else "x")
     sys.stderr.flush()
 
@@ -44,17 +44,23 @@ def _print(lines: object) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=__doc__)
-    parser.add_argument("--url", default="http://127.0.0.1:8080", help="of the server, with or without /v1")
-    parser.add_argument("--model", default="demo", help="model to ask for (default: demo)")
-    parser.add_argument("--key", default="", help="API key, if it asks for one")
-    parser.add_argument("--only", default="", metavar="TEXT", help="behaviours with TEXT in their id")
-    parser.add_argument("--max-seconds", type=float, default=900.0, help="for all together (default: 900)")
-    parser.add_argument("--strict", action="store_true", help="fail where a behaviour is not shown")
-    parser.add_argument("--all", action="store_true", help="a line for what is shown, too")
-    parser.add_argument("--list", action="store_true", help="print the catalogue and ask nobody")
+    parser.add_argument(
+        "--url", default="http://127.0.0.1:8080", help="base URL of the server, with or without /v1"
+    )
+    parser.add_argument("--model", default="demo", help="model to use (default: demo)")
+    parser.add_argument("--key", default="", help="API key, if the server requires one")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only behaviors whose id contains TEXT")
+    parser.add_argument(
+        "--max-seconds", type=float, default=900.0, help="limit for the whole run (default: 900)"
+    )
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if a behavior is not shown")
+    parser.add_argument(
+        "--all", action="store_true", help="also print a line for each behavior that is shown"
+    )
+    parser.add_argument("--list", action="store_true", help="print the catalogue without sending requests")
     return parser
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # so that `| head` ends it silently
     sys.exit(main())

@@ -1,8 +1,8 @@
-"""The catalogue: what has to be seen, read from `sections/*.toml`.
+"""The catalogue of behaviors, loaded from `sections/*.toml`.
 
-Three kinds of entries. `refused`: bad values of a parameter, each one a behaviour. `answered`: a request, and what its
-answer has to have. `checked`: a function of `checks/`, with arguments. JSON is written as text, so that there can be null,
-NaN and numbers as they go over the wire; an empty text leaves a field out.
+Three kinds of entries. `refused`: invalid values of a parameter, one behavior each. `answered`: a request and what its answer
+must contain. `checked`: a function of `checks/` with arguments. JSON is written as text, so that null, NaN and numbers are sent
+exactly as written; an empty string omits the field.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from tests.conformance import judge
-from tests.conformance.server import CHAT, Server, see
+from tests.conformance.server import CHAT, Server, require
 
 SECTIONS = (
     "errors",
@@ -38,8 +38,8 @@ _FOLDER = Path(__file__).parent / "sections"
 _SHOWN = 48
 
 
-class Behaviour(msgspec.Struct, frozen=True):
-    """One of them; `check` raises `NotShown`."""
+class Behavior(msgspec.Struct, frozen=True):
+    """One behavior; `check` raises `NotShown` if the server does not have it."""
 
     id: str
     section: str
@@ -48,11 +48,11 @@ class Behaviour(msgspec.Struct, frozen=True):
 
 
 class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Values of `param`, each answered with a 400 that names it; without `param` it may name anything.
+    """Values of `param`, each refused with a 400 that names it; without `param` it may name anything.
 
     Attributes:
-        field: What the values are of, where `param` is a place in it.
-        fields: More of the request, by name.
+        field: The field that has the value, if `param` is a path inside it.
+        fields: Other fields of the request, by name.
     """
 
     values: list[str]
@@ -66,13 +66,13 @@ class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Answered(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A request, and what its answer has to have.
+    """A request and what its answer must contain.
 
     Attributes:
-        body: As it is, in place of `fields`.
-        headers: Of the request.
-        have: Headers of the answer: regular expressions.
-        error: The answer is an error: all that belongs to one, and these of `param`, `code` and `kind`.
+        body: The raw body, instead of `fields`.
+        headers: Request headers.
+        expect_headers: Regular expressions that response headers must match.
+        error: The answer must be a complete error with these of `param`, `code` and `kind`.
     """
 
     id: str
@@ -83,13 +83,13 @@ class Answered(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fields: dict[str, str] = {}
     body: str | None = None
     headers: dict[str, str] = {}
-    have: dict[str, str] = {}
-    see: list[judge.Seen] = []
+    expect_headers: dict[str, str] = {}
+    expect: list[judge.Expectation] = []
     error: dict[str, str] | None = None
 
 
 class Checked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A function `module.name` of `checks/`, called with the server and `given`."""
+    """A function `module.name` of `checks/`, called with the server and the arguments `given`."""
 
     id: str
     sentence: str
@@ -99,55 +99,55 @@ class Checked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A file."""
+    """One TOML file."""
 
     refused: list[Refused] = []
     answered: list[Answered] = []
     checked: list[Checked] = []
 
 
-def load(only: str = "", *, with_key: bool = False) -> list[Behaviour]:
-    """All behaviours in order, or those that have `only` in their id.
+def load(only: str = "", *, with_key: bool = False) -> list[Behavior]:
+    """All behaviors in order, or those whose id contains `only`.
 
     Args:
-        with_key: Whether the server asks for keys, and one is known.
+        with_key: Whether the server requires API keys and the caller has one.
     """
-    found: list[Behaviour] = []
+    found: list[Behavior] = []
     for name in SECTIONS:
         section = msgspec.convert(tomllib.loads((_FOLDER / f"{name}.toml").read_text()), Section)
-        found += _behaviours(name, section, with_key=with_key)
-    ids = [behaviour.id for behaviour in found]
+        found += _behaviors(name, section, with_key=with_key)
+    ids = [behavior.id for behavior in found]
     twice = {each for each in ids if ids.count(each) > 1}
     if twice:
         raise ValueError(f"in the catalogue twice: {', '.join(sorted(twice))}")
-    return [behaviour for behaviour in found if only in behaviour.id]
+    return [behavior for behavior in found if only in behavior.id]
 
 
-def _behaviours(name: str, section: Section, *, with_key: bool) -> Iterator[Behaviour]:
+def _behaviors(name: str, section: Section, *, with_key: bool) -> Iterator[Behavior]:
     for refused in section.refused:
         for value in refused.values:
             yield _refusal(name, refused, value)
     for answered in section.answered:
         check = functools.partial(_check_answered, answered=answered)
-        yield Behaviour(f"{name}.{answered.id}", name, answered.sentence, check)
+        yield Behavior(f"{name}.{answered.id}", name, answered.sentence, check)
     for checked in section.checked:
         if with_key or not checked.needs_key:
             module, _, function = checked.by.partition(".")
             found = getattr(importlib.import_module(f"tests.conformance.checks.{module}"), function)
-            yield Behaviour(
+            yield Behavior(
                 f"{name}.{checked.id}", name, checked.sentence, functools.partial(found, **checked.given)
             )
 
 
-def _refusal(name: str, refused: Refused, value: str) -> Behaviour:
-    """An id and a sentence are made of the data."""
+def _refusal(name: str, refused: Refused, value: str) -> Behavior:
+    """The behavior that a value is refused; its id and sentence are derived from the data."""
     field = refused.field or refused.param or ""
     endpoint = "chat" if "chat" in refused.path else "legacy"
     shown = (value if len(value) <= _SHOWN else value[: _SHOWN - 1] + "…") or "nothing"
     beside = "".join(f",{k}={v}" for k, v in refused.fields.items() if len(v) <= _SHOWN)
     named = f" with param `{refused.param}`" if refused.param else ""
     why = f" ({refused.why})" if refused.why else ""
-    return Behaviour(
+    return Behavior(
         f"{name}.{endpoint}.{field}={shown}{beside}",
         name,
         f"`{field}: {shown}` is a {refused.status}{named}{why}",
@@ -156,7 +156,7 @@ def _refusal(name: str, refused: Refused, value: str) -> Behaviour:
 
 
 def body(server: Server, path: str, fields: dict[str, str]) -> bytes:
-    """A request as it goes over the wire: the usual fields, and `fields` as they are written."""
+    """The request body: the default fields, and `fields` exactly as written."""
     whole = {name: json.dumps(value) for name, value in server.fields(path).items()} | fields
     return ("{" + ", ".join(f'"{name}": {value}' for name, value in whole.items() if value) + "}").encode()
 
@@ -176,13 +176,13 @@ def _check_answered(server: Server, *, answered: Answered) -> None:
     answer = server.ask_once(answered.method, path, sent, answered.headers)
     if answered.error is not None:
         judge.check_error(answer, answered.status, **answered.error)
-    see(
+    require(
         answer.status == answered.status,
         f"status {answer.status}, not {answered.status}: {answer.body[:60]!r}",
     )
-    for name, pattern in answered.have.items():
+    for name, pattern in answered.expect_headers.items():
         judge.check_header(answer, name, pattern)
-    for wanted in answered.see:
+    for wanted in answered.expect:
         judge.check(answer, msgspec.structs.replace(wanted, equals=_of_model(wanted.equals, server)))
 
 

@@ -1,4 +1,4 @@
-"""What has to be known of a model before it can be judged by its tokens: a few of their ids, and what they say.
+"""What the checks need to know about a model's tokens: a few ids and their text.
 
 Asked once and kept; found with `logit_bias` alone, so that they are there on any server that has it.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.conformance.server import LEGACY, NotShown, Server, see
+from tests.conformance.server import LEGACY, NotShown, Server, require
 
 _LETTER_IDS = range(40, 80)
-"""Byte-pair vocabularies and byte fallbacks have ASCII characters there."""
+"""Byte-pair vocabularies and byte fallbacks have ASCII characters in this range."""
 
 _WORD_IDS = range(400, 2400, 61)
 _NUM_LETTERS = 8
@@ -18,12 +18,12 @@ _FORCED = 100
 
 
 def letters(server: Server) -> dict[int, str]:
-    """Eight token ids, each with its text of one character.
+    """Eight token ids, each with its one-character text.
 
     Raises:
         NotShown: They cannot be found.
     """
-    if "letters" not in server.learned:
+    if "letters" not in server.probed:
         found: dict[int, str] = {}
         for token_id in _LETTER_IDS:
             text = _forced(server, token_id, 2)
@@ -31,22 +31,22 @@ def letters(server: Server) -> dict[int, str]:
                 found[token_id] = text[0]
             if len(found) == _NUM_LETTERS:
                 break
-            see(
+            require(
                 found or token_id < _LETTER_IDS[5],
                 "logit_bias forces no token, so that nothing can be decided",
             )
-        server.learned["letters"] = found
-    return _enough(server.learned["letters"], _NUM_LETTERS)
+        server.probed["letters"] = found
+    return _enough(server.probed["letters"], _NUM_LETTERS)
 
 
 def word(server: Server) -> tuple[int, str]:
-    """A token id, and its text of at least three different ASCII letters in a row.
+    """A token id and its text, which contains at least three different ASCII letters in a row.
 
     Raises:
         NotShown: None is found.
     """
     letters(server)
-    if "word" not in server.learned:
+    if "word" not in server.probed:
         for token_id in _WORD_IDS:
             twice = _forced(server, token_id, 2)
             text = twice[len(twice) // 2 :]
@@ -57,21 +57,21 @@ def word(server: Server) -> tuple[int, str]:
                 and core.isalpha()
                 and len(set(core)) > 2
             ):
-                server.learned["word"] = (token_id, text)
+                server.probed["word"] = (token_id, text)
                 break
         else:
             raise NotShown("no token of three letters was found")
-    found: tuple[int, str] = server.learned["word"]
+    found: tuple[int, str] = server.probed["word"]
     return found
 
 
 def biased(*token_ids: int) -> dict[str, Any]:
-    """Fields of a request whose answer is made of these tokens."""
+    """Request fields that force an answer of these tokens."""
     return {"logit_bias": {str(token_id): _FORCED for token_id in token_ids}}
 
 
 def non_ascii(server: Server) -> dict[str, Any]:
-    """Fields of a greedy completion whose text has non-ASCII characters.
+    """Request fields of a greedy completion whose text has non-ASCII characters.
 
     Raises:
         NotShown: The model says none.
@@ -80,7 +80,7 @@ def non_ascii(server: Server) -> dict[str, Any]:
 
 
 def emoji(server: Server) -> dict[str, Any]:
-    """Fields of a greedy completion whose text has characters that take several tokens.
+    """Request fields of a greedy completion whose text has characters that span several tokens.
 
     Raises:
         NotShown: As `non_ascii`.
@@ -89,15 +89,15 @@ def emoji(server: Server) -> dict[str, Any]:
 
 
 def _that_says(server: Server, name: str, prompts: tuple[str, ...]) -> dict[str, Any]:
-    if name not in server.learned:
+    if name not in server.probed:
         for prompt in prompts:
             fields = {"prompt": prompt, "max_tokens": 8}
             if any(c in prompt and not c.isascii() for c in server.post(LEGACY, fields).text()):
-                server.learned[name] = fields
+                server.probed[name] = fields
                 break
         else:
             raise NotShown(f"the model does not go on with {prompts[0][0]}")
-    found: dict[str, Any] = server.learned[name]
+    found: dict[str, Any] = server.probed[name]
     return found
 
 
@@ -106,5 +106,5 @@ def _forced(server: Server, token_id: int, times: int) -> str:
 
 
 def _enough(found: dict[int, str], wanted: int) -> dict[int, str]:
-    see(len(found) >= wanted, f"only {len(found)} tokens of one character were found with logit_bias")
+    require(len(found) >= wanted, f"only {len(found)} tokens of one character were found with logit_bias")
     return found

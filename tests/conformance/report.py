@@ -1,4 +1,4 @@
-"""The table: what is shown by section, and a line for each behaviour that is not."""
+"""The report: counts by section, and one line for each behavior that is not shown."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ _REASON_CHARACTERS = 140
 
 
 def table(results: list[Result], *, with_all: bool = False) -> Iterator[str]:
-    """Lines of text.
+    """The lines of the report.
 
     Args:
-        with_all: A line for what is shown too.
+        with_all: Also print a line for each behavior that is shown.
     """
     for section in SECTIONS:
-        mine = [result for result in results if result.behaviour.section == section]
+        mine = [result for result in results if result.behavior.section == section]
         if not mine:
             continue
         yield f"{section:12} {summary(mine)}"
         for result in mine:
             if with_all or not result.shown:
                 yield _line(result)
-    deaths = [result.behaviour.id for result in results if result.died]
+    deaths = [result.behavior.id for result in results if result.died]
     if deaths:
         yield f"\nThe server died of {len(deaths)}: {', '.join(deaths)}"
-    yield f"\n{summary(results)} behaviours are shown"
+    yield f"\n{summary(results)} behaviors are shown"
 
 
 def summary(results: list[Result]) -> str:
@@ -36,4 +36,4 @@ def summary(results: list[Result]) -> str:
 
 def _line(result: Result) -> str:
     mark, reason = ("+", "") if result.shown else ("-", f": {' '.join(str(result.reason).split())}")
-    return f"  {mark} {result.seconds:4.1f} s  {result.behaviour.id}{reason[:_REASON_CHARACTERS]}"
+    return f"  {mark} {result.seconds:4.1f} s  {result.behavior.id}{reason[:_REASON_CHARACTERS]}"

@@ -1,6 +1,6 @@
-"""Looks at one behaviour after another, and says what was seen.
+"""Checks one behavior after another and returns the results.
 
-A server that dies is waited for, and its death is told with the behaviour; the others go on.
+If the server dies, the run waits for it to come back, reports the death with the behavior that caused it, and continues.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
-from tests.conformance.catalogue import Behaviour
+from tests.conformance.catalogue import Behavior
 from tests.conformance.server import MAX_SECONDS, Broken, NotShown, Server
 
 BACK_SECONDS = 30.0
-"""What a server that died gets to be back."""
+"""How long a server that died may take to come back."""
 
 _PROBE_SECONDS = 10.0
 _GONE_SECONDS = 2.0
@@ -22,9 +22,9 @@ _POLL_SECONDS = 0.5
 
 
 class Result(msgspec.Struct, frozen=True):
-    """What was seen; `reason` is why it is not shown, None where it is."""
+    """The outcome of one behavior; `reason` says why it is not shown, None if it is."""
 
-    behaviour: Behaviour
+    behavior: Behavior
     reason: str | None
     seconds: float
     died: bool = False
@@ -36,53 +36,53 @@ class Result(msgspec.Struct, frozen=True):
 
 def run(
     server: Server,
-    behaviours: Iterable[Behaviour],
+    behaviors: Iterable[Behavior],
     max_seconds: float = float("inf"),
-    tell: Callable[[Result], None] = lambda _: None,
+    on_result: Callable[[Result], None] = lambda _: None,
 ) -> list[Result]:
-    """Look at all of them.
+    """Check all behaviors.
 
     Args:
-        max_seconds: For all together; what is left then is not shown.
-        tell: Called with each result as it is there.
+        max_seconds: Limit for the whole run; behaviors that are left then are not shown.
+        on_result: Called with each result.
     """
     ends_at = time.monotonic() + max_seconds
     results: list[Result] = []
     is_gone = False
-    for behaviour in behaviours:
+    for behavior in behaviors:
         if time.monotonic() > ends_at:
-            result = Result(behaviour, f"no time was left of {max_seconds:g} s", 0.0)
+            result = Result(behavior, f"the limit of {max_seconds:g} s was reached", 0.0)
         elif is_gone and not _is_alive(server, _GONE_SECONDS):
-            result = Result(behaviour, "the server died before, and is not back", 0.0)
+            result = Result(behavior, "the server died earlier and has not come back", 0.0)
         else:
-            result, is_gone = _look_at(server, behaviour)
+            result, is_gone = _check(server, behavior)
         results.append(result)
-        tell(result)
+        on_result(result)
     return results
 
 
-def _look_at(server: Server, behaviour: Behaviour) -> tuple[Result, bool]:
+def _check(server: Server, behavior: Behavior) -> tuple[Result, bool]:
     """The result, and whether the server is gone for good."""
-    server.give(MAX_SECONDS)
+    server.set_deadline(MAX_SECONDS)
     began_at = time.monotonic()
     reason: str | None = None
     may_be_dead = False
     try:
-        behaviour.check(server)
+        behavior.check(server)
     except NotShown as error:
         reason, may_be_dead = str(error), isinstance(error, Broken)
-    except Exception as error:  # noqa: BLE001 (there is no form that an answer of some server might not have)
-        reason = f"the answer is of another form: {type(error).__name__} {error}"[:120]
+    except Exception as error:  # noqa: BLE001 (an arbitrary server may answer in any form)
+        reason = f"the answer has an unexpected form: {type(error).__name__} {error}"[:120]
     seconds = time.monotonic() - began_at
     if not may_be_dead or _is_alive(server, _PROBE_SECONDS):
-        return Result(behaviour, reason, seconds), False
+        return Result(behavior, reason, seconds), False
     is_gone = not _is_back(server)
-    return Result(behaviour, f"the server died of it; {reason}", seconds, died=True), is_gone
+    return Result(behavior, f"the server died of it; {reason}", seconds, died=True), is_gone
 
 
 def _is_alive(server: Server, seconds: float) -> bool:
-    """It answers a chat of one token, whatever it answers."""
-    server.give(seconds)
+    """Whether it answers a chat of one token, with any status."""
+    server.set_deadline(seconds)
     try:
         server.chat()
     except Broken:

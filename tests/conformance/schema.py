@@ -1,6 +1,6 @@
-"""Answers against the openai SDK's own types, strictly: a number is no string, a field that has to be there is.
+"""Validates answers against the openai SDK's own types, strictly: no coercion, no missing field.
 
-Called by `server` with every 2xx body that is seen; what was wrong is one behaviour of the catalogue.
+Called by `server` with every 2xx body that is seen; what was wrong is one behavior of the catalogue.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ROOTS: dict[str, tuple[type[pydantic.BaseModel], type[pydantic.BaseModel]]] = {
 
 
 def complaints(path: str, content_type: str, body: bytes) -> list[str]:
-    """What is wrong with an answer of 2xx, a line each; nothing for what the SDK has no type for."""
+    """The violations of a 2xx answer, one line each; none if the SDK has no type for it."""
     root = path.partition("?")[0].strip("/").removeprefix("v1/")
     try:
         if root == "models":
@@ -44,7 +44,7 @@ def _frames(body: bytes) -> list[Any]:
 
 
 def _ended(chunk: type[pydantic.BaseModel], item: Any) -> Any:
-    """OpenAI's own streams have a null where this one type of the SDK, which is for both, knows none."""
+    """Allow the null of OpenAI's own streams in a type that the SDK uses for both streams and answers, without null."""
     if chunk is not Completion:
         return item
     choices = [{**c, "finish_reason": c["finish_reason"] or "stop"} for c in item["choices"]]
@@ -52,7 +52,7 @@ def _ended(chunk: type[pydantic.BaseModel], item: Any) -> Any:
 
 
 def _echoed(kind: type[pydantic.BaseModel], item: Any) -> Any:
-    """As OpenAI's own echo has a null for the prompt's first token, where the type knows only numbers."""
+    """Allow the null that OpenAI's own echo has for the prompt's first token, where the type has only numbers."""
     if kind is not Completion:
         return item
     choices = []

@@ -1,7 +1,6 @@
-"""The server that is judged: one request and its answer, over HTTP or over a bare socket.
+"""The server under test: one request and its answer, over HTTP or over a raw socket.
 
-Used by all checks. Everything that is answered 2xx is kept for `schema`. Nothing is waited for beyond the deadline of the
-behaviour that is looked at.
+Used by all checks. Every 2xx answer is validated by `schema`. Nothing waits beyond the deadline of the current behavior.
 """
 
 from __future__ import annotations
@@ -23,23 +22,23 @@ CHAT = "/v1/chat/completions"
 LEGACY = "/v1/completions"
 
 MAX_SECONDS = 30.0
-"""That a behaviour may take."""
+"""Time limit of one behavior."""
 
 _OK, _REDIRECTS = 200, 300
 _MAX_AT_ONCE = 64
 
 
-class NotShown(Exception):  # noqa: N818 (it is no error)
-    """The behaviour is not there; the message is the reason, in one line."""
+class NotShown(Exception):  # noqa: N818 (a finding, not an error)
+    """The server does not have the behavior; the message is the reason, in one line."""
 
 
 class Broken(NotShown):
-    """The server broke the connection off, or did not answer in time: it may have died."""
+    """The server closed the connection or did not answer in time: it may have died."""
 
 
-def see(what: object, reason: str) -> None:
+def require(what: object, reason: str) -> None:
     """Raises:
-    NotShown: `what` is not so.
+    NotShown: `what` is false.
     """
     if not what:
         raise NotShown(reason)
@@ -47,7 +46,7 @@ def see(what: object, reason: str) -> None:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back; `body` whole, also of a stream."""
+    """A response with its complete body, also of a stream."""
 
     status: int
     headers: Mapping[str, str]
@@ -58,29 +57,29 @@ class Answer:
         try:
             return json.loads(self.body)
         except ValueError:
-            raise NotShown(f"status {self.status} and no JSON: {self.body[:60]!r}") from None
+            raise NotShown(f"status {self.status}, and the body is not JSON: {self.body[:60]!r}") from None
 
     @property
     def frames(self) -> list[str]:
-        """What the `data:` lines of a stream say."""
+        """The contents of a stream's `data:` lines."""
         texts = self.body.decode(errors="replace").split("\n\n")
         return [text.removeprefix("data:").strip() for text in texts if text.startswith("data:")]
 
     @property
     def chunks(self) -> list[Any]:
-        """Those that are JSON."""
-        see(self.status == _OK, f"status {self.status}: {self.body[:80]!r}")
+        """The frames that are JSON, parsed."""
+        require(self.status == _OK, f"status {self.status}: {self.body[:80]!r}")
         try:
             found = [json.loads(frame) for frame in self.frames if frame != "[DONE]"]
         except ValueError as error:
-            raise NotShown(f"a frame is no JSON: {error}") from None
-        see(found, "no frames came")
+            raise NotShown(f"a frame is not JSON: {error}") from None
+        require(found, "the stream has no frames")
         failed = [chunk["error"] for chunk in found if "error" in chunk]
-        see(not failed, f"the stream ended in an error: {failed[:1]}")
+        require(not failed, f"the stream ended in an error: {failed[:1]}")
         return found
 
     def texts(self, index: int = 0) -> list[str]:
-        """The pieces of one choice's text, as they came in a stream."""
+        """The pieces of one choice's text in a stream."""
         pieces = []
         for chunk in self.chunks:
             for choice in chunk["choices"]:
@@ -90,15 +89,15 @@ class Answer:
         return pieces
 
     def choice(self, index: int = 0) -> Any:
-        """A choice of a plain answer."""
-        see(self.status == _OK, f"status {self.status}: {self.body[:80]!r}")
+        """A choice of a non-streamed answer."""
+        require(self.status == _OK, f"status {self.status}: {self.body[:80]!r}")
         for choice in self.json.get("choices", []):
             if choice["index"] == index:
                 return choice
         raise NotShown(f"there is no choice {index}")
 
     def text(self, index: int = 0) -> str:
-        """The text of a plain answer, of either kind."""
+        """The text of a non-streamed chat or completion."""
         choice = self.choice(index)
         return (choice["message"]["content"] or "") if "message" in choice else choice["text"]
 
@@ -108,14 +107,14 @@ class Server:
     """See the module.
 
     Attributes:
-        learned: What probes found out about the model, by name.
-        complaints: Where answers were not what the SDK's types say.
+        probed: What `probes` found out about the model, by name.
+        complaints: Where answers violated the SDK's types.
     """
 
     url: str
     model: str
     key: str | None = None
-    learned: dict[str, Any] = field(default_factory=dict)
+    probed: dict[str, Any] = field(default_factory=dict)
     complaints: list[str] = field(default_factory=list)
     deadline: float = 0.0
     _answers: dict[tuple[Any, ...], Answer] = field(default_factory=dict)
@@ -128,13 +127,13 @@ class Server:
             trust_env=False,
             verify=self.url.startswith("https"),  # certificates take a while to load
         )
-        self.give()
+        self.set_deadline()
 
     def close(self) -> None:
         self._client.close()
 
-    def give(self, seconds: float = MAX_SECONDS) -> None:
-        """Time for what is asked next."""
+    def set_deadline(self, seconds: float = MAX_SECONDS) -> None:
+        """Allow the next requests this much time together."""
         self.deadline = time.monotonic() + seconds
 
     @property
@@ -183,22 +182,22 @@ class Server:
             raise Broken(f"the connection broke: {type(error).__name__} {error}"[:120]) from None
 
     def chat(self, **fields: Any) -> Answer:
-        """A chat, greedy and of one token where nothing else is said; a field that is None is left out."""
+        """A chat, by default greedy with one token; a field that is None is omitted."""
         return self.post(CHAT, fields)
 
     def complete(self, **fields: Any) -> Answer:
-        """A legacy completion, as `chat`."""
+        """A legacy completion, with defaults as in `chat`."""
         return self.post(LEGACY, fields)
 
     def post(self, path: str, fields: Mapping[str, Any]) -> Answer:
         return self.ask("POST", path, self.body(path, fields))
 
     def once(self, path: str, **fields: Any) -> Answer:
-        """As `post`, but what was asked before is not asked again: several behaviours look at one answer."""
+        """As `post`, but a repeated request returns the cached answer, which several behaviors share."""
         return self.ask_once("POST", path, self.body(path, fields), {})
 
     def ask_once(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> Answer:
-        """As `ask` and `once`."""
+        """As `ask`, cached like `once`."""
         key = (method, path, body, *sorted(headers.items()))
         if key not in self._answers:
             self._answers[key] = self.ask(method, path, body, headers)
@@ -209,27 +208,27 @@ class Server:
         return json.dumps({name: value for name, value in whole.items() if value is not None}).encode()
 
     def fields(self, path: str) -> dict[str, Any]:
-        """What a request has where nothing else is said."""
+        """The default fields of a request."""
         given: dict[str, Any] = {"model": self.model, "max_tokens": 1, "temperature": 0}
         if path.partition("?")[0].endswith("chat/completions"):
             return given | {"messages": [{"role": "user", "content": "Say hello to the sea."}]}
         return given | {"prompt": "The sea is"}
 
     def both(self, path: str, **fields: Any) -> tuple[Answer, Answer]:
-        """A plain answer, and the same as a stream."""
+        """A non-streamed answer, and the same request streamed."""
         return self.post(path, fields), self.post(path, fields | {"stream": True})
 
-    def at_once(self, requests: list[tuple[str, dict[str, Any]]]) -> list[Answer]:
-        """Several requests, side by side."""
+    def concurrently(self, requests: list[tuple[str, dict[str, Any]]]) -> list[Answer]:
+        """The answers of concurrent requests."""
         with ThreadPoolExecutor(len(requests)) as threads:
             return list(threads.map(lambda request: self.post(*request), requests))
 
-    def chats(self, requests: list[dict[str, Any]]) -> list[Answer]:
-        """Several chats, side by side."""
-        return self.at_once([(CHAT, fields) for fields in requests])
+    def concurrent_chats(self, requests: list[dict[str, Any]]) -> list[Answer]:
+        """The answers of concurrent chats."""
+        return self.concurrently([(CHAT, fields) for fields in requests])
 
     def lines(self, path: str, fields: Mapping[str, Any]) -> Iterator[str]:
-        """The lines of a stream as they come; who stops reading, leaves.
+        """The lines of a stream as they arrive; a caller that stops iterating disconnects.
 
         Raises:
             Broken: As `ask`.
@@ -242,18 +241,18 @@ class Server:
             with self._client.stream(
                 "POST", path, content=body, headers=headers, timeout=self.left_seconds
             ) as response:
-                see(response.status_code == _OK, f"status {response.status_code}")
+                require(response.status_code == _OK, f"status {response.status_code}")
                 yield from response.iter_lines()
         except httpx2.HTTPError as error:
             raise Broken(f"the stream broke: {type(error).__name__}") from None
 
-    # -- bare sockets ------------------------------------------------------------------------------------------------
+    # -- raw sockets ------------------------------------------------------------------------------------------------
 
     def connect(self) -> Connection:
-        """A connection of its own.
+        """A new raw connection.
 
         Raises:
-            Broken: There is none to be had.
+            Broken: The server does not accept it.
         """
         address = urlsplit(self.url)
         port = address.port or (443 if address.scheme == "https" else 80)
@@ -269,7 +268,7 @@ class Server:
 
 
 class Connection:
-    """Bytes to the server and what comes back, under our own control."""
+    """A raw connection: bytes to the server and its answers."""
 
     def __init__(self, opened: socket.socket, host: str, key: str | None) -> None:
         self._socket = opened
@@ -287,28 +286,28 @@ class Connection:
         self._reader.close()
         self._socket.close()
 
-    def head(self, method: str, path: str, *headers: str, version: str = "1.1") -> bytes:
-        """A request's head, with the empty line behind it."""
+    def request_headers(self, method: str, path: str, *headers: str, version: str = "1.1") -> bytes:
+        """The request line and headers, with the empty line that ends them."""
         lines = [f"{method} {path} HTTP/{version}", f"Host: {self._host}", "Content-Type: application/json"]
         if self._key:
             lines.append(f"Authorization: Bearer {self._key}")
         return "\r\n".join([*lines, *headers, "", ""]).encode()
 
     def post(self, path: str, body: bytes) -> bytes:
-        """A whole request."""
-        return self.head("POST", path, f"Content-Length: {len(body)}") + body
+        """A complete POST request."""
+        return self.request_headers("POST", path, f"Content-Length: {len(body)}") + body
 
     def send(self, data: bytes) -> None:
         try:
             self._socket.sendall(data)
-        except OSError:  # it has answered and closed before it read everything, perhaps
+        except OSError:  # it may have answered and closed before it read everything
             return
 
     def read_status(self) -> tuple[int, dict[str, str]]:
         """The next status line and headers.
 
         Raises:
-            Broken: The connection ended, or nothing came.
+            Broken: The connection ended, or nothing arrived.
         """
         try:
             words = self._reader.readline().split()
@@ -323,7 +322,7 @@ class Connection:
         return int(words[1]), headers
 
     def read(self) -> Answer:
-        """The next answer, whole.
+        """The next complete answer.
 
         Raises:
             Broken: As `read_status`.

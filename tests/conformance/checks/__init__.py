@@ -1,1 +1,1 @@
-"""Behaviours that data cannot say: functions named in the catalogue. Each raises `NotShown` with a line of reason."""
+"""Behaviors that data cannot express: functions named in the catalogue. Each raises `NotShown` with a one-line reason."""

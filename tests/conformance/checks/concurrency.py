@@ -1,4 +1,4 @@
-"""Many requests at once, and clients that behave badly. Order is judged, never a duration."""
+"""Concurrent requests, and clients that misbehave. Order is checked, never a duration."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tests.conformance import judge, probes
-from tests.conformance.server import CHAT, Answer, NotShown, Server, see
+from tests.conformance.server import CHAT, Answer, NotShown, Server, require
 
 _OK, _BAD = 200, 400
 _LONG_WORDS = 1500
@@ -20,12 +20,12 @@ def _body(server: Server, **fields: Any) -> bytes:
 
 def _still_answers(server: Server) -> None:
     answer = server.chat()
-    see(answer.status == _OK, f"the next request is answered {answer.status}")
+    require(answer.status == _OK, f"the next request is answered {answer.status}")
 
 
 def forty(server: Server) -> None:
-    statuses = [answer.status for answer in server.at_once([(CHAT, {})] * 40)]
-    see(set(statuses) == {_OK}, f"{len(statuses) - statuses.count(_OK)} of 40 are answered otherwise")
+    statuses = [answer.status for answer in server.concurrently([(CHAT, {})] * 40)]
+    require(set(statuses) == {_OK}, f"{len(statuses) - statuses.count(_OK)} of 40 are answered otherwise")
 
 
 def streams_at_once(server: Server) -> None:
@@ -34,8 +34,8 @@ def streams_at_once(server: Server) -> None:
         for i in range(8)
     ]
     alone = ["".join(server.post(*each).texts()) for each in asked]
-    together = ["".join(answer.texts()) for answer in server.at_once(asked)]
-    see(alone == together, "some have another text")
+    together = ["".join(answer.texts()) for answer in server.concurrently(asked)]
+    require(alone == together, "some have another text")
 
 
 def half_sent(server: Server) -> None:
@@ -68,7 +68,7 @@ def _one_connection(server: Server, *asked: tuple[bytes, int]) -> list[Answer]:
         for i, (body, status) in enumerate(asked):
             connection.send(connection.post(CHAT, body))
             answers.append(connection.read())
-            see(
+            require(
                 answers[-1].status == status,
                 f"request {i + 1} is answered {answers[-1].status}, not {status}",
             )
@@ -83,31 +83,33 @@ def keep_alive(server: Server) -> None:
 def keep_alive_after_stream(server: Server) -> None:
     stream, plain = _body(server, stream=True), _body(server)
     answers = _one_connection(server, (stream, _OK), (plain, _OK), (stream, _OK))
-    see(answers[2].frames[-1:] == ["[DONE]"], "the second stream has no end")
+    require(answers[2].frames[-1:] == ["[DONE]"], "the second stream has no end")
 
 
 def chunked_body(server: Server) -> None:
     body = _body(server)
     with server.connect() as connection:
-        connection.send(connection.head("POST", CHAT, "Transfer-Encoding: chunked"))
+        connection.send(connection.request_headers("POST", CHAT, "Transfer-Encoding: chunked"))
         for begin in range(0, len(body), 7):
             piece = body[begin : begin + 7]
             connection.send(b"%x\r\n%s\r\n" % (len(piece), piece))
         connection.send(b"0\r\n\r\n")
         answer = connection.read()
-    see(answer.status == _OK, f"status {answer.status}")
-    see(isinstance(answer.text(), str), "there is no text")
+    require(answer.status == _OK, f"status {answer.status}")
+    require(isinstance(answer.text(), str), "there is no text")
 
 
 def expect_continue(server: Server) -> None:
     body = _body(server)
     with server.connect() as connection:
-        connection.send(connection.head("POST", CHAT, f"Content-Length: {len(body)}", "Expect: 100-continue"))
+        connection.send(
+            connection.request_headers("POST", CHAT, f"Content-Length: {len(body)}", "Expect: 100-continue")
+        )
         status, _ = connection.read_status()
-        see(status == 100, f"status {status}, not 100")
+        require(status == 100, f"status {status}, not 100")
         connection.send(body)
         answer = connection.read()
-    see(answer.status == _OK, f"status {answer.status}")
+    require(answer.status == _OK, f"status {answer.status}")
 
 
 def abort_in_body(server: Server) -> None:
@@ -120,7 +122,7 @@ def abort_in_body(server: Server) -> None:
 def abort_in_stream(server: Server) -> None:
     for _ in range(4):
         lines = server.lines(CHAT, {"max_tokens": 200})
-        see(next(lines, None) is not None, "the stream is empty")
+        require(next(lines, None) is not None, "the stream is empty")
         lines.close()  # type: ignore[attr-defined]
     _still_answers(server)
 
@@ -133,7 +135,7 @@ def abort_waiting(server: Server) -> None:
 
 
 def short_beside_long(server: Server) -> None:
-    """The short one is sent once the long one is on its way."""
+    """The short request is sent after the long one has been sent."""
     long = [{"role": "user", "content": "The sea is wide and blue. " * (_LONG_WORDS // 6)}]
     ended: list[str] = []
     sent = threading.Event()
@@ -153,30 +155,30 @@ def short_beside_long(server: Server) -> None:
         short = server.chat().status
         ended.append("short")
         statuses = (short, running.result())
-    see(statuses == (_OK, _OK), f"they are answered {statuses}")
-    see(ended[0] == "short", "the short one had to wait for the long one")
+    require(statuses == (_OK, _OK), f"they are answered {statuses}")
+    require(ended[0] == "short", "the short one had to wait for the long one")
 
 
 def health_under_load(server: Server) -> None:
-    """While each of four streams has begun, and none has ended."""
+    """While each of four streams has begun and none has ended."""
     letter_id = next(iter(probes.letters(server)))
     fields = {"max_tokens": 40} | probes.biased(letter_id)
     running = [server.lines(CHAT, fields) for _ in range(4)]
     try:
         for lines in running:
-            see(next(lines, None) is not None, "a stream is empty")
+            require(next(lines, None) is not None, "a stream is empty")
         answer = server.ask("GET", "/health")
     finally:
         for lines in running:
             lines.close()  # type: ignore[attr-defined]
-    see(answer.status == _OK, f"status {answer.status}")
+    require(answer.status == _OK, f"status {answer.status}")
 
 
 def bad_beside_good(server: Server) -> None:
     good: dict[str, Any] = {"max_tokens": 4}
     alone = server.post(CHAT, good).text()
     bad: list[dict[str, Any]] = [{"temperature": 9}, {"stop": 5}, {"logit_bias": {"99999999": 1}}, {"n": 0}]
-    answers = server.at_once([(CHAT, fields) for each in bad for fields in (good, each)])
+    answers = server.concurrently([(CHAT, fields) for each in bad for fields in (good, each)])
     for i, answer in enumerate(answers):
         if i % 2:
             judge.check_error(answer, 400, param=next(iter(bad[i // 2])))
@@ -189,4 +191,4 @@ def slow_body(server: Server) -> None:
         for byte in connection.post(CHAT, _body(server)):
             connection.send(bytes([byte]))
         answer = connection.read()
-    see(answer.status == _OK, f"status {answer.status}")
+    require(answer.status == _OK, f"status {answer.status}")

@@ -1,4 +1,4 @@
-"""HTTP itself: bodies that cannot be written as data, heads, CORS, models by their ids, and the SDK as a client."""
+"""HTTP: bodies that cannot be written as data, headers, CORS, models by id, and the SDK as a client."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import openai
 
 from tests.conformance import judge
-from tests.conformance.server import CHAT, LEGACY, Answer, Broken, NotShown, Server, see
+from tests.conformance.server import CHAT, LEGACY, Answer, Broken, NotShown, Server, require
 
 _OK = 200
 _ORIGIN = "http://localhost:5173"
@@ -29,9 +29,9 @@ def deep_body(server: Server) -> None:
 
 
 def huge_body(server: Server) -> None:
-    """Only its length is sent."""
+    """Only the content-length is sent, not the body."""
     with server.connect() as connection:
-        connection.send(connection.head("POST", CHAT, f"Content-Length: {_HUGE_BYTES}"))
+        connection.send(connection.request_headers("POST", CHAT, f"Content-Length: {_HUGE_BYTES}"))
         judge.check_error(connection.read(), 413)
 
 
@@ -48,11 +48,11 @@ def no_key(server: Server) -> None:
 
 def listed_models(server: Server) -> None:
     listed = [model["id"] for model in server.ask("GET", "/v1/models").json["data"]]
-    see(listed, "none is listed")
+    require(listed, "none is listed")
     for model in listed:
         answer = server.chat(model=model)
-        see(answer.status == _OK, f"{model!r} is listed, and answered {answer.status}")
-        see(answer.json["model"] == model, f"{model!r} is echoed as {answer.json['model']!r}")
+        require(answer.status == _OK, f"{model!r} is listed, and answered {answer.status}")
+        require(answer.json["model"] == model, f"{model!r} is echoed as {answer.json['model']!r}")
 
 
 def model_by_id(server: Server) -> None:
@@ -60,20 +60,20 @@ def model_by_id(server: Server) -> None:
     encoded = "".join(f"%{byte:02X}" for byte in server.model.encode())
     for path in (plain, encoded):
         answer = server.ask("GET", f"/v1/models/{path}")
-        see(answer.status == _OK, f"/v1/models/{path} is answered {answer.status}")
-        see(answer.json["id"] == server.model, f"the id is {answer.json['id']!r}")
-        see(answer.json["object"] == "model", f"the object is {answer.json['object']!r}")
+        require(answer.status == _OK, f"/v1/models/{path} is answered {answer.status}")
+        require(answer.json["id"] == server.model, f"the id is {answer.json['id']!r}")
+        require(answer.json["object"] == "model", f"the object is {answer.json['object']!r}")
 
 
 def head_as_get(server: Server, path: str) -> None:
     got = server.ask("GET", path)
     with server.connect() as connection:
-        connection.send(connection.head("HEAD", path, "Connection: close"))
+        connection.send(connection.request_headers("HEAD", path, "Connection: close"))
         status, headers = connection.read_status()
-    see(got.status == _OK, f"GET is answered {got.status}")
-    see(status == got.status, f"HEAD is answered {status}, GET {got.status}")
+    require(got.status == _OK, f"GET is answered {got.status}")
+    require(status == got.status, f"HEAD is answered {status}, GET {got.status}")
     types = [found.get("content-type") for found in (headers, got.headers)]
-    see(types[0] == types[1], f"the content types are {types}")
+    require(types[0] == types[1], f"the content types are {types}")
 
 
 def preflight(server: Server, path: str, method: str) -> None:
@@ -84,7 +84,7 @@ def preflight(server: Server, path: str, method: str) -> None:
         "access-control-request-headers": "authorization, content-type",
     }
     answer = server.ask("OPTIONS", path, None, headers)
-    see(_OK <= answer.status < 300, f"status {answer.status}")
+    require(_OK <= answer.status < 300, f"status {answer.status}")
     _check_origin(answer)
     judge.check_header(answer, "access-control-allow-methods", rf"\b{method}\b|\*")
     judge.check_header(answer, "access-control-allow-headers", r"\bauthorization\b")
@@ -92,7 +92,7 @@ def preflight(server: Server, path: str, method: str) -> None:
 
 def _check_origin(answer: Answer) -> None:
     origin = answer.headers.get("access-control-allow-origin")
-    see(origin in ("*", _ORIGIN), f"access-control-allow-origin is {origin}")
+    require(origin in ("*", _ORIGIN), f"access-control-allow-origin is {origin}")
 
 
 def cors_on_answers(server: Server) -> None:
@@ -109,23 +109,25 @@ def cors_on_errors(server: Server) -> None:
 def cors_on_streams(server: Server) -> None:
     body = json.dumps(server.fields(CHAT) | {"stream": True}).encode()
     answer = server.ask("POST", CHAT, body, {"origin": _ORIGIN})
-    see(answer.status == _OK, f"status {answer.status}")
+    require(answer.status == _OK, f"status {answer.status}")
     _check_origin(answer)
 
 
 def request_ids_differ(server: Server) -> None:
     found = [server.chat(), server.chat(), server.chat(n=0), server.ask("GET", "/v1/models")]
     ids = [answer.headers.get("x-request-id") for answer in found]
-    see(all(ids) and len(set(ids)) == len(ids), f"they are {ids}")
+    require(all(ids) and len(set(ids)) == len(ids), f"they are {ids}")
 
 
 def http_1_0(server: Server) -> None:
     body = json.dumps(server.fields(CHAT)).encode()
     with server.connect() as connection:
-        connection.send(connection.head("POST", CHAT, f"Content-Length: {len(body)}", version="1.0") + body)
+        connection.send(
+            connection.request_headers("POST", CHAT, f"Content-Length: {len(body)}", version="1.0") + body
+        )
         answer = connection.read()
-    see(answer.status == _OK, f"status {answer.status}")
-    see(isinstance(answer.text(), str), "there is no text")
+    require(answer.status == _OK, f"status {answer.status}")
+    require(isinstance(answer.text(), str), "there is no text")
 
 
 def not_http(server: Server) -> None:
@@ -140,21 +142,21 @@ def not_http(server: Server) -> None:
                 status, _ = connection.read_status()
             except Broken:
                 continue  # it hung up, which is an answer
-            see(400 <= status < 500, f"{sent[:10]!r} is answered {status}")
-    see(server.chat().status == _OK, "the next request is not answered")
+            require(400 <= status < 500, f"{sent[:10]!r} is answered {status}")
+    require(server.chat().status == _OK, "the next request is not answered")
 
 
 def no_vain_repeats(server: Server) -> None:
     answer = server.chat(temperature=9)
     judge.check_error(answer, 400, param="temperature")
-    see("retry-after" not in answer.headers, "a 400 has Retry-After")
-    see(answer.headers.get("x-should-retry") in (None, "false"), "a 400 asks for a repeat")
+    require("retry-after" not in answer.headers, "a 400 has Retry-After")
+    require(answer.headers.get("x-should-retry") in (None, "false"), "a 400 asks for a repeat")
 
 
 def _sdk_completes(client: openai.OpenAI, model: str) -> None:
-    see([each.id for each in client.models.list()], "no models are listed")
+    require([each.id for each in client.models.list()], "no models are listed")
     text = client.completions.create(model=model, prompt="The sea", max_tokens=2).choices[0].text
-    see(isinstance(text, str), "a completion has no text")
+    require(isinstance(text, str), "a completion has no text")
 
 
 def _sdk_chats(client: openai.OpenAI, model: str) -> None:
@@ -166,7 +168,7 @@ def _sdk_chats(client: openai.OpenAI, model: str) -> None:
         model=model, messages=[{"role": "user", "content": "Hi"}], max_tokens=3, temperature=0
     ) as stream:
         text = "".join(event.delta for event in stream if event.type == "content.delta")
-    see(text == plain.choices[0].message.content, "the stream is another text")
+    require(text == plain.choices[0].message.content, "the stream is another text")
 
 
 def sdk(server: Server) -> None:
@@ -181,7 +183,7 @@ def sdk(server: Server) -> None:
         try:
             client.chat.completions.create(model=server.model, messages=[], max_tokens=1)
         except openai.BadRequestError as error:
-            see(error.param == "messages", f"error.param is {error.param!r}")
+            require(error.param == "messages", f"error.param is {error.param!r}")
         except openai.OpenAIError as error:
             raise NotShown(f"no messages are {type(error).__name__}") from None
         else:
@@ -189,14 +191,14 @@ def sdk(server: Server) -> None:
 
 
 def all_is_typed(server: Server) -> None:
-    """Last of all, and one of each kind is asked for here."""
+    """Runs last, and requests one answer of each kind itself."""
     asked: Mapping[str, list[dict[str, object]]] = {
         CHAT: [{}, {"stream": True, "logprobs": True, "stream_options": {"include_usage": True}}],
         LEGACY: [{"logprobs": 1}, {"stream": True}],
     }
     for path, kinds in asked.items():
         for fields in kinds:
-            see(server.post(path, fields).status == _OK, f"{path} with {fields} is not answered")
+            require(server.post(path, fields).status == _OK, f"{path} with {fields} is not answered")
     server.ask("GET", "/v1/models")
     found = sorted(set(server.complaints))
-    see(not found, f"{len(found)} complaints: {'; '.join(found[:2])}")
+    require(not found, f"{len(found)} complaints: {'; '.join(found[:2])}")

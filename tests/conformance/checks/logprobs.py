@@ -1,20 +1,22 @@
-"""Log-probabilities, of both kinds of requests."""
+"""Log-probabilities of chats and completions."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from tests.conformance import probes
-from tests.conformance.server import CHAT, Answer, Server, see
+from tests.conformance.server import CHAT, Answer, Server, require
 
 _CLOSE = 1e-3
 
 
 def _items(answer: Answer, index: int = 0) -> list[dict[str, Any]]:
     found = answer.choice(index).get("logprobs")
-    see(isinstance(found, dict) and isinstance(found.get("content"), list), f"logprobs is {str(found)[:60]}")
+    require(
+        isinstance(found, dict) and isinstance(found.get("content"), list), f"logprobs is {str(found)[:60]}"
+    )
     items: list[dict[str, Any]] = found["content"]
-    see(items, "there are no items")
+    require(items, "there are no items")
     return items
 
 
@@ -25,67 +27,67 @@ def _asked(server: Server, **fields: Any) -> Answer:
 def items(server: Server) -> None:
     answer = _asked(server)
     found, counted = _items(answer), answer.json["usage"]["completion_tokens"]
-    see(len(found) == counted, f"{counted} tokens have {len(found)} items")
+    require(len(found) == counted, f"{counted} tokens have {len(found)} items")
     kinds: dict[str, Any] = {"token": str, "logprob": float | int, "bytes": list, "top_logprobs": list}
     for item in found:
         for name, kind in kinds.items():
-            see(isinstance(item.get(name), kind), f"an item's {name} is {item.get(name)!r}")
+            require(isinstance(item.get(name), kind), f"an item's {name} is {item.get(name)!r}")
         for each in item["top_logprobs"]:
-            see({"token", "logprob", "bytes"} <= set(each), f"top_logprobs has {sorted(each)}")
+            require({"token", "logprob", "bytes"} <= set(each), f"top_logprobs has {sorted(each)}")
 
 
 def not_positive(server: Server) -> None:
     for item in _items(_asked(server)):
         values = [item["logprob"], *(each["logprob"] for each in item["top_logprobs"])]
-        see(max(values) <= 0, f"there is a logprob of {max(values)}")
+        require(max(values) <= 0, f"there is a logprob of {max(values)}")
 
 
 def so_many(server: Server, number: int, fields: dict[str, Any]) -> None:
     for item in _items(server.chat(max_tokens=3, logprobs=True, **fields)):
         counted = len(item["top_logprobs"])
-        see(counted == number, f"there are {counted}")
+        require(counted == number, f"there are {counted}")
 
 
 def are_sorted(server: Server) -> None:
     for item in _items(_asked(server, top_logprobs=10)):
         values = [each["logprob"] for each in item["top_logprobs"]]
-        see(len(values) == 10 and values == sorted(values, reverse=True), f"they are {values}")
+        require(len(values) == 10 and values == sorted(values, reverse=True), f"they are {values}")
 
 
 def greedy_is_first(server: Server) -> None:
     for item in _items(_asked(server)):
         first = item["top_logprobs"][0]
-        see(item["token"] == first["token"], f"{item['token']!r} was taken, not {first['token']!r}")
-        see(abs(item["logprob"] - first["logprob"]) < _CLOSE, "its logprob is another there")
+        require(item["token"] == first["token"], f"{item['token']!r} was taken, not {first['token']!r}")
+        require(abs(item["logprob"] - first["logprob"]) < _CLOSE, "its logprob is another there")
 
 
 def add_up(server: Server) -> None:
     answer = _asked(server, max_tokens=6)
     text = "".join(item["token"] for item in _items(answer))
-    see(text == answer.text(), f"{text!r} is not {answer.text()!r}")
+    require(text == answer.text(), f"{text!r} is not {answer.text()!r}")
 
 
 def bytes_add_up(server: Server) -> None:
-    """A chat that says what its question is full of; where it does not, its text is judged all the same."""
+    """A chat that is likely to answer with the emoji of its question; its text is checked in any case."""
     question = [{"role": "user", "content": "Repeat: 😀 😀 😀 😀"}]
     for fields in ({"max_tokens": 6}, {"max_tokens": 8, "messages": question}, _spoken(server)):
         answer = _asked(server, **fields)
         data = b"".join(bytes(item["bytes"]) for item in _items(answer))
-        see(data.decode(errors="replace") == answer.text(), f"{data!r} is not {answer.text()!r}")
+        require(data.decode(errors="replace") == answer.text(), f"{data!r} is not {answer.text()!r}")
 
 
 def _spoken(server: Server) -> dict[str, Any]:
-    """Single bytes of a byte-level vocabulary, drawn at random, are rarely whole characters."""
+    """Random single bytes of a byte-level vocabulary are rarely complete characters."""
     return {"max_tokens": 4, "temperature": 2, "seed": 1} | probes.biased(*probes.letters(server))
 
 
 def describe_the_sampled(server: Server) -> None:
-    """Forced letters are a token each, so that the text tells which were drawn."""
+    """Forced letters are one token each, so the text shows which were sampled."""
     found = probes.letters(server)
     fields = {"max_tokens": 8, "temperature": 2, "seed": 6} | probes.biased(*found)
     answer = _asked(server, **fields)
     tokens = [item["token"] for item in _items(answer)]
-    see("".join(tokens) == answer.text() and len(tokens) == 8, f"{tokens} are not {answer.text()!r}")
+    require("".join(tokens) == answer.text() and len(tokens) == 8, f"{tokens} are not {answer.text()!r}")
 
 
 def in_a_stream(server: Server) -> None:
@@ -97,15 +99,17 @@ def in_a_stream(server: Server) -> None:
         for choice in chunk["choices"]
         for item in (choice.get("logprobs") or {}).get("content") or []
     ]
-    see([item["token"] for item in found] == [item["token"] for item in plain], f"{len(found)} items came")
+    require(
+        [item["token"] for item in found] == [item["token"] for item in plain], f"{len(found)} items came"
+    )
     for one, other in zip(found, plain, strict=True):
-        see(abs(one["logprob"] - other["logprob"]) < _CLOSE, "logprobs differ")
-        see(len(one["top_logprobs"]) == len(other["top_logprobs"]), "top_logprobs differ")
+        require(abs(one["logprob"] - other["logprob"]) < _CLOSE, "logprobs differ")
+        require(len(one["top_logprobs"]) == len(other["top_logprobs"]), "top_logprobs differ")
 
 
 def none_asked(server: Server) -> None:
     choice = server.chat(logprobs=False).choice()
-    see(
+    require(
         "logprobs" in choice and choice["logprobs"] is None,
         f"logprobs is {choice.get('logprobs', 'not there')}",
     )
@@ -116,23 +120,25 @@ def each_choice(server: Server) -> None:
     answer = _asked(server, **fields)
     for index in range(2):
         text = "".join(item["token"] for item in _items(answer, index))
-        see(text == answer.text(index), f"choice {index}: {text!r} is not {answer.text(index)!r}")
+        require(text == answer.text(index), f"choice {index}: {text!r} is not {answer.text(index)!r}")
 
 
 def legacy(server: Server, number: int) -> None:
     answer = server.complete(max_tokens=4, logprobs=number)
     found = answer.choice()["logprobs"]
-    see(isinstance(found, dict), f"logprobs is {found!r}")
+    require(isinstance(found, dict), f"logprobs is {found!r}")
     names = ("tokens", "token_logprobs", "text_offset")
     lengths = [len(found[name]) for name in names]
-    see(set(lengths) == {answer.json["usage"]["completion_tokens"]}, f"the lengths are {lengths}")
-    see("".join(found["tokens"]) == answer.text(), "the tokens are not the text")
-    see(all(value <= 0 for value in found["token_logprobs"]), "a logprob is above 0")
+    require(set(lengths) == {answer.json["usage"]["completion_tokens"]}, f"the lengths are {lengths}")
+    require("".join(found["tokens"]) == answer.text(), "the tokens are not the text")
+    require(all(value <= 0 for value in found["token_logprobs"]), "a logprob is above 0")
     if number:
         tops = found["top_logprobs"]
-        see(len(tops) == lengths[0], f"top_logprobs has {len(tops)} items")
+        require(len(tops) == lengths[0], f"top_logprobs has {len(tops)} items")
         # OpenAI adds the chosen token where it is none of the likeliest.
-        see(all(number <= len(top) <= number + 1 for top in tops), f"they have {[len(top) for top in tops]}")
+        require(
+            all(number <= len(top) <= number + 1 for top in tops), f"they have {[len(top) for top in tops]}"
+        )
 
 
 def text_offsets(server: Server) -> None:
@@ -140,5 +146,5 @@ def text_offsets(server: Server) -> None:
     answer = server.complete(**fields, **probes.biased(*probes.letters(server)))
     offsets = answer.choice()["logprobs"]["text_offset"]
     first = offsets[0]  # 0, or behind the prompt, as OpenAI has it
-    see([offset - first for offset in offsets] == [0, 1, 2, 3], f"they are {offsets}")
-    see(first in (0, len(server.fields("/v1/completions")["prompt"])), f"the first is {first}")
+    require([offset - first for offset in offsets] == [0, 1, 2, 3], f"they are {offsets}")
+    require(first in (0, len(server.fields("/v1/completions")["prompt"])), f"the first is {first}")

@@ -1,18 +1,18 @@
-"""Stop strings, on texts that are forced: a letter or a word again and again, so that token borders are known."""
+"""Stop strings, on forced texts that repeat a letter or a word, so that token boundaries are known."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from tests.conformance import probes
-from tests.conformance.server import CHAT, LEGACY, NotShown, Server, see
+from tests.conformance.server import CHAT, LEGACY, NotShown, Server, require
 
 _NUM_TOKENS = 5
 _NEVER = "\u2603never"
 
 
 def _case(server: Server, kind: str) -> tuple[str, dict[str, Any], Any, str]:
-    """A path, a request, what stops it, and which of these comes first."""
+    """A path, a request, its stop strings, and the one that comes first."""
     if kind == "non_ascii":
         fields = probes.non_ascii(server)
         text = server.post(LEGACY, fields).text()
@@ -46,7 +46,7 @@ def _case(server: Server, kind: str) -> tuple[str, dict[str, Any], Any, str]:
 
 
 def _said(server: Server, path: str, fields: dict[str, Any], *, stream: bool) -> tuple[str, Any]:
-    """The text, and why it ended."""
+    """The text and the finish reason."""
     answer = server.post(path, fields | ({"stream": True} if stream else {}))
     if not stream:
         return answer.text(), answer.choice()["finish_reason"]
@@ -61,8 +61,8 @@ def ends_before(server: Server, kind: str, *, stream: bool) -> None:
         raise NotShown(f"the model did not say {first!r}, so that nothing can be decided")
     wanted = whole[: whole.index(first)]
     text, reason = _said(server, path, fields | {"stop": stop}, stream=stream)
-    see(text == wanted, f"the text is {text!r}, not {wanted!r}")
-    see(reason == "stop", f"finish_reason is {reason!r}")
+    require(text == wanted, f"the text is {text!r}, not {wanted!r}")
+    require(reason == "stop", f"finish_reason is {reason!r}")
 
 
 def comes_out(server: Server, kind: str, *, stream: bool) -> None:
@@ -72,8 +72,8 @@ def comes_out(server: Server, kind: str, *, stream: bool) -> None:
     if kind == "detour":  # it begins anew at each token, and never goes on
         stop = [letter * 2 + _NEVER, letter + "\n" + _NEVER]
     text, reason = _said(server, CHAT, fields | {"stop": stop}, stream=stream)
-    see(text == letter * _NUM_TOKENS, f"the text is {text!r}, not {letter * _NUM_TOKENS!r}")
-    see(reason == "length", f"finish_reason is {reason!r}")
+    require(text == letter * _NUM_TOKENS, f"the text is {text!r}, not {letter * _NUM_TOKENS!r}")
+    require(reason == "length", f"finish_reason is {reason!r}")
 
 
 def finish_reason(server: Server) -> None:
@@ -81,7 +81,7 @@ def finish_reason(server: Server) -> None:
     for stream in (False, True):
         fields = {"max_tokens": 4, "stop": letter * 2} | probes.biased(letter_id)
         _, reason = _said(server, CHAT, fields, stream=stream)
-        see(reason == "stop", f"finish_reason is {reason!r}")
+        require(reason == "stop", f"finish_reason is {reason!r}")
 
 
 def legacy(server: Server) -> None:
@@ -89,7 +89,7 @@ def legacy(server: Server) -> None:
     for stream in (False, True):
         fields = {"max_tokens": 4, "stop": [letter * 3]} | probes.biased(letter_id)
         text, reason = _said(server, LEGACY, fields, stream=stream)
-        see((text, reason) == ("", "stop"), f"{text!r} ended by {reason!r}")
+        require((text, reason) == ("", "stop"), f"{text!r} ended by {reason!r}")
 
 
 def in_the_prompt(server: Server) -> None:
@@ -97,7 +97,7 @@ def in_the_prompt(server: Server) -> None:
     question = [{"role": "user", "content": "Say sea."}]
     fields = {"messages": question, "max_tokens": 3, "stop": ["sea", "Say"]} | probes.biased(letter_id)
     text, reason = _said(server, CHAT, fields, stream=False)
-    see((text, reason) == (letter * 3, "length"), f"{text!r} ended by {reason!r}")
+    require((text, reason) == (letter * 3, "length"), f"{text!r} ended by {reason!r}")
 
 
 def each_choice(server: Server) -> None:
@@ -107,4 +107,4 @@ def each_choice(server: Server) -> None:
     free, held = server.post(CHAT, fields), server.post(CHAT, fields | {"stop": stop})
     for index in range(3):
         wanted = free.text(index).partition(stop)[0]
-        see(held.text(index) == wanted, f"choice {index} is {held.text(index)!r}, not {wanted!r}")
+        require(held.text(index) == wanted, f"choice {index} is {held.text(index)!r}, not {wanted!r}")

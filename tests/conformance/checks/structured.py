@@ -1,4 +1,4 @@
-"""Answers in a form: what comes is validated by jsonschema, and the model is asked for something else."""
+"""Structured output: answers are validated by jsonschema, although the prompt asks for something else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import openai
 import pydantic
 
 from tests.conformance import judge
-from tests.conformance.server import CHAT, Answer, NotShown, Server, see
+from tests.conformance.server import CHAT, Answer, NotShown, Server, require
 
 _MAX_TOKENS = 40
 _SCHEMA: dict[str, Any] = {
@@ -40,30 +40,32 @@ def _validate(text: str, schema: dict[str, Any] = _SCHEMA) -> None:
 
 
 def json_object(server: Server, *, stream: bool) -> None:
-    """One that is not closed within so few tokens has to be the beginning of one."""
+    """An object that is not complete within so few tokens must be the beginning of one."""
     question = [{"role": "user", "content": 'Answer with JSON: {"a": 1}'}]
     fields = {"messages": question, "max_tokens": _MAX_TOKENS, "response_format": {"type": "json_object"}}
     answer = server.chat(**fields, stream=stream)
     text = "".join(answer.texts()) if stream else answer.text()
-    see(text.lstrip().startswith("{"), f"the text is {text[:40]!r}")
+    require(text.lstrip().startswith("{"), f"the text is {text[:40]!r}")
     decoder = json.JSONDecoder()
     try:
         _, end = decoder.raw_decode(text.lstrip())
-        see(not text.lstrip()[end:].strip(), f"something comes behind it: {text[-20:]!r}")
+        require(not text.lstrip()[end:].strip(), f"something comes behind it: {text[-20:]!r}")
     except json.JSONDecodeError as error:
-        see("Unterminated" in error.msg or error.pos >= len(text.strip()), f"{text[:50]!r} is no JSON")
+        require("Unterminated" in error.msg or error.pos >= len(text.strip()), f"{text[:50]!r} is no JSON")
 
 
 def holds(server: Server, schema: str) -> None:
     asked = json.loads(schema)
     answer = _ask(server, asked)
     _validate(answer.text(), asked)
-    see(answer.choice()["finish_reason"] == "stop", f"finish_reason is {answer.choice()['finish_reason']}")
+    require(
+        answer.choice()["finish_reason"] == "stop", f"finish_reason is {answer.choice()['finish_reason']}"
+    )
 
 
 def hot(server: Server) -> None:
     fields = {"max_tokens": _MAX_TOKENS, "response_format": _format(_SCHEMA), "temperature": 2}
-    for answer in server.chats([fields | {"seed": seed} for seed in range(4)]):
+    for answer in server.concurrent_chats([fields | {"seed": seed} for seed in range(4)]):
         _validate(answer.text())
 
 
@@ -71,7 +73,7 @@ def stream_equals_plain(server: Server) -> None:
     fields = {"max_tokens": _MAX_TOKENS, "response_format": _format(_SCHEMA), "temperature": 1, "seed": 3}
     plain, stream = server.both(CHAT, **fields)
     _validate(plain.text())
-    see("".join(stream.texts()) == plain.text(), f"{''.join(stream.texts())!r} is not {plain.text()!r}")
+    require("".join(stream.texts()) == plain.text(), f"{''.join(stream.texts())!r} is not {plain.text()!r}")
 
 
 def each_choice(server: Server) -> None:
@@ -83,20 +85,24 @@ def each_choice(server: Server) -> None:
 def finishes(server: Server) -> None:
     answer = _ask(server)
     _validate(answer.text())
-    see(answer.choice()["finish_reason"] == "stop", f"finish_reason is {answer.choice()['finish_reason']}")
+    require(
+        answer.choice()["finish_reason"] == "stop", f"finish_reason is {answer.choice()['finish_reason']}"
+    )
 
 
 def is_cut(server: Server) -> None:
     answer = _ask(server, max_tokens=2)
-    see(answer.text().lstrip()[:1] in ("{", ""), f"the text is {answer.text()!r}")
-    see(answer.choice()["finish_reason"] == "length", f"finish_reason is {answer.choice()['finish_reason']}")
+    require(answer.text().lstrip()[:1] in ("{", ""), f"the text is {answer.text()!r}")
+    require(
+        answer.choice()["finish_reason"] == "length", f"finish_reason is {answer.choice()['finish_reason']}"
+    )
 
 
 def with_logprobs(server: Server) -> None:
     answer = _ask(server, logprobs=True, top_logprobs=1)
     _validate(answer.text())
     text = "".join(item["token"] for item in answer.choice()["logprobs"]["content"])
-    see(text == answer.text(), f"{text!r} is not {answer.text()!r}")
+    require(text == answer.text(), f"{text!r} is not {answer.text()!r}")
 
 
 def not_strict(server: Server) -> None:
@@ -114,8 +120,8 @@ def beside_others(server: Server) -> None:
     )
     free: tuple[str, dict[str, Any]] = (CHAT, {"max_tokens": 6})
     alone = server.post(*free).text()
-    found = server.at_once([held, free, held, free])
-    see([found[1].text(), found[3].text()] == [alone, alone], "the free ones have another text")
+    found = server.concurrently([held, free, held, free])
+    require([found[1].text(), found[3].text()] == [alone, alone], "the free ones have another text")
     for index in (0, 2):
         _validate(found[index].text())
 
@@ -138,7 +144,9 @@ def sdk_parses(server: Server) -> None:
             )
         except (openai.OpenAIError, pydantic.ValidationError) as error:
             raise NotShown(f"{type(error).__name__}: {error}") from None
-    see(isinstance(answer.choices[0].message.parsed, _Weather), f"it is {answer.choices[0].message.parsed!r}")
+    require(
+        isinstance(answer.choices[0].message.parsed, _Weather), f"it is {answer.choices[0].message.parsed!r}"
+    )
 
 
 def impossible(server: Server) -> None:

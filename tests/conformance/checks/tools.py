@@ -1,4 +1,4 @@
-"""Functions. What a model would like to call is never judged; that a call which is required comes, and in what form, is."""
+"""Tool calls. Checks never depend on what a model wants to call, only on required calls and their format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import jsonschema
 
 from tests.conformance import judge
-from tests.conformance.server import CHAT, Answer, NotShown, Server, see
+from tests.conformance.server import CHAT, Answer, NotShown, Server, require
 
 _MAX_TOKENS = 60
 
@@ -51,8 +51,8 @@ def _calls(answer: Answer, index: int = 0) -> list[Any]:
 def _validate(calls: list[Any]) -> None:
     for call in calls:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
-        see(name in _PARAMETERS, f"it calls {name!r}")
-        see(isinstance(arguments, str), f"the arguments are {type(arguments).__name__}, no string")
+        require(name in _PARAMETERS, f"it calls {name!r}")
+        require(isinstance(arguments, str), f"the arguments are {type(arguments).__name__}, no string")
         try:
             jsonschema.validate(json.loads(arguments), _PARAMETERS[name])
         except (ValueError, jsonschema.ValidationError) as error:
@@ -61,7 +61,7 @@ def _validate(calls: list[Any]) -> None:
 
 def required(server: Server) -> None:
     names = {call["function"]["name"] for call in _calls(_ask(server))}
-    see(names <= set(_PARAMETERS), f"it calls {names}")
+    require(names <= set(_PARAMETERS), f"it calls {names}")
 
 
 def arguments(server: Server) -> None:
@@ -69,7 +69,7 @@ def arguments(server: Server) -> None:
 
 
 def hot(server: Server) -> None:
-    for answer in server.chats([_USUAL | {"temperature": 2, "seed": seed} for seed in range(3)]):
+    for answer in server.concurrent_chats([_USUAL | {"temperature": 2, "seed": seed} for seed in range(3)]):
         _validate(_calls(answer))
 
 
@@ -77,7 +77,7 @@ def no_content(server: Server) -> None:
     answer = _ask(server)
     _calls(answer)
     message = answer.choice()["message"]
-    see(
+    require(
         "content" in message and message["content"] is None,
         f"content is {message.get('content', 'not there')!r}",
     )
@@ -86,42 +86,44 @@ def no_content(server: Server) -> None:
 def finish_reason(server: Server) -> None:
     answer = _ask(server)
     _calls(answer)
-    see(answer.choice()["finish_reason"] == "tool_calls", f"it is {answer.choice()['finish_reason']!r}")
+    require(answer.choice()["finish_reason"] == "tool_calls", f"it is {answer.choice()['finish_reason']!r}")
 
 
 def ids(server: Server) -> None:
     found = [call for seed in range(2) for call in _calls(_ask(server, seed=seed))]
-    see(all(isinstance(call["id"], str) and call["id"] for call in found), "a call has no id")
-    see(len({call["id"] for call in found}) == len(found), "two have the same id")
-    see({call["type"] for call in found} == {"function"}, "the type is another")
+    require(all(isinstance(call["id"], str) and call["id"] for call in found), "a call has no id")
+    require(len({call["id"] for call in found}) == len(found), "two have the same id")
+    require({call["type"] for call in found} == {"function"}, "the type is another")
 
 
 def named(server: Server) -> None:
     for name in _PARAMETERS:
         calls = _calls(_ask(server, tool_choice={"type": "function", "function": {"name": name}}))
-        see([call["function"]["name"] for call in calls] == [name], f"{name} is not the one that is called")
+        require(
+            [call["function"]["name"] for call in calls] == [name], f"{name} is not the one that is called"
+        )
         _validate(calls)
 
 
 def none(server: Server) -> None:
     answer = _ask(server, tool_choice="none", parallel_tool_calls=None, max_tokens=4)
-    see(not answer.choice()["message"].get("tool_calls"), "there are calls")
-    see(isinstance(answer.choice()["message"]["content"], str), "there is no text")
+    require(not answer.choice()["message"].get("tool_calls"), "there are calls")
+    require(isinstance(answer.choice()["message"]["content"], str), "there is no text")
 
 
 def auto(server: Server, fields: dict[str, Any]) -> None:
     answer = server.chat(tools=_TOOLS, max_tokens=8, **fields)
     message = answer.choice()["message"]
     if message.get("tool_calls"):
-        see(answer.choice()["finish_reason"] == "tool_calls", "finish_reason is another")
+        require(answer.choice()["finish_reason"] == "tool_calls", "finish_reason is another")
     else:
-        see(isinstance(message["content"], str), f"content is {message['content']!r}")
+        require(isinstance(message["content"], str), f"content is {message['content']!r}")
 
 
 def not_parallel(server: Server) -> None:
     for answer in (_ask(server), _ask(server, temperature=2, seed=1)):
         calls = _calls(answer)
-        see(len(calls) == 1, f"there are {len(calls)}")
+        require(len(calls) == 1, f"there are {len(calls)}")
 
 
 def strict(server: Server) -> None:
@@ -131,25 +133,29 @@ def strict(server: Server) -> None:
 
 def no_parameters(server: Server) -> None:
     calls = _calls(_ask(server, tools=[{"type": "function", "function": {"name": "ring"}}]))
-    see(json.loads(calls[0]["function"]["arguments"]) == {}, f"it is {calls[0]['function']['arguments']!r}")
+    require(
+        json.loads(calls[0]["function"]["arguments"]) == {}, f"it is {calls[0]['function']['arguments']!r}"
+    )
 
 
 def _streamed(answer: Answer) -> list[dict[str, Any]]:
-    """The calls that the deltas of a stream make."""
+    """The calls, assembled from the deltas of a stream."""
     calls: dict[int, dict[str, Any]] = {}
     for chunk in answer.chunks:
         for choice in chunk["choices"]:
             for delta in choice["delta"].get("tool_calls") or []:
                 function = delta.get("function") or {}
                 if delta["index"] not in calls:
-                    see(delta.get("id") and delta.get("type") == "function", f"a call begins with {delta}")
-                    see(function.get("name"), "a call begins without a name")
+                    require(
+                        delta.get("id") and delta.get("type") == "function", f"a call begins with {delta}"
+                    )
+                    require(function.get("name"), "a call begins without a name")
                     calls[delta["index"]] = {"id": delta["id"], "name": function["name"], "arguments": ""}
                 else:
-                    see(not delta.get("id") and not function.get("name"), "the id or name comes again")
+                    require(not delta.get("id") and not function.get("name"), "the id or name comes again")
                 calls[delta["index"]]["arguments"] += function.get("arguments") or ""
-    see(calls, "there is no call in the stream")
-    see(sorted(calls) == [*range(len(calls))], f"the indices are {sorted(calls)}")
+    require(calls, "there is no call in the stream")
+    require(sorted(calls) == [*range(len(calls))], f"the indices are {sorted(calls)}")
     return [*calls.values()]
 
 
@@ -161,7 +167,7 @@ def stream(server: Server) -> None:
 def stream_equals_plain(server: Server) -> None:
     plain = [call["function"] for call in _calls(_ask(server))]
     streamed = _streamed(_ask(server, stream=True))
-    see(
+    require(
         [(call["name"], call["arguments"]) for call in plain]
         == [(call["name"], call["arguments"]) for call in streamed],
         f"{streamed} is not {plain}",
@@ -172,7 +178,7 @@ def stream_finish_reason(server: Server) -> None:
     answer = _ask(server, stream=True)
     _streamed(answer)
     reasons = [c["finish_reason"] for chunk in answer.chunks for c in chunk["choices"] if c["finish_reason"]]
-    see(reasons == ["tool_calls"], f"the reasons are {reasons}")
+    require(reasons == ["tool_calls"], f"the reasons are {reasons}")
 
 
 def each_choice(server: Server) -> None:
@@ -185,7 +191,7 @@ def allowed_tools(server: Server) -> None:
     lamp = {"type": "function", "function": {"name": "set_lamp"}}
     choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [lamp]}}
     calls = _calls(_ask(server, tool_choice=choice, temperature=2, seed=2))
-    see({call["function"]["name"] for call in calls} == {"set_lamp"}, "another is called")
+    require({call["function"]["name"] for call in calls} == {"set_lamp"}, "another is called")
 
 
 def deprecated(server: Server) -> None:
@@ -195,5 +201,5 @@ def deprecated(server: Server) -> None:
         judge.check_error(answer, 400, param="function")
         return
     call = answer.choice()["message"].get("function_call")
-    see(call, "there is no function_call")
+    require(call, "there is no function_call")
     _validate([{"function": call}])

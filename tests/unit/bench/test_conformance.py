@@ -71,8 +71,8 @@ def serving(status: int, body: bytes, headers: dict[str, str] = HEADERS) -> Iter
 
 
 def look_at(server: Server, name: str) -> runner.Result:
-    """One behaviour of the catalogue."""
-    found = [behaviour for behaviour in catalogue.load() if behaviour.id == name]
+    """One behavior of the catalogue."""
+    found = [behavior for behavior in catalogue.load() if behavior.id == name]
     assert len(found) == 1
     return runner.run(server, found)[0]
 
@@ -190,15 +190,15 @@ def test_a_server_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
         results = runner.run(server, catalogue.load("chat.usage"))
     assert [result.died for result in results] == [True] + [False] * (len(results) - 1)
     assert not any(result.shown for result in results)
-    assert "is not back" in str(results[-1].reason)
+    assert "has not come back" in str(results[-1].reason)
 
 
 def test_the_catalogue() -> None:
-    """Each behaviour has an id of its own and a sentence; those about keys are there with a key."""
+    """Each behavior has an id of its own and a sentence; those about keys are there with a key."""
     without_key, with_key = catalogue.load(), catalogue.load(with_key=True)
-    assert len({behaviour.id for behaviour in with_key}) == len(with_key) > len(without_key)
-    assert all(behaviour.sentence for behaviour in with_key)
-    assert {behaviour.section for behaviour in without_key} == set(catalogue.SECTIONS)
+    assert len({behavior.id for behavior in with_key}) == len(with_key) > len(without_key)
+    assert all(behavior.sentence for behavior in with_key)
+    assert {behavior.section for behavior in without_key} == set(catalogue.SECTIONS)
 
 
 def test_the_table_and_the_status(capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,11 +206,11 @@ def test_the_table_and_the_status(capsys: pytest.CaptureFixture[str]) -> None:
     with serving(400, json.dumps({"error": ERROR}).encode()) as server:
         arguments = ["--url", server.url, "--model", "m", "--only", "errors.chat.te"]
         assert (main(arguments), main([*arguments, "--strict"])) == (0, 0)
-        assert capsys.readouterr().out.endswith("9 of 9 behaviours are shown\n")
+        assert capsys.readouterr().out.endswith("9 of 9 behaviors are shown\n")
         arguments[-1] = "errors.chat.top_p="
         assert (main(arguments), main([*arguments, "--strict"])) == (0, 1)
         lines = capsys.readouterr().out
     assert "param is 'temperature', not 'top_p'" in lines
-    assert lines.endswith("0 of 3 behaviours are shown\n")
+    assert lines.endswith("0 of 3 behaviors are shown\n")
     assert main(arguments) == 1
     assert report.summary([]) == "0 of 0"
