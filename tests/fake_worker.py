@@ -1,4 +1,4 @@
-"""A worker that follows a script: speaks the whole protocol through Redis, loads no model and runs in the test's process.
+"""A scripted worker: speaks the complete protocol through Redis, loads no model and runs in the test's process.
 
 The API is tested with it end to end, and made to meet what a real worker does rarely: gaps, repetitions, silence.
 """
@@ -42,7 +42,7 @@ PROMPT_TOKENS = 7
 def words(
     job: GenerationJob, texts: list[str] | None = None, *, pause: float = 0.0
 ) -> Iterator[Event | float]:
-    """A short answer, cut at max_tokens, with log-probabilities where they were asked for."""
+    """A short answer, cut off at max_tokens, with log-probabilities if requested."""
     texts = WORDS if texts is None else texts
     yield Started(0, PROMPT_TOKENS, 2)
     limit = min(len(texts), job.max_tokens or len(texts))
@@ -108,7 +108,7 @@ class FakeWorker:
         self._redis.close()
 
     def show_card(self) -> None:
-        """Say that this worker lives."""
+        """Writes the model card, which says that this worker lives."""
         now = time.time()
         with self._redis.pipeline() as pipe:
             pipe.hset(names.worker_card(self._card.worker), mapping=self._card.to_hash())
@@ -118,7 +118,7 @@ class FakeWorker:
             pipe.execute()
 
     def publish(self, job: GenerationJob, event: Event, *, journal: bool = True, live: bool = True) -> int:
-        """Write and say one event; how many listened."""
+        """Journals and publishes one event; returns the number of subscribers."""
         if journal and event.n > 0:
             key = names.journal(job.job_id)
             self._redis.xadd(key, {"x": "fake", "d": encode(event)}, id=f"{event.n}-0")

@@ -1,4 +1,4 @@
-"""Schemas that people send, and walks through grammars: what the unit and the model layer share."""
+"""Schemas that clients send, and random walks through grammars; shared by the unit and model tests."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tagged(name: str, /, **properties: Any) -> dict[str, Any]:
 
 
 def closed(**properties: Any) -> dict[str, Any]:
-    """An object of just these properties, as OpenAI's strict mode wants it."""
+    """An object of exactly these properties, as OpenAI's strict mode requires."""
     return {
         "type": "object",
         "properties": properties,
@@ -161,14 +161,14 @@ SCHEMAS: dict[str, Any] = {
         **{'a"b': {"type": "integer"}, "a/b~c": {"type": "integer"}, "naïve": {"type": "integer"}}
     ),
 }
-"""By what they show; each is one that some client sends, or a corner of one."""
+"""By name; each is a schema that a client sends, or an edge case of one."""
 
 _CLOSING = b'"}]'
 _PLAIN = b",:-+. 0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ<>/"
 
 
 class Walk:
-    """One answer, drawn uniformly from what is allowed; from some length on the shortest way to an end is looked for.
+    """One answer, drawn uniformly from the allowed tokens; beyond some length it takes the shortest way to an end.
 
     Args:
         text_of: A token's bytes.
@@ -185,11 +185,11 @@ class Walk:
 
     @property
     def text(self) -> str:
-        """What was written; UTF-8 throughout."""
+        """The generated text, as valid UTF-8."""
         return b"".join(self._text_of(i) for i in self.token_ids).decode()
 
     def run(self, most: int = 600) -> Walk:
-        """To the end; one that is not found is a failure of the grammar."""
+        """Walks to the end; if there is none, the grammar is wrong."""
         matcher = GrammarMatcher(self.compiled)
         matcher.replay(self.token_ids)
         for _ in range(most):

@@ -1,4 +1,4 @@
-"""A whole pool of synthetic workers for each test, and a client that checks every token."""
+"""A complete pool of synthetic workers for each test, and a client that checks every token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Chaos:
         self._num_api_processes = num_api_processes
 
     def start(self, num_workers: int = 1, *flags: str) -> None:
-        """Workers first: the API serves what there is a worker for."""
+        """Starts workers first: the API serves only models that have one."""
         self.workers = chaos.Workers(self.pool, flags)
         for _ in range(num_workers):
             self.workers.start()
@@ -36,7 +36,7 @@ class Chaos:
         return Stream(self.load.request(prompt, num_tokens), check=True)
 
     def assert_exact(self) -> None:
-        """Every stream was whole, and nothing is left in Redis once the pool has come to rest."""
+        """Every stream was exact, and Redis is empty of jobs once the pool is idle."""
         assert self.outcome.num_streams
         assert self.outcome.wrong == []
         wait_until(lambda: not chaos.leftovers(self.pool), 20)
@@ -44,7 +44,7 @@ class Chaos:
 
 @pytest.fixture
 def running(request: pytest.FixtureRequest) -> Iterator[Chaos]:
-    """A pool with the settings of the test's `settings` mark."""
+    """A pool with the settings of the test's `settings` marker."""
     mark = request.node.get_closest_marker("settings")
     settings = {
         f"MLXPOOL_{name.upper()}": str(value) for name, value in (mark.kwargs if mark else {}).items()

@@ -1,4 +1,4 @@
-"""What the Python scripts of this folder share: what they ask, and how they say what they got.
+"""Shared by the Python scripts of this folder: the prompts, and how results are reported.
 
 A script runs in the clients' environment as `python SCRIPT BASE_URL MODEL [CASE...]` and prints one JSON object on its
 last line: for each case its value, or the traceback of what went wrong. It knows nothing of mlx-pool.
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Case = Callable[[str, str], Any]
-"""Takes the base URL and the model; what it returns is printed."""
+"""Takes the base URL and the model; its return value is printed."""
 
 KEY = "none"
 QUESTION = "What is the capital of France?"
@@ -28,13 +28,13 @@ MAX_FORM_TOKENS = 160
 
 
 class Closed(BaseModel):
-    """Nothing but what is named, so that no answer goes on for ever, whatever the model would like to write."""
+    """Forbids other properties, so that no answer goes on forever, whatever the model generates."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class City(Closed):
-    """What is known of a city."""
+    """Facts about a city."""
 
     name: str = Field(max_length=12, description="The city's name")
     continent: Literal["Africa", "Asia", "Europe"]
@@ -60,7 +60,7 @@ def user(text: str) -> list[Any]:
 
 
 def run(*cases: Case) -> None:
-    """Go through all cases, or those that the command line names, and print what came of them."""
+    """Run all cases, or those named on the command line, and print their results."""
     base_url, model, *chosen = sys.argv[1:]
     outcomes: dict[str, Any] = {}
     for case in cases:
@@ -74,7 +74,7 @@ def run(*cases: Case) -> None:
 
 
 def refused(call: Callable[[], Any]) -> dict[str, Any]:
-    """What a client made of an error: its type with those it derives from, its words, and what else it says of it.
+    """What a client raised for an error: the exception's types, message, and other fields.
 
     Raises:
         AssertionError: There was none.

@@ -1,4 +1,4 @@
-"""A pool with the real demo model for all clients, and what each client's script got from it.
+"""A pool with the real demo model for all clients, and the results of each client's script.
 
 A module's script runs once, as a process of its own in the clients' environment; each test looks at one of its cases.
 """
@@ -22,11 +22,11 @@ from tests.conftest import missing
 HERE = Path(__file__).parent
 SCRIPT_SECONDS = 400
 CLIENTS_VARIABLES = ("OPENAI_", "LANGCHAIN_", "LANGSMITH_", "LITELLM_", "LLM_", "PYTHON")
-"""Prefixes of what would make a client other than it is as installed."""
+"""Prefixes of environment variables that would change a client's defaults."""
 
 
 class Outcomes:
-    """What came of a script's cases.
+    """The results of a script's cases.
 
     Args:
         cases: By name: a `value`, or the `error` that ended it.
@@ -36,7 +36,7 @@ class Outcomes:
         self._cases = cases
 
     def __getitem__(self, name: str) -> Any:
-        """A case's value; the test fails where the client raised what it should not."""
+        """A case's value; the test fails if the client raised unexpectedly."""
         case = self._cases[name]
         if "error" in case:
             pytest.fail(case["error"], pytrace=False)
@@ -63,7 +63,7 @@ def python() -> Path:
 
 @pytest.fixture(scope="session")
 def node_scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of Node scripts beside their `node_modules`, which is where Node looks for what they import."""
+    """A folder of Node scripts next to their `node_modules`, where Node looks for imports."""
     if not (shutil.which("node") and shutil.which("npm")):
         missing("node with npm")
     modules = environments.node_modules()
@@ -76,7 +76,7 @@ def node_scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_script(pool: Pool) -> RunScript:
-    """Run an interpreter with a script against the pool."""
+    """Runs a script against the pool."""
 
     def run(interpreter: Path | str, script: Path) -> Outcomes:
         done = subprocess.run(

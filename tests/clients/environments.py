@@ -51,7 +51,7 @@ def node_modules() -> Path:
 
 
 def _made(kind: str, made_from: bytes, make: Callable[[Path], None]) -> Path:
-    """The folder for what it is made from; a mark in it says that it is whole. Of many who ask, one makes it."""
+    """The folder for a specification, with a marker once it is complete. Of concurrent callers, one creates it."""
     settings = Settings.load()
     cache = Path(settings.cache_dir).expanduser() if settings.cache_dir else demo_model._user_cache()
     folder = cache / "clients" / f"{kind}-{hashlib.sha256(made_from).hexdigest()[:16]}"

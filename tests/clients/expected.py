@@ -1,4 +1,4 @@
-"""What every client has to get, and nothing that depends on the model's wit but the one answer that it knows."""
+"""What every client must get. Nothing depends on the model's quality, except one answer that it knows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAX_LETTERS = 12
 
 
 def is_city(value: Any) -> bool:
-    """Whether it is what the schema of `City` says (cases.py, vercel_client.mjs)."""
+    """Whether it matches the schema of `City` (cases.py, vercel_client.mjs)."""
     return (
         set(value) == {"name", "continent", "is_capital", "districts"}
         and isinstance(value["name"], str)
@@ -29,7 +29,7 @@ def is_city(value: Any) -> bool:
 
 
 def is_call(name: str, arguments: Any) -> bool:
-    """Whether it calls one of the functions that the clients offer, as its parameters say."""
+    """Whether it calls one of the functions that the clients offer, with valid arguments."""
     if name == "get_time":
         return set(arguments) == {"zone"} and type(arguments["zone"]) is int
     return (
@@ -41,7 +41,7 @@ def is_call(name: str, arguments: Any) -> bool:
 
 
 def are_openai_calls(calls: list[list[Any]]) -> bool:
-    """Whether there are calls, of (id, type, name, arguments), each with an id of its own."""
+    """Whether there are calls (id, type, name, arguments), each with a unique id."""
     ids = {call_id for call_id, _, _, _ in calls}
     return (
         len(ids) == len(calls) > 0
@@ -51,5 +51,5 @@ def are_openai_calls(calls: list[list[Any]]) -> bool:
 
 
 def without_ids(calls: list[list[Any]]) -> list[list[Any]]:
-    """The calls as they have to be again when the same is asked again."""
+    """The parts of the calls that must repeat if the same request is sent again."""
     return [call[1:] for call in calls]

@@ -1,4 +1,4 @@
-"""instructor: a typed answer in its modes, whole and growing."""
+"""instructor: a typed answer in its modes, complete and streamed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def tools_strict(url: str, model: str) -> Any:
 
 
 def partial(url: str, model: str) -> Any:
-    """Streamed: the object as it grows, by mode."""
+    """Streamed: the growing object, by mode."""
     answers = {}
     for mode in (instructor.Mode.JSON_SCHEMA, instructor.Mode.TOOLS):
         growing = list(client(url, mode).create_partial(**asked(model)))

@@ -107,7 +107,7 @@ def structured_from_schema(url: str, model: str) -> Any:
 
 
 def json_mode(url: str, model: str) -> Any:
-    """Any object will do, and how long it gets is the model's affair: one that is cut off is an error of the SDK's."""
+    """Any object is valid, and its length depends on the model: the SDK raises if it is cut off."""
     chain = form(url, model).with_structured_output(None, method="json_mode")
     try:
         return {"parsed": chain.invoke(CITY_QUESTION)}
@@ -140,7 +140,7 @@ def functions(url: str, model: str) -> Any:
 
 
 def function_result(url: str, model: str) -> Any:
-    """LangChain's own message goes back as it came, then the results; the functions stay offered."""
+    """LangChain's own message is sent back unchanged, then the results; the functions are still offered."""
     named = form(url, model).bind_tools([get_weather], tool_choice="get_weather")
     call = named.invoke(WEATHER_QUESTION)
     counts = []

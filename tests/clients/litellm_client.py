@@ -134,7 +134,7 @@ def functions_stream(url: str, model: str) -> Any:
 
 
 def function_result(url: str, model: str) -> Any:
-    """litellm's own message goes back as it came, then the results."""
+    """litellm's own message is sent back unchanged, then the results."""
     message = litellm.completion(**weather(url, model)).choices[0].message
     counts = []
     for result in ("20", "20 " * 50):

@@ -22,7 +22,7 @@ def get_weather(city: str) -> str:
 
 
 class Home:
-    """A folder of the user's with two models: the one that is served, and one that is not.
+    """A user folder with two models: one that is served and one that is not.
 
     Args:
         url: Where they are said to be.
@@ -55,7 +55,7 @@ class Home:
 
 
 def in_home(url: str, served: str, *asked: list[str], **options: Any) -> Any:
-    """Prompts in the same home, one after another."""
+    """Runs prompts in the same home folder, one after another."""
     with tempfile.TemporaryDirectory(prefix="llm-") as folder:
         home = Home(folder, url, served)
         return [home.ask(*arguments, **options) for arguments in asked]
@@ -83,7 +83,7 @@ def schema(url: str, model: str) -> Any:
 
 
 def functions(url: str, model: str) -> Any:
-    """Whether the model calls is its own affair: llm cannot require it."""
+    """llm cannot require a call, so the model may answer with text."""
     whole = [WEATHER_QUESTION, "--functions", FUNCTION, "--usage", "--no-stream"]
     streamed = [WEATHER_QUESTION, "--functions", FUNCTION, "--usage"]
     return in_home(url, model, whole, streamed)

@@ -106,7 +106,7 @@ def content_parts(url: str, model: str) -> Any:
 
 
 def optional_fields(url: str, model: str) -> Any:
-    """What applications set out of habit, and what asks nothing of the answer."""
+    """Parameters that applications set by default and that do not change the answer."""
     habits = {
         "n": 1,
         "top_p": 1,
@@ -180,7 +180,7 @@ def named_function(url: str, model: str) -> Any:
 
 
 def function_result(url: str, model: str) -> Any:
-    """The SDK's own message goes back as it came, as its documentation shows; then the result, short or long."""
+    """The SDK's own message is sent back unchanged, as its documentation shows, then the result, short or long."""
     message = client(url).chat.completions.parse(**weather(model)).choices[0].message
     counts = []
     for result in ("20", "20 " * 50):

@@ -20,7 +20,7 @@ def got(run_script: RunScript, python: Path) -> Outcomes:
     [("json_schema", "stop"), ("tools", "tool_calls"), ("tools_strict", "tool_calls")],
 )
 def test_typed_answer(got: Outcomes, mode: str, finish_reason: str) -> None:
-    """An object of the type at the first try, with what it used."""
+    """Returns an object of the type at the first attempt, with usage."""
     answer = got[mode]
     assert is_city(answer["parsed"])
     assert answer["finish_reason"] == finish_reason
@@ -29,14 +29,14 @@ def test_typed_answer(got: Outcomes, mode: str, finish_reason: str) -> None:
 
 @pytest.mark.parametrize(("mode", "case"), [("JSON_SCHEMA", "json_schema"), ("TOOLS", "tools")])
 def test_partial(got: Outcomes, mode: str, case: str) -> None:
-    """Streamed, the object grows, and ends as one of the type."""
+    """A streamed object grows and ends as a valid object of the type."""
     growing = got["partial"][mode]
     assert growing["num"] > 3
     assert is_city(growing["last"])
 
 
 def test_unknown_model(got: Outcomes) -> None:
-    """instructor's own exception has our words."""
+    """instructor's own exception has our message."""
     error = got["unknown_model"]
     assert "instructor.InstructorError" in error["types"]
     assert UNKNOWN_MODEL in error["message"]

@@ -28,14 +28,14 @@ def assert_counts(usage: dict[str, Any]) -> None:
 
 
 def test_invoke(got: Outcomes) -> None:
-    """The right answer, with why it ended and what it used."""
+    """The right answer, with finish reason and usage."""
     answer = got["invoke"]
     assert (answer["content"], answer["finish_reason"]) == (ANSWER, "stop")
     assert_counts(answer["usage"])
 
 
 def test_stream(got: Outcomes) -> None:
-    """The chunks are the plain answer in several parts, with its usage."""
+    """The chunks are the non-streamed answer in several parts, with its usage."""
     stream = got["stream"]
     assert "".join(stream["deltas"]) == stream["content"] == ANSWER
     assert len(stream["deltas"]) > 3
@@ -49,7 +49,7 @@ def test_asynchronous(got: Outcomes) -> None:
 
 
 def test_batch(got: Outcomes) -> None:
-    """Questions at once are answered as one after another."""
+    """Concurrent questions get the same answers as one after another."""
     together, one_by_one = got["batch"]
     assert together == one_by_one
     assert together[0] == ANSWER
@@ -61,7 +61,7 @@ def test_stop(got: Outcomes) -> None:
 
 
 def test_logprobs(got: Outcomes) -> None:
-    """They are there, a token each, and add up to the answer."""
+    """One log-probability per token; the tokens add up to the answer."""
     assert "".join(got["logprobs"]) == ANSWER
 
 
@@ -70,12 +70,12 @@ def test_logprobs(got: Outcomes) -> None:
     ["structured", "structured_as_function", "structured_strict_function", "structured_from_schema"],
 )
 def test_structured_output(got: Outcomes, case: str) -> None:
-    """with_structured_output gives an object of the type, as a schema and as a function, strict and not."""
+    """with_structured_output returns an object of the type, by schema and by function, strict and not."""
     assert is_city(got[case])
 
 
 def test_structured_stream(got: Outcomes) -> None:
-    """The last object of the stream is the plain one."""
+    """The last object of the stream equals the non-streamed one."""
     assert got["structured_stream"] == got["structured"]
 
 
@@ -90,7 +90,7 @@ def test_json_mode(got: Outcomes) -> None:
 
 @pytest.mark.parametrize("how", ["required", "named", "streamed"])
 def test_functions(got: Outcomes, how: str) -> None:
-    """bind_tools gives one valid call: of any function, of the named one, and in a stream the plain one."""
+    """bind_tools gives one valid call: of any function, of a named one, and the same in a stream."""
     answer = got["functions"][how]
     [[name, arguments]] = answer["calls"]
     assert is_call(name, arguments)
@@ -103,7 +103,7 @@ def test_functions(got: Outcomes, how: str) -> None:
 
 
 def test_function_result(got: Outcomes) -> None:
-    """LangChain's message and the results go back; the model reads them: a longer one is a longer prompt. No more calls."""
+    """LangChain's message and the results are sent back and reach the model: a longer result is a longer prompt. No more calls."""
     result = got["function_result"]
     short, long = result["prompt_tokens"]
     assert long > short + 40
@@ -112,7 +112,7 @@ def test_function_result(got: Outcomes) -> None:
 
 @pytest.mark.parametrize("case", ["unknown_model", "unknown_model_stream"])
 def test_unknown_model(got: Outcomes, case: str) -> None:
-    """It is the exception that LangChain has for it, which is the SDK's NotFoundError too."""
+    """It raises LangChain's own exception, which is also the SDK's NotFoundError."""
     error = got[case]
     assert "langchain_core.ModelNotFoundError" in error["types"]
     assert "openai.NotFoundError" in error["types"]
@@ -120,6 +120,6 @@ def test_unknown_model(got: Outcomes, case: str) -> None:
 
 
 def test_prompt_that_is_too_long(got: Outcomes) -> None:
-    """LangChain recognizes it, so that applications can shorten their history."""
+    """LangChain recognizes the error, so that applications can shorten their history."""
     assert "langchain_core.ContextOverflowError" in got["too_long"]["types"]
     assert "openai.BadRequestError" in got["too_long"]["types"]

@@ -32,12 +32,12 @@ def assert_is_answer(answer: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("provider", ["openai", "hosted_vllm"])
 def test_completion(got: Outcomes, provider: str) -> None:
-    """The right answer, with why it ended and what it used."""
+    """The right answer, with finish reason and usage."""
     assert_is_answer(got["completion"][provider])
 
 
 def test_stream(got: Outcomes) -> None:
-    """litellm's own builder makes the plain answer of the chunks, with its usage."""
+    """litellm's own builder assembles the non-streamed answer from the chunks, with its usage."""
     stream = got["stream"]
     assert_is_answer(stream)
     assert "".join(stream["deltas"]) == ANSWER
@@ -45,27 +45,27 @@ def test_stream(got: Outcomes) -> None:
 
 
 def test_asynchronous(got: Outcomes) -> None:
-    """acompletion, plain and streamed."""
+    """acompletion, streamed and not."""
     assert got["asynchronous"] == [ANSWER, ANSWER]
 
 
 def test_text_completion(got: Outcomes) -> None:
-    """The legacy endpoint goes on with the prompt."""
+    """The legacy endpoint continues the prompt."""
     assert got["text_completion"].startswith(" Paris.")
 
 
 def test_choices(got: Outcomes) -> None:
-    """`n` gives so many answers; greedy ones are the same."""
+    """`n` gives that many answers; greedy ones are equal."""
     assert got["choices"] == [ANSWER, ANSWER]
 
 
 def test_structured(got: Outcomes) -> None:
-    """A pydantic model as response_format is what the answer validates as."""
+    """The answer validates against a pydantic model as response_format."""
     assert is_city(got["structured"])
 
 
 def test_functions(got: Outcomes) -> None:
-    """A required call has valid arguments; streamed it is the same, but for its id."""
+    """A required call has valid arguments; streamed it is the same except for its id."""
     plain, stream = got["functions"], got["functions_stream"]
     assert are_openai_calls(plain["calls"])
     assert plain["finish_reason"] == stream["finish_reason"] == "tool_calls"
@@ -73,7 +73,7 @@ def test_functions(got: Outcomes) -> None:
 
 
 def test_function_result(got: Outcomes) -> None:
-    """litellm's message and the results go back; the model reads them: a longer one is a longer prompt. No more calls."""
+    """litellm's message and the results are sent back and reach the model: a longer result is a longer prompt. No more calls."""
     result = got["function_result"]
     short, long = result["prompt_tokens"]
     assert long > short + 40
@@ -81,7 +81,7 @@ def test_function_result(got: Outcomes) -> None:
 
 
 def test_errors(got: Outcomes) -> None:
-    """Each refusal is the exception that litellm has for it; it tells a prompt that is too long by our words."""
+    """Each refusal raises litellm's exception for it; litellm recognizes a prompt that is too long by our message."""
     unknown, wrong, too_long = got["unknown_model"], got["wrong_value"], got["too_long"]
     assert unknown["types"][0] == "litellm.NotFoundError"
     assert UNKNOWN_MODEL in unknown["message"]

@@ -19,7 +19,7 @@ def got(run_script: RunScript, python: Path) -> Outcomes:
 
 
 def counts(done: dict[str, Any]) -> tuple[int, int]:
-    """Tokens in and out, as llm prints them."""
+    """Prompt and completion tokens, as llm prints them."""
     found = re.search(r"Token usage: (\d+) input, (\d+) output", done["stderr"])
     assert found, done
     return int(found[1]), int(found[2])
@@ -27,21 +27,21 @@ def counts(done: dict[str, Any]) -> tuple[int, int]:
 
 @pytest.mark.parametrize("case", ["prompt", "stream"])
 def test_prompt(got: Outcomes, case: str) -> None:
-    """The right answer on standard output, and its usage; streamed, which is the default, and not."""
+    """The right answer on standard output with its usage, streamed (the default) and not."""
     done = got[case]
     assert (done["status"], done["stdout"].strip()) == (0, ANSWER)
     assert counts(done) == (PROMPT_TOKENS, COMPLETION_TOKENS)
 
 
 def test_conversation(got: Outcomes) -> None:
-    """`--continue` sends the first question and its answer again."""
+    """`--continue` resends the first question and its answer."""
     first, second = got["conversation"]
     assert first["status"] == second["status"] == 0
     assert counts(second)[0] > sum(counts(first))
 
 
 def test_schema(got: Outcomes) -> None:
-    """`--schema` prints what validates, streamed and not."""
+    """`--schema` prints valid JSON, streamed and not."""
     whole, streamed = got["schema"]
     assert whole["status"] == streamed["status"] == 0
     assert is_city(json.loads(whole["stdout"]))
@@ -56,7 +56,7 @@ def test_functions(got: Outcomes) -> None:
 
 
 def test_unknown_model(got: Outcomes) -> None:
-    """llm says our words, and ends with an error."""
+    """llm prints our message and exits with an error."""
     done = got["unknown_model"]
     assert done["status"] == 1
     assert UNKNOWN_MODEL in done["stderr"]

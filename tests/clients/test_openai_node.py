@@ -25,7 +25,7 @@ def got(run_script: RunScript, node_scripts: Path) -> Outcomes:
 
 
 def test_chat_and_stream(got: Outcomes) -> None:
-    """`.stream()` puts the plain answer together, in several deltas, with the same usage."""
+    """`.stream()` assembles the non-streamed answer from several deltas, with the same usage."""
     chat, stream = got["chat"], got["chat_stream"]
     assert chat["content"] == stream["content"] == "".join(stream["deltas"]) == ANSWER
     assert len(stream["deltas"]) > 3
@@ -37,14 +37,14 @@ def test_chat_and_stream(got: Outcomes) -> None:
 
 
 def test_parse(got: Outcomes) -> None:
-    """A zod schema as response_format comes back as an object; by `.stream()` as the same one."""
+    """A zod schema as response_format returns an object; `.stream()` returns an equal one."""
     assert is_city(got["parse"]["parsed"])
     assert got["parse"]["finish_reason"] == "stop"
     assert got["parse_stream"] == got["parse"]["parsed"]
 
 
 def test_function(got: Outcomes) -> None:
-    """A required call has parsed arguments; streamed it is the same, but for its id."""
+    """A required call has parsed arguments; streamed it is the same except for its id."""
     function, stream = got["function"], got["function_stream"]
     assert are_openai_calls(function["calls"])
     assert function["finish_reason"] == stream["finish_reason"] == "tool_calls"
@@ -52,7 +52,7 @@ def test_function(got: Outcomes) -> None:
 
 
 def test_run_tools(got: Outcomes) -> None:
-    """The helper's whole round: a call, the function, its result back."""
+    """The helper's complete round trip: a call, the function, its result."""
     rounds = got["run_tools"]
     assert rounds["roles"][:3] == ["user", "assistant", "tool"]
     assert rounds["asked"]
@@ -60,7 +60,7 @@ def test_run_tools(got: Outcomes) -> None:
 
 
 def test_unknown_model(got: Outcomes) -> None:
-    """It is the SDK's NotFoundError, with our words and fields."""
+    """It raises the SDK's NotFoundError, with our message and fields."""
     error = got["unknown_model"]
     assert error["isNotFound"]
     assert (error["status"], error["code"], error["param"]) == (404, "model_not_found", "model")

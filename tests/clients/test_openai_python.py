@@ -1,4 +1,4 @@
-"""The openai SDK for Python: the version that other clients bring along, and the project's own, newer one."""
+"""The openai SDK for Python: the version that other clients depend on, and the project's own, newer one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def assert_counts(usage: dict[str, Any]) -> None:
 
 
 def test_chat(got: Outcomes) -> None:
-    """The right answer, why it ended, what it used, and the id by which the log knows the request."""
+    """The right answer, with finish reason, usage, and the request id that the log has."""
     chat = got["chat"]
     assert (chat["content"], chat["finish_reason"]) == (ANSWER, "stop")
     assert_counts(chat["usage"])
@@ -44,7 +44,7 @@ def test_chat(got: Outcomes) -> None:
 
 
 def test_stream_helper(got: Outcomes) -> None:
-    """`.stream()` puts the plain answer together, in several deltas, with its usage."""
+    """`.stream()` assembles the non-streamed answer from several deltas, with its usage."""
     stream = got["chat_stream"]
     assert "".join(stream["deltas"]) == stream["content"] == ANSWER
     assert stream["done"] == [ANSWER]
@@ -54,28 +54,28 @@ def test_stream_helper(got: Outcomes) -> None:
 
 
 def test_asynchronous(got: Outcomes) -> None:
-    """Three at once and one stream give the same answer."""
+    """Three concurrent requests and one stream give the same answer."""
     assert got["asynchronous"] == [ANSWER] * 4
 
 
 def test_max_completion_tokens(got: Outcomes) -> None:
-    """The newer name of max_tokens gives exactly so many."""
+    """The newer name of max_tokens gives exactly that many tokens."""
     assert got["max_completion_tokens"] == ["length", 3]
 
 
 def test_content_parts_and_the_developer(got: Outcomes) -> None:
-    """Text parts are their text, and the developer's message is the system's: the same prompt to the token."""
+    """Text parts equal plain text, and a developer message equals a system message, to the token."""
     as_parts, as_strings = got["content_parts"]
     assert as_parts == as_strings
 
 
 def test_fields_that_ask_for_nothing(got: Outcomes) -> None:
-    """What applications set out of habit changes nothing and is not refused."""
+    """Parameters that applications set by default change nothing and are not refused."""
     assert got["optional_fields"] == ANSWER
 
 
 def test_choices(got: Outcomes) -> None:
-    """`n` gives so many different answers, and their tokens together."""
+    """`n` gives that many different answers, and usage is their sum."""
     choices = got["choices"]
     assert choices["indexes"] == [0, 1, 2]
     assert len(set(choices["contents"])) == 3
@@ -83,14 +83,14 @@ def test_choices(got: Outcomes) -> None:
 
 
 def test_parse(got: Outcomes) -> None:
-    """A pydantic model as response_format comes back as an object; by `.stream()` as the same one."""
+    """A pydantic model as response_format returns an object; `.stream()` returns an equal one."""
     assert is_city(got["parse"]["parsed"])
     assert got["parse"]["finish_reason"] == "stop"
     assert got["parse_stream"] == got["parse"]["parsed"]
 
 
 def test_function(got: Outcomes) -> None:
-    """A required call has parsed arguments and no content; streamed it is the same, but for its id."""
+    """A required call has parsed arguments and no content; streamed it is the same except for its id."""
     function, stream = got["function"], got["function_stream"]
     assert are_openai_calls(function["calls"])
     assert len(function["calls"]) == 1
@@ -102,14 +102,14 @@ def test_function(got: Outcomes) -> None:
 
 
 def test_named_function(got: Outcomes) -> None:
-    """The function that `tool_choice` names is called, once."""
+    """The function named by `tool_choice` is called exactly once."""
     [[name, arguments]] = got["named_function"]
     assert name == "get_weather"
     assert is_call(name, arguments)
 
 
 def test_function_result(got: Outcomes) -> None:
-    """The SDK's message and the results go back; the model reads them: a longer one is a longer prompt. No more calls."""
+    """The SDK's message and the results are sent back and reach the model: a longer result is a longer prompt. No more calls."""
     result = got["function_result"]
     short, long = result["prompt_tokens"]
     assert long > short + 40
@@ -118,12 +118,12 @@ def test_function_result(got: Outcomes) -> None:
 
 
 def test_models(got: Outcomes) -> None:
-    """The list of models, and one of them."""
+    """The list of models, and one model by id."""
     assert got["models"] == [["demo"], "demo"]
 
 
 def test_errors(got: Outcomes) -> None:
-    """Each refusal is the SDK's exception for its status, with our words and fields."""
+    """Each refusal raises the SDK's exception for its status, with our message and fields."""
     unknown, wrong, too_long = got["unknown_model"], got["wrong_value"], got["too_long"]
     assert unknown["types"][0] == "openai.NotFoundError"
     assert (unknown["status"], unknown["code"], unknown["param"]) == (404, "model_not_found", "model")

@@ -30,14 +30,14 @@ def assert_counts(usage: dict[str, Any]) -> None:
 
 
 def test_generate_text(got: Outcomes, provider: str) -> None:
-    """The right answer, with why it ended and what it used."""
+    """The right answer, with finish reason and usage."""
     answer = got[f"{provider}_text"]
     assert (answer["text"], answer["finishReason"]) == (ANSWER, "stop")
     assert_counts(answer["usage"])
 
 
 def test_stream_text(got: Outcomes, provider: str) -> None:
-    """The plain answer in several parts, with its usage."""
+    """The non-streamed answer in several parts, with its usage."""
     stream = got[f"{provider}_stream"]
     assert "".join(stream["deltas"]) == ANSWER
     assert len(stream["deltas"]) > 3
@@ -46,12 +46,12 @@ def test_stream_text(got: Outcomes, provider: str) -> None:
 
 
 def test_messages(got: Outcomes, provider: str) -> None:
-    """A conversation of content parts, with a system's message, is read as a whole."""
+    """A conversation of content parts with a system message reaches the model completely."""
     assert got[f"{provider}_messages"]["inputTokens"] > PROMPT_TOKENS
 
 
 def test_object(got: Outcomes, provider: str) -> None:
-    """generateObject gives what validates; an output that is streamed is the same."""
+    """generateObject returns a valid object; a streamed one is the same."""
     answer = got[f"{provider}_object"]
     assert is_city(answer["object"])
     assert answer["finishReason"] == "stop"
@@ -68,14 +68,14 @@ def test_tool(got: Outcomes, provider: str) -> None:
 
 
 def test_named_tool(got: Outcomes, provider: str) -> None:
-    """The named function is called, once."""
+    """The named function is called exactly once."""
     [[name, arguments]] = got[f"{provider}_named_tool"]
     assert name == "get_weather"
     assert is_call(name, arguments)
 
 
 def test_steps(got: Outcomes, provider: str) -> None:
-    """The SDK runs what was called, and its result is read in a second step, which calls nothing."""
+    """The SDK runs the called function and sends its result in a second step, which calls nothing."""
     answer = got[f"{provider}_steps"]
     first, second = answer["steps"]
     assert answer["asked"] == first["numCalls"] > 0
@@ -85,7 +85,7 @@ def test_steps(got: Outcomes, provider: str) -> None:
 
 
 def test_unknown_model(got: Outcomes, provider: str) -> None:
-    """It is the SDK's APICallError with our words, and is not tried again."""
+    """It raises the SDK's APICallError with our message and is not retried."""
     error = got[f"{provider}_unknown_model"]
     assert (error["isCallError"], error["statusCode"], error["isRetryable"]) == (True, 404, False)
     assert error["message"] == UNKNOWN_MODEL

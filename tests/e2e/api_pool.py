@@ -1,4 +1,4 @@
-"""The API as it is deployed, on a private Redis, with a worker that follows a script; and raw HTTP to talk to it."""
+"""The API as deployed, on a private Redis, with a scripted worker, and a raw HTTP client."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HI = [{"role": "user", "content": "hi"}]
 
 @dataclass
 class ApiPool:
-    """What a test needs of both sides."""
+    """The pool and its scripted worker."""
 
     pool: Pool
     worker: FakeWorker
@@ -28,7 +28,7 @@ class ApiPool:
         return f"{self.pool.url}/v1"
 
     def follow(self, script: Script) -> None:
-        """What the worker does with the jobs that come from now on."""
+        """Sets the script for the jobs that follow."""
         self.worker.script = script
         self.worker.jobs.clear()
 
@@ -36,7 +36,7 @@ class ApiPool:
         return socket.create_connection((HOST, self.pool.port), timeout=10)
 
     def ask(self, method: str, path: str, body: bytes = b"", **headers: str) -> Response:
-        """One request on a connection of its own; header names have _ for -."""
+        """Sends one request on a new connection; header names have _ for -."""
         with self.connect() as connection:
             connection.sendall(request(method, path, body, **headers))
             return read_response(connection, method)

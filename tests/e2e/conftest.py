@@ -1,4 +1,4 @@
-"""A whole pool for the tests that see what a user sees: Redis, gunicorn and a worker with the real demo model."""
+"""A complete pool for the end-to-end tests: Redis, gunicorn and a worker with the demo model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What schemathesis cannot read in the description; its command line loads it, see api/test_openapi.py."""
+"""Hooks for what schemathesis cannot know from the description; its command line loads them, see api/test_openapi.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEADER = "X-Request-Timeout"
 
 @schemathesis.hook
 def before_call(_context: HookContext, case: Case, _kwargs: dict[str, Any]) -> None:
-    """Ask for the model that is there, and leave it the time to answer: 404 and 504 would be right, and say little."""
+    """Request the served model with enough time to answer: 404 and 504 would be valid but test little."""
     if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
         del case.body["model"]
     if 0 < _seconds((case.headers or {}).get(HEADER)) < MIN_SECONDS:
@@ -32,7 +32,7 @@ def _seconds(text: Any) -> float:
 
 @schemathesis.check
 def valid_is_accepted(_context: CheckContext, response: Response, case: Case) -> None:
-    """A 400 for what the description allows is only for what no schema can say."""
+    """A 400 for a request that the description allows is only valid for what a schema cannot express."""
     if case.meta is not None and case.meta.generation.mode.is_positive and response.status_code == 400:
         error = response.json()["error"]
         assert is_beyond_description(error), f"valid by the description, and refused: {error}"

@@ -1,4 +1,4 @@
-"""Several answers to one request, and prompts that are echoed: the openai SDK against a worker with the real model."""
+"""Several choices per request and echoed prompts: the openai SDK against a worker with a real model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def options(**more: Any) -> dict[str, Any]:
 
 
 def test_choices(client: openai.OpenAI) -> None:
-    """As many as asked for, in order and unlike each other; the first is what one alone would be; a seed repeats them all."""
+    """n choices, in order and different; the first equals a single choice; a seed repeats them all."""
     answers = [client.chat.completions.create(messages=QUESTION, **options(n=n)) for n in (1, 4, 4)]
     texts = [[choice.message.content for choice in answer.choices] for answer in answers]
     assert texts[1] == texts[2]
@@ -40,7 +40,7 @@ def test_choices(client: openai.OpenAI) -> None:
 
 
 def test_choices_are_streamed_by_index(client: openai.OpenAI) -> None:
-    """Chunks of several choices come as they are made; each choice is what it is without a stream, and ends once."""
+    """Chunks of several choices are interleaved; each choice equals the non-streamed one and ends once."""
     plain = client.chat.completions.create(messages=QUESTION, **options(n=3))
     chunks = list(
         client.chat.completions.create(
@@ -60,7 +60,7 @@ def test_choices_are_streamed_by_index(client: openai.OpenAI) -> None:
 
 
 def test_prompts_of_every_form(client: openai.OpenAI) -> None:
-    """Each text or list of token ids of a list is answered in its place, as it is when it comes alone."""
+    """Each text or list of token ids in a list is answered at its index, as it is alone."""
     texts = ["The capital of France is", "One, two, three,"]
     greedy = options(temperature=0, max_tokens=5)
     alone = [client.completions.create(prompt=text, **greedy).choices[0].text for text in texts]
@@ -77,7 +77,7 @@ def test_prompts_of_every_form(client: openai.OpenAI) -> None:
 
 
 def test_the_best_of_several(client: openai.OpenAI) -> None:
-    """It is the likeliest per token of those that were generated, all of which are paid for."""
+    """The returned choice has the highest mean log-probability of all generated ones, which usage counts."""
     wide = options(temperature=1.5, max_tokens=6)
     best = client.completions.create(prompt="The sea is", best_of=5, **wide)
     every = client.completions.create(prompt="The sea is", n=5, logprobs=0, **wide)
@@ -92,7 +92,7 @@ def test_the_best_of_several(client: openai.OpenAI) -> None:
 
 
 def test_an_echo_with_log_probabilities(client: openai.OpenAI) -> None:
-    """Nothing generated: the prompt, its tokens and what the model makes of them; streamed it is the same."""
+    """With max_tokens 0: the prompt, its tokens and their log-probabilities; streamed it is the same."""
     asked: Any = options(prompt="The capital of France is Paris.", echo=True, logprobs=2, max_tokens=0)
     plain = client.completions.create(**asked).choices[0]
     assert plain.text == "The capital of France is Paris."
@@ -112,7 +112,7 @@ def test_an_echo_with_log_probabilities(client: openai.OpenAI) -> None:
 
 
 def test_penalties(client: openai.OpenAI) -> None:
-    """A penalty for what was said ends a repetition; one the other way begins one."""
+    """A positive penalty ends a repetition; a negative one starts it."""
     prompt = "one two one two one two one two"
     greedy = options(temperature=0, max_tokens=12)
     free = client.completions.create(prompt=prompt, **greedy).choices[0].text

@@ -1,4 +1,4 @@
-"""The clients that people have, unmodified, against the whole of it: gunicorn, RQ, Redis and a worker with a real model."""
+"""Unmodified clients against the complete pool: gunicorn, RQ, Redis and a worker with a real model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def client(pool: Pool) -> Iterator[openai.OpenAI]:
 
 
 def test_chat(client: openai.OpenAI) -> None:
-    """The openai SDK gets the right answer, with its usage and why it ended."""
+    """The openai SDK gets the right answer, with usage and finish reason."""
     answer = client.chat.completions.create(messages=QUESTION, **greedy())  # type: ignore[arg-type]
     assert answer.choices[0].message.content == ANSWER
     assert answer.choices[0].finish_reason == "stop"
@@ -42,7 +42,7 @@ def test_chat(client: openai.OpenAI) -> None:
 
 
 def test_chat_stream_equals_plain(client: openai.OpenAI) -> None:
-    """The streamed text is the plain answer's; the role comes once, first; usage comes last, on request."""
+    """The streamed text equals the non-streamed one; the role comes once, first; usage comes last, if requested."""
     options: Any = {"stream": True, "stream_options": {"include_usage": True}}
     chunks = list(client.chat.completions.create(messages=QUESTION, **greedy(**options)))  # type: ignore[arg-type]
     assert [c.choices[0].delta.role for c in chunks if c.choices and c.choices[0].delta.role] == ["assistant"]
@@ -55,7 +55,7 @@ def test_chat_stream_equals_plain(client: openai.OpenAI) -> None:
 
 
 def test_completion(client: openai.OpenAI) -> None:
-    """A legacy completion goes on with the prompt, its leading space kept; streamed it is the same."""
+    """A legacy completion continues the prompt and keeps the leading space; streamed it is the same."""
     plain = client.completions.create(prompt=PROMPT, **greedy(max_tokens=5))
     streamed = client.completions.create(prompt=PROMPT, stream=True, **greedy(max_tokens=5))
     assert plain.choices[0].text == " Paris.\n\nThe"
@@ -73,7 +73,7 @@ def test_completion(client: openai.OpenAI) -> None:
     ],
 )
 def test_stop_strings_never_come_out(client: openai.OpenAI, stop: Any, text: str) -> None:
-    """A stop string ends the text before it, across tokens and at the first character; its look-alike comes out."""
+    """A stop string ends the text before it, across tokens and at the first character; a partial match is emitted."""
     plain = client.chat.completions.create(messages=QUESTION, **greedy(stop=stop))  # type: ignore[arg-type]
     streamed = client.chat.completions.create(messages=QUESTION, stream=True, **greedy(stop=stop))  # type: ignore[arg-type]
     assert plain.choices[0].message.content == text
@@ -82,7 +82,7 @@ def test_stop_strings_never_come_out(client: openai.OpenAI, stop: Any, text: str
 
 
 def test_logprobs_add_up_to_the_content(client: openai.OpenAI) -> None:
-    """One item a token; together they are the content; the greedy token is the likeliest."""
+    """One item per token; together they are the content; the greedy token is the likeliest."""
     answer = client.chat.completions.create(messages=QUESTION, **greedy(logprobs=True, top_logprobs=3))  # type: ignore[arg-type]
     assert answer.choices[0].logprobs is not None
     items = answer.choices[0].logprobs.content or []
@@ -95,7 +95,7 @@ def test_logprobs_add_up_to_the_content(client: openai.OpenAI) -> None:
 
 
 def test_seeds_repeat_beside_others(client: openai.OpenAI, pool: Pool) -> None:
-    """A seed gives the same text again, alone and in a batch with other seeds; another seed gives another text."""
+    """A seed repeats its text, alone and in a batch with other seeds; another seed gives another text."""
 
     async def ask(seeds: list[int]) -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{pool.url}/v1", api_key="none", max_retries=0) as asking:
@@ -112,7 +112,7 @@ def test_seeds_repeat_beside_others(client: openai.OpenAI, pool: Pool) -> None:
 
 
 def test_greedy_requests_at_once_equal_one_after_another(client: openai.OpenAI, pool: Pool) -> None:
-    """What is beside a request in its batch does not change its text (float32)."""
+    """Other requests in the batch do not change a request's text (float32)."""
     questions = [[{"role": "user", "content": f"Count from {i} to {i + 5}."}] for i in range(6)]
 
     async def ask() -> list[str]:
@@ -127,7 +127,7 @@ def test_greedy_requests_at_once_equal_one_after_another(client: openai.OpenAI, 
 
 
 def test_prompt_that_is_too_long_is_a_real_400(client: openai.OpenAI) -> None:
-    """Also for a stream, the worker's refusal is an HTTP status and not a frame of an open stream."""
+    """The worker's refusal is an HTTP status, also for a stream, and not a frame."""
     long = [{"role": "user", "content": "word " * 9000}]
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError) as refused:
@@ -136,7 +136,7 @@ def test_prompt_that_is_too_long_is_a_real_400(client: openai.OpenAI) -> None:
 
 
 def test_curl(pool: Pool) -> None:
-    """The line that `make up` prints: frames as they come, then [DONE]."""
+    """The command that `make up` prints works: frames, then [DONE]."""
     body = json.dumps(greedy(messages=QUESTION, stream=True))
     curl = [
         "curl",

@@ -1,6 +1,6 @@
-"""Answers in a form: JSON, a schema's, calls of functions. The openai SDK against a worker with the real model.
+"""Structured output: JSON, schemas, tool calls. The openai SDK against a worker with a real model.
 
-The model is far too small to make sense: what is judged is the form, which the grammar makes sure of.
+The model is too small for sensible content: the tests check the format, which the grammar guarantees.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Sky(Enum):
 
 
 class Weather(BaseModel):
-    """As users write it: the SDK makes a strict schema of it."""
+    """As users write it; the SDK turns it into a strict schema."""
 
     city: str = Field(max_length=12)
     degrees: int
@@ -67,7 +67,7 @@ def schema_format(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_typed_answer(client: openai.OpenAI) -> None:
-    """`.parse()` gives an object of the type; streamed through the SDK's helper it is the same one."""
+    """`.parse()` returns an object of the type; the SDK's stream helper returns an equal one."""
     asked = options(response_format=Weather)
     answer = client.chat.completions.parse(**asked).choices[0]
     assert isinstance(answer.message.parsed, Weather)
@@ -78,7 +78,7 @@ def test_a_typed_answer(client: openai.OpenAI) -> None:
 
 
 def test_each_choice_is_held_to_the_schema(client: openai.OpenAI) -> None:
-    """Beside answers that are free; log-probabilities still line up with the text, and nothing banned has any."""
+    """Constrained next to unconstrained answers: log-probabilities match the text and contain no banned token."""
     schema = {
         "type": "object",
         "properties": {"a": {"type": "integer", "maximum": 99}, "b": {"enum": ["x", "yy"]}},
@@ -105,7 +105,7 @@ def test_each_choice_is_held_to_the_schema(client: openai.OpenAI) -> None:
 
 
 def test_any_object(client: openai.OpenAI) -> None:
-    """`json_object`: what is not cut by its length is an object; greedily it is so too."""
+    """`json_object`: every answer that max_tokens does not cut off is an object, sampled or greedy."""
     for more in ({}, {"temperature": 0}):
         answer = client.chat.completions.create(
             **options(response_format={"type": "json_object"}, max_tokens=80, **more)
@@ -126,7 +126,7 @@ def test_any_object(client: openai.OpenAI) -> None:
     ids=["required", "named", "named with parameters"],
 )
 def test_a_call_that_is_required(client: openai.OpenAI, choice: Any, names: set[str]) -> None:
-    """There is one, of a function that may be called, with arguments as its schema says; streamed it is the same."""
+    """A required call names an allowed function with valid arguments; streamed it is the same."""
     asked = options(tools=[WEATHER, CLOCK], tool_choice=choice, parallel_tool_calls=False)
     answer = client.chat.completions.create(**asked).choices[0]
     assert (answer.finish_reason, answer.message.content) == ("tool_calls", None)
@@ -152,7 +152,7 @@ def test_a_call_that_is_required(client: openai.OpenAI, choice: Any, names: set[
 
 
 def test_a_conversation_with_results(client: openai.OpenAI) -> None:
-    """A call and what came of it go back to the model, which then answers in words."""
+    """A call and its result are sent back to the model, which then answers with text."""
     asked = options(tools=[WEATHER], tool_choice="required", parallel_tool_calls=False)
     message = client.chat.completions.create(**asked).choices[0].message
     [call] = message.tool_calls or []
@@ -187,7 +187,7 @@ def test_a_conversation_with_results(client: openai.OpenAI) -> None:
     ids=["impossible", "empty enum", "unknown function"],
 )
 def test_what_cannot_be_is_told_at_once(client: openai.OpenAI, more: dict[str, Any], param: str) -> None:
-    """A 400 that names the place, for a stream too."""
+    """A 400 that names the parameter, also for a stream."""
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError) as refused:
             client.chat.completions.create(stream=stream, **options(**more))

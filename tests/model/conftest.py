@@ -1,4 +1,4 @@
-"""The real small model of this layer, in float32: its tests compare tokens of different batches, which float16 rounds differently."""
+"""The demo model in float32: the model tests compare tokens of different batches, which float16 rounds differently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The judge of servers, judged: a fake server that answers right, and the same with one thing wrong."""
+"""The conformance suite itself: a fake server that answers correctly, and variants with one mistake."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ HEADERS = {"content-type": "application/json", "x-request-id": "r"}
 
 @contextmanager
 def serving(status: int, body: bytes, headers: dict[str, str] = HEADERS) -> Iterator[Server]:
-    """A server that has one answer to everything; status 0: it hangs up."""
+    """A server with one answer to everything; status 0 closes the connection."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -101,7 +101,7 @@ def without(name: str) -> dict[str, Any]:
     ],
 )
 def test_refusals(status: int, error: Any, headers: dict[str, str], reason: str | None) -> None:
-    """An error is right with all that belongs to it, and not with any of it missing."""
+    """An error passes only if it is complete."""
     with serving(status, json.dumps({"error": error}).encode(), headers) as server:
         result = look_at(server, "errors.chat.temperature=2.1")
     assert result.shown == (reason is None)
@@ -122,7 +122,7 @@ def test_refusals(status: int, error: Any, headers: dict[str, str], reason: str 
     ],
 )
 def test_answers(name: str, change: dict[str, Any]) -> None:
-    """What the data asks for is shown where it is, and not where it is another."""
+    """Each criterion of the data passes for the expected value and fails for another."""
     with serving(200, json.dumps(ANSWER).encode()) as server:
         assert look_at(server, name).reason is None
     with serving(200, json.dumps(ANSWER | change).encode()) as server:
@@ -158,7 +158,7 @@ CHUNKS = [chunk("", role="assistant"), chunk("a"), chunk("b"), chunk(reason="len
     ],
 )
 def test_streams(name: str, wrong: list[Any]) -> None:
-    """A right stream is shown, one with a chunk that is out of place is not."""
+    """A correct stream passes; one with a misplaced chunk does not."""
     for frames, shown in (([*CHUNKS, "[DONE]"], True), (wrong, False)):
         lines = [frame if isinstance(frame, str) else json.dumps(frame) for frame in frames]
         body = "".join(f"data: {line}\n\n" for line in lines).encode()
@@ -177,14 +177,14 @@ def test_streams(name: str, wrong: list[Any]) -> None:
     ],
 )
 def test_types(change: dict[str, Any], where: str | None) -> None:
-    """The SDK's types are held to strictly."""
+    """Answers are validated strictly against the SDK's types."""
     found = schema.complaints(CHAT, "application/json", json.dumps(ANSWER | change).encode())
     assert bool(found) == (where is not None)
     assert (where or "") in "".join(found)
 
 
 def test_a_server_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its death is told, and what comes behind is not waited for."""
+    """The death is reported, and the behaviors after it are not waited for."""
     monkeypatch.setattr(runner, "BACK_SECONDS", 0.0)
     with serving(0, b"") as server:
         results = runner.run(server, catalogue.load("chat.usage"))
@@ -194,7 +194,7 @@ def test_a_server_that_dies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_catalogue() -> None:
-    """Each behavior has an id of its own and a sentence; those about keys are there with a key."""
+    """Each behavior has a unique id and a sentence; those about keys are included with a key."""
     without_key, with_key = catalogue.load(), catalogue.load(with_key=True)
     assert len({behavior.id for behavior in with_key}) == len(with_key) > len(without_key)
     assert all(behavior.sentence for behavior in with_key)
@@ -202,7 +202,7 @@ def test_the_catalogue() -> None:
 
 
 def test_the_table_and_the_status(capsys: pytest.CaptureFixture[str]) -> None:
-    """A line of reason for what is not shown, the sum below; failure is asked for, or the server cannot be reached."""
+    """The report has a reason for each missing behavior and a sum; the exit status is 1 with --strict or if the server is unreachable."""
     with serving(400, json.dumps({"error": ERROR}).encode()) as server:
         arguments = ["--url", server.url, "--model", "m", "--only", "errors.chat.te"]
         assert (main(arguments), main([*arguments, "--strict"])) == (0, 0)
