@@ -81,13 +81,15 @@ class Choices:
             taken = await self._take_any()
         events_by_choice: ChoiceEvents = []
         for index, events in taken:
-            terminal = self._subscriptions[index].terminal
-            if isinstance(terminal, Failed):
-                self.failed = self.failed or terminal
-            elif terminal is not None:
-                self._finished[index] = terminal
-            if events:
-                events_by_choice.append((index, self._without_started(index, events)))
+            if not events:
+                continue
+            # Not the subscription's `terminal`: that may have arrived since these events were taken, with others before it.
+            last = events[-1]
+            if isinstance(last, Failed):
+                self.failed = self.failed or last
+            elif isinstance(last, Finished):
+                self._finished[index] = last
+            events_by_choice.append((index, self._without_started(index, events)))
         return events_by_choice
 
     def _without_started(self, index: int, events: list[Event]) -> list[AnswerEvent | Failed]:
