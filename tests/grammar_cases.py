@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -191,7 +191,7 @@ class Walk:
     def run(self, most: int = 600) -> Walk:
         """Walks to the end; if there is none, the grammar is wrong."""
         matcher = GrammarMatcher(self.compiled)
-        matcher.replay(self.token_ids)
+        advance_all(matcher, self.token_ids)
         for _ in range(most):
             allowed = allowed_ids(matcher)
             token_id = self._draw(allowed)
@@ -218,6 +218,12 @@ class Walk:
             return -1
         first = self._text_of(token_id)[:1]
         return _CLOSING.find(first) if first in _CLOSING else 3 if first in _PLAIN else 4
+
+
+def advance_all(matcher: GrammarMatcher, token_ids: Sequence[int]) -> None:
+    """Append tokens to a matcher, in order."""
+    for token_id in token_ids:
+        matcher.advance(token_id)
 
 
 def allowed_ids(matcher: GrammarMatcher) -> list[int]:

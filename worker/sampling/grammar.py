@@ -172,15 +172,6 @@ class GrammarMatcher:
         elif self.is_finished or not self._matcher.consume_token(token_id):
             raise GrammarError(f"The grammar does not allow token {token_id}.")
 
-    def replay(self, token_ids: Sequence[int]) -> None:
-        """Append tokens that were sampled before, by this worker or another one.
-
-        Raises:
-            GrammarError: The grammar does not allow one of them.
-        """
-        for token_id in token_ids:
-            self.advance(token_id)
-
 
 def num_words(vocab_size: int) -> int:
     """The number of uint32 words in a mask."""

@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from common.errors import RequestError
 from common.protocol import ToolUse
 from common.schema import grammar
-from tests.grammar_cases import SCHEMAS, Walk, allowed_ids
+from tests.grammar_cases import SCHEMAS, Walk, advance_all, allowed_ids
 from worker.sampling.grammar import GrammarCompiler, GrammarError, GrammarMatcher, num_words
 
 SPECIAL = ["<end>", "<pad>", "<tool_call>", "</tool_call>"]
@@ -111,7 +111,7 @@ def test_no_dead_end(name: str) -> None:
     way = Walk(compiled, text_of, seed=3, num_free=12).run().token_ids
     for length in range(0, min(len(way), 36), 3):
         here = GrammarMatcher(compiled)
-        here.replay(way[:length])
+        advance_all(here, way[:length])
         for token_id in allowed_ids(here)[:: max(1, len(allowed_ids(here)) // 8)]:
             if token_id not in (END, PAD):
                 branch = Walk(compiled, text_of, seed=1, num_free=0)
@@ -127,7 +127,7 @@ def test_replay_is_the_same_as_live() -> None:
     other = GrammarCompiler(Fast(), VOCAB_SIZE, [END, PAD]).compile(text)
     for length, token_id in enumerate(way):
         again = GrammarMatcher(other)
-        again.replay(way[:length])
+        advance_all(again, way[:length])
         assert np.array_equal(again.allowed(), live.allowed())
         live.advance(token_id)
     assert live.is_finished
@@ -138,7 +138,7 @@ def test_rows_of_one_grammar_do_not_touch() -> None:
     compiled = grammars().compile(grammar.for_json_schema({"type": "boolean"}))
     first, second = GrammarMatcher(compiled), GrammarMatcher(compiled)
     before = second.allowed()
-    first.replay(encoded("true"))
+    advance_all(first, encoded("true"))
     assert first.is_finished
     assert np.array_equal(second.allowed(), before)
     assert np.array_equal(GrammarMatcher(compiled).allowed(), before)
@@ -148,11 +148,11 @@ def test_every_end_token_exactly_where_the_answer_can_end() -> None:
     """A number may end or go on; before its first digit it may not end; a closed object may only end."""
     number = matcher(grammar.for_json_schema({"type": "integer"}))
     assert not {END, PAD} & set(allowed_ids(number))
-    number.replay(encoded("7"))
+    advance_all(number, encoded("7"))
     assert {END, PAD} < set(allowed_ids(number))
     assert not number.is_finished
     closed = matcher(grammar.for_json_schema({"type": "object", "additionalProperties": False}))
-    closed.replay(encoded("{}"))
+    advance_all(closed, encoded("{}"))
     assert closed.is_finished
     assert set(allowed_ids(closed)) == {END, PAD}
 
@@ -161,7 +161,7 @@ def test_every_end_token_exactly_where_the_answer_can_end() -> None:
 def test_after_the_end(end: int) -> None:
     """Once an end token has come, nothing else may."""
     row = matcher(grammar.for_json_schema({"type": "integer"}))
-    row.replay([*encoded("7"), end])
+    advance_all(row, [*encoded("7"), end])
     assert row.is_finished
     assert set(allowed_ids(row)) == {END, PAD}
     with pytest.raises(GrammarError):
@@ -202,10 +202,10 @@ def test_the_mark_of_a_call_is_text(as_one_token: bool) -> None:
     """A tokenizer may call the mark special: it is written all the same, as one token or letter by letter."""
     tools = ToolUse(tools=[{"type": "function", "function": {"name": "f"}}], is_required=True)
     row = matcher(grammar.for_tool_calls(tools))
-    row.replay([CALL] if as_one_token else [backend().token_to_id(c) for c in "<tool_call>"])
-    row.replay([backend().token_to_id(c) for c in '{"'])
-    row.replay(encoded('name": "f", "arguments": {}}'))
-    row.replay([CALL + 1])
+    advance_all(row, [CALL] if as_one_token else [backend().token_to_id(c) for c in "<tool_call>"])
+    advance_all(row, [backend().token_to_id(c) for c in '{"'])
+    advance_all(row, encoded('name": "f", "arguments": {}}'))
+    advance_all(row, [CALL + 1])
     assert {END, PAD} < set(allowed_ids(row))
 
 
@@ -239,7 +239,7 @@ def test_many_threads_compile() -> None:
 
     def work(i: int) -> None:
         found[i] = GrammarMatcher(grammars().compile(texts[i]))
-        found[i].replay(encoded(f'"value {i % 5}"'))
+        advance_all(found[i], encoded(f'"value {i % 5}"'))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(20)]
     for thread in threads:
