@@ -1,4 +1,4 @@
-"""The choice of tokens: each filter against its definition, draws against their probabilities, rows against each other."""
+"""Sampling: each filter against its definition, draws against their probabilities, sequences independent of each other."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def logprobs(seed: int, num_rows: int = 1, spread: float = 2.0, vocab: int = VOC
 def drawn(
     params: SamplingParams, values: Any, num: int, *, xtc_special_token_ids: tuple[int, ...] = ()
 ) -> list[int]:
-    """The tokens that so many positions of one row draw from the same log-probabilities."""
+    """The tokens that `num` positions of one sequence draw from the same log-probabilities."""
     row, batch = SequenceSampler(params), sampler(xtc_special_token_ids)
     tokens = []
     for _ in range(num):
@@ -39,7 +39,7 @@ def drawn(
 
 
 def allowed(params: SamplingParams, values: Any) -> set[int]:
-    """What min_p, top_k and top_p leave, straight from their definitions."""
+    """The tokens that min_p, top_k and top_p keep, directly from their definitions."""
     scaled = values[0].astype(np.float64) / params.temperature
     probs = np.exp(scaled - scaled.max())
     order = [int(i) for i in np.argsort(-scaled, kind="stable")]
@@ -62,8 +62,10 @@ def allowed(params: SamplingParams, values: Any) -> set[int]:
     top_k=st.integers(0, VOCAB + 5),
     min_p=st.one_of(st.just(0.0), st.floats(0.001, 1.0)),
 )
-def test_filters_as_defined(seed: int, temperature: float, top_p: float, top_k: int, min_p: float) -> None:
-    """Nothing is drawn that the filters' definitions leave out, and something always is."""
+def test_filters_match_their_definitions(
+    seed: int, temperature: float, top_p: float, top_k: int, min_p: float
+) -> None:
+    """No draw is excluded by the filters' definitions, and there always is one."""
     params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
     values = logprobs(seed)
     wanted = allowed(params, values)
@@ -90,7 +92,7 @@ def test_filters_as_defined(seed: int, temperature: float, top_p: float, top_k: 
     ],
 )
 def test_a_large_vocabulary(params: SamplingParams, vocab: int) -> None:
-    """Of the tokens that the definitions leave, only those, and the likely ones as often as they are likely."""
+    """Only tokens that the definitions keep are drawn, the likely ones with their probabilities."""
     values, num = logprobs(11, spread=1.5, vocab=vocab), 1500
     kept = sorted(allowed(params, values))
     mass = np.exp(values[0, kept].astype(np.float64) / params.temperature)
@@ -102,8 +104,8 @@ def test_a_large_vocabulary(params: SamplingParams, vocab: int) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.5, 2.0])
-def test_rounding_moves_no_draw(temperature: float) -> None:
-    """Seeds repeat in a batch, where a model's numbers are rounded otherwise than alone, at high temperatures, too."""
+def test_rounding_does_not_change_draws(temperature: float) -> None:
+    """Seeds are reproducible in a batch, where log-probabilities are rounded differently, also at high temperatures."""
     values = logprobs(12, spread=2.5, vocab=30_000)
     noise = np.random.default_rng(13).normal(0, 3e-5, values.shape).astype(np.float32)
     params = SamplingParams(temperature=temperature, seed=6)
@@ -112,8 +114,8 @@ def test_rounding_moves_no_draw(temperature: float) -> None:
     assert sum(one != other for one, other in zip(alone, beside, strict=True)) <= 1
 
 
-def test_neighbouring_seeds_and_positions_have_nothing_in_common() -> None:
-    """Of two rows or positions, as many draws agree as chance says."""
+def test_adjacent_seeds_and_positions_are_independent() -> None:
+    """Draws of two sequences or positions agree as often as by chance."""
     values, num = np.zeros((1, VOCAB), dtype=np.float32), 4000
     one = drawn(SamplingParams(temperature=1.0, seed=1), values, num + 1)
     other = drawn(SamplingParams(temperature=1.0, seed=2), values, num)
@@ -121,15 +123,15 @@ def test_neighbouring_seeds_and_positions_have_nothing_in_common() -> None:
         assert abs(agreeing.sum() - num / VOCAB) < 5 * math.sqrt(num / VOCAB)
 
 
-def test_filters_leave_all_that_they_should() -> None:
-    """Each token that the definitions leave is drawn at some time."""
+def test_all_kept_tokens_are_drawn() -> None:
+    """Each token that the definitions keep is drawn eventually."""
     params = SamplingParams(temperature=2.0, top_p=0.9, top_k=12, seed=5)
     values = logprobs(3, spread=0.3)
     assert set(drawn(params, values, 2000)) == allowed(params, values)
 
 
 def test_draws_have_their_probabilities() -> None:
-    """Frequencies are the probabilities at the temperature, within four standard deviations; seeds fix the outcome."""
+    """Frequencies are the probabilities at the temperature, within four standard deviations; a seed fixes the draws."""
     values, num = logprobs(1, spread=1.0), 8000
     probs = np.exp(values[0] / 1.3)
     probs /= probs.sum()
@@ -138,7 +140,7 @@ def test_draws_have_their_probabilities() -> None:
 
 
 def test_xtc() -> None:
-    """Always: only the least likely of the tokens above the threshold, and all below it. Never: everything. Some tokens are spared."""
+    """Probability 1: only the least likely token above the threshold, and all below it. Probability 0: all. Special tokens stay."""
     probs = np.array([[0.4, 0.3, 0.2, 0.06, 0.04]])
     values = np.log(probs).astype(np.float32)
     always = SamplingParams(temperature=1.0, xtc_probability=1.0, xtc_threshold=0.1, seed=1)
@@ -153,8 +155,8 @@ def test_xtc() -> None:
     assert set(drawn(one_above, values, 300)) == {0, 1, 2, 3, 4}
 
 
-def test_penalties_and_bias_as_openai_says() -> None:
-    """Of sampled tokens only: presence once, frequency times the count, beside the bias; greedy rows choose by them."""
+def test_penalties_and_bias() -> None:
+    """As in OpenAI's API, for sampled tokens only: presence once, frequency times the count, plus the bias; greedy sampling uses them too."""
     row = SequenceSampler(
         SamplingParams(temperature=0, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={3: 1.0}),
         wants_logprobs=True,
@@ -175,7 +177,7 @@ def test_penalties_and_bias_as_openai_says() -> None:
 
 
 class Evens:
-    """Allows even tokens, and knows what it was told."""
+    """A matcher that allows even token ids and records what it receives."""
 
     def __init__(self) -> None:
         self.seen: list[int] = []
@@ -189,7 +191,7 @@ class Evens:
 
 
 def test_grammars() -> None:
-    """Only what a matcher allows is drawn, and it is told each token before the next one is chosen."""
+    """Only tokens that the matcher allows are drawn, and it receives each token before the next draw."""
     matcher = Evens()
     row = SequenceSampler(SamplingParams(temperature=1.5, seed=2), matcher=matcher)
     batch, tokens = sampler(), []
@@ -210,8 +212,8 @@ class Broken:
         words[:] = 0xFFFFFFFF
 
 
-def test_a_matcher_that_raises_is_its_rows_own_failure() -> None:
-    """The row is marked; those beside it draw what they would alone."""
+def test_a_matcher_that_raises_fails_its_sequence_alone() -> None:
+    """Its sampler keeps the error; the other sequences draw what they would draw alone."""
     rows = [
         SequenceSampler(SamplingParams(seed=1), matcher=Broken()),
         SequenceSampler(SamplingParams(seed=2)),
@@ -241,8 +243,8 @@ KINDS = [
 
 
 @given(kinds=st.lists(st.sampled_from(range(len(KINDS))), min_size=1, max_size=8), seed=st.integers(0, 2**63))
-def test_rows_do_not_see_each_other(kinds: list[int], seed: int) -> None:
-    """Whatever is in a batch, each row draws exactly what it draws alone."""
+def test_sequences_are_independent(kinds: list[int], seed: int) -> None:
+    """Each sequence draws exactly what it draws alone, whatever else is in the batch."""
     batch = sampler()
     rows = [SequenceSampler(_seeded(kind, seed + i)) for i, kind in enumerate(kinds)]
     singles = [(SequenceSampler(_seeded(kind, seed + i)), sampler()) for i, kind in enumerate(kinds)]

@@ -1,4 +1,4 @@
-"""GrammarCompiler behind thoughts: what is free, what is held, and how the one becomes the other."""
+"""Grammars of reasoning models: reasoning is unconstrained, the answer after it is constrained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EOS, START, END_1, END_2 = 0, 40, 41, 42
 
 
 class Digits:
-    """Allows the tokens 1 to 9 and the end, and knows what it was told."""
+    """A matcher that allows the tokens 1 to 9 and the end of text, and records what it receives."""
 
     def __init__(self) -> None:
         self.seen: list[int] = []
@@ -39,8 +39,8 @@ def allowed(held: ThinkingMatcher) -> set[int]:
     return {i for i in range(64) if words[i // 32] >> np.uint32(i % 32) & 1}
 
 
-def test_thoughts_that_the_prompt_opened() -> None:
-    """Anything but an end until they are closed, by all tokens of the mark; then the grammar, which never saw them."""
+def test_reasoning_opened_by_the_prompt() -> None:
+    """Any token but end of text until all tokens of the end marker have come; then the grammar, which never received the reasoning."""
     held, inner = matcher(is_thinking=True)
     for token_id in (5, 63, END_1, 7, END_2, END_1):
         assert allowed(held) == set(range(64)) - {EOS}
@@ -51,8 +51,8 @@ def test_thoughts_that_the_prompt_opened() -> None:
     assert inner.seen == [3]
 
 
-def test_thoughts_that_the_model_opens() -> None:
-    """With its first token only, if it does."""
+def test_reasoning_opened_by_the_model() -> None:
+    """Only with its first token."""
     held, inner = matcher(is_thinking=False)
     assert allowed(held) == {*range(10), START}
     held.advance(START)
@@ -67,15 +67,15 @@ def test_thoughts_that_the_model_opens() -> None:
     assert inner.seen == [4]
 
 
-def test_a_mark_of_several_tokens_is_not_opened() -> None:
-    """A mask is for one token: such a model answers at once, unless its prompt has opened them."""
+def test_a_marker_of_several_tokens() -> None:
+    """A mask covers one token: such a model cannot open reasoning under a grammar, but its prompt can."""
     held, _ = matcher(is_thinking=False, start=(START, START + 1))
     assert allowed(held) == set(range(10))
 
 
 @pytest.mark.parametrize("thinks", [True, False])
-def test_only_models_that_think_have_thoughts(thinks: bool) -> None:
-    """Others have their matcher as it is."""
+def test_only_matchers_of_reasoning_models_are_wrapped(thinks: bool) -> None:
+    """The matcher of any other model is returned unchanged."""
     inner: Any = Digits()
     tokenizer = SimpleNamespace(has_thinking=thinks, think_start_tokens=(START,), think_end_tokens=(END_1,))
     assert (wrap_for_thinking(inner, tokenizer, is_thinking=False) is inner) is not thinks

@@ -1,4 +1,4 @@
-"""A row's matcher on a small vocabulary: what it lets through, where it may end, and that no way is a dead end."""
+"""Grammar masks on a small vocabulary: what they allow, where an answer may end, and that no state is a dead end."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ TEXT = [
     "2024-05-17T12:00:00Z is a day on which one could have said: “naïve” 日本語 😀",
 ]
 VOCAB_SIZE = 700
-"""Of the model: more than the tokenizer has, and no multiple of 32."""
+"""The model's: larger than the tokenizer's, and not a multiple of 32."""
 
 
 @functools.cache
 def backend() -> tokenizers.Tokenizer:
-    """A byte-level vocabulary of some 400 tokens, most of them from JSON."""
+    """A byte-level BPE tokenizer of some 400 tokens, most of them from JSON."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -46,7 +46,7 @@ def backend() -> tokenizers.Tokenizer:
 
 
 class Fast:
-    """What `GrammarCompiler` needs of mlx-lm's wrapper around a fast tokenizer."""
+    """The part of mlx-lm's wrapper around a fast tokenizer that `GrammarCompiler` uses."""
 
     def __init__(self) -> None:
         self.backend_tokenizer = backend()
@@ -62,12 +62,12 @@ class Fast:
 
 @functools.cache
 def grammars() -> GrammarCompiler:
-    """For a model with two tokens that end an answer."""
+    """The compiler for a model with two end-of-text tokens."""
     return GrammarCompiler(Fast(), VOCAB_SIZE, [END, PAD])
 
 
 def text_of(token_id: int) -> bytes:
-    """A token's bytes, by GPT-2's alphabet the other way round."""
+    """A token's bytes, by inverting GPT-2's alphabet."""
     piece = backend().id_to_token(token_id)
     table = _bytes_by_character()
     return piece.encode() if piece in SPECIAL else bytes(table[character] for character in piece)
@@ -81,18 +81,18 @@ def _bytes_by_character() -> dict[str, int]:
 
 
 def encoded(text: str) -> list[int]:
-    """As the model's own tokenizer has it."""
+    """Token ids as the model's tokenizer encodes the text."""
     return list(backend().encode(text, add_special_tokens=False).ids)
 
 
 def matcher(text: str) -> GrammarMatcher:
-    """In the state before the first token."""
+    """A matcher in the state before the first token."""
     return GrammarMatcher(grammars().compile(text))
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_whatever_is_drawn_validates(name: str) -> None:
-    """Tokens drawn blindly from what is allowed always come to an end, and make JSON that matches the client's schema."""
+def test_random_answers_validate(name: str) -> None:
+    """Tokens drawn at random from the allowed ones always reach an end, and form JSON that matches the client's schema."""
     schema = SCHEMAS[name]
     text = grammar.for_json_schema(schema)
     assert grammar.check(text) is None
@@ -106,7 +106,7 @@ def test_whatever_is_drawn_validates(name: str) -> None:
     "name", ["strict", "strings", "formats", "tree", "endless branch", "pydantic's union", "numbers"]
 )
 def test_no_dead_end(name: str) -> None:
-    """From every state on the way, every token that is allowed leads to a state from which an end is found."""
+    """From every state of a random answer, each allowed token leads to a state from which an end is reached."""
     compiled = grammars().compile(grammar.for_json_schema(SCHEMAS[name]))
     way = Walk(compiled, text_of, seed=3, num_free=12).run().token_ids
     for length in range(0, min(len(way), 36), 3):
@@ -119,8 +119,8 @@ def test_no_dead_end(name: str) -> None:
                 branch.run()
 
 
-def test_replay_is_the_same_as_live() -> None:
-    """A row that goes on elsewhere, with the tokens that it had, stands where it stood: mask by mask."""
+def test_replay_restores_the_state() -> None:
+    """After a takeover, with the same tokens, a matcher is in the same state: all masks are equal."""
     text = grammar.for_json_schema(SCHEMAS["tree"])
     way = Walk(grammars().compile(text), text_of, seed=5).run().token_ids
     live = matcher(text)
@@ -133,8 +133,8 @@ def test_replay_is_the_same_as_live() -> None:
     assert live.is_finished
 
 
-def test_rows_of_one_grammar_do_not_touch() -> None:
-    """What one row does changes no other, nor what was compiled."""
+def test_matchers_of_one_grammar_are_independent() -> None:
+    """Advancing one matcher changes neither another one nor the compiled grammar."""
     compiled = grammars().compile(grammar.for_json_schema({"type": "boolean"}))
     first, second = GrammarMatcher(compiled), GrammarMatcher(compiled)
     before = second.allowed()
@@ -144,8 +144,8 @@ def test_rows_of_one_grammar_do_not_touch() -> None:
     assert np.array_equal(GrammarMatcher(compiled).allowed(), before)
 
 
-def test_every_end_token_exactly_where_the_answer_can_end() -> None:
-    """A number may end or go on; before its first digit it may not end; a closed object may only end."""
+def test_end_of_text_only_where_the_grammar_can_end() -> None:
+    """A number may end or continue, but not end before its first digit; after a closed object only an end is allowed."""
     number = matcher(grammar.for_json_schema({"type": "integer"}))
     assert not {END, PAD} & set(allowed_ids(number))
     advance_all(number, encoded("7"))
@@ -159,7 +159,7 @@ def test_every_end_token_exactly_where_the_answer_can_end() -> None:
 
 @pytest.mark.parametrize("end", [END, PAD])
 def test_after_the_end(end: int) -> None:
-    """Once an end token has come, nothing else may."""
+    """After an end-of-text token nothing else is allowed."""
     row = matcher(grammar.for_json_schema({"type": "integer"}))
     advance_all(row, [*encoded("7"), end])
     assert row.is_finished
@@ -168,16 +168,16 @@ def test_after_the_end(end: int) -> None:
         row.advance(encoded("8")[0])
 
 
-def test_what_is_not_allowed_ends_the_row() -> None:
-    """A token against the grammar, an end too early, an id that no token has."""
+def test_advance_refuses_a_token() -> None:
+    """A token against the grammar, an early end, and an id without a token raise an error."""
     text = grammar.for_json_schema({"type": "integer"})
     for token_id in (encoded("x")[0], END, 699, 10**6):
         with pytest.raises(GrammarError):
             matcher(text).advance(token_id)
 
 
-def test_a_mask_is_as_long_as_the_models_vocabulary() -> None:
-    """Padding of the model's has no bits; `fill` writes a whole row, whatever was in it."""
+def test_a_mask_has_the_models_vocabulary_size() -> None:
+    """The model's padding tokens are not allowed; `fill` overwrites its complete output."""
     row = matcher(grammar.for_tool_calls(ToolUse(tools=[{"type": "function", "function": {"name": "f"}}])))
     batch = np.full((2, num_words(VOCAB_SIZE)), 0xFFFFFFFF, np.uint32)
     row.fill(batch[1])
@@ -188,8 +188,8 @@ def test_a_mask_is_as_long_as_the_models_vocabulary() -> None:
     assert 200 < bits[1].sum() < 400
 
 
-def test_a_model_that_has_fewer_logits_than_its_tokenizer_tokens() -> None:
-    """Masks are as long as the model's logits, and what lies beyond may not come."""
+def test_a_model_with_fewer_logits_than_tokens() -> None:
+    """Masks have the length of the logits; tokens beyond it are not allowed."""
     few = GrammarCompiler(Fast(), 300, [END])
     row = GrammarMatcher(
         few.compile(grammar.for_tool_calls(ToolUse(tools=[{"type": "function", "function": {"name": "f"}}])))
@@ -198,8 +198,8 @@ def test_a_model_that_has_fewer_logits_than_its_tokenizer_tokens() -> None:
 
 
 @pytest.mark.parametrize("as_one_token", [True, False])
-def test_the_mark_of_a_call_is_text(as_one_token: bool) -> None:
-    """A tokenizer may call the mark special: it is written all the same, as one token or letter by letter."""
+def test_the_call_marker_is_text(as_one_token: bool) -> None:
+    """A tokenizer may mark it as special; it is allowed all the same, as one token or as characters."""
     tools = ToolUse(tools=[{"type": "function", "function": {"name": "f"}}], is_required=True)
     row = matcher(grammar.for_tool_calls(tools))
     advance_all(row, [CALL] if as_one_token else [backend().token_to_id(c) for c in "<tool_call>"])
@@ -209,31 +209,31 @@ def test_the_mark_of_a_call_is_text(as_one_token: bool) -> None:
     assert {END, PAD} < set(allowed_ids(row))
 
 
-def test_text_that_reads_like_a_special_token() -> None:
-    """A value that is written like an end token comes letter by letter, and ends nothing."""
+def test_text_that_looks_like_a_special_token() -> None:
+    """A value that looks like an end-of-text token is written as characters, and ends nothing."""
     compiled = grammars().compile(grammar.for_json_schema({"const": "a<end><pad>"}))
     walk = Walk(compiled, text_of, seed=1).run()
     assert walk.text == '"a<end><pad>"'
     assert not {END, PAD} & set(walk.token_ids)
 
 
-def test_special_tokens_are_no_text() -> None:
-    """Free text has every token but those that only a template writes."""
+def test_special_tokens_are_not_text() -> None:
+    """Free text allows every token except those that only a template writes."""
     tools = ToolUse(tools=[{"type": "function", "function": {"name": "f"}}])
     row = GrammarMatcher(GrammarCompiler(Fast(), VOCAB_SIZE, [END]).compile(grammar.for_tool_calls(tools)))
     assert PAD not in allowed_ids(row)
     assert set(encoded("Ann said “naïve”")) < set(allowed_ids(row))
 
 
-def test_compiling_again_costs_nothing() -> None:
-    """The same text is compiled once; another is not it."""
+def test_compiled_grammars_are_cached() -> None:
+    """The same text is compiled once; another text is compiled separately."""
     text = grammar.for_json_schema({"const": "once"})
     assert grammars().compile(text) is grammars().compile(text)
     assert grammars().compile(text) is not grammars().compile(grammar.for_json_schema({"const": "twice"}))
 
 
-def test_many_threads_compile() -> None:
-    """Threads that compile at once, also the same text, each get what they asked for."""
+def test_concurrent_compilation() -> None:
+    """Threads that compile at once, also the same text, each get the right grammar."""
     texts = [grammar.for_json_schema({"const": f"value {i % 5}"}) for i in range(20)]
     found: dict[int, GrammarMatcher] = {}
 
@@ -249,8 +249,8 @@ def test_many_threads_compile() -> None:
     assert all(found[i].is_finished for i in range(20))
 
 
-def test_what_does_not_compile_is_the_requests_fault() -> None:
-    """A grammar that no API of ours would have sent is a 400, here as well."""
+def test_a_grammar_that_does_not_compile() -> None:
+    """It is a 400 here too, although the API checks grammars."""
     with pytest.raises(RequestError) as raised:
         grammars().compile(grammar.for_json_schema({"enum": []}))
     assert (raised.value.status, raised.value.param) == (400, "response_format")
@@ -259,7 +259,7 @@ def test_what_does_not_compile_is_the_requests_fault() -> None:
 
 
 class Words:
-    """A vocabulary that llguidance cannot read from a file: whole words, without bytes."""
+    """A tokenizer that llguidance cannot read from a file: words instead of bytes."""
 
     vocabulary = ("<end>", "true", "false", "tr", "ue", "x")
     all_special_ids = (0,)
@@ -278,8 +278,8 @@ class Words:
         return [self.vocabulary.index(text)] if text in self.vocabulary else []
 
 
-def test_a_vocabulary_without_a_file() -> None:
-    """Where there is no fast tokenizer, the tokens' bytes do."""
+def test_a_tokenizer_without_a_file() -> None:
+    """Without a fast tokenizer, text that a grammar forces is tokenized by the tokens' bytes."""
     few = GrammarCompiler(Words(), 40, [0])
     row = GrammarMatcher(few.compile(grammar.for_json_schema({"type": "boolean"})))
     assert set(allowed_ids(row)) == {1, 2, 3}
@@ -288,7 +288,7 @@ def test_a_vocabulary_without_a_file() -> None:
     assert set(allowed_ids(row)) == {0}
 
 
-def test_a_vocabulary_that_has_no_word_for_it() -> None:
-    """A grammar that the vocabulary cannot write is refused, not waited for."""
+def test_a_grammar_that_the_vocabulary_cannot_express() -> None:
+    """It is refused when it is compiled."""
     with pytest.raises(RequestError):
         GrammarCompiler(Words(), 40, [0]).compile(grammar.for_json_schema({"type": "integer"}))

@@ -1,4 +1,4 @@
-"""Which form calls have in an answer, what it has to match, and where it begins."""
+"""The format of tool calls in an answer, the grammar of the answer, and the state in which it begins."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from worker.text import answer_format, answer_parser
 from worker.text.answer_format import TOOL, CallFormat, ModelFormat, choose_call_format
 
 
-def test_who_needs_a_parser() -> None:
-    """Chats with functions or a model that thinks; plain prompts and plain models have only text."""
+def test_which_answers_have_a_parser() -> None:
+    """Chats with tools or with a reasoning model; plain prompts and plain models have only content."""
     ids = [ord(char) for char in "<think>\n"]
     letters: Any = [bytes([i]) for i in range(128)]
     assert answer_parser.make_parser(job(tools=False), PLAIN, ids, letters) is None
@@ -61,8 +61,8 @@ def test_who_needs_a_parser() -> None:
         (ModelFormat(template=TEMPLATE), {"tools": TOOLS}, None, CallFormat.HERMES),
     ],
 )
-def test_the_form_of_calls(model: ModelFormat, use: Any, text: str | None, expected: CallFormat) -> None:
-    """The model's own where it has one and nothing has to be made sure of; the universal one elsewhere."""
+def test_choose_call_format(model: ModelFormat, use: Any, text: str | None, expected: CallFormat) -> None:
+    """The native format if the model has one and nothing must be enforced; otherwise the Hermes format."""
     asked = GenerationJob(
         job_id="a",
         model="m",
@@ -75,8 +75,8 @@ def test_the_form_of_calls(model: ModelFormat, use: Any, text: str | None, expec
     assert TOOL not in model.transitions
 
 
-def test_the_grammar_of_an_answer() -> None:
-    """Universal calls bring one; the model's own leave the job's; a schema that is too much becomes any object."""
+def test_answer_grammar() -> None:
+    """Hermes calls add a grammar; native calls keep the job's; a schema that is too complex becomes any object."""
     assert answer_format.answer_grammar(job(), NATIVE) is None
     assert answer_format.answer_grammar(job(tools=False), PLAIN) is None
     odd = tool("odd", parameters={"type": "object", "properties": {"a": {"not": {"type": "string"}}}})
@@ -88,8 +88,8 @@ def test_the_grammar_of_an_answer() -> None:
     assert "not" not in json.dumps([g.get("json_schema") for g in json.loads(text)["grammars"]])
 
 
-def test_where_an_answer_begins() -> None:
-    """Behind a header, unless a grammar leaves no room for one; in thoughts, if the prompt opened them."""
+def test_initial_state() -> None:
+    """After a header, unless a grammar excludes one; in reasoning, if the prompt opened it."""
     letters: Any = [bytes([i]) for i in range(128)]
     required = answer_parser.make_parser(job(is_required=True), NATIVE_WITH_HEADERS, [65], letters)
     assert required is not None

@@ -1,4 +1,4 @@
-"""An answer's text taken apart: what is content, what was thought, what is called, however the text was cut."""
+"""Answers split into content, reasoning and tool calls, however the text is cut into pieces."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ from worker.text.tool_calls import Part
         ("<think>a</think>", ["<think>a</think>"]),
     ],
 )
-def test_the_universal_form(text: str, expected: list[Part]) -> None:
-    """Calls come out with their arguments as they were written; what is no call is text, and nothing of it is lost."""
+def test_hermes_calls(text: str, expected: list[Part]) -> None:
+    """Calls keep their arguments as generated; text that is not a call is content, and none of it is lost."""
     assert read(parser(PLAIN), text) == expected
 
 
-def test_arguments_come_as_they_are_written() -> None:
-    """The name as soon as it is whole, then each bit of the arguments, and nothing of the markers."""
+def test_hermes_arguments_are_streamed() -> None:
+    """The name as soon as it is complete, then each piece of the arguments, without markers."""
     reader = parser(PLAIN)
     texts = [
         "<tool_",
@@ -93,8 +93,8 @@ def test_arguments_come_as_they_are_written() -> None:
 
 
 @pytest.mark.parametrize("text", ["<", "<tool_call>\n", '<tool_call>\n{"name": "f'])
-def test_a_required_call_that_was_cut(text: str) -> None:
-    """Of a call that has to be one, and is none yet when the length ends it, nothing is content."""
+def test_a_required_call_cut_before_its_arguments(text: str) -> None:
+    """A fragment of a required call, cut by the length limit, is not content."""
     for required in (parser(PLAIN, is_required=True), parser(PLAIN, function="f")):
         parts = [part for piece in text for part in required.feed(piece)]
         parts += required.flush(is_cut=True)
@@ -102,8 +102,8 @@ def test_a_required_call_that_was_cut(text: str) -> None:
     assert read(parser(PLAIN), text, is_cut=True) == [text]
 
 
-def test_arguments_that_were_cut() -> None:
-    """What was written of them has come out already; nothing is made up for the rest."""
+def test_arguments_cut_by_the_length() -> None:
+    """The arguments so far were already streamed; nothing is added to complete them."""
     text = '<tool_call>{"name": "f", "arguments": {"a": 1'
     assert read(parser(PLAIN), text, is_cut=True) == call(0, "f", '{"a": 1')
 
@@ -135,19 +135,19 @@ def test_arguments_that_were_cut() -> None:
         (" <think>a</think>\n[CALL]f {}[/CALL]", [Reasoning("a"), *call(0, "f", "{}")]),
     ],
 )
-def test_the_models_own_form(text: str, expected: list[Part]) -> None:
-    """Calls as mlx-lm's parser reads them; what it cannot read is text, markers included; thoughts without their borders."""
+def test_native_calls(text: str, expected: list[Part]) -> None:
+    """Calls as mlx-lm's parser returns them; text that it cannot parse is content, markers included; reasoning without its markers."""
     assert read(parser(NATIVE), text) == expected
 
 
-def test_a_call_without_its_end() -> None:
-    """It is believed if the model ended there, and is text if the length did: it may lack arguments."""
+def test_a_native_call_without_its_end_marker() -> None:
+    """It is a call if the model ended there, and content if the length limit did: arguments may be missing."""
     assert read(parser(NATIVE), "[CALL]f {}", is_cut=False) == call(0, "f", "{}")
     assert read(parser(NATIVE), "[CALL]f {}", is_cut=True) == ["[CALL]f {}"]
 
 
-def test_a_format_without_an_end_marker() -> None:
-    """Calls go to the end of the answer (Mistral); those that are whole count, whatever ended it."""
+def test_a_native_format_without_an_end_marker() -> None:
+    """Calls extend to the end of the answer (Mistral); complete ones count, whatever ended the answer."""
     for is_cut in (True, False):
         assert read(parser(NATIVE_WITHOUT_END), "Hi [CALLS]f {}\ng_2 {}", is_cut=is_cut) == [
             "Hi ",
@@ -157,13 +157,13 @@ def test_a_format_without_an_end_marker() -> None:
 
 
 def test_messages_with_headers() -> None:
-    """Several messages in one answer (Muse Spark): headers are dropped, what is behind the last marker too."""
+    """Several messages in one answer (Muse Spark): headers are dropped, and so is text after the last marker."""
     text = "to=self|hm<eom> x to=user|Yes<eom>assistant to=f|<calls>f {}</calls>and<eot>dropped"
     assert read(parser(NATIVE_WITH_HEADERS), text) == [Reasoning("hm"), "Yes", *call(0, "f", "{}"), "and"]
 
 
-def test_thinking_that_the_prompt_opened() -> None:
-    """The answer begins with reasoning, though nothing in it says so."""
+def test_reasoning_opened_by_the_prompt() -> None:
+    """The answer begins with reasoning, without a marker of its own."""
     reader = parser(NATIVE, REASONING)
     assert reader.is_reasoning
     assert read(reader, "Hm.\n</think>\n\nYes.") == [Reasoning("Hm."), "Yes."]
@@ -180,8 +180,8 @@ def test_thinking_that_the_prompt_opened() -> None:
         (NATIVE_WITHOUT_END, "Well. [CALLS]f {}\ng_2 {}"),
     ],
 )
-def test_one_call_only(model: ModelFormat, text: str) -> None:
-    """Without parallel calls the first is the last, and the answer ends with it."""
+def test_a_single_call(model: ModelFormat, text: str) -> None:
+    """Without parallel calls the first call ends the answer."""
     reader = parser(model, is_parallel=False)
     parts = read(reader, text)
     assert [type(part) for part in parts] == [str, ToolCall, ToolArguments]
@@ -189,8 +189,8 @@ def test_one_call_only(model: ModelFormat, text: str) -> None:
     assert reader.is_finished == (model is not NATIVE_WITHOUT_END)
 
 
-def test_text_that_only_looked_like_a_call_does_not_end_an_answer() -> None:
-    """Though one call ends it: there was none."""
+def test_text_that_looks_like_a_call_does_not_end_an_answer() -> None:
+    """Even if one call would end it."""
     reader = parser(NATIVE, is_parallel=False)
     assert read(reader, "[CALL]?[/CALL] and [CALL]f {}[/CALL]x") == [
         "[CALL]?[/CALL] and ",
@@ -199,13 +199,13 @@ def test_text_that_only_looked_like_a_call_does_not_end_an_answer() -> None:
 
 
 def test_only_the_named_function() -> None:
-    """A call of another one is no call."""
+    """A call of another function is content."""
     text = '<tool_call>{"name": "g_2", "arguments": {}}</tool_call>'
     assert read(parser(PLAIN, function="f", is_required=True), text) == [text]
 
 
-def test_without_functions_calls_are_text() -> None:
-    """A model that calls though it was given nothing to call has written text; thoughts are thoughts."""
+def test_without_tools_calls_are_content() -> None:
+    """A model that makes a call without having tools has generated content; reasoning is still split off."""
     text = "<think>a</think>[CALL]f {}[/CALL]"
     assert read(parser(NATIVE, tools=False), text) == [Reasoning("a"), "[CALL]f {}[/CALL]"]
 
@@ -261,10 +261,10 @@ TEXTS = st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join)
     is_parallel=True,
     is_thinking=False,
 )
-def test_any_cut_gives_the_same(
+def test_the_result_does_not_depend_on_the_cuts(
     *, model: ModelFormat, text: str, cuts: list[int], is_cut: bool, is_parallel: bool, is_thinking: bool
 ) -> None:
-    """Wherever token borders fall: a takeover reads on where another worker was, and streams equal whole answers."""
+    """Whatever the token boundaries: a takeover continues another worker's answer, and a stream equals a complete response."""
     state = REASONING if is_thinking else model.initial_state
     borders = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     pieces = [text[a:b] for a, b in pairwise(borders)]
@@ -279,8 +279,8 @@ def test_any_cut_gives_the_same(
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from([f for f in FRAGMENTS if "think" not in f]), max_size=12).map("".join))
-def test_nothing_is_lost_where_nothing_is_called(text: str) -> None:
-    """Text that turns out to hold no call comes out as it was."""
+def test_text_without_calls_is_preserved(text: str) -> None:
+    """Text that turns out to hold no call is released unchanged."""
     reader = parser(NATIVE)
     parts = read(reader, text)
     if not reader.has_call:
@@ -290,7 +290,7 @@ def test_nothing_is_lost_where_nothing_is_called(text: str) -> None:
 @settings(max_examples=300, deadline=None)
 @given(TEXTS, st.sampled_from([PLAIN, NATIVE, NATIVE_WITHOUT_END]))
 def test_calls_are_well_formed(text: str, model: ModelFormat) -> None:
-    """Indexes go up from 0, and each part of arguments belongs to the call that began last."""
+    """Indices count up from 0, and arguments belong to the call that began last."""
     index = -1
     for part in read(parser(model), text):
         if isinstance(part, ToolCall):

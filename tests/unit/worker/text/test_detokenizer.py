@@ -1,4 +1,4 @@
-"""Text from token ids for each family of vocabularies, one token at a time."""
+"""Token ids to text, one token at a time, for each family of vocabularies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from worker.text.detokenizer import TokenBytes
 
 
 class Streaming:
-    """What mlx-lm's streaming detokenizers show of themselves."""
+    """The attributes of mlx-lm's streaming detokenizers that `TokenBytes` reads."""
 
     def __init__(self, tokenmap: list[Any], *, trim_space: bool | None = None) -> None:
         self.tokenmap = tokenmap
@@ -21,7 +21,7 @@ class Streaming:
 
 
 class Tokenizer:
-    """What `TokenBytes` needs of mlx-lm's wrapper."""
+    """The part of mlx-lm's wrapper that `TokenBytes` uses."""
 
     def __init__(self, streaming: Any, added: dict[int, str] | None = None) -> None:
         self.detokenizer = streaming
@@ -32,7 +32,7 @@ class Tokenizer:
 
 
 def byte_level(data: bytes) -> str:
-    """A token as byte-level BPE writes it, worked out the other way round than in the code: GPT-2's own algorithm."""
+    """A token as byte-level BPE represents it, by GPT-2's own algorithm, which the code inverts."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
@@ -52,8 +52,8 @@ ALL_BYTES = TokenBytes(Tokenizer(Streaming([byte_level(bytes([byte])) for byte i
 
 
 @given(st.text())
-def test_text_comes_back_from_its_bytes(text: str) -> None:
-    """Any text, one byte a token: nothing is lost, and no half character ever comes out."""
+def test_text_from_single_bytes(text: str) -> None:
+    """Any text, one byte per token: nothing is lost, and an incomplete character is never emitted."""
     detokenizer = ALL_BYTES.new_detokenizer(after_template=True)
     pieces = [detokenizer.add(byte) for byte in text.encode()]
     assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
@@ -61,8 +61,8 @@ def test_text_comes_back_from_its_bytes(text: str) -> None:
 
 
 @given(st.binary(max_size=40))
-def test_any_bytes_and_again(data: bytes) -> None:
-    """What is no UTF-8 becomes U+FFFD as Python does it; the same ids give the same text again."""
+def test_invalid_utf8(data: bytes) -> None:
+    """Invalid UTF-8 becomes U+FFFD as in Python; the same ids give the same text again."""
 
     def run() -> str:
         detokenizer = ALL_BYTES.new_detokenizer(after_template=False)
@@ -71,32 +71,32 @@ def test_any_bytes_and_again(data: bytes) -> None:
     assert run() == run() == codecs.decode(data, "utf-8", "replace")
 
 
-def test_half_a_character_at_the_end() -> None:
-    """A character that never became whole is one replacement character, at the very end."""
+def test_an_incomplete_character_at_the_end() -> None:
+    """It becomes one replacement character, when the text is flushed."""
     detokenizer = ALL_BYTES.new_detokenizer(after_template=True)
     assert [detokenizer.add(byte) for byte in "🌊".encode()[:3]] == ["", "", ""]
     assert detokenizer.flush() == "\ufffd"
 
 
-def test_leading_space_of_a_byte_level_token_stays() -> None:
-    """A completion goes on with its prompt: its first space is text."""
+def test_a_byte_level_leading_space_is_kept() -> None:
+    """A completion continues its prompt: its first space is text."""
     tokens = TokenBytes(Tokenizer(Streaming([byte_level(b" Paris")])))
     assert tokens.new_detokenizer(after_template=False).add(0) == " Paris"
 
 
-def test_added_tokens_are_themselves() -> None:
-    """An added token is not in the byte alphabet, even where its characters are."""
+def test_added_tokens() -> None:
+    """An added token is not decoded with the byte alphabet, even if its characters are in it."""
     tokens = TokenBytes(Tokenizer(Streaming([byte_level(b"a"), "é"]), added={1: "é"}))
     assert tokens[1] == "é".encode()
 
 
 def test_a_padded_vocabulary() -> None:
-    """A model may sample ids that its tokenizer does not have."""
+    """A model may sample ids that its tokenizer does not have; they have no text."""
     assert ALL_BYTES[1000] == b""
 
 
 def test_sentencepiece() -> None:
-    """Its mark is a space; the first one is dropped behind a template only; byte tokens make characters together."""
+    """Its marker is a space, and only after a template the first one is dropped; byte tokens combine to characters."""
     pieces = ["\u2581Hello".encode(), "\u2581you".encode(), b"\xf0", b"\x9f", b"\x8c", b"\x8a"]
     tokens = TokenBytes(Tokenizer(Streaming(pieces, trim_space=True)))
     chat, plain = tokens.new_detokenizer(after_template=True), tokens.new_detokenizer(after_template=False)
@@ -105,8 +105,8 @@ def test_sentencepiece() -> None:
     assert [chat.add(i) for i in (2, 3, 4, 5)] == ["", "", "", "🌊"]
 
 
-def test_other_vocabularies_go_through_mlx_lm() -> None:
-    """A tokenizer without a table is decoded by mlx-lm's own detokenizer, a copy for each row."""
+def test_other_vocabularies_use_mlx_lm() -> None:
+    """A tokenizer without a table of pieces uses mlx-lm's own detokenizer, a copy per sequence."""
 
     class Naive:
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What the grammar of calls lets a model write, the parser takes apart: the two say the same format."""
+"""The grammar of tool calls and their parser agree: whatever the grammar allows, the parser parses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LIKELY = frozenset(b'<tool_call>{"name": arguments}/\n,aA1')
 
 
 def written(text: str, seed: int, max_bytes: int) -> str | None:
-    """Some text that the grammar allows, byte by byte; None if it did not end in time."""
+    """A random text that the grammar allows, byte by byte; None if it did not end in time."""
     draw = random.Random(seed)  # noqa: S311
     matcher = LLMatcher(grammar._bytes_tokenizer(), text, log_level=0)
     chosen = bytearray()
@@ -44,8 +44,8 @@ def written(text: str, seed: int, max_bytes: int) -> str | None:
 
 
 @pytest.mark.parametrize("is_parallel", [True, False])
-def test_whatever_is_written_is_read(is_parallel: bool) -> None:
-    """Each required call comes out with its name and with arguments that are JSON of its schema; nothing is content."""
+def test_generated_calls_are_parsed(is_parallel: bool) -> None:
+    """Each required call is parsed with its name and with arguments that match its schema; nothing is content."""
     use = ToolUse(tools=TOOLS, is_required=True, is_parallel=is_parallel)
     asked = msgspec.structs.replace(job(), tool_use=use)
     text = answer_format.answer_grammar(asked, PLAIN)

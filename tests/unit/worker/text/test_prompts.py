@@ -1,4 +1,4 @@
-"""Prompts to token ids, with a tokenizer that shows what it was given."""
+"""Prompts to token ids, with a tokenizer that records its input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from worker.text.prompts import max_prompt_chars, tokenize
 
 
 class Tokenizer:
-    """A token a character; the template writes roles and texts."""
+    """One token per character; the template renders roles and contents."""
 
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
@@ -55,27 +55,27 @@ def text(ids: list[int]) -> str:
 HELLO = [{"role": "user", "content": "hi"}]
 
 
-def test_the_models_template() -> None:
-    """Messages go through the template where there is one."""
+def test_chat_template() -> None:
+    """Messages are rendered by the model's template."""
     assert text(read(ChatPrompt(HELLO))) == "user:hi;"
 
 
 def test_role_mapping() -> None:
-    """A model without a template gets its messages behind the prefixes of roles: as given, or as mlx_lm.server does."""
+    """Without a template, each message gets the prefix of its role: the request's, or those of mlx_lm.server."""
     base = Tokenizer(has_chat_template=False)
     assert text(read(ChatPrompt(HELLO), base)) == "USER: hi\nASSISTANT:"
     mapping = {"user": "Q: ", "assistant": "A: ", "stop": " | "}
     assert text(read(ChatPrompt(HELLO, mapping), base)) == "Q: hi | A:"
 
 
-def test_token_ids_and_text_as_they_are() -> None:
+def test_token_ids_and_text_are_unchanged() -> None:
     """A plain prompt is not changed."""
     assert read(TokenPrompt([5, 6])) == [5, 6]
     assert text(read(TextPrompt(" x "))) == " x "
 
 
 def test_an_empty_prompt_begins_a_document() -> None:
-    """As OpenAI: from the beginning-of-text token, or the end-of-text one, or not at all."""
+    """As in OpenAI's API: it becomes the beginning-of-text token, or the end-of-text token, or is refused."""
     tokenizer = Tokenizer()
     assert read(TextPrompt(""), tokenizer) == [1]
     tokenizer.bos_token_id = None
@@ -90,8 +90,8 @@ def test_an_empty_prompt_begins_a_document() -> None:
     ("prompt", "param"),
     [(TextPrompt("x" * 100), "prompt"), (ChatPrompt([{"role": "user", "content": "x" * 99}]), "messages")],
 )
-def test_no_room_for_an_answer(prompt: Any, param: str) -> None:
-    """A prompt as long as the context is a 400 that names what is too long."""
+def test_a_prompt_that_is_too_long(prompt: Any, param: str) -> None:
+    """A prompt as long as the context is a 400 that names the parameter."""
     with pytest.raises(RequestError) as refused:
         read(prompt)
     assert (refused.value.status, refused.value.code, refused.value.param) == (
@@ -102,8 +102,8 @@ def test_no_room_for_an_answer(prompt: Any, param: str) -> None:
     assert len(read(TextPrompt("x" * 99))) == 99
 
 
-def test_a_template_that_refuses() -> None:
-    """What a template raises is the messages' fault, and its words are passed on."""
+def test_a_template_that_raises() -> None:
+    """It is a 400 with the template's message."""
     with pytest.raises(RequestError) as refused:
         read(ChatPrompt(HELLO), Tokenizer(error=ValueError("roles must alternate")))
     assert (refused.value.status, refused.value.param) == (400, "messages")

@@ -1,4 +1,4 @@
-"""Stop strings: the text before them, whole, and never a character of them, however the text is cut into tokens."""
+"""Stop strings: the complete text before them and no character of them, however the text is cut into tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from worker.text.stop_strings import StopMatcher
 
 
 def run(stops: list[str], pieces: list[str]) -> tuple[str, bool]:
-    """All that comes out, and whether a stop string ended it."""
+    """The text that is released, and whether a stop string ended it."""
     matcher = StopMatcher(stops)
     out = ""
     for piece in pieces:
@@ -22,7 +22,7 @@ def run(stops: list[str], pieces: list[str]) -> tuple[str, bool]:
 
 
 def expected(stops: list[str], text: str) -> tuple[str, bool]:
-    """The definition: the stop string that ends first wins, of those the one that starts first."""
+    """The specification: the stop string that ends first wins, of those the one that starts first."""
     ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
     return (text[: min(ends)[1]], True) if ends else (text, False)
 
@@ -43,7 +43,7 @@ def expected(stops: list[str], text: str) -> tuple[str, bool]:
     ],
 )
 def test_examples(stops: list[str], pieces: list[str], out: tuple[str, bool]) -> None:
-    """Inside a piece, across pieces, at the first character, look-alikes, overlaps, several at once, non-ASCII."""
+    """Within a piece, across pieces, at the first character, similar strings, overlaps, several at once, non-ASCII."""
     assert run(stops, pieces) == out
 
 
@@ -51,15 +51,15 @@ def test_examples(stops: list[str], pieces: list[str], out: tuple[str, bool]) ->
     st.lists(st.text("ab🌊", min_size=1, max_size=4), min_size=1, max_size=4),
     st.lists(st.text("ab🌊", max_size=4), max_size=12),
 )
-def test_cutting_does_not_matter(stops: list[str], pieces: list[str]) -> None:
-    """Any text cut anyhow gives what the whole text gives, and no stop string is ever in it."""
+def test_the_result_does_not_depend_on_the_cuts(stops: list[str], pieces: list[str]) -> None:
+    """Any text in any pieces gives what the complete text gives, and never contains a stop string."""
     out, stopped = run(stops, pieces)
     assert (out, stopped) == expected(stops, "".join(pieces))
     assert not any(stop in out for stop in stops)
 
 
-def test_text_is_not_held_longer_than_it_must() -> None:
-    """What cannot be the start of a stop string comes out at once."""
+def test_text_is_released_early() -> None:
+    """Text that cannot be the start of a stop string is released at once."""
     matcher = StopMatcher(["stop"])
     assert matcher.feed("some s") == ("some ", False)
     assert matcher.feed("un") == ("sun", False)
