@@ -1,18 +1,22 @@
-"""RQ with JSON for good: the job and queue classes that both sides use, and the safe way to run RQ's own tools.
+"""RQ with JSON only: the job and queue classes that API and workers use, and a safe way to run RQ's own tools.
 
-RQ's defaults unpickle what they find in Redis and import callbacks by name, so that whoever reaches Redis could run code
-on every Mac. Here a job is data: JSON only, no callback is ever resolved, no function is ever imported. Importing this
-module also closes RQ's pickle in this process. `python -m common.rq info` is RQ's command line with these classes, and
-`python -m common.rq dashboard` is rq-dashboard's.
+By default RQ unpickles what it finds in Redis and imports callbacks by name, so anyone who can write to Redis could run code
+on every Mac. Here a job is data: JSON only, of bounded size; callbacks are never resolved, functions never imported. Importing
+this module also disables RQ's pickle and its unbounded decompression in this process. `python -m common.rq info` is RQ's
+command line with these classes, and `python -m common.rq dashboard` is rq-dashboard's.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import zlib
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import msgspec
+import rq.job
+import rq.results
 import rq.serializers
 from redis import Redis
 from rq.intermediate_queue import IntermediateQueue
@@ -31,17 +35,43 @@ def _refuse(_data: bytes) -> NoReturn:
     raise ValueError("mlx-pool reads JSON only: this RQ job was written by something else")
 
 
-rq.serializers.DefaultSerializer.loads = staticmethod(_refuse)  # closes RQ's pickle; ours is JSON
+rq.serializers.DefaultSerializer.loads = staticmethod(_refuse)  # RQ's default is pickle; ours is JSON
+
+MAX_JOB_BYTES = 128 * 1024 * 1024
+"""Limit of what RQ compresses: a job's data, an exception's text. JSON in ASCII is at most three times a body in UTF-8, and a
+schema may be in a job twice, so a body of the default limit, 10 MiB, makes 60 MiB at most; this leaves room for larger limits."""
 
 
 class ForeignJobError(MLXPoolError):
     """A job in one of our queues that the API did not write."""
 
 
-class JsonJob(Job):
-    """A job whose serializer is not negotiable, whatever a caller (`rq info`, a registry, `Execution.job`) passes."""
+def _decompress(data: bytes) -> bytes:
+    """As `zlib.decompress`, up to a limit: a megabyte may decompress to a gigabyte.
 
-    # `id` and `serializer` are RQ's names for them.
+    Raises:
+        ForeignJobError: There is more than MAX_JOB_BYTES.
+        zlib.error: `data` is not compressed; RQ then uses it as it is.
+    """
+    decompressor = zlib.decompressobj()
+    text = decompressor.decompress(data, MAX_JOB_BYTES + 1)
+    if len(text) > MAX_JOB_BYTES:
+        raise ForeignJobError(f"not a job of mlx-pool (it is larger than {MAX_JOB_BYTES} bytes)")
+    if not decompressor.eof:
+        raise zlib.error("incomplete or truncated stream")
+    return text
+
+
+# RQ 3.0 has no setting for it. These two modules are the only ones that decompress.
+rq.job.zlib = rq.results.zlib = SimpleNamespace(  # type: ignore[assignment,attr-defined]
+    compress=zlib.compress, decompress=_decompress, error=zlib.error
+)
+
+
+class JsonJob(Job):
+    """A job that is always JSON, whatever serializer a caller (`rq info`, a registry, `Execution.job`) passes."""
+
+    # `id` and `serializer` are RQ's parameter names.
     def __init__(
         self,
         id: str | None = None,  # noqa: A002
@@ -50,7 +80,7 @@ class JsonJob(Job):
     ) -> None:
         super().__init__(id, connection, JSONSerializer)
 
-    # Stock cleanup imports the module that a job names as its callback: a name read from Redis is never resolved here.
+    # RQ's cleanup imports the module that a job names as its callback. A name from Redis is never resolved here.
     @property
     def success_callback(self) -> None:
         return None
@@ -64,10 +94,10 @@ class JsonJob(Job):
         return None
 
     def request(self) -> GenerationJob:
-        """What the API asked for.
+        """Decode the request that the API wrote.
 
         Raises:
-            ForeignJobError: Some other program wrote this job.
+            ForeignJobError: Another program wrote this job.
         """
         try:
             request = msgspec.convert(self.kwargs, GenerationJob, str_keys=True)
@@ -78,19 +108,19 @@ class JsonJob(Job):
         return request
 
     def send_webhooks(self, *_args: Any, **_options: Any) -> None:
-        """Nothing: an address read from Redis is not called."""
+        """Do nothing: an address from Redis is not called."""
 
     def get_call_string(self) -> str:
-        """What tools show of a job: never its arguments, which hold the prompt."""
+        """What RQ's tools show of a job: never its arguments, which contain the prompt."""
         return names.JOB_FUNCTION
 
     def perform(self) -> NoReturn:
-        """Refuses: jobs of this project are data."""
+        """Refuse: jobs of this project are data."""
         raise ValueError("jobs of mlx-pool are data, not code; its own workers run them")
 
 
-class _UncleanedIntermediateQueue(IntermediateQueue):
-    """Stock cleanup fails a job that lay here for a minute; our workers put it back in front after two seconds."""
+class _IntermediateQueueWithoutCleanup(IntermediateQueue):
+    """RQ's cleanup fails a job that is here for a minute; our workers put it back in front after two seconds."""
 
     def cleanup(self, worker: Any, queue: Any) -> None:
         pass
@@ -105,32 +135,32 @@ class JsonQueue(Queue):
         super().__init__(name, connection, **(options | {"serializer": JSONSerializer, "job_class": JsonJob}))
 
     def put_back(self, job: Job, pipeline: Any, ttl_seconds: int) -> None:
-        """Record on `pipeline` that a job that was begun is in front of the queue again, for at most so long."""
+        """Record on `pipeline` that a job is in front of the queue again, with `ttl_seconds` to live."""
         self._enqueue_job(job, pipeline=pipeline, at_front=True)  # as Job.retry does
-        pipeline.expire(job.key, ttl_seconds)  # RQ gives it only as long as a new one
+        pipeline.expire(job.key, ttl_seconds)  # RQ gives it a new job's
 
     @property
     def intermediate_queue(self) -> IntermediateQueue:
-        return _UncleanedIntermediateQueue(self.key, connection=self.connection)
+        return _IntermediateQueueWithoutCleanup(self.key, connection=self.connection)
 
     def acquire_maintenance_lock(self) -> bool:
-        """As RQ's, but held for seconds: stock holds 899 s, also when its holder was killed."""
+        """As RQ's, but for 5 s: RQ's own expires after 899 s, also if its holder was killed."""
         return bool(self.connection.set(self.registry_cleaning_key, 1, nx=True, ex=5))
 
 
 class JsonWorker(SimpleWorker):
-    """For RQ's tools, which read workers through a class; it never works."""
+    """For RQ's tools, which read workers through a class; it runs no jobs."""
 
     queue_class: type[Queue] = JsonQueue
     job_class = JsonJob
 
     def work(self, *_args: Any, **_options: Any) -> NoReturn:
-        """Refuses: `python -m worker` is what runs the jobs."""
+        """Refuse: `python -m worker` runs the jobs."""
         raise SystemExit("python -m common.rq does not run jobs; python -m worker does")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """RQ's own command line, or rq-dashboard's, with the classes of this module; they take `--url`, or MLXPOOL_REDIS_URL."""
+    """Run RQ's command line, or rq-dashboard's, with the classes of this module, on `--url` or MLXPOOL_REDIS_URL."""
     arguments = argv if argv is not None else sys.argv[1:]
     try:
         url = Settings.load().redis_url
@@ -151,16 +181,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _dashboard(arguments: list[str], url: str) -> None:
-    """rq-dashboard 0.9 knows `--json` for jobs, but reads a worker's job by RQ's default: its page fails while one works."""
+    """Run rq-dashboard. 0.9 has `--json` for jobs, but reads a busy worker's job with RQ's default classes, which fails."""
     import rq
 
-    rq.Worker = JsonWorker  # type: ignore[misc,assignment]  # it takes the class from here
+    rq.Worker = JsonWorker  # type: ignore[misc,assignment]  # where it takes the class from
     try:
         from rq_dashboard.cli import run as rq_dashboard
     except ImportError as error:
         sys.exit(f"mlx-pool: rq-dashboard cannot be imported ({error}); pip install rq-dashboard six")
     has_url = any(a in ("-u", "--redis-url") or a.startswith("--redis-url=") for a in arguments)
-    # It has no password of its own, and would listen on all addresses. `--bind` wins over the variable.
+    # It has no password by default, and would listen on all addresses. `--bind` takes precedence over the variable.
     os.environ.setdefault("RQ_DASHBOARD_BIND", "127.0.0.1")
     options = ["--json", *([] if has_url else ["--redis-url", url]), *arguments]
     rq_dashboard.main(

@@ -6,15 +6,19 @@ import base64
 import inspect
 import os
 import pickle
+import re
 import signal
 import zlib
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import redis
+import rq.job
+import rq.results
 import rq.serializers
 from rq.command import handle_command, parse_payload
 from rq.defaults import RQ_KEY_PREFIX
@@ -413,3 +417,17 @@ def test_command_line_takes_classes_from_the_environment() -> None:
 
     options = {option.envvar for option in cli.info.params}
     assert {"RQ_REDIS_URL", "RQ_JOB_CLASS", "RQ_QUEUE_CLASS", "RQ_WORKER_CLASS"} <= options
+
+
+def test_decompression_is_bounded_by_rebinding() -> None:
+    """Only two modules of RQ decompress, through the name `zlib` that `common.rq` rebinds. Open common/rq.py.
+
+    Elsewhere, or by another name, a small job could fill a worker's memory.
+    """
+    folder = Path(rq.__file__).parent
+    users = {path.name for path in folder.rglob("*.py") if "decompress" in path.read_text()}
+    assert users == {"job.py", "results.py"}
+    for module in (rq.job, rq.results):
+        source = inspect.getsource(module)
+        assert source.count("decompress(") == source.count("zlib.decompress(")
+        assert set(re.findall(r"\bzlib\.(\w+)", source)) <= {"compress", "decompress", "error"}

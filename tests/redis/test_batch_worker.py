@@ -26,6 +26,7 @@ from rq.queue import Queue
 from common.protocol import Failed, Finished
 from common.rq import JsonJob, JsonQueue
 from tests.redis.pool_of_workers import LEASE_SECONDS, Workers, exact, wait_until
+from tests.unit.common.test_rq import make_bomb
 
 RQ = str(Path(sys.executable).with_name("rq"))
 
@@ -345,6 +346,7 @@ def test_no_text_in_rqs_books(workers: Workers) -> None:
     assert exact(3).encode() not in b"".join(fields.values()) + zlib.decompress(fields[b"data"])
 
 
+BOMB = make_bomb()
 POISONS: dict[str, list[tuple[Any, ...]]] = {
     "an id that is no text": [("RPUSH", "rq:queue:m", b"\xff\xfe")],
     "a job without data": [("HSET", "rq:job:JOB", "status", "queued"), ("RPUSH", "rq:queue:m", "JOB")],
@@ -363,6 +365,14 @@ POISONS: dict[str, list[tuple[Any, ...]]] = {
     "an abandoned job whose journal is no stream": [
         ("HSET", "rq:job:JOB", "status", "started"),
         ("SET", "mlxpool:journal:JOB", "1"),
+        ("ZADD", "rq:wip:m", 9e9, "JOB:y"),
+    ],
+    "a job of a gigabyte": [
+        ("HSET", "rq:job:JOB", "status", "queued", "data", BOMB),
+        ("RPUSH", "rq:queue:m", "JOB"),
+    ],
+    "an abandoned job of a gigabyte": [
+        ("HSET", "rq:job:JOB", "status", "started", "data", BOMB),
         ("ZADD", "rq:wip:m", 9e9, "JOB:y"),
     ],
     "an id in the intermediate queue that is no text": [("RPUSH", "rq:queue:m:intermediate", b"\xff\xfe")],

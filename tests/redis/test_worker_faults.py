@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import subprocess
 import time
@@ -19,7 +18,6 @@ from common.protocol import Delta, Failed, Finished, Usage, encode
 from common.rq import JsonJob, JsonQueue
 from tests.conftest import unused_port
 from tests.redis.pool_of_workers import LEASE_SECONDS, Workers, exact, wait_until
-from worker.jobs.takeover import Takeover
 from worker.jobs.watchdog import EXIT_STALLED
 
 
@@ -78,22 +76,6 @@ def test_only_the_books_are_missing(workers: Workers) -> None:
     assert workers.journal(job) == [Delta(1, 1, " 1"), terminal]
     workers.listen()
     assert workers.events[job] == []
-
-
-def test_a_takeover_of_many_lets_heartbeats_through(workers: Workers) -> None:
-    """On a slow network each job takes its time: one look puts back what it has time for, and the next one goes on."""
-    queue = JsonQueue("m", connection=workers.client)
-    jobs = [workers.submit() for _ in range(3)]
-    for job in jobs:
-        workers.client.lrem(queue.key, 1, job)
-        workers.client.hset(JsonJob.key_for(job), "status", "started")
-        workers.client.zadd(queue.started_job_registry.key, {f"{job}:gone": time.time() + 3600})
-    takeover = Takeover(queue, live_ttl_seconds=60, final_ttl_seconds=60, max_seconds=0.0)
-    for num_back in (1, 2, 3):
-        assert takeover.run() == 0.0
-        assert queue.count == num_back
-    assert takeover.run() == math.inf
-    assert sorted(queue.job_ids) == sorted(jobs)
 
 
 def test_a_job_falls_to_a_worker_that_sleeps(workers: Workers) -> None:

@@ -17,7 +17,7 @@ from rq.worker import WorkerStatus
 from rq.worker.base import BaseWorker
 
 from common.rq import JsonQueue
-from worker.jobs.recorded import RUN_RECORDED, record
+from worker.jobs.scripts import RUN_RECORDED, record
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
@@ -31,7 +31,7 @@ _IF_LEASED = f"""
 if redis.call('EXISTS', ARGV[1]) == 0 then return 0 end
 local i = 2
 {RUN_RECORDED}
-return 1
+return failure or 1
 """
 
 

@@ -23,6 +23,7 @@ from common.protocol import Event, GenerationJob
 from common.rq import ForeignJobError, JsonJob, JsonQueue
 from worker.jobs.executions import Executions
 from worker.jobs.records import read_crash_count, read_journal, restored
+from worker.jobs.scripts import RETURN_TO_QUEUE
 from worker.loop.messages import Admit
 from worker.loop.progress import Progress
 
@@ -48,13 +49,6 @@ local share = math.min(tonumber(ARGV[1]), math.ceil(redis.call('LLEN', KEYS[1]) 
 local ids = {}
 for i = 1, share do ids[i] = redis.call('LMOVE', KEYS[1], KEYS[2], 'LEFT', 'RIGHT') end
 return ids
-"""
-
-
-# KEYS: intermediate queue, queue. ARGV: a job id. To the front of the queue, unless somebody else did it.
-GIVE_BACK = """
-if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 1 then return redis.call('LPUSH', KEYS[2], ARGV[1]) end
-return 0
 """
 
 
@@ -234,7 +228,9 @@ class Intake:
         with self._redis.pipeline(transaction=True) as pipe:
             for each in reversed(found):
                 if each not in kept:
-                    pipe.eval(GIVE_BACK, 2, self._queue.intermediate_queue_key, self._queue.key, each.raw_id)
+                    pipe.eval(
+                        RETURN_TO_QUEUE, 2, self._queue.intermediate_queue_key, self._queue.key, each.raw_id
+                    )
             pipe.execute()
         if not kept:
             time.sleep(_HOLD_OFF_SECONDS)

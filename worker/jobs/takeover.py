@@ -1,7 +1,7 @@
-"""Takeover: gives the jobs of workers that went silent back to the queue, in front, each exactly once.
+"""Takeover: puts the jobs of workers that have died or hung back in front of the queue, each exactly once.
 
-Called by the worker's main thread each heartbeat. A worker went silent when the lease of its execution ran out, by Redis's
-clock; RQ's own cleaners go by local clocks and run twice at once, so their deadline is kept far away.
+Called by the worker's main thread with each heartbeat. A worker counts as dead once the lease of its execution has run out, by
+Redis's clock. RQ's own cleaners go by local clocks and may run twice at once, so their deadline is kept far away.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import redis
-from redis.exceptions import WatchError
 from rq.defaults import RQ_KEY_PREFIX
 from rq.executions import Execution, ExecutionRegistry
 from rq.job import JobStatus
@@ -21,7 +20,6 @@ from common import names
 from common.errors import RequestError
 from common.protocol import encode
 from common.rq import ForeignJobError, JsonJob, JsonQueue
-from worker.jobs.intake import GIVE_BACK
 from worker.jobs.records import (
     CRASHES_FIELD,
     LAST_N_FIELD,
@@ -31,6 +29,7 @@ from worker.jobs.records import (
     read_journal,
     restored,
 )
+from worker.jobs.scripts import RETURN_TO_QUEUE, RUN_RECORDED, record
 from worker.loop.sequence import failed_event
 
 if TYPE_CHECKING:
@@ -39,10 +38,40 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RESCUE_AFTER_SECONDS = 2.0
-"""How long an id may lie in the intermediate queue; a live worker needs milliseconds."""
+"""How long an id may stay in the intermediate queue; a live worker needs milliseconds."""
+
+JOBS_PER_BATCH = 16
+"""Jobs that are taken over in two round trips. They are read completely, and a prompt may be megabytes."""
 
 _NO_SUCH_KEY = -2
 """PTTL's answer."""
+
+_STATE_FIELDS = ("status", "retries_left", CRASHES_FIELD, LAST_N_FIELD)
+"""The fields of a job's hash that a takeover is decided by, as is the length of its journal."""
+
+_GONE, _CHANGED, _RUNS_ELSEWHERE, _DONE = range(4)
+
+# ARGV: the registry, its entry, the execution's key, the job's key, its journal, the key of its executions, the execution's id;
+# the values of _STATE_FIELDS ('': missing) and the journal's length that the decision was made by; then recorded commands.
+# Whoever removes the entry has taken the job over; nobody else does so again.
+_TAKE_OVER = f"""
+local registry, entry, execution, job, journal, executions, id = unpack(ARGV, 1, 7)
+if redis.call('EXISTS', execution) == 1 or not redis.call('ZSCORE', registry, entry) then return {_GONE} end
+local state = redis.call('HMGET', job, '{"', '".join(_STATE_FIELDS)}')
+for k = 1, 4 do
+  if (state[k] or '') ~= ARGV[7 + k] then return {_CHANGED} end
+end
+if redis.call('XLEN', journal) ~= tonumber(ARGV[12]) then return {_CHANGED} end
+redis.call('ZREM', registry, entry)
+redis.call('ZREM', executions, id)
+local prefix = string.sub(execution, 1, -1 - string.len(id))
+for _, other in ipairs(redis.call('ZRANGE', executions, 0, -1)) do
+  if redis.call('EXISTS', prefix .. other) == 1 then return {_RUNS_ELSEWHERE} end
+end
+local i = 13
+{RUN_RECORDED}
+return failure or {_DONE}
+"""
 
 _LOST = RequestError(
     "The workers that tried to answer this request stopped one after another; it is not tried again.",
@@ -52,14 +81,48 @@ _LOST = RequestError(
 )
 
 
+class DeadExecution(NamedTuple):
+    """An execution whose lease has run out, and what Redis has of its job.
+
+    Attributes:
+        entry: Its entry in RQ's registry.
+        fields: The job's hash; empty: it was deleted.
+        num_events: The length of its journal.
+        last: The last entry of its journal, if there is one.
+        is_cancelled: Whether its client has left.
+    """
+
+    entry: str
+    execution: Execution
+    fields: dict[bytes, bytes]
+    num_events: int
+    last: list[Any]
+    is_cancelled: int
+
+    @property
+    def state(self) -> list[bytes | int]:
+        """What the script compares, see _TAKE_OVER."""
+        return [*(self.fields.get(name.encode(), b"") for name in _STATE_FIELDS), self.num_events]
+
+
+_NUM_READS = 4
+"""Answers per job, see `Takeover._read`."""
+
+
+class Plan(NamedTuple):
+    """What becomes of a job: recorded commands, and the log line's end; "" if nothing is logged."""
+
+    commands: list[Any]
+    outcome: str = ""
+
+
 class Takeover:
     """See the module.
 
     Args:
-        live_ttl_seconds: What a job has to live until it is taken.
-        final_ttl_seconds: What a journal has to live after a terminal event.
-        max_seconds: How long one look may take, about: each job is several round trips, and no lease of this worker's own is
-            renewed meanwhile.
+        live_ttl_seconds: A queued job's time to live.
+        final_ttl_seconds: A journal's time to live after its terminal event.
+        max_seconds: Begin no further batch after this time: this worker's own leases are not renewed meanwhile.
     """
 
     def __init__(
@@ -67,124 +130,154 @@ class Takeover:
     ) -> None:
         self._queue = queue
         self._redis: redis.Redis = queue.connection
+        self._registry_key: str = queue.started_job_registry.key
         self._live_ttl_seconds = live_ttl_seconds
         self._final_ttl_seconds = final_ttl_seconds
         self._max_seconds = max_seconds
-        self._rescue_script = self._redis.register_script(GIVE_BACK)
-        self._first_seen: dict[bytes, float] = {}
+        self._first_seen_mono: dict[bytes, float] = {}
 
     def run(self) -> float:
-        """Look once for jobs without a worker and put them back.
+        """Look once for jobs without a worker and put them back into the queue.
 
         Returns:
-            Seconds until the next lease runs out, if it is not renewed: looking again just then loses no time. 0 where one
-            has run out that there was no time for.
+            Seconds until the next lease runs out unless it is renewed: to look again just then loses no time. 0 if some jobs are
+            left for the next call.
         """
-        next_seconds = self._reap()
+        next_seconds = self._take_over_all()
         self._rescue()
         return next_seconds
 
-    def _reap(self) -> float:
-        """Put back the executions whose lease ran out; as `run`."""
-        late_at = time.monotonic() + self._max_seconds
-        registry = self._queue.started_job_registry
-        entries: Any = self._redis.zrange(registry.key, 0, -1)
-        composites = [entry.decode() for entry in entries if entry.isascii()]  # what is not, is none of RQ's
-        if not composites:
+    def _take_over_all(self) -> float:
+        """Take over the executions whose lease has run out. Returns as `run`."""
+        deadline_mono = time.monotonic() + self._max_seconds
+        registered: Any = self._redis.zrange(self._registry_key, 0, -1)
+        entries = [entry.decode() for entry in registered if entry.isascii()]  # RQ's are ASCII
+        if not entries:
             return math.inf
         with self._redis.pipeline(transaction=False) as pipe:
-            for composite in composites:
-                pipe.pttl(_execution_key(composite))
+            for entry in entries:
+                pipe.pttl(_execution_key(entry))
             leases_ms = pipe.execute()
-        for composite, lease_ms in zip(composites, leases_ms, strict=True):
-            if lease_ms != _NO_SUCH_KEY:
-                continue
-            self._put_back(registry.key, composite)
-            if time.monotonic() >= late_at:
+        expired = [entry for entry, ms in zip(entries, leases_ms, strict=True) if ms == _NO_SUCH_KEY]
+        for start in range(0, len(expired), JOBS_PER_BATCH):
+            is_complete = self._take_over(expired[start : start + JOBS_PER_BATCH])
+            is_last = start + JOBS_PER_BATCH >= len(expired)
+            if not is_complete or (not is_last and time.monotonic() >= deadline_mono):
                 return 0.0
         return min((ms / 1000 for ms in leases_ms if ms >= 0), default=math.inf)
 
-    def _put_back(self, registry_key: str, composite: str) -> None:
-        """One execution, exactly once: whoever commits first, the others' WATCH fails or the entry is gone.
+    def _take_over(self, entries: list[str]) -> bool:
+        """Take over a batch of executions, in two round trips: read, then decide and write.
 
-        The registry changes with every admission, our own too, so a failed WATCH is tried again at once.
+        Returns:
+            Whether all were decided; False if a job changed between the two, so that it has to be looked at again.
+
+        Raises:
+            redis.RedisError: Redis is away or refuses to write. What was not taken over still is in the registry.
         """
-        while True:
-            with self._redis.pipeline(transaction=True) as pipe:
-                try:
-                    if self._try_put_back(pipe, registry_key, composite):
-                        log.warning(
-                            "job %s goes on here or on another worker: its own went silent",
-                            composite.partition(":")[0][:80],
-                        )
-                except WatchError:
-                    continue
-                except (ForeignJobError, redis.ResponseError) as error:
-                    if isinstance(error, redis.ResponseError) and "WRONGTYPE" not in str(error):
-                        raise  # such as no memory: it is there the next time
-                    log.error("%s: %s; it leaves the registry", composite[:80], error)  # noqa: TRY400 (one line will do)
-                    self._redis.zrem(registry_key, composite)
-                return
+        plans: list[tuple[DeadExecution, Plan]] = []
+        for dead in self._read(entries):
+            try:
+                plans.append((dead, self._plan(dead)))
+            except ForeignJobError as error:
+                self._drop(dead.entry, error)
+        if not plans:
+            return True
+        with self._redis.pipeline(transaction=False) as pipe:
+            for dead, plan in plans:
+                pipe.eval(_TAKE_OVER, 0, *self._script_arguments(dead), *plan.commands)
+            answers = pipe.execute(raise_on_error=False)
+        for (dead, plan), answer in zip(plans, answers, strict=True):
+            if _is_wrong_type(answer):
+                self._drop(dead.entry, answer)
+            elif isinstance(answer, Exception):
+                raise answer
+            elif answer == _DONE and plan.outcome:
+                log.warning("job %s: its worker died or hung; %s", dead.execution.job_id[:80], plan.outcome)
+        return _CHANGED not in answers
 
-    def _try_put_back(self, pipe: Pipeline, registry_key: str, composite: str) -> bool:
-        """See `_put_back`; whether the job is to go on.
-
-        1. The entry leaves RQ's registries.
-        2. A job that goes on under another execution, or has ended, is left alone: somebody took it twice.
-        3. Its journal has a terminal event: only RQ's books are left to be written, which whoever takes it does.
-        4. Else it is tried again, as often in a row as its retries allow. A run that brought a new token starts the count
-           again: it was not this job that killed its worker.
-        """
-        try:
-            dead = Execution.from_composite_key(composite, self._redis)
-        except ValueError as error:
-            raise ForeignJobError(str(error)) from error
-        key, journal_key = JsonJob.key_for(dead.job_id), names.journal(dead.job_id)
-        runs = ExecutionRegistry(dead.job_id, self._redis)
-        pipe.watch(dead.key, key, registry_key, journal_key, runs.key)
-        with self._redis.pipeline(transaction=False) as reads:  # in one trip; `pipe` would make one of each
-            reads.exists(dead.key)
-            reads.zscore(registry_key, composite)
-            reads.hgetall(key)
-            reads.xlen(journal_key)
-            reads.xrevrange(journal_key, count=1)
-            reads.zrange(runs.key, 0, -1)
-            is_alive, score, fields, num_events, last, run_ids = reads.execute()
-        if is_alive or score is None:
-            return False
-        is_whole = has_ended(read_journal(last))
-        job = restored(dead.job_id, fields, self._redis) if fields else None
-        goes_on = (
-            job is not None
-            and job.get_status(refresh=False) == JobStatus.STARTED
-            and not _runs_elsewhere(pipe, dead, run_ids)
-        )
-        pipe.multi()
-        pipe.zrem(registry_key, composite)
-        runs.remove(dead, pipe)
-        if goes_on and job is not None:
-            if not is_whole and not self._count_strike(pipe, job, read_crash_count(fields), num_events):
-                self._give_up(pipe, job, num_events)
+    def _read(self, entries: list[str]) -> list[DeadExecution]:
+        """Read what Redis has of the jobs of `entries`; entries that are none of RQ's are dropped."""
+        executions: dict[str, Execution] = {}
+        for entry in entries:
+            try:
+                executions[entry] = Execution.from_composite_key(entry, self._redis)
+            except ValueError as error:
+                self._drop(entry, error)
+        with self._redis.pipeline(transaction=False) as pipe:
+            for execution in executions.values():
+                pipe.hgetall(JsonJob.key_for(execution.job_id))
+                pipe.xlen(names.journal(execution.job_id))
+                pipe.xrevrange(names.journal(execution.job_id), count=1)
+                pipe.exists(names.cancelled(execution.job_id))
+            answers = pipe.execute(raise_on_error=False)
+        dead = []
+        for i, (entry, execution) in enumerate(executions.items()):
+            read = answers[_NUM_READS * i : _NUM_READS * (i + 1)]
+            failure = next((answer for answer in read if isinstance(answer, Exception)), None)
+            if failure is None:
+                dead.append(DeadExecution(entry, execution, *read))
+            elif _is_wrong_type(failure):
+                self._drop(entry, failure)
             else:
-                self._queue.put_back(job, pipe, self._live_ttl_seconds)
-        pipe.execute()
-        return goes_on
+                raise failure
+        return dead
 
-    @staticmethod
-    def _count_strike(pipe: Pipeline, job: JsonJob, crashes: CrashCount, num_events: int) -> bool:
-        """Record on `pipe` what stands against a job now, in RQ's retries too; whether it may be tried again."""
-        allowed = (job.retries_left or 0) + crashes.num
-        now = crashes.after_death(num_events)
-        if now.num > allowed:
-            return False
-        job.retries_left = allowed - now.num
-        pipe.hset(job.key, mapping={CRASHES_FIELD: now.num, LAST_N_FIELD: now.last_n})
-        return True
+    def _drop(self, entry: str, error: Exception) -> None:
+        """Remove an entry from the registry whose job makes no sense."""
+        log.error("%s: %s; it is removed from the registry", entry[:80], error)
+        self._redis.zrem(self._registry_key, entry)
 
-    def _give_up(self, pipe: Pipeline, job: JsonJob, num_events: int) -> None:
-        """No tries left: RQ's books say failed, and the client hears it."""
+    def _script_arguments(self, dead: DeadExecution) -> list[Any]:
+        job_id = dead.execution.job_id
+        executions_key = ExecutionRegistry(job_id, self._redis).key
+        keys = (dead.execution.key, JsonJob.key_for(job_id), names.journal(job_id), executions_key)
+        return [self._registry_key, dead.entry, *keys, dead.execution.id, *dead.state]
+
+    def _plan(self, dead: DeadExecution) -> Plan:
+        """Decide what becomes of a job. That it runs under no other execution is checked by the script.
+
+        1. It was deleted, or is not running by RQ's account: only the entry is removed.
+        2. Its client has left: it is deleted, as intake would do.
+        3. Its journal has a terminal event: RQ's bookkeeping is all that is missing, and the worker that takes it does that.
+        4. Else it is tried again, as often in a row as its retries allow. An execution that generated a new token restarts the
+           count: this job did not kill its worker.
+        5. No tries are left: it fails.
+
+        Raises:
+            ForeignJobError: The job's hash or journal cannot be read.
+        """
+        has_answer = has_ended(read_journal(dead.last))
+        if not dead.fields:
+            return Plan([])
+        job = restored(dead.execution.job_id, dead.fields, self._redis)
+        if job.get_status(refresh=False) != JobStatus.STARTED:
+            return Plan([])
+        if dead.is_cancelled:
+            commands = record(self._redis, lambda pipe: pipe.delete(job.key))
+            return Plan(commands, "its client has left, so it is deleted")
+        if has_answer:
+            commands = record(self._redis, lambda pipe: self._put_back(job, pipe))
+            return Plan(commands, "its answer is complete, and another worker does RQ's bookkeeping")
+        crashes = read_crash_count(dead.fields)
+        num_allowed = (job.retries_left or 0) + crashes.num
+        crashes = crashes.after_death(dead.num_events)
+        if crashes.num > num_allowed:
+            commands = record(self._redis, lambda pipe: self._fail(pipe, job, dead.num_events))
+            return Plan(commands, "no takeovers are left, so it fails")
+        job.retries_left = num_allowed - crashes.num
+        commands = record(self._redis, lambda pipe: self._put_back(job, pipe, crashes))
+        return Plan(commands, "it is back in front of the queue")
+
+    def _put_back(self, job: JsonJob, pipe: Pipeline, crashes: CrashCount | None = None) -> None:
+        if crashes is not None:
+            pipe.hset(job.key, mapping={CRASHES_FIELD: crashes.num, LAST_N_FIELD: crashes.last_n})
+        self._queue.put_back(job, pipe, self._live_ttl_seconds)
+
+    def _fail(self, pipe: Pipeline, job: JsonJob, num_events: int) -> None:
+        """Record RQ's bookkeeping of a failure and the terminal event."""
         job.set_status(JobStatus.FAILED, pipeline=pipe)
-        job._handle_failure(_LOST.message, pipe)  # noqa: SLF001 (RQ 3.0 has no public way that takes a pipeline)
+        job._handle_failure(_LOST.message, pipe)  # noqa: SLF001 (RQ 3.0 has no public method that takes a pipeline)
         try:
             request = job.request()
         except ForeignJobError as error:
@@ -197,23 +290,32 @@ class Takeover:
         pipe.publish(request.channel, b'[["' + job.id.encode() + b'",' + event + b"]]")
 
     def _rescue(self) -> None:
-        """Put back what a worker took and never registered: it died, or sleeps."""
+        """Put back what a worker took from the queue and never registered: it died in between, or sleeps."""
         intermediate = self._queue.intermediate_queue
         ids: Any = self._redis.lrange(intermediate.key, 0, -1)
-        now = time.monotonic()
-        self._first_seen = {job_id: self._first_seen.get(job_id, now) for job_id in ids}
-        for job_id, first_seen in self._first_seen.items():
-            if now - first_seen < RESCUE_AFTER_SECONDS:
-                continue
-            if self._rescue_script(keys=(intermediate.key, self._queue.key), args=(job_id,)):
-                log.warning("job %s was taken and never begun; it is back in front of the queue", job_id)
+        now_mono = time.monotonic()
+        self._first_seen_mono = {job_id: self._first_seen_mono.get(job_id, now_mono) for job_id in ids}
+        overdue = [
+            job_id
+            for job_id, first_seen_mono in self._first_seen_mono.items()
+            if now_mono - first_seen_mono >= RESCUE_AFTER_SECONDS
+        ]
+        if not overdue:
+            return
+        with self._redis.pipeline(transaction=False) as pipe:
+            for job_id in overdue:
+                pipe.eval(RETURN_TO_QUEUE, 2, intermediate.key, self._queue.key, job_id)
+            for job_id, is_returned in zip(overdue, pipe.execute(), strict=True):
+                if is_returned:
+                    log.warning(
+                        "job %s was taken and never started; it is back in front of the queue", job_id
+                    )
 
 
-def _runs_elsewhere(pipe: Pipeline, dead: Execution, run_ids: list[bytes]) -> bool:
-    """Whether one of a job's other executions holds its lease."""
-    others = {execution_id.decode(errors="replace") for execution_id in run_ids} - {dead.id}
-    return any(pipe.exists(_execution_key(f"{dead.job_id}:{other}")) for other in others)
+def _is_wrong_type(answer: Any) -> bool:
+    """Whether a key has a type that only another program can have given it."""
+    return isinstance(answer, redis.ResponseError) and "WRONGTYPE" in str(answer)
 
 
-def _execution_key(composite: str) -> str:
-    return f"{RQ_KEY_PREFIX}:execution:{composite}"
+def _execution_key(entry: str) -> str:
+    return f"{RQ_KEY_PREFIX}:execution:{entry}"
