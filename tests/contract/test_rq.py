@@ -126,7 +126,7 @@ def test_requeueing_only_writes(client: redis.Redis, queue: JsonQueue) -> None:
 def test_recorded_words_can_be_sent(client: redis.Redis, queue: JsonQueue) -> None:
     """Recorded commands are sent as arguments of a script: each word has to be one that redis-py encodes.
 
-    Open worker/jobs/recorded.py, api/generation/job_queue.py.
+    Open worker/jobs/scripts.py, api/generation/job_queue.py.
     """
     encode = redis.connection.Encoder("utf-8", "strict", decode_responses=False).encode
     commands = _recorded(client, lambda pipe: queue.enqueue_job(_job(queue), pipeline=pipe))
