@@ -26,5 +26,5 @@ def configure(level: str) -> None:
     for name in ("rq.worker", "rq.job", "rq.queue", "httpx"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(level)))
     # transformers warns that a prompt longer than the context "will result in indexing errors"; here it is refused with a 400.
-    # It sets the level of its logger from this variable when it is imported (5.23), whatever the level was before.
+    # It sets the level of its logger from this variable when it is imported (5.24), whatever the level was before.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -114,7 +114,7 @@ def load_model(settings: Settings, before_loading: Callable[[Path], object] | No
 
     if settings.cache_limit_gb is not None:
         mx.set_cache_limit(int(settings.cache_limit_gb * 2**30))
-    # False, not None: transformers 5.23 asks on standard input when it is None and the model brings code.
+    # False, not None: transformers 5.24 asks on standard input when it is None and the model brings code.
     tokenizer_config: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     if settings.chat_template is not None:
         tokenizer_config["chat_template"] = _chat_template(settings.chat_template)
