@@ -1,7 +1,7 @@
-"""Formats of real models, as mlx-lm finds them: tokenizers with their markers and short templates in their manner.
+"""Formats of real models, as detected from mlx-lm's tokenizer: tokenizers with their markers and short templates in their style.
 
-What is proved with these: a prompt says what functions there are, history is there in a form that the template knows, and
-an answer in the model's own writing is taken apart by mlx-lm's parser.
+They show that a prompt describes the tools, that earlier calls are rendered in a form that the template supports, and that mlx-lm's
+parser parses an answer in the model's native format.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ MARKERS = [
 
 
 class Model:
-    """A tokenizer and what is found out about it."""
+    """A tokenizer and its detected format."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -147,7 +147,7 @@ Make = Callable[..., Model]
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Saves a byte-level tokenizer with markers and a template, and has mlx-lm load it."""
+    """Return a function that saves a byte-level tokenizer with markers and a template, and loads it with mlx-lm."""
     mlx_model.preload_blas()
     from mlx_lm import tokenizer_utils
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -186,7 +186,7 @@ def weather(index: int = 0, arguments: str = '{"city": "Bern"}') -> list[Any]:
 
 
 def test_qwen(make: Make) -> None:
-    """Its own format is the universal one; thinking is a marker away, and can be switched off."""
+    """Its native format is the Hermes format; reasoning is behind a marker, and can be switched off."""
     model = make(QWEN)
     assert model.format.template.uses_hermes_calls
     assert answer_format.choose_call_format(job(), model.format) is CallFormat.NATIVE
@@ -206,18 +206,18 @@ def test_qwen(make: Make) -> None:
     assert not model.parser(job(arguments={"enable_thinking": False})).is_reasoning
 
 
-def test_qwens_history(make: Make) -> None:
-    """Calls and results go through the template, which knows them."""
+def test_qwen_tool_messages(make: Make) -> None:
+    """Calls and results are rendered by the template, which supports them."""
     model = make(QWEN)
-    assert model.format.template.calls is ToolMessageStyle.OBJECTS
+    assert model.format.template.tool_message_style is ToolMessageStyle.OBJECTS
     text = model.prompt(job(HISTORY))
     assert '{"name": "get_weather", "arguments": {"city": "Bern"}}' in text
     assert "<tool_response>sunny</tool_response>" in text
     assert model.prompt(job(HISTORY, tools=False)).count("get_weather") == 1
 
 
-def test_a_model_that_always_thinks(make: Make) -> None:
-    """The template opens thinking, so the answer begins with it; a user who writes the marker opens nothing."""
+def test_a_model_that_always_reasons(make: Make) -> None:
+    """The template opens reasoning, so the answer begins with it; the marker in a user's message opens nothing."""
     model = make(ALWAYS_THINKS)
     assert model.read(job(tools=False), "Hm.\n</think>\n\nYes.") == [Reasoning("Hm."), "Yes."]
     plain = make(CHATML)
@@ -226,9 +226,9 @@ def test_a_model_that_always_thinks(make: Make) -> None:
 
 
 def test_mistral(make: Make) -> None:
-    """No end marker; ids have nine characters; there is no system role."""
+    """No end marker, ids of nine characters, no system role."""
     model = make(MISTRAL)
-    assert model.format.template.calls is ToolMessageStyle.SHORT_IDS
+    assert model.format.template.tool_message_style is ToolMessageStyle.SHORT_IDS
     assert not model.format.template.renders_system
     assert answer_format.choose_call_format(job(), model.format) is CallFormat.NATIVE
     assert "[AVAILABLE_TOOLS]" in model.prompt(job())
@@ -244,8 +244,8 @@ def test_mistral(make: Make) -> None:
     assert "sunny" in text
 
 
-def test_mistral_when_a_call_is_required(make: Make) -> None:
-    """The grammar's form is another than its own: it is told of that one alone, history included."""
+def test_mistral_with_a_required_call(make: Make) -> None:
+    """The grammar enforces the Hermes format: the prompt describes that format only, history included."""
     model = make(MISTRAL)
     text = model.prompt(job(HISTORY, is_required=True))
     assert "[AVAILABLE_TOOLS]" not in text
@@ -257,7 +257,7 @@ def test_mistral_when_a_call_is_required(make: Make) -> None:
 
 
 def test_pythonic(make: Make) -> None:
-    """Calls are written as Python's (LFM 2), several in one pair of markers."""
+    """Calls are Python expressions (LFM 2), several between one pair of markers."""
     model = make(PYTHONIC)
     assert answer_format.choose_call_format(job(), model.format) is CallFormat.NATIVE
     text = '<|tool_call_start|>[get_weather(city="Bern"), get_weather(city="Thun", days=2)]<|tool_call_end|>Wait.'
@@ -266,11 +266,11 @@ def test_pythonic(make: Make) -> None:
     assert model.read(job(tools=False), text) == [text]
 
 
-def test_a_template_without_functions(make: Make) -> None:
-    """It is told in a system message of ours, beside the conversation's own; calls and results become text."""
+def test_a_template_without_tools(make: Make) -> None:
+    """Our instructions describe the tools, in the conversation's system message; calls and results become text."""
     model = make(CHATML, ["<|im_start|>", "<|im_end|>"])
     assert answer_format.choose_call_format(job(), model.format) is CallFormat.HERMES
-    assert model.format.template.calls is None
+    assert model.format.template.tool_message_style is None
     text = model.prompt(
         job([{"role": "system", "content": "Be kind."}, *HISTORY, {"role": "user", "content": "Thanks."}])
     )
@@ -287,8 +287,8 @@ def test_a_template_without_functions(make: Make) -> None:
     assert model.read(job(), "It is sunny.") == ["It is sunny."]
 
 
-def test_the_instructions_say_what_is_wanted(make: Make) -> None:
-    """One call or several, a certain one or none: as the request has it."""
+def test_instructions(make: Make) -> None:
+    """One call or several, a named function or none: as the request asks."""
     model = make(CHATML, ["<|im_start|>", "<|im_end|>"])
     texts = [
         model.prompt(job(**use))
@@ -299,9 +299,9 @@ def test_the_instructions_say_what_is_wanted(make: Make) -> None:
 
 
 def test_deepseek(make: Make) -> None:
-    """Its template puts arguments behind a string: they are JSON text for it."""
+    """Its template appends arguments to a string, so they are JSON text."""
     model = make(DEEPSEEK)
-    assert model.format.template.calls is ToolMessageStyle.STRINGS
+    assert model.format.template.tool_message_style is ToolMessageStyle.STRINGS
     assert '<|call|>get_weather {"city": "Bern"}' in model.prompt(job(HISTORY, tools=False))
     call = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Be'}}
     cut = [
@@ -313,7 +313,7 @@ def test_deepseek(make: Make) -> None:
 
 
 def test_gemma(make: Make) -> None:
-    """No system role, roles that alternate, no functions: all of it is in the user's messages."""
+    """No system role, alternating roles, no tools: all of it goes into user messages."""
     model = make(GEMMA)
     text = model.prompt(job([*HISTORY, {"role": "user", "content": "Thanks."}]))
     assert text.startswith("<start_of_turn>user\nYou can call functions.")
@@ -323,7 +323,7 @@ def test_gemma(make: Make) -> None:
 
 
 def test_a_model_without_a_template(make: Make) -> None:
-    """Functions and history are in the text that the role mapping makes."""
+    """Tools and history are in the text that the role mapping makes."""
     model = make(None)
     text = model.prompt(job(HISTORY))
     assert text.startswith("ASSISTANT's RULE: You can call functions.")
@@ -389,7 +389,7 @@ ARG_KEYS = (
     ],
 )
 def test_every_format_of_mlx_lm(make: Make, parser: str, text: str) -> None:
-    """A call in each model's own writing, behind text and before some, beside one that no parser can read."""
+    """A call in each native format, after and before text, next to one that the parser cannot parse."""
     model = make("{{ tools | tojson }}" + CHATML, parser=parser)
     assert answer_format.choose_call_format(job(), model.format) is CallFormat.NATIVE
     # Its parser may take JSON as well, but its template does not ask for it.

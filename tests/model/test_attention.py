@@ -28,7 +28,7 @@ ONLY_CUDA = pytest.mark.skipif(not mx.cuda.is_available(), reason="needs MLX's C
 
 
 class ReferenceKernel:
-    """What the kernel computes, in MLX's own operations; counts its calls."""
+    """A `Kernel` in MLX's own operations that counts its calls."""
 
     def __init__(self) -> None:
         self.num_calls = 0
@@ -65,7 +65,7 @@ def generated(engine: MLXEngine, prompts: list[list[int]], penalty: float = 1.0)
 
 @pytest.fixture
 def kernel(engine: MLXEngine) -> Iterator[ReferenceKernel]:
-    """What padded rows of the engine have, while a test lasts."""
+    """The kernel of the engine's padded sequences during a test."""
     made = ReferenceKernel()
     batch = engine._generator._generator._generation_batch  # type: ignore[union-attr]  # this model can batch
     before, batch.attention = batch.attention, PaddedAttention(made)
@@ -115,7 +115,7 @@ def test_other_masks_use_mlx() -> None:
 
 
 class BrokenKernel(ReferenceKernel):
-    """As on a GPU for which it cannot be compiled, or that computes something else."""
+    """A kernel that raises, as if it could not be compiled, or returns a wrong result."""
 
     def __init__(self, *, raises: bool) -> None:
         super().__init__()

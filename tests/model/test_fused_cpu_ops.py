@@ -23,7 +23,7 @@ OWN = mx.fast.rope, mx.fast.rms_norm, mx.fast.scaled_dot_product_attention
 
 @pytest.fixture(scope="module")
 def fused() -> FusedCpuOps:
-    """One for all kinds of arrays, as a worker has it."""
+    """One instance for all tests, as in a worker."""
     return FusedCpuOps()
 
 
@@ -32,7 +32,7 @@ def random(*shape: int, dtype: mx.Dtype, seed: int = 0) -> mx.array:
 
 
 def num_operations(*arrays: mx.array, into: Path) -> int:
-    """Those that computing the arrays takes."""
+    """The number of operations in the graph of these arrays."""
     mx.export_to_dot(str(into / "graph.dot"), *arrays)
     return len(re.findall(r'label ?="[A-Z]', (into / "graph.dot").read_text()))
 

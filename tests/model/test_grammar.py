@@ -29,13 +29,13 @@ TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": 
 
 @pytest.fixture(scope="module")
 def grammars(demo: mlx_model.LoadedModel) -> GrammarCompiler:
-    """With the two tokens that end an answer of the demo model."""
+    """The compiler for the demo model, with its two end-of-text tokens."""
     return GrammarCompiler(demo.tokenizer, VOCAB_SIZE, [0, 2])
 
 
 @pytest.fixture(scope="module")
 def token_bytes(demo: mlx_model.LoadedModel) -> TokenBytes:
-    """What the answer's text is made of."""
+    """The bytes of the demo model's tokens."""
     return TokenBytes(demo.tokenizer)
 
 

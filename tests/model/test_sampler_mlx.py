@@ -28,7 +28,7 @@ KINDS = [
 
 
 class Thirds:
-    """Allows every third token."""
+    """A matcher that allows every third token."""
 
     def __init__(self) -> None:
         self.seen: list[int] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any
 
@@ -119,7 +119,7 @@ class ScriptedJournal:
         self.num_listeners = 1
         self._answer: AppendResult | None = None
 
-    def send(self, entries: list[JournalEntry]) -> None:
+    def send(self, entries: Sequence[JournalEntry]) -> None:
         assert self._answer is None, "the previous call was not collected"
         assert entries, "nothing to send"
         accepted = [entry for entry in entries if entry.execution_id not in self.refused]
