@@ -155,6 +155,7 @@ class BatchWorker(BaseWorker):
                 draining=lambda: self._is_draining,
                 holding_off=lambda: self._heartbeat.is_suspended or loop.is_admission_blocked,
                 num_workers=lambda: self._heartbeat.num_workers,
+                context_length=info.context_length,
             )
             self._start_thread("finalizer", finalizer.run)
             self._intake_thread = self._start_thread("intake", self._intake.run)

@@ -6,7 +6,7 @@ listed here. Wraps RQ's worker (`rq.worker.base.BaseWorker`) without depending o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import redis
@@ -132,11 +132,20 @@ class Executions:
             self._worker._stopped_job_id = job.id  # noqa: SLF001 (RQ 3.0 has no parameter for it)
         self._worker.handle_job_failure(job, self.queue, exc_string=reason, execution=execution)
 
-    def requeue(self, job: Job, execution: Execution) -> bool:
-        """Put a job back in front of the queue, once; False if its lease is gone, and with it our right to."""
+    def requeue(self, job: Job, execution: Execution, fields: Mapping[Any, Any] | None = None) -> bool:
+        """Put a job back in front of the queue, once.
+
+        Args:
+            fields: Written to the job's hash, next to RQ's fields.
+
+        Returns:
+            False if its lease is gone, and with it the right to do so.
+        """
 
         def write(pipe: Pipeline) -> None:
             execution.delete(job=job, pipeline=pipe)
+            if fields:
+                pipe.hset(job.key, mapping=fields)
             self.queue.put_back(job, pipe, self._live_ttl_seconds)
 
         commands = record(self.connection, write)

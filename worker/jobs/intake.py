@@ -1,7 +1,7 @@
 """Intake: takes job ids from the model's RQ queue and turns them into executions that this worker holds a lease for.
 
-One thread. It takes only what there is a free slot for: a slot is a permit in a queue, which settlement puts back. A job
-is in exactly one list at any instant: the queue, RQ's intermediate queue (taken, not registered), or the started registry.
+One thread. It takes only as many as there are free slots: a slot is a permit in a queue, which the finalizer puts back. A job
+is in exactly one place at any instant: the queue, RQ's intermediate queue (taken, not registered), or the started registry.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +22,15 @@ from common.errors import RequestError
 from common.protocol import Event, GenerationJob
 from common.rq import ForeignJobError, JsonJob, JsonQueue
 from worker.jobs.executions import Executions
-from worker.jobs.records import read_crash_count, read_journal, restored
+from worker.jobs.peers import max_context_length
+from worker.jobs.records import (
+    MIN_CONTEXT_FIELD,
+    has_ended,
+    read_crash_count,
+    read_journal,
+    read_min_context,
+    restored,
+)
 from worker.jobs.scripts import RETURN_TO_QUEUE
 from worker.loop.messages import Admit
 from worker.loop.progress import Progress
@@ -33,53 +41,69 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _DEFERENCE_SECONDS = 0.004
-"""A worker with rows lets workers with fewer of them be first: it waits so long with a full batch before it takes more."""
+"""A worker with a full batch waits so long before it takes more, so that workers with fewer sequences come first."""
 
-# A worker that sleeps (a closed lid) while it blocks would still be handed a job: it blocks no longer than this.
+# A worker that sleeps (a closed lid) while it blocks would still be given a job: it blocks no longer than this.
 BLOCK_SECONDS = 1
 _RETRY_SECONDS = 0.5
 _HOLD_OFF_SECONDS = 0.05
-_SUSPECT_PATIENCE_SECONDS = 5.0
+_CANDIDATE_PATIENCE_SECONDS = 5.0
 
-# KEYS: queue, intermediate queue, the set of RQ's workers of the queue. ARGV: how many at most.
-# A burst is shared out: a worker takes its part of what waits, not all that it has room for.
-_TAKE = """
+# KEYS: queue, intermediate queue, the set of RQ's workers of the queue. ARGV: how many at most; how many jobs of the burst this
+# worker has already. Takes what this worker's share of the burst lacks.
+TAKE_SHARE = """
 local num_workers = math.max(1, redis.call('SCARD', KEYS[3]))
-local share = math.min(tonumber(ARGV[1]), math.ceil(redis.call('LLEN', KEYS[1]) / num_workers))
+local num_waiting = redis.call('LLEN', KEYS[1])
+local num_more = math.min(tonumber(ARGV[1]), math.ceil((num_waiting + ARGV[2]) / num_workers) - ARGV[2], num_waiting)
 local ids = {}
-for i = 1, share do ids[i] = redis.call('LMOVE', KEYS[1], KEYS[2], 'LEFT', 'RIGHT') end
+for i = 1, num_more do ids[i] = redis.call('LMOVE', KEYS[1], KEYS[2], 'LEFT', 'RIGHT') end
 return ids
 """
 
+_TOO_LONG = "context_length_exceeded"
+"""Code of the error of a prompt that is longer than the context."""
 
-class Found(NamedTuple):
-    """What was read of a job that was taken.
+_CONTEXT_LOST = RequestError(
+    "The worker that began this answer is gone, and the prompt is too long for the workers that are left.",
+    status=503,
+    type="server_error",
+    code="worker_lost",
+)
+
+
+class TakenJob(NamedTuple):
+    """What was read of a job that was taken from the queue.
 
     Attributes:
         fields: Its hash.
-        is_cancelled: Whether its client left.
-        entries: What others generated of it: its journal.
-        place: Where it lies in the intermediate queue; None: it does not any more.
+        is_cancelled: Whether its client has left.
+        entries: Its journal.
+        position: In the intermediate queue; None: it is not there any more.
     """
 
     raw_id: bytes
     fields: dict[bytes, bytes]
     is_cancelled: int
     entries: list[Any]
-    place: int | None
+    position: int | None
 
     @property
     def is_poison_candidate(self) -> bool:
-        """Whether it is to be tried alone."""
+        """Whether it is to run alone."""
         return not self.is_cancelled and read_crash_count(self.fields).is_poison_candidate
 
+    @property
+    def min_context(self) -> int:
+        """The context length that it is known to need."""
+        return 0 if self.is_cancelled else read_min_context(self.fields)
 
-_NUM_READ = len(Found._fields) - 1
-"""Answers for each job."""
+
+_NUM_READS = len(TakenJob._fields) - 1
+"""Answers per job, see `Intake._read`."""
 
 
-class Taken(NamedTuple):
-    """A job that is registered here."""
+class RegisteredJob(NamedTuple):
+    """A job that this worker has an execution of."""
 
     raw_id: bytes
     job: JsonJob
@@ -94,16 +118,16 @@ class Intake:
 
     Attributes:
         progress: The prompt that is being encoded, for the watchdog.
-        is_taking: Whether jobs have been taken that are not handed on yet. Read by other threads.
+        is_taking: Whether jobs were taken that have not reached the loop yet. Read by other threads.
 
     Args:
-        slots: One permit a free slot.
-        encode: Makes token ids of a request's prompt, `Engine.encode`.
-        admit: Where admitted jobs go: the generation loop's inbox.
-        draining: Says whether nothing more is to be taken.
-        holding_off: Says whether nothing is to be taken now: `rq suspend` is in force, or what was taken before still
-            waits to start.
-        num_workers: Says how many workers the queue has.
+        slots: One permit per free slot.
+        encode: `Engine.encode`.
+        admit: Passes a job to the generation loop.
+        draining: Whether to take no more jobs and end.
+        holding_off: Whether to take no jobs for now: `rq suspend` is in force, or an earlier job is still waiting to start.
+        num_workers: The number of workers of the queue.
+        context_length: This worker's, in tokens.
     """
 
     def __init__(
@@ -116,6 +140,7 @@ class Intake:
         draining: Callable[[], bool],
         holding_off: Callable[[], bool],
         num_workers: Callable[[], int],
+        context_length: int,
     ) -> None:
         self._executions = executions
         self._queue: JsonQueue = executions.queue
@@ -126,15 +151,17 @@ class Intake:
         self._draining = draining
         self._holding_off = holding_off
         self._num_workers = num_workers
+        self._context_length = context_length
         self._max_batch = slots.qsize()
-        self._suspects_since = math.inf
-        self._complaint = ""
+        self._candidates_since_mono = math.inf
+        self._is_first_left = False  # the first of the last jobs was left to other workers
+        self._last_warning = ""
         self.progress = Progress("intake")
         self.is_taking = False
         self._workers_key = f"{RQ_KEY_PREFIX}:workers:{self._queue.name}"
 
     def run(self) -> None:
-        """Take jobs until the worker drains; after the return, none is half-taken by it."""
+        """Take jobs until the worker drains. When it returns, every job that it took is registered or back in the queue."""
         while not self._draining():
             if self._holding_off():
                 time.sleep(_HOLD_OFF_SECONDS)
@@ -145,201 +172,264 @@ class Intake:
                 if num_slots:
                     self._defer(num_slots)
                     num_used = self._fill(num_slots)
-                    self._complaint = ""
+                    self._last_warning = ""
             except redis.RedisError as error:
-                self._complain(error)
+                self._warn_once(error)
                 time.sleep(_RETRY_SECONDS)
             except Exception:
-                log.exception(
-                    "a job could not be taken"
-                )  # it lies in the intermediate queue, and is put back
+                log.exception("jobs could not be taken")  # the intermediate queue has them: they are put back
                 time.sleep(_RETRY_SECONDS)
             finally:
                 self.is_taking = False
                 for _ in range(num_slots - num_used):
                     self._slots.put(None)
 
-    def _complain(self, error: redis.RedisError) -> None:
-        """Once of each reason. That Redis is away, or answers again, is said by the heartbeat."""
+    def _warn_once(self, error: redis.RedisError) -> None:
+        """Log each reason once. The heartbeat logs that Redis is away, and that it is back."""
         is_away = isinstance(error, redis.ConnectionError | redis.TimeoutError)
-        is_said = is_away or str(error) == self._complaint
-        self._complaint = str(error)
-        log.log(logging.DEBUG if is_said else logging.WARNING, "no job can be taken: %s", error)
+        is_logged = is_away or str(error) == self._last_warning
+        self._last_warning = str(error)
+        log.log(logging.DEBUG if is_logged else logging.WARNING, "no jobs can be taken: %s", error)
 
     def _defer(self, num_slots: int) -> None:
-        """Redis hands a job to whoever has waited longest; a worker that has rows comes a moment later than one without."""
-        num_rows = self._max_batch - num_slots
-        if num_rows and self._num_workers() > 1:
-            time.sleep(_DEFERENCE_SECONDS * (0.5 + 0.5 * num_rows / self._max_batch))
+        """Let workers with fewer sequences come first: Redis gives a job to the client that has waited longest.
+
+        This balances only roughly. A worker that is encoding a long prompt does not compete for the next job meanwhile, so an
+        idle neighbour may take several in a row: an even split is not worth delaying them.
+        """
+        num_sequences = self._max_batch - num_slots
+        if num_sequences and self._num_workers() > 1:
+            time.sleep(_DEFERENCE_SECONDS * (0.5 + 0.5 * num_sequences / self._max_batch))
 
     def _hold_slots(self) -> int:
-        """Take every free permit; waits a moment for the first. How many there were."""
+        """Take all free permits, waiting a moment for the first; returns their number."""
         try:
             self._slots.get(timeout=_RETRY_SECONDS)
         except Empty:
             return 0
         num_slots = 1
-        while not self._slots.empty():  # nobody else takes
+        while not self._slots.empty():  # this thread is the only consumer
             self._slots.get()
             num_slots += 1
         return num_slots
 
     def _fill(self, num_slots: int) -> int:
-        """Wait for a job, then take what else is there; how many slots are in use now."""
+        """Wait for a job, then take a share of what else waits; returns the number of slots that are used."""
         first: Any = self._redis.blmove(self._queue.key, self._queue.intermediate_queue_key, BLOCK_SECONDS)
         if first is None:
             return 0
         self.is_taking = True
+        # If the first job will be left to others, it neither takes a slot nor is it our share.
+        num_own = 0 if self._is_first_left else 1
+        max_more = num_slots - num_own
         with self._redis.pipeline(transaction=False) as pipe:
             self._read(pipe, first)
-            if num_slots > 1:
+            if max_more:
                 keys = (self._queue.key, self._queue.intermediate_queue_key, self._workers_key)
-                # Not redis-py's registered script, which asks first, in a trip of its own, whether Redis has it.
-                pipe.eval(_TAKE, len(keys), *keys, num_slots - 1)
+                # Not redis-py's registered script: in a pipeline it first asks, in a round trip, whether Redis has it.
+                pipe.eval(TAKE_SHARE, len(keys), *keys, max_more, num_own)
             answers = pipe.execute(raise_on_error=False)
         raise_other_than_wrong_type(answers)
-        more: list[bytes] = answers[_NUM_READ] if num_slots > 1 else []
+        more: list[bytes] = answers[_NUM_READS] if max_more else []
         if more:
             with self._redis.pipeline(transaction=False) as pipe:
                 for raw_id in more:
                     self._read(pipe, raw_id)
-                del answers[_NUM_READ:]
+                del answers[_NUM_READS:]
                 answers += pipe.execute(raise_on_error=False)
             raise_other_than_wrong_type(answers)
-        found = [
-            Found(raw_id, *answers[_NUM_READ * i : _NUM_READ * (i + 1)])
+        taken = [
+            TakenJob(raw_id, *answers[_NUM_READS * i : _NUM_READS * (i + 1)])
             for i, raw_id in enumerate([first, *more])
         ]
-        return self._register(self._sorted_out(found, is_idle=num_slots == self._max_batch))
+        return self._register(self._select(taken, num_slots))
 
-    def _sorted_out(self, found: list[Found], *, is_idle: bool) -> list[Found]:
-        """What is kept of what was taken; a suspect only alone, the others go back to the front of the queue.
+    def _select(self, taken: list[TakenJob], num_slots: int) -> list[TakenJob]:
+        """Select what this worker keeps; the rest goes back to the front of the queue, in order.
 
-        A worker that dies leaves a mark on every job it holds: the jobs that only wait for a suspect are not to get one.
+        1. Jobs that are known to be too long for this worker's context are left to a worker that has room for them, if one is
+           live.
+        2. A poison candidate runs alone, so only an idle worker keeps one: if it kills its worker, every job there gets a crash
+           count. Once candidates have met busy workers for a while, this one takes nothing more until it is idle.
         """
-        suspects = [each for each in found if each.is_poison_candidate]
-        if not suspects:
-            self._suspects_since = math.inf
-            return found
-        self._suspects_since = min(self._suspects_since, time.monotonic())
-        kept = [] if self._suspects_waited() else [each for each in found if not each.is_poison_candidate]
-        if is_idle:
-            kept = suspects[:1]
-        with self._redis.pipeline(transaction=True) as pipe:
-            for each in reversed(found):
-                if each not in kept:
-                    pipe.eval(
-                        RETURN_TO_QUEUE, 2, self._queue.intermediate_queue_key, self._queue.key, each.raw_id
-                    )
-            pipe.execute()
+        kept = self._without_too_long(taken)
+        candidates = [each for each in kept if each.is_poison_candidate]
+        if not candidates:
+            self._candidates_since_mono = math.inf
+        else:
+            self._candidates_since_mono = min(self._candidates_since_mono, time.monotonic())
+            if num_slots == self._max_batch:
+                kept = candidates[:1]
+            elif time.monotonic() - self._candidates_since_mono > _CANDIDATE_PATIENCE_SECONDS:
+                kept = []
+            else:
+                kept = [each for each in kept if not each.is_poison_candidate]
+        kept = kept[:num_slots]
+        self._is_first_left = taken[0] not in kept
+        if len(kept) < len(taken):
+            self._return(each for each in reversed(taken) if each not in kept)
         if not kept:
             time.sleep(_HOLD_OFF_SECONDS)
         return kept
 
-    def _suspects_waited(self) -> bool:
-        """Whether they have met workers with rows for so long that this one takes nothing more until it is idle."""
-        return time.monotonic() - self._suspects_since > _SUSPECT_PATIENCE_SECONDS
+    def _without_too_long(self, taken: list[TakenJob]) -> list[TakenJob]:
+        if all(each.min_context <= self._context_length for each in taken):
+            return taken
+        longest = max_context_length(self._redis, self._queue.name)
+        return [each for each in taken if not self._context_length < each.min_context <= longest]
+
+    def _return(self, jobs: Iterable[TakenJob]) -> None:
+        """Put jobs back in front of the queue; the last one is the first there."""
+        with self._redis.pipeline(transaction=True) as pipe:
+            for each in jobs:
+                pipe.eval(
+                    RETURN_TO_QUEUE, 2, self._queue.intermediate_queue_key, self._queue.key, each.raw_id
+                )
+            pipe.execute()
 
     def _read(self, pipe: Any, raw_id: bytes) -> None:
-        """What is to be known of a job: see `Found`."""
+        """Record on `pipe` the reads of a job, see `TakenJob`."""
         job_id = raw_id.decode(errors="replace")
         pipe.hgetall(JsonJob.key_for(job_id))
         pipe.exists(names.cancelled(job_id))
         pipe.xrange(names.journal(job_id))
         pipe.lpos(self._queue.intermediate_queue_key, raw_id)
 
-    def _register(self, found: list[Found]) -> int:
-        """Make executions of what was taken, all in one MULTI; how many slots are in use now."""
-        taken: list[Taken] = []
-        strangers: list[tuple[str, str]] = []
+    def _register(self, taken: list[TakenJob]) -> int:
+        """Make executions of jobs, in one MULTI; returns the number of slots that are used."""
+        registered: list[RegisteredJob] = []
+        foreign: list[tuple[str, str]] = []
         with self._redis.pipeline(transaction=True) as pipe:
-            for each in found:
+            for each in taken:
                 pipe.lrem(self._queue.intermediate_queue_key, 1, each.raw_id)  # type: ignore[arg-type]  # bytes are fine
             try:
-                for each in found:
+                for each in taken:
                     try:
-                        taken += self._begin(each, pipe)
+                        registered += self._begin(each, pipe)
                     except ForeignJobError as error:
-                        strangers.append((each.raw_id.decode(errors="replace"), str(error)))
-                removed = pipe.execute()[: len(found)]
+                        foreign.append((each.raw_id.decode(errors="replace"), str(error)))
+                removed = pipe.execute()[: len(taken)]
             except Exception:
-                # Registered or not, nobody knows: without renewals their leases run out, and the jobs go on elsewhere.
-                for registered in taken:
-                    self._executions.forget(registered.execution.id)
+                # Whether they were registered is unknown. Without renewals their leases run out, and other workers continue.
+                for each_registered in registered:
+                    self._executions.forget(each_registered.execution.id)
                 raise
-        lost = {each.raw_id for each, count in zip(found, removed, strict=True) if count == 0}
-        num_used = self._hand_on(taken, lost)
-        for job_id, reason in strangers:
+        lost = {each.raw_id for each, count in zip(taken, removed, strict=True) if count == 0}
+        num_used = self._hand_over(registered, lost)
+        for job_id, reason in foreign:
             log.error("job %s: %s", job_id, reason)
             self._fail(job_id, reason)
         return num_used
 
-    def _begin(self, found: Found, pipe: Pipeline) -> list[Taken]:
-        """Record on `pipe` what becomes of a job that was taken; it, if it becomes an execution.
+    def _begin(self, taken: TakenJob, pipe: Pipeline) -> list[RegisteredJob]:
+        """Record on `pipe` what becomes of a job; returns it if it becomes an execution.
 
-        1. A job that another worker has put back meanwhile is not ours: this one slept. (Where it happens from here on,
-           `LREM` says 0, and the execution is given up again.)
-        2. A job without a hash ran out of time in the queue, or is no job at all: its watchers know.
-        3. A job whose client left is deleted.
-        4. A job that is none of ours fails, with the reason in RQ's books.
-        5. The others become executions with a lease.
+        1. A job that another worker has put back is not ours: this worker slept. (If that happens after the read, `LREM` answers
+           0, and the execution is dropped again.)
+        2. A job without a hash expired in the queue, or never was one.
+        3. A job whose client has left is deleted.
+        4. A job of another program fails, with the reason in RQ's bookkeeping.
+        5. All others become executions with a lease.
 
         Raises:
             ForeignJobError: 4.
         """
-        if found.place is None or not found.fields:
+        if taken.position is None or not taken.fields:
             return []
-        job_id = found.raw_id.decode(errors="replace")
-        if found.is_cancelled:
+        job_id = taken.raw_id.decode(errors="replace")
+        if taken.is_cancelled:
             pipe.delete(JsonJob.key_for(job_id))
             return []
-        job = restored(job_id, found.fields, self._redis)
-        request, journal = job.request(), read_journal(found.entries)
+        job = restored(job_id, taken.fields, self._redis)
+        request, journal = job.request(), read_journal(taken.entries)
         execution = self._executions.start(job, pipe)
-        return [Taken(found.raw_id, job, execution, request, journal, found.is_poison_candidate)]
+        return [RegisteredJob(taken.raw_id, job, execution, request, journal, taken.is_poison_candidate)]
 
     def _fail(self, job_id: str, reason: str) -> None:
-        """In RQ's books, if RQ can make sense of the job; else there is nothing to be written."""
+        """Record a failure in RQ, if RQ can read the job."""
         try:
             self._executions.fail(JsonJob.fetch(job_id, connection=self._redis), None, reason)
-        except Exception as error:  # noqa: BLE001 (as many kinds as there are ways to be no job)
-            log.warning("job %s cannot be failed either: %s", job_id, error)
+        except Exception as error:  # noqa: BLE001 (a broken job may raise anything)
+            log.warning("job %s cannot be marked as failed: %s", job_id, error)
 
-    def _hand_on(self, taken: list[Taken], lost: set[bytes]) -> int:
-        """To the generation loop, with their prompts encoded: the short ones first, since a long one takes its time."""
-        kept = [each for each in taken if each.raw_id not in lost]
+    def _hand_over(self, registered: list[RegisteredJob], lost: set[bytes]) -> int:
+        """Encode prompts and pass jobs to the loop, short ones first, since a long prompt takes its time.
+
+        Args:
+            lost: Jobs that another worker had put back before they were registered here.
+
+        Returns:
+            The number of slots that are used.
+        """
+        num_used = 0
+        kept = [each for each in registered if each.raw_id not in lost]
         for each in sorted(kept, key=lambda each: len(each.job.data)):
-            prompt = self._encoded(each.request)
+            prompt = self._encode_prompt(each)
+            if prompt is None:
+                continue
+            num_used += 1
             self._admit(
                 Admit(each.request, each.execution.id, prompt, each.journal, each.is_poison_candidate)
             )
             if each.is_poison_candidate:
-                time.sleep(_HOLD_OFF_SECONDS)  # until the loop has it, and `holding_off` says so
-        for each in taken:
+                time.sleep(_HOLD_OFF_SECONDS)  # until the loop has it and blocks further intake
+        for each in registered:
             if each.raw_id in lost:
                 self._drop(each)
-        return len(kept)
+        return num_used
 
-    def _drop(self, taken: Taken) -> None:
+    def _drop(self, lost: RegisteredJob) -> None:
         try:
-            self._executions.drop(taken.job, taken.execution)
+            self._executions.drop(lost.job, lost.execution)
         except redis.RedisError as error:
-            log.warning("job %s is another worker's, but stands in our books: %s", taken.job.id, error)
-            self._executions.forget(taken.execution.id)  # until its lease runs out
+            log.warning("job %s is another worker's, but is registered here: %s", lost.job.id, error)
+            self._executions.forget(lost.execution.id)  # its lease runs out
 
-    def _encoded(self, request: GenerationJob) -> list[int] | RequestError:
+    def _encode_prompt(self, registered: RegisteredJob) -> list[int] | RequestError | None:
+        """The prompt's token ids, or why there are none; None if the job was put back for a worker with a longer context."""
+        if has_ended(registered.journal):  # only RQ's bookkeeping is left
+            return []
+        request = registered.request
         try:
             with self.progress.on("prompt", request.job_id):
                 return self._encode(request)
         except RequestError as error:
-            return error
+            if error.code != _TOO_LONG:
+                return error
+            if self._requeue_for_longer_context(registered):
+                return None
+            return _CONTEXT_LOST if registered.journal else error
         except Exception:
             log.exception("the prompt of job %s cannot be encoded", request.job_id)
-            return RequestError("The model cannot read this prompt.", status=500, type="server_error")
+            return RequestError("The model cannot process this prompt.", status=500, type="server_error")
+
+    def _requeue_for_longer_context(self, registered: RegisteredJob) -> bool:
+        """Put a job back that is too long for this worker, if a live worker of the model has a longer context.
+
+        The job's hash then says which context it needs at least. That only grows, and workers below it leave the job alone, so
+        it visits each worker at most once.
+        """
+        job_id, execution = registered.job.id, registered.execution
+        try:
+            if max_context_length(self._redis, self._queue.name) <= self._context_length:
+                return False
+            fields = {MIN_CONTEXT_FIELD: self._context_length + 1}
+            self._executions.requeue(registered.job, execution, fields)
+        except redis.RedisError as error:
+            # NOTE: must not end the hand-over of the jobs behind this one, whose leases are renewed already.
+            log.warning("job %s cannot be requeued (%s): its lease runs out", job_id, error)
+        else:
+            log.info(
+                "job %s: requeued for a worker with a context of more than %d tokens",
+                job_id,
+                self._context_length,
+            )
+        self._executions.forget(execution.id)
+        return True
 
 
 def raise_other_than_wrong_type(answers: list[Any]) -> None:
-    """Let a key that somebody made something else pass as an empty one; anything else is raised.
+    """Treat a key that another program has given a wrong type as empty; raise any other error.
 
     Raises:
         redis.RedisError: One of `answers`.

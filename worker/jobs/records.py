@@ -1,6 +1,6 @@
-"""What other processes wrote of a job, read with care: whoever can write to Redis can write anything.
+"""What other processes wrote about a job, validated: anyone who can write to Redis can write anything.
 
-Used by intake and takeover. What cannot be read is a `ForeignJobError`, whatever library tripped over it.
+Used by intake and takeover. Whatever cannot be read is a `ForeignJobError`, whichever library failed on it.
 """
 
 from __future__ import annotations
@@ -14,32 +14,35 @@ from common.protocol import Event, Failed, Finished, decode_event
 from common.rq import ForeignJobError, JsonJob
 
 CRASHES_FIELD = "mlxpool_strikes"
-"""A field beside RQ's in a job's hash: how many workers in a row died with it without a new token of it."""
+"""Field next to RQ's in a job's hash: how many workers in a row died with the job and without a new token of it."""
 
 LAST_N_FIELD = "mlxpool_last_n"
-"""Another: the last n of its journal when it was last taken over."""
+"""Field next to RQ's: the last n of the job's journal when it was last taken over."""
+
+MIN_CONTEXT_FIELD = "mlxpool_min_context"
+"""Field next to RQ's: the context length that the job needs at least, known from workers for which it was too long."""
 
 POISON_CANDIDATE_CRASHES = 2
 
 
 class CrashCount(NamedTuple):
-    """What stands against a job: see CRASHES_FIELD and LAST_N_FIELD."""
+    """A job's record of worker deaths, see CRASHES_FIELD and LAST_N_FIELD."""
 
     num: int = 0
     last_n: int = 0
 
     @property
     def is_poison_candidate(self) -> bool:
-        """Whether it is tried alone. Once may be anything, such as a power cut."""
+        """Whether the job is to run alone. A single crash may have any cause, such as a power cut."""
         return self.num >= POISON_CANDIDATE_CRASHES
 
     def after_death(self, last_n: int) -> CrashCount:
-        """One more, unless the job had got on: what kills a worker at once is not the one that has run for minutes."""
+        """The record after one more death; it starts again if the job has new tokens, since it did not kill its worker at once."""
         return CrashCount(1 if last_n > self.last_n else self.num + 1, last_n)
 
 
 def read_crash_count(fields: dict[bytes, bytes]) -> CrashCount:
-    """From a job's hash; nothing stands against one that was never taken over, or whose fields are no numbers."""
+    """Read a job's hash; a job that was never taken over, or whose fields are not numbers, has no crashes."""
     try:
         return CrashCount(
             int(fields.get(CRASHES_FIELD.encode(), 0)), int(fields.get(LAST_N_FIELD.encode(), 0))
@@ -48,25 +51,35 @@ def read_crash_count(fields: dict[bytes, bytes]) -> CrashCount:
         return CrashCount()
 
 
+def read_min_context(fields: dict[bytes, bytes]) -> int:
+    """Read a job's hash; 0 if nothing is known, or the field is not a number."""
+    try:
+        return int(fields.get(MIN_CONTEXT_FIELD.encode(), 0))
+    except ValueError:
+        return 0
+
+
 def restored(job_id: str, fields: dict[bytes, bytes], connection: redis.Redis) -> JsonJob:
-    """The job of a hash.
+    """Restore a job from its hash.
 
     Raises:
-        ForeignJobError: It is not the hash of a job, or not under the id of one.
+        ForeignJobError: It is not the hash of a job, or its id cannot be one's.
     """
     try:
         job = JsonJob(job_id, connection=connection)
         job.restore(fields)
+    except ForeignJobError:
+        raise
     except Exception as error:
         raise ForeignJobError(f"its hash cannot be read ({type(error).__name__}: {error})") from error
     return job
 
 
 def read_journal(entries: list[Any]) -> list[Event]:
-    """The events of XRANGE's or XREVRANGE's answer, in its order.
+    """Decode the answer of XRANGE or XREVRANGE, in its order.
 
     Raises:
-        ForeignJobError: One of them is none.
+        ForeignJobError: An entry is not an event.
     """
     try:
         return [decode_event(fields[b"d"]) for _, fields in entries]
@@ -75,5 +88,5 @@ def read_journal(entries: list[Any]) -> list[Event]:
 
 
 def has_ended(events: list[Event]) -> bool:
-    """Whether there is a terminal event."""
+    """Whether one of the events is terminal."""
     return any(isinstance(event, Finished | Failed) for event in events)

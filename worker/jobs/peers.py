@@ -1,0 +1,25 @@
+"""The other workers of a model, by their model cards in Redis. Read by intake in the rare case that it matters."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import redis
+
+from common import names
+
+
+def max_context_length(connection: redis.Redis, model: str) -> int:
+    """The longest context, in tokens, of the live workers of `model` that take requests; 0: there are none."""
+    listed: Any = connection.zrange(names.WORKER_CARDS, 0, -1)
+    with connection.pipeline(transaction=False) as pipe:
+        for name in listed:
+            pipe.hmget(names.worker_card(name.decode(errors="replace")), "id", "context_length")
+        cards = pipe.execute()
+    longest = 0
+    for model_id, context_length in cards:
+        if model_id == model.encode():
+            with suppress(TypeError, ValueError):  # anyone may write anything to Redis
+                longest = max(longest, int(context_length))
+    return longest
