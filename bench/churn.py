@@ -1,8 +1,8 @@
-"""Tokens a second while rows come and go all the time, as on a server with many users, in one process.
+"""Tokens a second while sequences come and go all the time, as on a server with many users, in one process.
 
-`python -m bench.churn` keeps a number of rows busy: whenever an answer is whole, another prompt takes its place. Prompts have 30
-to 59 tokens that nobody has read before, answers as many tokens as `--shortest` and `--longest` say. Interleaved rounds of
-mlx-lm's `BatchGenerator` as it comes and of the worker's engine, on the same prompts, greedily, with the same most tokens.
+`python -m bench.churn` keeps a number of sequences decoding: whenever an answer is finished, another prompt takes its place.
+Prompts have 30 to 59 tokens that are not cached, answers as many tokens as `--shortest` and `--longest` say. Interleaved rounds of
+mlx-lm's `BatchGenerator` and of the worker's engine, on the same prompts, greedily, with the same limits.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def measure(
             add(*next(asked))
         steps.append(1000 * (time.perf_counter() - now))
     seconds = time.perf_counter() - (began or warm_at)
-    for job_id in list(engine._rows):  # noqa: SLF001 (nobody else needs them all)
+    for job_id in list(engine._running):  # noqa: SLF001 (nobody else needs them all)
         engine.remove(job_id)
     return num_tokens / seconds, statistics.median(steps), percentile(steps, 99)
 

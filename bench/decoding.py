@@ -1,8 +1,8 @@
-"""A decode step of the worker's batch against one of mlx-lm's own, in one process, on the same model and rows.
+"""A decode step of the worker's batch against one of mlx-lm's `BatchGenerator`, in one process, on the same model and prompts.
 
-`python -m bench.decoding` interleaves rounds of mlx-lm's `BatchGenerator` as it comes, of the worker's batch in it
-(`worker.mlx.decode`), and of the worker's whole generation loop with a journal that writes nothing. "Even" rows have prompts
-of one length, which need no padding, "uneven" ones have not. Decode steps alone are timed.
+`python -m bench.decoding` interleaves rounds of mlx-lm's batch, of the worker's (`worker.mlx.batch`), and of the worker's complete
+generation loop with a journal that writes nothing. "Even" prompts have one length and need no padding, "uneven" ones do. Only
+decode steps are timed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def batch(engine: MLXEngine, rows: list[list[int]], num_steps: int) -> float:
     jobs = _jobs(rows, num_steps)
     for job, prompt in zip(jobs, rows, strict=True):
         engine.insert(job, prompt, [])
-    seconds = _median_step(lambda: len(engine._generator.next()), len(rows), num_steps)  # noqa: SLF001 (without its text)
+    seconds = _median_step(lambda: len(engine._batch.step()), len(rows), num_steps)  # noqa: SLF001 (without its text)
     for job in jobs:
         engine.remove(job.job_id)
     return seconds

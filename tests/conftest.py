@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +20,6 @@ import pytest
 import redis
 
 from common.settings import Settings
-from worker.mlx import model as mlx_model
 from worker.models import demo_model
 
 LAYERS = ("contract", "unit", "redis", "model", "e2e", "chaos", "clients")
@@ -28,7 +28,9 @@ SERVERS = ("redis", "valkey")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Several processes with spinning thread pools on the same cores are many times slower than one thread each.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-mlx_model.preload_blas()  # before any test module imports MLX, which is five times slower without
+import_module(
+    "worker.mlx"
+)  # loads BLAS before any test module imports MLX, which is five times slower without
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

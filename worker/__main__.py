@@ -87,8 +87,10 @@ def run(flags: WorkerFlags, make_engine: Callable[[Settings], Engine], argv: lis
 
 def _load_engine(settings: Settings) -> Engine:
     log.info("loading %s", settings.model)
-    from worker.mlx.engine import MLXEngine
-
+    try:
+        from worker.mlx.engine import MLXEngine
+    except ImportError as error:
+        raise StartupError(f"MLX cannot be imported ({error}); `make install` installs it") from None
     engine = MLXEngine(settings)
     garbage.spare_what_is_loaded()
     return engine

@@ -32,7 +32,7 @@ STREAM_SECONDS = 600.0
 ONE_AT_A_TIME_QUEUE = "one-at-a-time"
 
 STOCK_SERVER = (
-    "-c 'from worker.mlx.model import preload_blas; preload_blas(); import sys; from mlx_lm.server import main; "
+    "-c 'import worker.mlx, sys; from mlx_lm.server import main; "
     'sys.argv[0] = "mlx_lm.server"; main()\' --model {model} --port {port} --log-level ERROR '
     "--decode-concurrency {streams} --prompt-concurrency 8"
 )

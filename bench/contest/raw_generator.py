@@ -102,7 +102,7 @@ def _generate(loaded: mlx_model.LoadedModel, settings: Settings, request: Round)
     token_ids = [
         prompts.tokenize(_job(text), loaded.tokenizer, context_length=1_000_000) for text in request.prompts
     ]
-    # As `worker.mlx.batch` makes it, with mlx-lm's own number of prompts at once.
+    # With a worker's limits, and mlx-lm's own number of prompts at once.
     generator: Any = BatchGenerator(
         loaded.model,
         stop_tokens=[[token_id] for token_id in loaded.tokenizer.eos_token_ids],
@@ -111,7 +111,7 @@ def _generate(loaded: mlx_model.LoadedModel, settings: Settings, request: Round)
         prefill_step_size=settings.prefill_step_tokens,
         stream=mx.default_stream(mx.default_device()),
     )
-    generator.close()
+    generator.close()  # which wires no memory any more, as a worker does not
     began = time.perf_counter()
     uids = generator.insert(token_ids, max_tokens=[request.max_tokens] * len(token_ids))
     generated: dict[int, list[int]] = {uid: [] for uid in uids}

@@ -14,7 +14,6 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from mlx import nn
-from mlx_lm.generate import generate_step
 from mlx_lm.models import base, cache
 from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
@@ -51,7 +50,7 @@ class Layers(nn.Module):
 
 
 def test_make_prompt_cache() -> None:
-    """One cache a layer; a model's own `make_cache` decides, if it has one. Open worker/mlx/model.py and the batch."""
+    """One cache a layer; a model's own `make_cache` decides, if it has one. Open worker/mlx/caches.py."""
     model = Layers()
     assert [type(each) for each in cache.make_prompt_cache(model)] == [cache.KVCache] * 2
     model.make_cache = lambda: ["its own"]
@@ -62,7 +61,7 @@ def test_make_prompt_cache() -> None:
 def test_single_caches(kind: type) -> None:
     """A sequence's cache can be merged, measured and kept: `can_batch`, the memory's cost and the prefix cache rely on it.
 
-    Open worker/mlx/model.py, worker/mlx/prefix_cache.py.
+    Open worker/mlx/caches.py, worker/mlx/prefixes/prefix_cache.py.
     """
     for name in ("merge", "state", "nbytes", "is_trimmable", "empty", "size"):
         assert hasattr(kind, name), name
@@ -73,14 +72,14 @@ def test_single_caches(kind: type) -> None:
 def test_caches_that_cannot_batch(kind: type) -> None:
     """Caches without `merge` are those that cannot be batched: their models decode one sequence at a time.
 
-    If one has it now, its models can be batched, once tests/model shows it. Open worker/mlx/model.py, `can_batch`.
+    If one has it now, its models can be batched, once tests/model shows it. Open worker/mlx/caches.py.
     """
     assert not hasattr(kind, "merge")
 
 
 @pytest.mark.parametrize("kind", BATCHED)
 def test_batched_caches(kind: type) -> None:
-    """The methods of a batch's caches, called as the batch calls them. Open worker/mlx/batch.py and what it imports."""
+    """The methods of a batch's caches, called as the batch calls them. Open worker/mlx/caches.py."""
     assert accepts(kind.filter, None, [0])
     assert accepts(kind.extend, None, "other")
     assert accepts(kind.extract, None, 0)
@@ -104,7 +103,7 @@ def test_merge_pads_on_the_left() -> None:
 
 
 def test_merge_of_empty_caches() -> None:
-    """Caches of which nothing was prefilled can be merged, and filled afterwards. Open the batch in worker/mlx."""
+    """Caches of which nothing was prefilled can be merged, and filled afterwards. Open worker/mlx/caches.py."""
     merged = cache.KVCache.merge([cache.KVCache(), cache.KVCache()])
     assert merged.keys is None
     assert merged.empty()
@@ -116,7 +115,7 @@ def test_merge_of_empty_caches() -> None:
 def test_right_padding_moves_to_the_left() -> None:
     """Prompts of different lengths are prefilled with padding on the right, which `finalize` turns into padding on the left.
 
-    Otherwise the padding is attended to, or the prompt is not. Open worker/mlx, where prompts are prefilled.
+    Otherwise the padding is attended to, or the prompt is not. Open worker/mlx/prefill.py.
     """
     batch = cache.KVCache.merge([cache.KVCache(), cache.KVCache()])
     batch.prepare(lengths=[3, 1], right_padding=[0, 2])
@@ -130,7 +129,7 @@ def test_right_padding_moves_to_the_left() -> None:
 
 
 def test_extract_is_a_cache_of_its_own() -> None:
-    """`extract` cuts a sequence out without its padding: what the prefix cache keeps. Open worker/mlx/prefix_cache.py."""
+    """`extract` cuts a sequence out without its padding: what the prefix cache keeps. Open worker/mlx/prefixes/prefix_cache.py."""
     merged = cache.KVCache.merge([_filled([1, 2, 3]), _filled([4])])
     single = merged.extract(1)
     assert type(single) is cache.KVCache
@@ -139,7 +138,7 @@ def test_extract_is_a_cache_of_its_own() -> None:
 
 
 def test_extend_and_filter_keep_order() -> None:
-    """Newcomers stand behind those that are there, and `filter` takes any order. Open the batch in worker/mlx."""
+    """Newcomers stand behind those that are there, and `filter` takes any order. Open worker/mlx/caches.py."""
     batch = cache.KVCache.merge([_filled([1, 2])])
     batch.extend(cache.KVCache.merge([_filled([3, 4, 5])]))
     assert _numbers(batch.keys_and_values()[0]) == [[0, 1, 2], [3, 4, 5]]
@@ -181,7 +180,7 @@ def test_models_ask_caches_for_masks() -> None:
 
 
 def test_trimming() -> None:
-    """The prefix cache serves a shorter beginning by trimming a copy's end. Open worker/mlx/prefix_cache.py, `find`."""
+    """The prefix cache serves a shorter beginning by trimming a copy's end. Open worker/mlx/prefixes/prefix_cache.py, `find`."""
     kept = [_filled([1, 2, 3]), _filled([4, 5, 6])]
     assert cache.can_trim_prompt_cache(kept)
     copied = copy.deepcopy(kept)
@@ -193,7 +192,7 @@ def test_trimming() -> None:
 
 
 def test_rotating_caches_have_a_window() -> None:
-    """`max_size` is a window: the memory's cost is bounded by it. Open worker/mlx/model.py, `_cache_cost`."""
+    """`max_size` is a window: the memory's cost is bounded by it. Open worker/mlx/caches.py, `measured_cost`."""
     assert cache.RotatingKVCache(max_size=4).max_size == 4
     merged = cache.RotatingKVCache.merge([cache.RotatingKVCache(max_size=4)])
     assert type(merged) is cache.BatchRotatingKVCache
@@ -201,7 +200,7 @@ def test_rotating_caches_have_a_window() -> None:
 
 
 def test_recurrent_states() -> None:
-    """`ArraysCache` is its own batched kind, without keys. Open worker/mlx/model.py, `_cache_cost`."""
+    """`ArraysCache` is its own batched kind, without keys. Open worker/mlx/caches.py, `measured_cost`."""
     one, other = cache.ArraysCache(1), cache.ArraysCache(1)
     one[0], other[0] = mx.array([[1.0]]), mx.array([[2.0]])
     merged = cache.ArraysCache.merge([one, other])
@@ -214,7 +213,7 @@ def test_recurrent_states() -> None:
 
 
 def test_lists_of_caches() -> None:
-    """A `CacheList` has its caches in `caches`, and does with each what is done with it. Open worker/mlx/model.py, `_flat`."""
+    """A `CacheList` has its caches in `caches`, and does with each what is done with it. Open worker/mlx/caches.py, `_flat`."""
     listed = cache.CacheList(_filled([1]), _filled([2]))
     assert [type(each) for each in listed.caches] == [cache.KVCache] * 2
     merged = cache.CacheList.merge([listed, cache.CacheList(_filled([3]), _filled([4]))])
@@ -242,21 +241,15 @@ def test_load() -> None:
     assert any("safetensors" in pattern for pattern in DEFAULT_ALLOW_PATTERNS)
 
 
-def test_one_sequence_at_a_time() -> None:
-    """Models whose caches cannot be batched are decoded by `generate_step`. Open `OneAtATime` in worker/mlx/batch.py."""
-    options = {
-        "max_tokens": 1,
-        "sampler": None,
-        "logits_processors": [],
-        "prefill_step_size": 1,
-        "prompt_cache": None,
-    }
-    assert accepts(generate_step, "prompt", "model", **options)
-    assert inspect.isgeneratorfunction(generate_step)
+def test_processors_context() -> None:
+    """`TokenBuffer` gives a processor all token ids so far, on the device. Open worker/mlx/decode.py."""
+    context = cache.TokenBuffer([1, 2])
+    assert context.update_and_fetch(mx.array([3], mx.uint32)).tolist() == [1, 2, 3]
+    assert context.update_and_fetch(mx.array([4], mx.uint32)).tolist() == [1, 2, 3, 4]
 
 
 def test_logits_processors() -> None:
-    """The repetition penalty is mlx-lm's processor, called with all token ids and (1, vocab) logits. Open worker/mlx/engine.py."""
+    """The repetition penalty is mlx-lm's processor, called with all token ids and (1, vocab) logits. Open worker/mlx/decode.py."""
     (processor,) = make_logits_processors(repetition_penalty=2.0, repetition_context_size=2)
     logits = processor(mx.array([0, 1, 2]), mx.array([[1.0, 1.0, -1.0, 1.0]]))
     assert logits.tolist() == [[1, 0.5, -2, 1]]

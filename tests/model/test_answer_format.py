@@ -15,7 +15,6 @@ import pytest
 
 from common.errors import RequestError
 from common.protocol import ChatPrompt, GenerationJob, Reasoning, ToolArguments, ToolCall, ToolUse
-from worker.mlx import model as mlx_model
 from worker.text import answer_format, answer_parser, prompts
 from worker.text.answer_format import CallFormat, ModelFormat
 from worker.text.answer_parser import AnswerParser
@@ -148,7 +147,6 @@ Make = Callable[..., Model]
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """Return a function that saves a byte-level tokenizer with markers and a template, and loads it with mlx-lm."""
-    mlx_model.preload_blas()
     from mlx_lm import tokenizer_utils
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

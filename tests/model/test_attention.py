@@ -67,7 +67,7 @@ def generated(engine: MLXEngine, prompts: list[list[int]], penalty: float = 1.0)
 def kernel(engine: MLXEngine) -> Iterator[ReferenceKernel]:
     """The kernel of the engine's padded sequences during a test."""
     made = ReferenceKernel()
-    batch = engine._generator._generator._generation_batch  # type: ignore[union-attr]  # this model can batch
+    batch = engine._batch.decoding
     before, batch.attention = batch.attention, PaddedAttention(made)
     yield made
     batch.attention = before
@@ -137,14 +137,14 @@ def test_a_kernel_that_fails_its_self_test(caplog: pytest.LogCaptureFixture) -> 
     assert "no such architecture" in caplog.text
     caplog.clear()
     assert not self_test(BrokenKernel(raises=False), mx.float32, 64, 3)
-    assert "off by nan" in caplog.text
+    assert "differs by nan" in caplog.text
 
 
 def test_the_self_test_runs_once_per_kind_of_arrays(
     engine: MLXEngine, kernel: ReferenceKernel, caplog: pytest.LogCaptureFixture
 ) -> None:
     """If it fails, sequences use MLX's own attention and get the same tokens; it is logged once."""
-    batch = engine._generator._generator._generation_batch  # type: ignore[union-attr]  # this model can batch
+    batch = engine._batch.decoding
     batch.attention = PaddedAttention(CheckedKernel(kernel))
     generated(engine, PROMPTS)
     assert kernel.num_calls >= 30 * (NUM_TOKENS - 1)
@@ -202,6 +202,6 @@ def test_the_kernel_on_cuda(dtype: mx.Dtype, dim: int, num_heads: int, num_key_h
 def test_a_worker_on_cuda_uses_the_kernel(demo_folder: Path) -> None:
     """It is active by default."""
     engine: Any = MLXEngine(Settings(model=str(demo_folder), max_batch=4, prompt_cache_gb=0))
-    attention = engine._generator._generator._generation_batch.attention
+    attention = engine._batch.decoding.attention
     assert attention._kernel is cuda_kernel()
     assert all(attention._kernel._passed.values())

@@ -1,13 +1,15 @@
-"""The worker's batch of decoding rows: with fewer operations in a step, the same tokens as mlx-lm's own."""
+"""The decode batch: with a step of fewer operations, the same tokens as mlx-lm's own batch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from common.settings import Settings
 from tests.model.reference import greedy_job, of_mlx_lm
+from worker.mlx import memory_share
 from worker.mlx.engine import MLXEngine
 
 EVEN = [list(range(100, 120)), list(range(200, 220))]
@@ -31,9 +33,8 @@ def test_padding_comes_and_goes(engine: MLXEngine, penalty: float) -> None:
     def step() -> None:
         for token in engine.step():
             found[token.job_id].append(token.token_id)  # type: ignore[union-attr]  # no echo is asked for
-        batch = engine._generator._generator._generation_batch  # type: ignore[union-attr]  # this model can batch
-        if len(batch):
-            unpadded.append(all(cache.make_mask(1) is None for cache in batch.prompt_cache))
+        if caches := engine._batch.decoding.caches:
+            unpadded.append(all(cache.make_mask(1) is None for cache in caches))
 
     for job_id, prompt in zip("ab", EVEN, strict=True):
         engine.insert(greedy_job(job_id, prompt, 18), prompt, [])
@@ -53,22 +54,15 @@ def test_padding_comes_and_goes(engine: MLXEngine, penalty: float) -> None:
         assert found["c"] == of_mlx_lm(engine, SHORT, 6)
 
 
-def test_a_batch_is_closed_before_the_next(engine: MLXEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a step that failed: mlx-lm's next batch takes the wired limit that it finds for the one to give back."""
-    failed, closed = engine._generator, []
-
-    def fail() -> None:
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(failed, "next", fail)
-    monkeypatch.setattr(failed, "close", lambda: closed.append(engine._generator is failed))
-    engine.insert(greedy_job("a", SHORT, 6), SHORT, [])
-    with pytest.raises(RuntimeError, match="out of memory"):
-        engine.step()
-    assert closed == [True]
-    assert engine.num_sequences == 0
-    engine.insert(greedy_job("b", SHORT, 6), SHORT, [])
-    found: list[int] = []
-    while engine.num_sequences:
-        found += [token.token_id for token in engine.step()]  # type: ignore[union-attr]  # no echo is asked for
-    assert found == of_mlx_lm(engine, SHORT, 6)
+def test_memory_is_wired_only_if_asked(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default nothing sets MLX's wired limit, mlx-lm included, on a machine that recommends one; else it is set once."""
+    limits: list[int] = []
+    monkeypatch.setattr(mx, "set_wired_limit", limits.append)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 2**34})
+    monkeypatch.setattr(memory_share, "_device_info", mx.device_info)
+    for wired_limit in (False, True):
+        engine = MLXEngine(Settings(model=str(demo_folder), wired_limit=wired_limit, prompt_cache_gb=0))
+        engine.insert(greedy_job("a", SHORT, 2), SHORT, [])
+        while engine.num_sequences:
+            engine.step()
+        assert limits == [2**34] * wired_limit

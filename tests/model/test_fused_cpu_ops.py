@@ -195,21 +195,22 @@ def test_a_step_takes_fewer_operations(demo_folder: Path, tmp_path: Path) -> Non
         engine.insert(
             greedy_job(job_id, list(range(100, 100 + length)), 20), list(range(100, 100 + length)), []
         )
-    batch: Any = engine._generator._generator._generation_batch  # type: ignore[union-attr]  # this model can batch
+    batch = engine._batch.decoding
     for _ in range(5):
         engine.step()
-    assert len(batch) == 2
-    model, counted = batch.model, []
+    assert len(batch.sequences) == 2
+    model: Any = batch._model
+    counted: list[int] = []
 
     def count(*arguments: Any, **options: Any) -> Any:
         logits = model(*arguments, **options)
         counted.append(num_operations(logits, into=tmp_path))
         return logits
 
-    batch.model = count
+    batch._model = count
     engine.step()
     engine.step()
-    batch.model = model
+    batch._model = model
     inputs = mx.array([[5], [6]])
     caches = [BatchKVCache([0, 11]) for _ in model.layers]
     model(mx.array([list(range(100, 120)), list(range(100, 120))]), cache=caches)

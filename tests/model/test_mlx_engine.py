@@ -1,4 +1,4 @@
-"""The engine on the real demo model: what a row draws does not depend on what is beside it, or on where it goes on."""
+"""The engine on the real demo model: a sequence samples the same tokens whatever else is in the batch, and after a takeover."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlx_lm.models.cache import ChunkedKVCache
 
 from common import memory_claims
 from common.errors import RequestError, StartupError
 from common.protocol import ChatPrompt, GenerationJob, SamplingParams, TextPrompt, TokenPrompt
 from common.settings import Settings
 from worker.loop.engine import SequenceFailure, StepToken
-from worker.mlx import batch as mlx_batch
-from worker.mlx import engine as mlx_engine
-from worker.mlx import model as mlx_model
+from worker.mlx import caches as kv
+from worker.mlx import generation
+from worker.mlx.decode import guarded
 from worker.mlx.engine import MLXEngine
 
 GREEDY = SamplingParams(temperature=0)
@@ -76,8 +77,8 @@ def test_max_tokens_is_exact(engine: MLXEngine) -> None:
         assert tokens[-1].finish_reason == "length"
 
 
-def test_nothing_is_left_to_be_generated(engine: MLXEngine) -> None:
-    """An answer that others made as long as it may become here, or longer, is taken and has no row."""
+def test_an_answer_that_is_already_complete(engine: MLXEngine) -> None:
+    """An answer that other workers made as long as it may become here, or longer, is taken and leaves no sequence."""
     job = chat("a", max_tokens=3)
     for num_done in (3, 5):
         inserted = engine.insert(job, engine.encode(job), [28] * num_done)
@@ -86,15 +87,15 @@ def test_nothing_is_left_to_be_generated(engine: MLXEngine) -> None:
 
 
 def test_a_batch_equals_one_after_another(engine: MLXEngine) -> None:
-    """Greedy rows together give what each gives alone (float32), whatever their lengths."""
+    """Greedy sequences together give what each gives alone (float32), whatever their lengths."""
     jobs = [chat(str(i), f"Tell me about {'the number ' * i}{i}.", max_tokens=5 + i) for i in range(4)]
     together = run(engine, *jobs)
     for job in jobs:
         assert ids(run(engine, job)[job.job_id]) == ids(together[job.job_id])
 
 
-def test_seeds_repeat_beside_others(engine: MLXEngine) -> None:
-    """A seed draws the same alone, beside greedy rows and beside other seeds; another seed draws otherwise."""
+def test_seeds_repeat_in_any_batch(engine: MLXEngine) -> None:
+    """A seed samples the same tokens alone and in a batch with greedy sequences and other seeds; another seed samples others."""
     sampling = SamplingParams(temperature=1.2, top_p=0.95, seed=3)
     alone = ids(run(engine, chat("a", sampling=sampling))["a"])
     others = [chat("b", sampling=SamplingParams(temperature=1.2, seed=4)), chat("c")]
@@ -128,7 +129,7 @@ def test_logit_bias(engine: MLXEngine) -> None:
 
 
 def test_repetition_penalty(engine: MLXEngine) -> None:
-    """A text that repeats itself stops doing so, and its neighbor does not notice."""
+    """A text that repeats itself stops doing so, and its neighbour does not change."""
     prompt = TextPrompt("one two one two one two one two")
     plain = GenerationJob(job_id="a", model="m", channel="c", prompt=prompt, max_tokens=8, sampling=GREEDY)
     penalized = SamplingParams(temperature=0, repetition_penalty=1.8, repetition_context_size=64)
@@ -155,8 +156,8 @@ def test_logprobs(engine: MLXEngine) -> None:
     assert all(token.logprob is None for token in tokens["c"])
 
 
-def test_logprobs_are_made_for_those_who_ask(engine: MLXEngine) -> None:
-    """Rows with and without log-probabilities, joining and leaving one after another: each gets its own, the same as alone."""
+def test_logprobs_only_if_requested(engine: MLXEngine) -> None:
+    """Sequences with and without log-probabilities, joining and leaving one after another: each gets its own, the same as alone."""
     alone = {top: run(engine, chat("a", max_tokens=9, top_logprobs=top))["a"] for top in (0, 3)}
     tokens: dict[str, list[StepToken]] = {}
     waiting = [chat(str(i), max_tokens=9, top_logprobs=(None, 0, 3)[i % 3]) for i in range(7)]
@@ -180,8 +181,8 @@ def test_logprobs_are_made_for_those_who_ask(engine: MLXEngine) -> None:
             assert [each.token_id for each in token.top] == [each.token_id for each in expected.top]
 
 
-def test_numbers_that_are_none(engine: MLXEngine) -> None:
-    """A row whose logits overflow has log-probabilities that JSON can say, and its neighbour's are as ever."""
+def test_logits_that_overflow(engine: MLXEngine) -> None:
+    """Such a sequence has log-probabilities that JSON can represent, and its neighbour's tokens do not change."""
     broken = SamplingParams(temperature=0, repetition_penalty=1e-300)
     prompt = ChatPrompt([{"role": "user", "content": "x"}])
     odd = GenerationJob(
@@ -194,8 +195,8 @@ def test_numbers_that_are_none(engine: MLXEngine) -> None:
     assert ids(tokens["a"]) == ids(run(engine, chat("a"))["a"])
 
 
-def test_removing_a_row(engine: MLXEngine) -> None:
-    """A row that leaves in the middle, or while its prompt is read, changes nothing for the others."""
+def test_removing_a_sequence(engine: MLXEngine) -> None:
+    """A sequence that leaves in the middle, or while it prefills, changes nothing for the others."""
     alone = ids(run(engine, chat("a"))["a"])
     for job in (chat("a"), chat("b", max_tokens=500), chat("long", "word " * 300)):
         engine.insert(job, engine.encode(job), [])
@@ -224,7 +225,7 @@ def test_a_prompt_that_is_too_long(engine: MLXEngine) -> None:
 def test_a_step_that_fails_does_not_poison_the_engine(
     engine: MLXEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a step that raised, its rows are gone and the next request is answered as ever."""
+    """After a step that raised, its sequences are gone and the next request is answered correctly."""
 
     def broken() -> list[Any]:
         raise RuntimeError("out of memory")
@@ -233,7 +234,7 @@ def test_a_step_that_fails_does_not_poison_the_engine(
     engine.insert(job, engine.encode(job), [])
     engine.step()
     with monkeypatch.context() as patched:
-        patched.setattr(engine._generator, "next", broken)
+        patched.setattr(engine._batch, "step", broken)
         with pytest.raises(RuntimeError, match="out of memory"):
             engine.step()
     assert engine.num_sequences == 0
@@ -241,7 +242,7 @@ def test_a_step_that_fails_does_not_poison_the_engine(
 
 
 class BrokenPart:
-    """A logits processor or a matcher that raises in the middle of its row."""
+    """A logits processor or a matcher that raises in the middle of its sequence."""
 
     def __init__(self, part: str) -> None:
         self.part = part
@@ -250,7 +251,7 @@ class BrokenPart:
     def _called(self, part: str) -> None:
         self.num_calls += part == self.part
         if self.num_calls > 2:
-            raise ValueError("bad row")
+            raise ValueError("bad sequence")
 
     def __call__(self, _token_ids: Any, logits: Any) -> Any:
         self._called("processor")
@@ -265,27 +266,27 @@ class BrokenPart:
 
 
 @pytest.mark.parametrize("part", ["processor", "advance", "fill"])
-def test_a_bad_row_fails_alone(engine: MLXEngine, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
-    """A logits processor or a grammar that raises in the middle ends its own row; its neighbour's text is whole."""
+def test_a_bad_sequence_fails_alone(engine: MLXEngine, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """A logits processor or a grammar that raises in the middle ends its own sequence; its neighbour's text is complete."""
     good, bad, broken = chat("good"), chat("bad", max_tokens=50), BrokenPart(part)
     engine.insert(good, engine.encode(good), [])
     with monkeypatch.context() as patched:
         if part == "processor":
             patched.setattr(
-                mlx_engine, "_logits_processors", lambda _sampling, row: [mlx_batch.alone(row, broken)]
+                generation, "logits_processors", lambda _sampling, sampler: [guarded(sampler, broken)]
             )
         else:
-            patched.setattr(engine, "_matcher", lambda *_: broken)
+            patched.setattr(engine._builder, "_matcher", lambda *_: broken)
         engine.insert(bad, engine.encode(bad), [])
     tokens = [token for _ in range(20) for token in engine.step()]
     failures = [token for token in tokens if isinstance(token, SequenceFailure)]
-    assert [(f.job_id, str(f.error)) for f in failures] == [("bad", "bad row")]
+    assert [(f.job_id, str(f.error)) for f in failures] == [("bad", "bad sequence")]
     assert text([t for t in tokens if t.job_id == "good"]) == "The capital of France is Paris."
     assert engine.num_sequences == 0
 
 
-def test_every_kind_of_sampling_side_by_side(engine: MLXEngine) -> None:
-    """Rows with each kind of sampling draw what they draw alone, and a row that goes on elsewhere draws the same."""
+def test_every_kind_of_sampling_in_one_batch(engine: MLXEngine) -> None:
+    """Sequences with each kind of sampling get the tokens that they get alone, also after a takeover."""
     kinds = [
         GREEDY,
         SamplingParams(temperature=1.0, seed=1),
@@ -330,7 +331,7 @@ def test_engines_on_one_machine_share_its_memory(
 
 
 def test_memory(demo_folder: Path) -> None:
-    """Rows are admitted while their caches have room together; the context is what one row may fill; too little is told."""
+    """Sequences are admitted while their caches have room together; the context is what one may fill; too little is an error."""
     engine = MLXEngine(Settings(model=str(demo_folder), max_batch=8, memory_limit_gb=1.0))
     # 30 layers × 3 heads × 64 × (key and value) × 4 bytes a token (the model's config.json).
     room_tokens = engine._memory.room_bytes / (30 * 3 * 64 * 2 * 4)
@@ -342,12 +343,12 @@ def test_memory(demo_folder: Path) -> None:
     assert engine.has_room(large, len(prompt), 0)
     engine.insert(large, prompt, [])
     assert engine.has_room(chat("b", max_tokens=10), len(prompt), 0)
-    for row in engine._rows.values():
-        row.num_done = int(room_tokens * 0.6)
+    for each in engine._running.values():
+        each.num_done = int(room_tokens * 0.6)
     assert not engine.has_room(chat("b", max_tokens=10), len(prompt), 0)
     assert not engine.is_over_memory
-    for row in engine._rows.values():
-        row.num_done = int(room_tokens) + 256
+    for each in engine._running.values():
+        each.num_done = int(room_tokens) + 256
     assert engine.is_over_memory
     with pytest.raises(RequestError, match="maximum context length"):
         engine.encode(
@@ -360,26 +361,31 @@ def test_memory(demo_folder: Path) -> None:
 def test_a_model_that_cannot_batch(
     demo_folder: Path, engine: MLXEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is served one at a time, says so in its card, and gives the same tokens, logprobs and seeds."""
-    monkeypatch.setattr(mlx_model, "can_batch", lambda _model: False)
-    single = MLXEngine(Settings(model=str(demo_folder), max_batch=8))
+    """It is served one at a time, says so in its card, and gives the same tokens, logprobs and seeds; no prefix is cached."""
+    monkeypatch.setattr(kv, "new", lambda model: [ChunkedKVCache(10_000) for _ in model.layers])
+    single = MLXEngine(Settings(model=str(demo_folder), max_batch=8, prefill_step_tokens=16))
     assert single.info.max_batch == 1
     for job in (
         chat("a"),
         chat("a", sampling=SamplingParams(temperature=1.0, seed=5)),
         chat("a", max_tokens=3),
+        chat("a", sampling=SamplingParams(temperature=0, repetition_penalty=1.3)),
+        chat("a", "one two " * 20, top_logprobs=0),
     ):
-        assert run(single, job)["a"] == run(engine, job)["a"]
+        assert ids(run(single, job)["a"]) == ids(run(engine, job)["a"])
+    assert single._prefixes.num_bytes == 0
     single.insert(chat("b", max_tokens=99), single.encode(chat("b")), [])
-    single.step()
+    while not single.step():
+        pass
     single.remove("b")
+    assert not single._batch.decoding.caches
     assert text(run(single, chat("a"))["a"]) == "The capital of France is Paris."
 
 
 @pytest.mark.usefixtures("engine")
 @pytest.mark.heavy
 def test_memory_stays_within_its_limit(demo_folder: Path) -> None:
-    """More rows than there is room for, admitted as the loop does it: what MLX ever held for them is below the limit."""
+    """More sequences than there is room for, admitted as the loop does it: MLX's peak memory for them is below the limit."""
     import mlx.core as mx  # not before an engine has loaded a BLAS
 
     limit_gb = 0.82
@@ -397,16 +403,16 @@ def test_memory_stays_within_its_limit(demo_folder: Path) -> None:
         for i in range(12)
     ]
     mx.reset_peak_memory()
-    max_rows = num_ended = 0
+    max_running = num_ended = 0
     while waiting or engine.num_sequences:
         while waiting and (
             not engine.num_sequences or engine.has_room(waiting[-1], len(engine.encode(waiting[-1])), 0)
         ):
             job = waiting.pop()
             engine.insert(job, engine.encode(job), [])
-        max_rows = max(max_rows, engine.num_sequences)
+        max_running = max(max_running, engine.num_sequences)
         num_ended += sum(getattr(token, "finish_reason", None) is not None for token in engine.step())
         assert not engine.is_over_memory
     assert num_ended == 12
-    assert 1 < max_rows < 12
+    assert 1 < max_running < 12
     assert mx.get_peak_memory() - others_bytes < limit_gb * 2**30

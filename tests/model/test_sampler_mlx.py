@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from common.protocol import SamplingParams
-from worker.mlx import model as mlx_model
 from worker.sampling.sampler import BatchSampler, SequenceSampler
 
 VOCAB = 3001
@@ -55,7 +54,6 @@ def rows() -> list[SequenceSampler]:
 @pytest.mark.parametrize("only", [None, "drawn", "adjusted", "filtered"])
 def test_mlx_samples_as_numpy_does(only: str | None) -> None:
     """Over many steps, for any mixture of sequences: the same tokens, and the same adjusted log-probabilities."""
-    mlx_model.preload_blas()
     import mlx.core as mx
 
     def chosen() -> list[SequenceSampler]:

@@ -1,55 +1,62 @@
-"""How much memory the caches of running rows may take, and whether one more row fits. Pure arithmetic.
+"""How much memory the caches of sequences may take, and whether one more sequence fits.
 
-The caches of a batch are in arrays that are as long as its longest row, with slots for a few rows more (`mlx_slots`): what counts
-is slots times longest. Made by `mlx_model`, asked by `mlx_engine`.
+Called by `worker.mlx.engine`; `worker.mlx.caches` measures what a model's caches cost. A batch's caches are arrays as long as its
+longest sequence, with slots for a few sequences more (`worker.mlx.kv_slots`): what counts is slots times longest.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
+from mlx.utils import tree_flatten
+
+from common.errors import StartupError
 from common.memory_claims import WORKING_BYTES, WORKING_SHARE
 
+_MIN_CONTEXT_TOKENS = 512
+
 _GROWS_BY_TOKENS = 256
-"""Caches get longer in steps of this, mlx-lm's (0.32, `KVCache.step`) and those in slots."""
+"""Caches grow in steps of this, mlx-lm's (0.32, `KVCache.step`) and those in slots."""
 
 _MIN_SPARE_TOKENS = 128
-"""Or arrays that were just made would soon be too short again."""
+"""Else arrays that were just made would soon be too short again."""
 
 EXPECTED_TOKENS = 512
-"""What is set aside for an answer without a limit, or with a larger one: few are longer, and to keep room for a whole
-context for each would leave most of the memory empty. A batch that grows past its room gives a row back."""
+"""What is reserved for an answer without a limit, or with a larger one: few are longer, and to reserve a full context for each
+would leave most of the memory unused. A batch that outgrows its room has a sequence requeued."""
 
 
 @dataclass(frozen=True, slots=True)
 class CacheCost:
-    """What one row's cache takes.
+    """What one sequence's caches take.
 
     Attributes:
         bytes_per_token: Of layers that keep every token.
-        bytes_per_row: Of layers with a state of a fixed size.
-        windows: (bytes per token, most tokens) of layers that keep the last tokens only.
+        bytes_per_sequence: Of layers with a state of a fixed size.
+        windows: (bytes per token, maximum of tokens) of layers that keep the last tokens only.
     """
 
     bytes_per_token: float
-    bytes_per_row: int = 0
+    bytes_per_sequence: int = 0
     windows: tuple[tuple[float, int], ...] = ()
 
-    def rows_bytes(self, num_rows: int, num_tokens: int) -> float:
-        """For so many rows, the longest of which has so many tokens, prompt and answer together."""
+    def total_bytes(self, num_sequences: int, num_tokens: int) -> float:
+        """For so many sequences, the longest of which has so many tokens, prompt and answer together."""
         num_columns = columns(num_tokens + 1)
-        windows = sum(each * min(num_columns, most) for each, most in self.windows)
+        windows = sum(each * min(num_columns, max_tokens) for each, max_tokens in self.windows)
         return (
-            num_rows * (self.bytes_per_row + windows) + slots(num_rows) * self.bytes_per_token * num_columns
+            num_sequences * (self.bytes_per_sequence + windows)
+            + slots(num_sequences) * self.bytes_per_token * num_columns
         )
 
 
 @dataclass(frozen=True, slots=True)
 class CacheMemory:
-    """See the module.
+    """Room for caches, and what fits into it.
 
     Attributes:
-        room_bytes: For all rows together.
+        room_bytes: For all sequences together.
         weight_bytes: Of the model.
     """
 
@@ -62,23 +69,23 @@ class CacheMemory:
         working_bytes = max(WORKING_BYTES, WORKING_SHARE * limit_bytes)
         return replace(self, room_bytes=limit_bytes - self.weight_bytes - working_bytes)
 
-    def fits(self, num_tokens_by_row: list[int]) -> bool:
-        """Whether these rows, with so many tokens each, have room together."""
-        return self.left_bytes(num_tokens_by_row) >= 0
+    def fits(self, num_tokens_each: list[int]) -> bool:
+        """Whether sequences of so many tokens each have room together."""
+        return self.left_bytes(num_tokens_each) >= 0
 
-    def left_bytes(self, num_tokens_by_row: list[int], held_bytes: float = 0.0) -> float:
-        """What these rows leave of the room; below 0 where it is too small for them.
+    def left_bytes(self, num_tokens_each: list[int], held_bytes: float = 0.0) -> float:
+        """What these sequences leave of the room; below 0 if it is too small for them.
 
         Args:
-            held_bytes: By caches that are there, which may be larger than these rows need: others have left.
+            held_bytes: By the caches that exist, which may be larger than these sequences need: others have left.
         """
-        if not num_tokens_by_row:
+        if not num_tokens_each:
             return self.room_bytes - held_bytes
-        needed_bytes = self.cost.rows_bytes(len(num_tokens_by_row), max(num_tokens_by_row))
+        needed_bytes = self.cost.total_bytes(len(num_tokens_each), max(num_tokens_each))
         return self.room_bytes - max(needed_bytes, held_bytes)
 
-    def longest_row(self, max_tokens: int) -> int:
-        """The longest row that has room alone, up to `max_tokens`."""
+    def longest_sequence(self, max_tokens: int) -> int:
+        """The longest sequence that has room alone, up to `max_tokens`."""
         low, high = 0, max_tokens
         while low < high:
             middle = (low + high + 1) // 2
@@ -86,21 +93,38 @@ class CacheMemory:
         return low
 
 
-def slots(num_rows: int) -> int:
-    """How many rows there is a place for where there are `num_rows`: of 8 and more, whoever comes next finds one."""
-    return num_rows + num_rows // 8
+def slots(num_sequences: int) -> int:
+    """How many slots buffers for so many sequences have: from 8 sequences on, some are free for newcomers."""
+    return num_sequences + num_sequences // 8
 
 
 def columns(num_tokens: int) -> int:
-    """How long arrays for so many tokens are, with some to spare."""
+    """How many columns buffers for so many tokens have, some of them free."""
     return -(-(num_tokens + _MIN_SPARE_TOKENS) // _GROWS_BY_TOKENS) * _GROWS_BY_TOKENS
 
 
 def expected_tokens(num_prompt: int, num_done: int, max_tokens: int) -> int:
-    """How long a row is expected to become.
+    """How long a sequence is expected to become.
 
     Args:
-        num_done: Tokens of its answer that are there.
+        num_done: Tokens of its answer so far.
         max_tokens: Of its answer.
     """
     return num_prompt + min(max_tokens, max(num_done, EXPECTED_TOKENS))
+
+
+def cache_memory(model: Any, cost: CacheCost, limit_bytes: float) -> CacheMemory:
+    """What is left for caches, of the memory that this process may use.
+
+    Raises:
+        StartupError: The weights leave no room.
+    """
+    parameters: Any = tree_flatten(model.parameters())
+    weight_bytes = sum(weight.nbytes for _, weight in parameters)
+    memory = CacheMemory(cost, 0.0, weight_bytes).with_limit(limit_bytes)
+    if not memory.longest_sequence(_MIN_CONTEXT_TOKENS):
+        raise StartupError(
+            f"the model's weights are {weight_bytes / 2**30:.1f} GB, which leaves no room for requests in "
+            f"{limit_bytes / 2**30:.3g} GB; take a smaller model, or give more with --memory-limit-gb"
+        )
+    return memory

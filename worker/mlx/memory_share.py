@@ -1,6 +1,6 @@
 """This worker's share of the machine's memory, which it has to share with the other workers there.
 
-Made by `worker.mlx.engine` before it loads a model. `python -m worker.mlx.memory_share` prints what there is to share, for
+Made by `worker.mlx.engine` before it loads a model; it alone sets limits of MLX's. `python -m worker.mlx.memory_share` prints what there is to share, for
 `make up`, which must not import MLX. The arithmetic is in `common.memory_claims`.
 """
 
@@ -10,6 +10,8 @@ import logging
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import msgspec
 
@@ -18,9 +20,10 @@ from common.errors import StartupError
 from common.folders import state_folder
 from common.memory_claims import GB, Claim, Machine
 from common.settings import Settings
-from worker.mlx import model as mlx_model
 
 log = logging.getLogger(__name__)
+
+_MACHINE_SHARE = 0.75
 
 
 class MemoryShare:
@@ -31,7 +34,9 @@ class MemoryShare:
         self._machine = machine()
         self._registration: memory_claims.Registration | None = None
         if settings.memory_limit_gb is not None:
-            mlx_model.set_memory_limit(int(settings.memory_limit_gb * GB))
+            _mlx().set_memory_limit(int(settings.memory_limit_gb * GB))
+        if settings.wired_limit and (recommended := _recommended_bytes()):
+            _mlx().set_wired_limit(recommended)  # until the process ends
 
     def claim(self, model_folder: Path) -> None:
         """Register what the model in this folder needs; call it before the model is loaded.
@@ -68,7 +73,49 @@ def machine() -> Machine:
     Raises:
         StartupError: MLX cannot be imported.
     """
-    return Machine(mlx_model.device_name(), int(mlx_model.machine_limit_bytes()))
+    return Machine(_device_name(), int(_machine_limit_bytes()))
+
+
+def _device_name() -> str:
+    """Which memory MLX computes in: workers with the same name share it."""
+    if not _device_info():
+        return "cpu"
+    # MLX uses the first GPU that CUDA shows it.
+    return "gpu " + os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+
+
+def _machine_limit_bytes() -> float:
+    """What MLX recommends for a Mac's GPU; elsewhere a part of the memory that computes."""
+    if recommended := _recommended_bytes():
+        return recommended
+    about = _device_info()
+    return _MACHINE_SHARE * (about.get("memory_size") or about.get("total_memory") or _main_memory_bytes())
+
+
+def _recommended_bytes() -> int:
+    """What MLX recommends for a Mac's GPU; 0 elsewhere."""
+    return int(_device_info().get("max_recommended_working_set_size") or 0)
+
+
+def _device_info() -> dict[str, Any]:
+    """Of a GPU, with keys that differ between Metal and CUDA (MLX 0.32); empty for a CPU."""
+    mx = _mlx()
+    if mx.default_device().type != mx.DeviceType.gpu:
+        return {}
+    return dict(mx.device_info())
+
+
+def _main_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _mlx() -> ModuleType:
+    """`mlx.core`; `make up` runs this file before anything has shown that it can be imported."""
+    try:
+        import mlx.core as mx
+    except ImportError as error:
+        raise StartupError(f"MLX cannot be imported ({error}); `make install` installs it") from None
+    return mx
 
 
 def main() -> int:

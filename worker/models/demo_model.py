@@ -24,7 +24,6 @@ from typing import Any
 from common.errors import StartupError
 from common.logging import configure
 from common.settings import Settings
-from worker.mlx import model as mlx_model
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +63,11 @@ def ensure_demo_model(cache_dir: str | Path | None = None) -> Path:
     Raises:
         StartupError: It cannot be fetched, or the folder cannot be written.
     """
+    from worker.mlx.model import has_gpu
+
     # float32 where a CPU computes: bfloat16 answered in broken French there, and packed 4-bit
     # weights run at 0.25 token/s (MLX 0.32, 2 cores).
-    dtype = "float16" if mlx_model.has_gpu() else "float32"
+    dtype = "float16" if has_gpu() else "float32"
     cache = Path(cache_dir).expanduser() if cache_dir else _user_cache()
     folder = cache / f"{NAME}-{dtype}"
     if folder.is_dir():
@@ -91,9 +92,11 @@ def _make(folder: Path, dtype: str) -> None:
     model.mkdir(parents=True)
     try:
         gguf = _fetch(partial)
+        from worker.mlx.gguf import read_gguf_metadata, save_gguf_weights
+
         logger.info("demo model: converting it to %s for MLX", dtype)
-        metadata = mlx_model.read_gguf_metadata(gguf)
-        mlx_model.save_gguf_weights(gguf, model / "model.safetensors", _NAMES, dtype)
+        metadata = read_gguf_metadata(gguf)
+        save_gguf_weights(gguf, model / "model.safetensors", _NAMES, dtype)
         _write_json(model / "config.json", _config(metadata))
         _write_tokenizer(model, metadata)
         model.rename(folder)

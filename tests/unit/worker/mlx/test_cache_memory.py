@@ -8,22 +8,22 @@ from hypothesis import strategies as st
 from worker.mlx.memory import EXPECTED_TOKENS, CacheCost, CacheMemory, expected_tokens
 
 
-def test_rows_bytes() -> None:
+def test_total_bytes() -> None:
     """Whole steps of 256 tokens, at least 128 ahead; a window stops growing; a state of fixed size does not grow."""
-    assert CacheCost(10.0).rows_bytes(1, 127) == 2560
-    assert CacheCost(10.0).rows_bytes(1, 128) == 5120
-    assert CacheCost(10.0, bytes_per_row=7, windows=((1.0, 300),)).rows_bytes(1, 800) == 10240 + 7 + 300
-    assert CacheCost(0.0, bytes_per_row=7).rows_bytes(1, 10**9) == 7
+    assert CacheCost(10.0).total_bytes(1, 127) == 2560
+    assert CacheCost(10.0).total_bytes(1, 128) == 5120
+    assert CacheCost(10.0, bytes_per_sequence=7, windows=((1.0, 300),)).total_bytes(1, 800) == 10240 + 7 + 300
+    assert CacheCost(0.0, bytes_per_sequence=7).total_bytes(1, 10**9) == 7
 
 
 def test_spare_slots() -> None:
     """Of layers that keep every token, from eight rows on."""
-    assert CacheCost(1.0).rows_bytes(7, 100) == 7 * 256
-    assert CacheCost(1.0).rows_bytes(16, 100) == 18 * 256
-    assert CacheCost(0.0, bytes_per_row=7, windows=((1.0, 10),)).rows_bytes(16, 100) == 16 * 17
+    assert CacheCost(1.0).total_bytes(7, 100) == 7 * 256
+    assert CacheCost(1.0).total_bytes(16, 100) == 18 * 256
+    assert CacheCost(0.0, bytes_per_sequence=7, windows=((1.0, 10),)).total_bytes(16, 100) == 16 * 17
 
 
-def test_a_batch_is_as_long_as_its_longest_row() -> None:
+def test_a_batch_is_as_long_as_its_longest_sequence() -> None:
     """One long row makes all the others cost as much."""
     memory = CacheMemory(CacheCost(1.0), 4 * 256)
     assert memory.fits([])
@@ -42,10 +42,10 @@ def test_what_is_held_counts() -> None:
 
 
 @given(most=st.integers(0, 10_000), room=st.integers(0, 20_000))
-def test_longest_row(most: int, room: int) -> None:
+def test_longest_sequence(most: int, room: int) -> None:
     """The longest that fits, and one longer does not."""
     memory = CacheMemory(CacheCost(2.0), room)
-    longest = memory.longest_row(most)
+    longest = memory.longest_sequence(most)
     assert longest == 0 or memory.fits([longest])
     assert longest == most or not memory.fits([longest + 1])
 

@@ -7,7 +7,7 @@ from itertools import takewhile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.mlx.prefix_index import PrefixIndex, num_common
+from worker.mlx.prefixes.prefix_index import PrefixIndex, num_common
 
 SEQUENCES = st.lists(st.integers(0, 2), min_size=1, max_size=8)
 

@@ -1,4 +1,4 @@
-"""Prompts on the real demo model: echoed with their log-probabilities, and not read again where they were read before."""
+"""Prompts on the real demo model: echoed with their log-probabilities, and prefilled from a cached prefix."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def ids(tokens: list[StepToken]) -> list[int]:
     return [token.token_id for token in tokens]
 
 
-def test_a_prompt_is_scored_as_an_answer_is(engine: MLXEngine) -> None:
+def test_echoed_logprobs_equal_generated_ones(engine: MLXEngine) -> None:
     """The log-probabilities of an echoed text are those that its tokens had when they were generated."""
     first = job("a", TextPrompt("The capital of France is"), 8, top_logprobs=2)
     insert(engine, first)
@@ -84,8 +84,8 @@ def test_a_prompt_is_scored_as_an_answer_is(engine: MLXEngine) -> None:
     assert echo.tops[0] == []
 
 
-def test_an_echo_changes_nothing_behind_it(engine: MLXEngine) -> None:
-    """The answer is the same with it, beside others and in pieces; token ids are echoed as their text."""
+def test_an_echo_does_not_change_the_answer(engine: MLXEngine) -> None:
+    """The answer is the same with it, with others in the batch and scored in pieces; token ids are echoed as their text."""
     long = "one two three four five six seven eight " * 30
     token_ids = engine.encode(job("x", TextPrompt(long), 1))
     insert(engine, job("plain", TextPrompt(long), 6))
@@ -104,8 +104,8 @@ def test_an_echo_changes_nothing_behind_it(engine: MLXEngine) -> None:
     assert echoes["text"].tokens == []
 
 
-def test_removing_a_row_whose_prompt_is_scored(engine: MLXEngine) -> None:
-    """It leaves as any other does."""
+def test_removal_while_a_prompt_is_scored(engine: MLXEngine) -> None:
+    """The sequence leaves like any other."""
     insert(engine, job("a", TextPrompt("word " * 900), 5, top_logprobs=0, echo=True))
     engine.step()
     assert engine.num_sequences == 1
@@ -113,8 +113,8 @@ def test_removing_a_row_whose_prompt_is_scored(engine: MLXEngine) -> None:
     assert engine.num_sequences == 0
 
 
-def test_nothing_is_generated_where_nothing_may_be(engine: MLXEngine) -> None:
-    """No row is left of a job without tokens and without an echo."""
+def test_no_tokens_and_no_echo(engine: MLXEngine) -> None:
+    """A job that may generate nothing and wants no echo leaves no sequence behind."""
     [inserted] = insert(engine, job("a", TextPrompt("Hello"), 0))
     assert (inserted.max_tokens, engine.num_sequences) == (0, 0)
 
@@ -129,7 +129,7 @@ def test_nothing_is_generated_where_nothing_may_be(engine: MLXEngine) -> None:
 def test_a_cached_answer_equals_a_fresh_one(
     demo_folder: Path, engine: MLXEngine, sampling: SamplingParams
 ) -> None:
-    """A conversation's second turn, the same prompt again, and another question behind the same system prompt."""
+    """A conversation's second turn, the same prompt again, and another question after the same system prompt."""
     fresh = MLXEngine(Settings(model=str(demo_folder), max_batch=8, prompt_cache_gb=0))
     turns = [
         chat("1", "What is the capital of France?", sampling=sampling),
@@ -148,8 +148,8 @@ def test_a_cached_answer_equals_a_fresh_one(
     assert all(num > 0.8 * system_tokens for num in cached[1:])
 
 
-def test_rows_of_one_moment_share_what_they_have_in_common(demo_folder: Path) -> None:
-    """The first one reads it, the others wait for that and read the rest; all are what they would be alone."""
+def test_a_burst_prefills_a_common_prefix_once(demo_folder: Path) -> None:
+    """The first one prefills it, the others wait and prefill the rest; each answer is what it is alone."""
     engine = MLXEngine(Settings(model=str(demo_folder), max_batch=8))
     jobs = [chat(str(i), f"Say {word}.") for i, word in enumerate(("yes", "no", "maybe", "never"))]
     alone = {}
@@ -163,8 +163,17 @@ def test_rows_of_one_moment_share_what_they_have_in_common(demo_folder: Path) ->
     assert all(each.cached_tokens > 100 for each in together[1:])
 
 
-def test_who_is_waited_for_may_leave(engine: MLXEngine) -> None:
-    """Those that wait for its prompt read it themselves."""
+def test_nothing_waits_for_a_prefix_that_will_not_be_cached(demo_folder: Path) -> None:
+    """Without a prefix cache, sequences that begin alike prefill at once."""
+    engine = MLXEngine(Settings(model=str(demo_folder), max_batch=8, prompt_cache_gb=0))
+    insert(engine, *(job(name, TokenPrompt([7] * 200), 2) for name in "ab"))
+    assert len(engine._batch.prefilling) == 2
+    tokens, _ = run(engine)
+    assert ids(tokens["a"]) == ids(tokens["b"])
+
+
+def test_removal_of_a_sequence_that_others_wait_for(engine: MLXEngine) -> None:
+    """Those that wait for its prefix prefill it themselves."""
     unlike = "Nothing like the others. " * 40
     jobs = [job(name, TextPrompt(unlike + name), 3) for name in ("a", "b", "c")]
     insert(engine, *jobs)
@@ -174,15 +183,15 @@ def test_who_is_waited_for_may_leave(engine: MLXEngine) -> None:
 
 
 @pytest.mark.heavy
-def test_memory_for_what_was_read_is_bounded(demo_folder: Path) -> None:
-    """The oldest goes first, and rows that need the room get it."""
+def test_memory_for_cached_prefixes_is_bounded(demo_folder: Path) -> None:
+    """The oldest is evicted first, and sequences that need the room get it."""
     engine = MLXEngine(Settings(model=str(demo_folder), max_batch=4, prompt_cache_gb=0.02))
-    most = 0
+    max_bytes = 0
     for i in range(6):
         insert(engine, job(str(i), TokenPrompt([50 + i] * 150), 2))
         run(engine)
-        most = max(most, engine._prefixes.num_bytes)
-    assert 0 < most <= 0.02 * 2**30
+        max_bytes = max(max_bytes, engine._prefixes.num_bytes)
+    assert 0 < max_bytes <= 0.02 * 2**30
     [newest] = insert(engine, job("n", TokenPrompt([55] * 150), 2))
     [oldest] = insert(engine, job("o", TokenPrompt([50] * 150), 2))
     run(engine)

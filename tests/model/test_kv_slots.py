@@ -1,4 +1,4 @@
-"""Rows that come and go in slots: what each of them keeps is its own, and nothing else is copied for it."""
+"""Sequences that come and go in slots: each keeps its own keys and values, and nothing else is copied for it."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
-from worker.mlx.decode import _order
+from worker.mlx.decode import filled_gaps
 from worker.mlx.kv_slots import Move, SlotKVCache, moves_to
 
 HEADS, SIZE, VALUE_SIZE = 2, 4, 6
 
 
-class Rows:
-    """A cache, and beside it what each row's keys must be."""
+class Slots:
+    """A cache, and what each sequence's keys must be."""
 
-    def __init__(self, seed: int, max_rows: int = 8) -> None:
+    def __init__(self, seed: int, max_sequences: int = 8) -> None:
         self.chance = random.Random(seed)  # noqa: S311 (the same each time)
-        self.max_rows = max_rows
+        self.max_sequences = max_sequences
         self.cache: SlotKVCache | None = None
         self.histories: list[list[float]] = []
         self.num_rebuilt = 0
         self._next = 0.0
 
     def join(self, *lengths: int) -> None:
-        """Rows that were read together, as mlx-lm leaves them."""
+        """Sequences that were prefilled together, as mlx-lm leaves them."""
         histories = [[self._number() for _ in range(length)] for length in lengths]
-        read = BatchKVCache.merge([_kept(history) for history in histories])
+        prefilled = BatchKVCache.merge([_kept(history) for history in histories])
         if self.cache is None:
-            self.cache = SlotKVCache(read, self.max_rows, None)
+            self.cache = SlotKVCache(prefilled, self.max_sequences, None)
             rebuild = self.cache._rebuild
 
             def counted(*arguments: Any, **options: Any) -> None:
@@ -40,7 +40,7 @@ class Rows:
 
             self.cache._rebuild = counted  # type: ignore[method-assign]
         else:
-            self.cache.extend(read)
+            self.cache.extend(prefilled)
         self.cache.count()
         self.histories += histories
 
@@ -53,19 +53,19 @@ class Rows:
         column = [[number] for number in new]
         self.cache.update_and_fetch(_array(column), _array(column, VALUE_SIZE))
 
-    def leave(self, *rows: int, is_lifted: bool = True) -> None:
-        """Some go."""
+    def leave(self, *indices: int, is_lifted: bool = True) -> None:
+        """Some leave."""
         assert self.cache is not None
-        keep = [row for row in range(len(self.histories)) if row not in rows]
-        order = _order(keep) if is_lifted else keep
+        keep = [index for index in range(len(self.histories)) if index not in indices]
+        order = filled_gaps(keep) if is_lifted else keep
         if is_lifted and not self.cache.is_wasteful(order):
             mx.async_eval(self.cache.lift(moves_to(order)))
         self.cache.filter(order)
         self.cache.count()
-        self.histories = [self.histories[row] for row in order]
+        self.histories = [self.histories[index] for index in order]
 
     def check(self) -> None:
-        """Keys, values, what mlx-lm reads of a cache, and each row cut out."""
+        """Keys, values, what models read of a cache, and each sequence cut out."""
         cache = self.cache
         assert cache is not None
         longest = max(map(len, self.histories))
@@ -76,8 +76,8 @@ class Rows:
         keys, values = cache.keys_and_values()
         assert mx.array_equal(keys, _array(padded))
         assert mx.array_equal(values, _array(padded, VALUE_SIZE))
-        for row, history in enumerate(self.histories):
-            own = cache.extract(row)
+        for index, history in enumerate(self.histories):
+            own = cache.extract(index)
             assert own.offset == len(history)
             assert mx.array_equal(own.keys, _array([history]))
             assert mx.array_equal(own.values, _array([history], VALUE_SIZE))
@@ -94,7 +94,7 @@ class Rows:
 
 
 def _array(rows: list[list[float]], size: int = SIZE) -> mx.array:
-    """(rows, HEADS, columns, size), all of a column the same."""
+    """(sequences, HEADS, columns, size), all of a column the same."""
     return mx.broadcast_to(mx.array(rows)[:, None, :, None], (len(rows), HEADS, len(rows[0]), size))
 
 
@@ -106,78 +106,81 @@ def _kept(history: list[float]) -> KVCache:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_rows_come_and_go(seed: int) -> None:
+def test_sequences_come_and_go(seed: int) -> None:
     """In any order, short and long ones, one by one and many at once."""
-    rows = Rows(seed)
-    chance = rows.chance
-    rows.join(*(chance.randrange(2, 30) for _ in range(3)))
+    slots = Slots(seed)
+    chance = slots.chance
+    slots.join(*(chance.randrange(2, 30) for _ in range(3)))
     for _ in range(60):
-        what, num_rows = chance.random(), len(rows.histories)
-        if what < 0.35 and num_rows < rows.max_rows:
+        what, num_sequences = chance.random(), len(slots.histories)
+        if what < 0.35 and num_sequences < slots.max_sequences:
             most = chance.choice([5, 30, 300])
-            rows.join(
-                *(chance.randrange(1, most) for _ in range(chance.randint(1, rows.max_rows - num_rows)))
+            slots.join(
+                *(
+                    chance.randrange(1, most)
+                    for _ in range(chance.randint(1, slots.max_sequences - num_sequences))
+                )
             )
-        elif what < 0.6 and num_rows > 1:
-            gone = chance.sample(range(num_rows), chance.randint(1, num_rows - 1))
-            rows.leave(*gone, is_lifted=chance.random() < 0.7)
+        elif what < 0.6 and num_sequences > 1:
+            gone = chance.sample(range(num_sequences), chance.randint(1, num_sequences - 1))
+            slots.leave(*gone, is_lifted=chance.random() < 0.7)
         for _ in range(chance.choice([1, 1, 3, 90])):
-            rows.step()
-        rows.check()
+            slots.step()
+        slots.check()
 
 
-def test_one_row_costs_no_other() -> None:
-    """Where there is a slot and a column, whoever comes or goes, there are no new buffers."""
-    rows = Rows(seed=0)
-    rows.join(*[20] * 8)
-    rows.step()
-    rows.num_rebuilt = 0
-    for row in (0, 7, 3):
-        rows.leave(row)
-        rows.check()
-        rows.join(9)
-        rows.step()
-        rows.check()
-    assert rows.num_rebuilt == 0
+def test_joining_and_leaving_copies_no_others() -> None:
+    """If there is a free slot and a free column, no new buffers are made."""
+    slots = Slots(seed=0)
+    slots.join(*[20] * 8)
+    slots.step()
+    slots.num_rebuilt = 0
+    for index in (0, 7, 3):
+        slots.leave(index)
+        slots.check()
+        slots.join(9)
+        slots.step()
+        slots.check()
+    assert slots.num_rebuilt == 0
 
 
-def test_what_rows_leave_behind_is_not_looked_at() -> None:
-    """Someone sits where a longer row has overflowed, and then a longer one joins: before its beginning there are zeros.
+def test_remains_of_earlier_sequences_are_not_attended_to() -> None:
+    """A sequence takes the slot of a longer one that overflowed, and a longer one joins: before its beginning there are zeros.
 
-    Zero times what overflowed would be no number.
+    Zero times infinity would be NaN.
     """
-    rows = Rows(seed=0)
-    rows.join(5, 6, 40, 40)
-    rows.step()
-    assert rows.cache is not None
-    rows.cache.keys[2:] = rows.cache.values[2:] = mx.array(mx.inf)
-    rows.num_rebuilt = 0
-    rows.leave(2, 3)
+    slots = Slots(seed=0)
+    slots.join(5, 6, 40, 40)
+    slots.step()
+    assert slots.cache is not None
+    slots.cache.keys[2:] = slots.cache.values[2:] = mx.array(mx.inf)
+    slots.num_rebuilt = 0
+    slots.leave(2, 3)
     for length in (7, 38):
-        rows.join(length)
-        rows.step()
-        rows.check()
-    assert rows.num_rebuilt == 0
+        slots.join(length)
+        slots.step()
+        slots.check()
+    assert slots.num_rebuilt == 0
 
 
 def test_buffers_shrink() -> None:
-    """Where a long row leaves few columns behind, and many rows few slots."""
-    rows = Rows(seed=0, max_rows=16)
-    rows.join(*[700] * 15, 3000)
-    rows.step()
-    cache = rows.cache
+    """When a long sequence leaves many columns empty, and many sequences many slots."""
+    slots = Slots(seed=0, max_sequences=16)
+    slots.join(*[700] * 15, 3000)
+    slots.step()
+    cache = slots.cache
     assert cache is not None
     assert cache.keys.shape == (16, HEADS, 3328, SIZE)
-    rows.leave(15)
-    rows.check()
+    slots.leave(15)
+    slots.check()
     assert cache.keys.shape == (16, HEADS, 1024, SIZE)
-    rows.leave(*range(10))
-    rows.check()
+    slots.leave(*range(10))
+    slots.check()
     assert cache.keys.shape == (5, HEADS, 1024, SIZE)
 
 
 def test_buffers_are_written_in_place() -> None:
-    """When a row leaves and another joins: MLX copies what is written while anybody else holds on to it, and nobody does."""
+    """When a sequence leaves and another joins: MLX copies a buffer that is written while something else holds on to it."""
     cache = SlotKVCache(BatchKVCache.merge([_kept([1.0] * 9) for _ in range(8)]), 8, None)
     newcomer = BatchKVCache.merge([_kept([2.0] * 5)])
     cache.count()
@@ -191,8 +194,8 @@ def test_buffers_are_written_in_place() -> None:
     mx.eval(column, value, newcomer.state)
 
     def step() -> None:
-        num_rows = len(cache.starts)
-        keys, values = cache.update_and_fetch(column[:num_rows], value[:num_rows])
+        num_sequences = len(cache.starts)
+        keys, values = cache.update_and_fetch(column[:num_sequences], value[:num_sequences])
         mx.eval(keys.sum() + values.sum())
 
     step()  # into the buffers that were made here
@@ -212,18 +215,18 @@ def test_buffers_are_written_in_place() -> None:
 
 
 def test_empty_prompts() -> None:
-    """Rows of which nothing was read before their first step, alone and beside others."""
-    rows = Rows(seed=0)
-    rows.join(0, 0)
-    rows.step()
-    rows.check()
-    rows.join(0)
-    rows.step()
-    rows.check()
+    """Sequences with no token in their caches before their first step, alone and with others."""
+    slots = Slots(seed=0)
+    slots.join(0, 0)
+    slots.step()
+    slots.check()
+    slots.join(0)
+    slots.step()
+    slots.check()
 
 
-def test_layers_share_what_they_count() -> None:
-    """Where their rows are the same."""
+def test_layers_share_their_counts() -> None:
+    """If they have the same sequences."""
     one, other = (SlotKVCache(BatchKVCache.merge([_kept([1.0, 2.0]), _kept([3.0])]), 4, None) for _ in "ab")
     one.count()
     other.count(one)
@@ -235,8 +238,8 @@ def test_layers_share_what_they_count() -> None:
 
 
 def test_moves() -> None:
-    """Neighbours move together; who stays is not moved."""
-    assert _order([0, 1, 2]) == [0, 1, 2]
-    assert _order([1, 2, 4, 5]) == [4, 1, 2, 5]
+    """Neighbours move together; a sequence whose slot stays is not moved."""
+    assert filled_gaps([0, 1, 2]) == [0, 1, 2]
+    assert filled_gaps([1, 2, 4, 5]) == [4, 1, 2, 5]
     assert moves_to([0, 1, 2]) == []
     assert moves_to([6, 7, 2, 3, 8]) == [Move(0, 6, 2), Move(4, 8, 1)]

@@ -1,8 +1,8 @@
-"""Sequences of token ids with a value each, found by their common beginnings; the ones not used for longest go first.
+"""Sequences of token ids with a value each, found by their common prefixes; the least recently used are evicted.
 
-Pure. Sorted lists carry it: of all sequences, one of a query's two neighbours in their order shares the longest beginning
-with it, and lists compare at C's speed. mlx-lm's trie (0.32) walks everything below the point where two sequences part: with a
-thousand that begin with one system prompt, 70 % of a GPU worker's time.
+Pure; used by `worker.mlx.prefixes.prefix_cache`. Built on sorted lists: of all sequences, one of a query's two neighbours in their order
+shares the longest prefix with it, and lists compare at C's speed. mlx-lm's trie (0.32) walks everything below the point where two
+sequences part: with a thousand that begin with one system prompt, 70 % of a GPU worker's time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Entry(Generic[T]):
     """A sequence and what is kept for it.
 
     Attributes:
-        is_divisible: Whether the value serves a beginning of the sequence, too.
+        is_divisible: Whether the value serves shorter prefixes of the sequence, too.
     """
 
     token_ids: list[int]
@@ -50,10 +50,10 @@ class PrefixIndex(Generic[T]):
     def __init__(self, max_bytes: int, max_entries: int) -> None:
         self._max_bytes = max_bytes
         self._max_entries = max_entries
-        # Sequences in order: those whose values serve beginnings too, and those that serve as a whole.
+        # Sequences in order: those whose values serve shorter prefixes too, and those whose values do not.
         self._divisible: list[list[int]] = []
-        self._whole: list[list[int]] = []
-        # By the identity of their lists, the one used last at the end.
+        self._indivisible: list[list[int]] = []
+        # By the identity of their lists, the most recently used at the end.
         self._entries: OrderedDict[int, Entry[T]] = OrderedDict()
         self.num_bytes = 0
 
@@ -61,10 +61,10 @@ class PrefixIndex(Generic[T]):
         return len(self._entries)
 
     def nearest(self, token_ids: list[int]) -> Nearest | None:
-        """The entry that serves the longest beginning of a query; it counts as used."""
-        place = bisect.bisect_right(self._divisible, token_ids)
-        candidates = self._divisible[max(0, place - 1) : place + 1]
-        candidates += _beginnings(self._whole, token_ids)[:1]
+        """The entry that serves the longest prefix of a query; it counts as used."""
+        index = bisect.bisect_right(self._divisible, token_ids)
+        candidates = self._divisible[max(0, index - 1) : index + 1]
+        candidates += _prefixes(self._indivisible, token_ids)[:1]
         shared = [num_common(token_ids, candidate) for candidate in candidates]
         if not any(shared):
             return None
@@ -74,31 +74,31 @@ class PrefixIndex(Generic[T]):
         return Nearest(entry, num_shared)
 
     def add(self, token_ids: list[int], value: T, num_bytes: int, *, is_divisible: bool) -> None:
-        """Keep a value; entries that it serves as well are let go, and the oldest where there is too much."""
-        served = _beginnings(self._whole, token_ids)
+        """Keep a value; entries that it replaces are dropped, and the oldest are evicted if there is too much."""
+        served = _prefixes(self._indivisible, token_ids)
         if is_divisible:
-            served += _beginnings(self._divisible, token_ids)
+            served += _prefixes(self._divisible, token_ids)
         else:
-            served = [beginning for beginning in served if len(beginning) == len(token_ids)]
-        for beginning in served:
-            self._drop(self._entries[id(beginning)])
+            served = [prefix for prefix in served if len(prefix) == len(token_ids)]
+        for prefix in served:
+            self._drop(self._entries[id(prefix)])
         entry = Entry(list(token_ids), value, num_bytes, is_divisible)
         bisect.insort(self._order_of(entry), entry.token_ids)
         self._entries[id(entry.token_ids)] = entry
         self.num_bytes += num_bytes
         self.shrink_to(self._max_bytes)
         while len(self._entries) > self._max_entries:
-            self._drop_oldest()
+            self._evict_oldest()
 
     def shrink_to(self, num_bytes: int) -> None:
-        """Let go of the oldest until no more is kept."""
+        """Evict the oldest until no more is kept."""
         while self.num_bytes > max(0, num_bytes):
-            self._drop_oldest()
+            self._evict_oldest()
 
     def _order_of(self, entry: Entry[T]) -> list[list[int]]:
-        return self._divisible if entry.is_divisible else self._whole
+        return self._divisible if entry.is_divisible else self._indivisible
 
-    def _drop_oldest(self) -> None:
+    def _evict_oldest(self) -> None:
         self._drop(next(iter(self._entries.values())))
 
     def _drop(self, entry: Entry[T]) -> None:
@@ -107,24 +107,24 @@ class PrefixIndex(Generic[T]):
         self.num_bytes -= entry.num_bytes
 
 
-def _beginnings(ordered: list[list[int]], token_ids: list[int]) -> list[list[int]]:
-    """The sequences that a query begins with, the longest first."""
+def _prefixes(ordered: list[list[int]], token_ids: list[int]) -> list[list[int]]:
+    """The sequences that are prefixes of a query, the longest first."""
     found = []
-    place = bisect.bisect_right(ordered, token_ids)
-    while place:
-        before = ordered[place - 1]
+    index = bisect.bisect_right(ordered, token_ids)
+    while index:
+        before = ordered[index - 1]
         num_shared = num_common(token_ids, before)
         if num_shared == len(before):
             found.append(before)
-            place -= 1
+            index -= 1
         else:
-            # Nothing between the part in common and this one is a beginning.
-            place = bisect.bisect_right(ordered, token_ids[:num_shared], hi=place - 1)
+            # Nothing between the common part and this one is a prefix.
+            index = bisect.bisect_right(ordered, token_ids[:num_shared], hi=index - 1)
     return found
 
 
 def num_common(one: list[int], other: list[int]) -> int:
-    """Length of the common beginning."""
+    """Length of the common prefix."""
     low, high = 0, min(len(one), len(other))
     if one[:high] == other[:high]:
         return high

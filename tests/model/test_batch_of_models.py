@@ -1,0 +1,215 @@
+"""Sequences that join and leave a batch, of small random models with all kinds of caches: each has the tokens that it has alone."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.sample_utils import make_logits_processors
+
+from common.protocol import SamplingParams
+from worker.mlx.batch import Batch
+from worker.mlx.decode import BatchSequence
+from worker.mlx.kv_slots import SlotKVCache
+from worker.sampling.sampler import SequenceSampler
+
+VOCABULARY = 97
+COMMON = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
+MODELS: dict[str, dict[str, Any]] = {
+    # All layers keep everything.
+    "llama": {"num_hidden_layers": 3, "intermediate_size": 64, "rms_norm_eps": 1e-5},
+    # Three of four keep the last 16 tokens.
+    "gemma3_text": {
+        "num_hidden_layers": 4,
+        "intermediate_size": 64,
+        "head_dim": 8,
+        "sliding_window": 16,
+        "sliding_window_pattern": 4,
+    },
+    # Convolutions keep a state.
+    "lfm2": {
+        "num_hidden_layers": 4,
+        "max_position_embeddings": 512,
+        "norm_eps": 1e-5,
+        "conv_bias": False,
+        "conv_L_cache": 3,
+        "block_dim": 32,
+        "block_ff_dim": 64,
+        "block_multiple_of": 8,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": False,
+        "full_attn_idxs": [1, 3],
+    },
+}
+# Number of prompt tokens, of tokens to be generated, and the step before which the sequence comes.
+SEQUENCES = [(9, 30, 0), (4, 12, 0), (1, 6, 2), (25, 9, 3), (3, 20, 8), (40, 5, 8), (1, 3, 9), (7, 7, 20)]
+
+
+def made(kind: str) -> Any:
+    """A random model, the same each time."""
+    module: Any = import_module(f"mlx_lm.models.{kind}")
+    mx.random.seed(3)
+    model = module.Model(module.ModelArgs.from_dict({"model_type": kind, **COMMON, **MODELS[kind]}))
+    # Far from each other, so that no rounding decides which is the largest.
+    model.update(_scaled(model.parameters()))
+    mx.eval(model.parameters())
+    return model
+
+
+def _scaled(parameters: Any) -> Any:
+    from mlx.utils import tree_map
+
+    return tree_map(lambda each: 3 * mx.random.normal(each.shape) if each.ndim == 2 else each, parameters)
+
+
+def prompt(number: int, length: int = 0) -> list[int]:
+    """Any token ids."""
+    return [(11 * number + 7 * i) % VOCABULARY for i in range(length or SEQUENCES[number][0])]
+
+
+def processors(*, penalty: float) -> list[Any]:
+    """mlx-lm's, of a sequence."""
+    return make_logits_processors(repetition_penalty=penalty)
+
+
+def alone(model: Any, token_ids: list[int], num_tokens: int, penalty: float = 0.0) -> list[int]:
+    """What mlx-lm generates for a sequence by itself."""
+    generator = BatchGenerator(model)
+    made = [processors(penalty=penalty)] if penalty else None
+    generator.insert([token_ids], max_tokens=[num_tokens], logits_processors=made)
+    found: list[int] = []
+    while len(found) < num_tokens:
+        found += [response.token for response in generator.next()[1]]
+    return found
+
+
+def batch_of(model: Any, max_sequences: int) -> Batch:
+    return Batch(model, eos_token_ids=[], max_sequences=max_sequences, step_tokens=64, on_cpu=True)
+
+
+def sequence_of(name: int, token_ids: list[int], num_tokens: int, penalty: float = 0.0) -> BatchSequence:
+    made = processors(penalty=penalty) if penalty else []
+    sampler = SequenceSampler(SamplingParams(temperature=0))
+    return BatchSequence(str(name), token_ids, num_tokens, sampler, processors=made)
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def model(request: pytest.FixtureRequest) -> Any:
+    return made(request.param)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.5])
+def test_sequences_of_a_model(model: Any, penalty: float) -> None:
+    """Short and long prompts, one token among them; one sequence is removed while it decodes, another before its first token.
+
+    The second one may have a logits processor.
+    """
+    batch = batch_of(model, 8)
+    found: dict[int, list[int]] = {}
+    inserted: dict[int, BatchSequence] = {}
+    removed = {4: 5, 3: 0}  # after so many tokens
+    num_steps = 0
+    while len(inserted) < len(SEQUENCES) or len(batch):
+        for number, (_, num_tokens, step) in enumerate(SEQUENCES):
+            if step == num_steps:
+                factor = penalty if number == 1 else 0.0
+                inserted[number] = sequence_of(number, prompt(number), num_tokens, factor)
+                batch.insert(inserted[number])
+                found[number] = []
+        for token in batch.step():
+            found[int(token.job_id)].append(token.token_id)
+        for number, num_tokens in removed.items():
+            sequence = inserted.get(number)
+            is_decoding = sequence in batch.decoding.sequences
+            if sequence is not None and is_decoding and len(found[number]) == num_tokens:
+                batch.remove(sequence)
+        num_steps += 1
+    for number, tokens in found.items():
+        num_tokens = removed.get(number, SEQUENCES[number][1])
+        assert len(tokens) == num_tokens
+        factor = penalty if number == 1 else 0.0
+        assert tokens == alone(model, prompt(number), SEQUENCES[number][1], factor)[:num_tokens]
+        assert inserted[number].token_ids == prompt(number) + tokens
+    assert len({tuple(tokens) for tokens in found.values()}) == len(SEQUENCES)
+
+
+@pytest.mark.parametrize("num_steps", range(5))
+def test_removal_at_any_time(model: Any, num_steps: int) -> None:
+    """A sequence that waits, prefills in pieces or decodes can be removed; a second removal is fine, others do not notice."""
+    batch = batch_of(model, 4)
+    lengths = (9, 150, 30, 5)
+    sequences = [sequence_of(number, prompt(number, length), 8) for number, length in enumerate(lengths)]
+    found: list[int] = []
+    for number, sequence in enumerate(sequences):
+        batch.insert(sequence)
+        found += [token.token_id for token in batch.step() if token.job_id == "0"]
+        if number == 0:
+            continue
+        for _ in range(num_steps if number == 1 else 0):
+            found += [token.token_id for token in batch.step() if token.job_id == "0"]
+        batch.remove(sequence)
+        batch.remove(sequence)
+        assert len(batch) <= 1
+    while len(batch):
+        found += [token.token_id for token in batch.step()]
+    assert found == alone(model, prompt(0, 9), 8)
+
+
+def test_many_leave_at_once(model: Any) -> None:
+    """Every second sequence: more than are copied one by one."""
+    batch = batch_of(model, 32)
+    lengths = [4 if number % 2 == 0 and number < 24 else 9 for number in range(32)]
+    for number, length in enumerate(lengths):
+        batch.insert(sequence_of(number, prompt(number, 3 + number % 5), length))
+    found: dict[str, list[int]] = {str(number): [] for number in range(32)}
+    while len(batch):
+        for token in batch.step():
+            found[token.job_id].append(token.token_id)
+    for number, length in enumerate(lengths):
+        assert found[str(number)] == alone(model, prompt(number, 3 + number % 5), length)
+
+
+def test_which_layers_have_slots(model: Any) -> None:
+    """Those that keep every token; the others have mlx-lm's caches."""
+    batch = batch_of(model, 8)
+    for number in (0, 1):
+        batch.insert(sequence_of(number, prompt(number), 5))
+    while not batch.step():
+        pass
+    has_slots = [isinstance(cache, SlotKVCache) for cache in batch.decoding.caches]
+    assert has_slots == [isinstance(cache, KVCache) for cache in make_prompt_cache(model)]
+    assert any(has_slots)
+    assert batch.cache_bytes > 0
+
+
+def test_offered_caches(model: Any) -> None:
+    """A prompt's when it is prefilled and a sequence's when it is finished, cut out of the batch: each goes on as the batch did."""
+    offered: dict[int, list[tuple[list[int], Any]]] = {}
+
+    def offer(token_ids: list[int], extract: Any) -> None:
+        caches = extract()
+        mx.eval([cache.state for cache in caches])
+        offered.setdefault(token_ids[0], []).append((token_ids, caches))
+
+    batch = Batch(model, eos_token_ids=[], max_sequences=4, step_tokens=64, on_cpu=True, offer_caches=offer)
+    inserted = {number: sequence_of(number, prompt(number), 6) for number in (0, 1, 3)}
+    for sequence in inserted.values():
+        batch.insert(sequence)
+    while len(batch):
+        batch.step()
+    for number, sequence in inserted.items():
+        (prefix, caches), (all_ids, _) = offered[prompt(number)[0]]
+        assert all_ids == sequence.token_ids
+        assert prefix in (prompt(number)[:-1], prompt(number))
+        rest = sequence_of(
+            9, prompt(number) + ([] if len(prefix) < SEQUENCES[number][0] else all_ids[-6:-5]), 5
+        )
+        rest.caches, rest.num_cached = caches, len(prefix)
+        batch.insert(rest)
+        while len(batch):
+            batch.step()
+        assert rest.token_ids == all_ids[: len(rest.token_ids)]

@@ -1,0 +1,133 @@
+"""What the kinds of caches that mlx-lm's models keep can do, and what a batch does with each.
+
+Called by the batch, which treats a model's caches as a list with one cache a layer. A new kind of cache in mlx-lm is a change of
+this file alone.
+
+| mlx-lm's cache of a sequence | in a batch | newcomers | cached prefix serves |
+| --- | --- | --- | --- |
+| `KVCache`: every token | `BatchKVCache` while it prefills, then `SlotKVCache` | join between two steps | any shorter prefix |
+| `RotatingKVCache`: the last tokens | `BatchRotatingKVCache` | after a step of their own | until the window is full, any |
+| `ArraysCache`: a state (Mamba, convolutions) | `ArraysCache` | after a step of their own | exactly this prefix |
+| `CacheList`: several for a layer | `CacheList` of the above | after a step of their own | what all of them serve |
+| any other: quantized, chunked, concatenated | none: one sequence at a time | none | nothing is kept |
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
+
+from worker.mlx.backends.cuda_attention import PaddedAttention
+from worker.mlx.kv_slots import SlotKVCache
+from worker.mlx.memory import CacheCost
+
+Caches = list[Any]
+"""One a layer: of one sequence, or of all sequences of a batch."""
+
+
+def new(model: Any) -> Caches:
+    """A sequence's caches, empty."""
+    caches: Caches = make_prompt_cache(model)
+    return caches
+
+
+def can_batch(model: Any) -> bool:
+    """Whether sequences of the model can be decoded together."""
+    return _can_merge(new(model))
+
+
+def _can_merge(caches: Caches) -> bool:
+    return all(hasattr(cache, "merge") for cache in caches)
+
+
+def merged(sequences: Sequence[Caches]) -> Caches:
+    """One batch's caches of those of its sequences; a single sequence of a kind that cannot batch keeps its own.
+
+    Raises:
+        ValueError: There are several sequences of such a kind.
+    """
+    if not _can_merge(sequences[0]):
+        (own,) = sequences
+        return own
+    return [layer[0].merge(layer) for layer in zip(*sequences, strict=True)]
+
+
+def extend(caches: Caches, newcomers: Caches) -> None:
+    """Sequences join behind those that are in `caches`."""
+    for cache, other in zip(caches, newcomers, strict=True):
+        cache.extend(other)
+
+
+def split(caches: Caches, leaving: list[int], staying: list[int]) -> Caches:
+    """The caches of some sequences of a batch, in the order of their indices; those of the others stay in `caches`."""
+    taken = copy.deepcopy(caches)  # new names for the same numbers
+    for cache, other in zip(caches, taken, strict=True):
+        cache.filter(staying)
+        other.filter(leaving)
+    return taken
+
+
+def can_extract(caches: Caches) -> bool:
+    """Whether one sequence's caches can be cut out."""
+    return all(hasattr(cache, "extract") for cache in caches)
+
+
+def extract(caches: Caches, index: int) -> Caches:
+    """One sequence's caches, cut out of a batch's; not computed yet."""
+    return [cache.extract(index) for cache in caches]
+
+
+def keep_every_token(caches: Caches) -> bool:
+    """Whether all of a batch's layers do: then its sequences join others at any time, also without a token in their caches."""
+    return all(type(cache) is BatchKVCache for cache in caches)
+
+
+def with_slots(caches: Caches, max_sequences: int, attention: PaddedAttention | None) -> Caches:
+    """A batch's caches with slots in the layers that keep every token; see `worker.mlx.kv_slots`."""
+    return [
+        SlotKVCache(cache, max_sequences, attention) if type(cache) is BatchKVCache else cache
+        for cache in caches
+    ]
+
+
+def num_bytes(caches: Caches) -> int:
+    """What a batch's caches take."""
+    return sum(cache.nbytes for cache in caches)
+
+
+def states(caches: Caches) -> list[Any]:
+    """Their arrays, to be computed."""
+    return [cache.state for cache in caches]
+
+
+def measured_cost(model: Any) -> CacheCost:
+    """What a sequence's caches take, measured with one token: models differ in what their layers keep."""
+    caches = new(model)
+    model(mx.array([[0]]), cache=caches)
+    mx.eval(states(caches))
+    per_token, per_sequence, windows = 0.0, 0, []
+    for cache in _flat(caches):
+        keys = getattr(cache, "keys", None)
+        if keys is None or not hasattr(keys, "shape"):
+            per_sequence += int(getattr(cache, "nbytes", 0))
+            continue
+        each = cache.nbytes / keys.shape[2]
+        window = getattr(cache, "max_size", None)
+        if isinstance(window, int) and window > 0:
+            windows.append((each, window))
+        else:
+            per_token += each
+    return CacheCost(per_token, per_sequence, tuple(windows))
+
+
+def _flat(caches: Any) -> Caches:
+    """Caches in lists of caches (`CacheList`), one after the other."""
+    flat: Caches = []
+    for cache in caches:
+        inner = getattr(cache, "caches", None)
+        flat += _flat(inner) if inner is not None else [cache]
+    return flat

@@ -1,0 +1,122 @@
+"""What a job needs around its sequence in the batch: prompt, detokenizer, sampler, grammar, answer parser.
+
+`GenerationBuilder` makes it for `worker.mlx.engine`; its `encode` is called on another thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import invalid
+from common.protocol import ChatPrompt, GenerationJob
+from worker.loop.engine import InsertResult, ModelInfo
+from worker.mlx.decode import BatchSequence, logits_processors
+from worker.mlx.memory import expected_tokens
+from worker.mlx.scoring import PromptScoring
+from worker.sampling.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher
+from worker.sampling.sampler import SequenceSampler
+from worker.sampling.thinking import wrap_for_thinking
+from worker.text import answer_format, answer_parser, prompts
+from worker.text.detokenizer import Detokenizer, TokenBytes
+
+
+@dataclass(slots=True, eq=False)
+class Generation:
+    """One job's generation.
+
+    Attributes:
+        sequence: Its way through the batch.
+        num_prompt: Tokens of the prompt.
+        num_done: Tokens of the answer, those that other workers generated included.
+        max_tokens: Of the answer.
+        waits_for: A sequence that is prefilling the same prefix.
+        scoring: If the prompt is echoed with log-probabilities.
+        is_echoed: Whether the echo is done, or none was asked for.
+    """
+
+    job: GenerationJob
+    sequence: BatchSequence
+    detokenizer: Detokenizer
+    num_prompt: int
+    num_done: int
+    max_tokens: int
+    inserted: InsertResult
+    waits_for: BatchSequence | None = None
+    scoring: PromptScoring | None = None
+    is_echoed: bool = True
+
+    @property
+    def expected_tokens(self) -> int:
+        return expected_tokens(self.num_prompt, self.num_done, self.max_tokens)
+
+
+class GenerationBuilder:
+    """Makes what a job needs, with one model's tokenizer."""
+
+    def __init__(self, tokenizer: Any, token_bytes: TokenBytes, info: ModelInfo) -> None:
+        self._tokenizer = tokenizer
+        self._token_bytes = token_bytes
+        self._format = answer_format.detect_format(tokenizer)
+        self._context_length = info.context_length
+        self._max_prompt_chars = prompts.max_prompt_chars(tokenizer, info.context_length)
+        eos_token_ids = list(tokenizer.eos_token_ids)
+        self._grammars = GrammarCompiler(tokenizer, info.vocab_size, eos_token_ids) if eos_token_ids else None
+
+    def encode(self, job: GenerationJob) -> list[int]:
+        """The prompt's token ids.
+
+        Raises:
+            RequestError: There are none, or too many for the context; or the answer's grammar cannot be compiled.
+        """
+        # Rust's tokenizers let go of the interpreter meanwhile (tokenizers 0.23), and so does llguidance (1.9).
+        self._compiled(job)  # which is kept for `build`
+        return prompts.tokenize(
+            job, self._tokenizer, self._context_length, self._format, self._max_prompt_chars
+        )
+
+    def build(self, job: GenerationJob, prompt: list[int], replay: list[int], max_tokens: int) -> Generation:
+        """Continue a job's answer behind the tokens that other workers generated.
+
+        Raises:
+            RequestError: 400; its grammar cannot be compiled.
+        """
+        detokenizer = self._token_bytes.new_detokenizer(after_template=isinstance(job.prompt, ChatPrompt))
+        inserted = InsertResult(
+            len(prompt),
+            max_tokens,
+            replayed_texts=[detokenizer.add(token_id) for token_id in replay],
+            parser=answer_parser.make_parser(job, self._format, prompt, self._token_bytes),
+        )
+        sampler = SequenceSampler(
+            job.sampling,
+            num_sampled=len(replay),
+            matcher=self._matcher(job, inserted),
+            wants_logprobs=job.top_logprobs is not None,
+        )
+        sampler.observe(replay)
+        sequence = BatchSequence(
+            job.job_id,
+            prompt + replay,
+            max_tokens - len(replay),
+            sampler,
+            processors=logits_processors(job.sampling, sampler),
+        )
+        return Generation(job, sequence, detokenizer, len(prompt), len(replay), max_tokens, inserted)
+
+    def _compiled(self, job: GenerationJob) -> CompiledGrammar | None:
+        """What constrains the answer, if anything does."""
+        text = answer_format.answer_grammar(job, self._format)
+        if text is None:
+            return None
+        param = "response_format" if job.tool_use is None else "tools"
+        if self._grammars is None:
+            raise invalid("This model has no end-of-text token, without which no answer has a form.", param)
+        return self._grammars.compile(text, param)
+
+    def _matcher(self, job: GenerationJob, inserted: InsertResult) -> Any:
+        compiled = self._compiled(job)
+        if compiled is None:
+            return None
+        is_thinking = inserted.parser is not None and inserted.parser.is_reasoning
+        return wrap_for_thinking(GrammarMatcher(compiled), self._tokenizer, is_thinking=is_thinking)

@@ -1,0 +1,1 @@
+"""Cached prefixes: prompts that share a beginning with an earlier one prefill only the rest."""
