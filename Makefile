@@ -49,7 +49,7 @@ up: install ## run Redis, the API and a worker until Ctrl-C
 # Two processes, whole files each: the tests of a file share servers, and more than one model a core would only wait.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test: install ## run the tests without the heavy ones, or some of them: make test ARGS=tests/unit
+test: install ## run all tests but the heavy ones, or some of them: make test ARGS=tests/unit
 	@$(PYTEST) -m "not heavy" $(ARGS)
 
 test-all: install ## run every test; only what make test leaves out: make test-all ARGS="-m heavy"
@@ -58,7 +58,7 @@ test-all: install ## run every test; only what make test leaves out: make test-a
 test-clients: install ## run unmodified clients of many kinds, which it installs into the cache folder
 	@$(BIN)/python -m pytest tests/clients $(ARGS)
 
-conformance: install ## judge any OpenAI-compatible server: URL=... MODEL=... [KEY=...] [ONLY=stream]
+conformance: install ## check any OpenAI-compatible server: URL=... MODEL=... [KEY=...] [ONLY=stream]
 	@$(BIN)/python -m tests.conformance --url "$(URL)" --model "$(or $(MODEL),demo)" --key "$(KEY)" --only "$(ONLY)" $(ARGS)
 
 check: install ## lint, format, types, import rules, what we rely on in other libraries

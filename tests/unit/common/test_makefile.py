@@ -38,3 +38,26 @@ def test_the_build_that_is_there_stays(tmp_path: Path) -> None:
     done = _make(tmp_path, "-n", "install", "-o", "pyproject.toml", "-o", "constraints.txt")
     assert done.returncode == 0, done.stderr
     assert "venv" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("target", "selection"), [("test", ' -m "not heavy" '), ("test-all", " --no-loadscope-reorder ")]
+)
+def test_the_two_sets_of_tests(tmp_path: Path, target: str, selection: str) -> None:
+    """`make test` leaves out the heavy tests and `make test-all` does not; both end with ARGS, so that `-m` there wins."""
+    stamp = tmp_path / ".venv" / ".installed-cpu"
+    stamp.parent.mkdir()
+    stamp.touch()
+    done = _make(tmp_path, "-n", target, "-o", "pyproject.toml", "-o", "constraints.txt", "ARGS=-m heavy")
+    assert done.returncode == 0, done.stderr
+    [command] = [line for line in done.stdout.splitlines() if "pytest" in line]
+    assert command.endswith(f"{selection}-m heavy")
+
+
+def test_ci_runs_both_sets() -> None:
+    """`.ci/run` reads nothing and ends with pytest's closing line: the checks, the tests, then what `make test` left out."""
+    script = (MAKEFILE.parent / ".ci" / "run").read_text()
+    assert "exec </dev/null" in script
+    lines = [line for line in script.splitlines() if line.startswith("make ")]
+    assert lines == ["make check", "make test", 'make test-all ARGS="-m heavy"']
+    assert script.rstrip().endswith(lines[-1])
