@@ -26,8 +26,8 @@ STAMP := $(VENV)/.installed-$(MLX)
 .DEFAULT_GOAL := help
 .PHONY: help install up test test-all test-clients conformance check format
 
-help: ## say what there is
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 22
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo "Settings are make variables: make up MODEL=\"demo /path/to/model\" PORT=8080 WORKERS=2"
 	@echo "On Linux with an NVIDIA GPU, once: make install MLX=cuda12 (or cuda13)"

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import redis
 
@@ -180,7 +181,7 @@ def test_killed_piece_by_piece(up: Up) -> None:
     (curl,) = [line.strip() for line in up.lines if line.lstrip().startswith("curl -N")]
     with redis.Redis(port=6399) as client:
         os.kill(int(client.info("server")["process_id"]), signal.SIGKILL)
-    up.wait_for("redis_server ended with status 3; it is started again")
+    up.wait_for("redis_server exited with status 3; it is restarted")
     deadline = time.monotonic() + 30
     while "Paris" not in (answer := _run(curl).stdout):
         assert time.monotonic() < deadline, answer
@@ -192,6 +193,20 @@ def test_killed_piece_by_piece(up: Up) -> None:
     while up.children() or _is_listening(6399) or _is_listening(up.port):
         assert time.monotonic() < deadline, up.children()
         time.sleep(0.1)
+
+
+def test_a_supervisor_is_killed(up: Up) -> None:
+    """No worker goes on without its supervisor: it is terminated, and the pool ends as when any of its processes is gone."""
+    up.wait_for("Stop it:")
+    supervisors = [psutil.Process(pid) for pid in up.children()]
+    [supervisor] = [each for each in supervisors if each.cmdline()[-2:] == ["-m", "worker"]]
+    [worker] = [each for each in supervisor.children() if each.cmdline()[-2:] == ["-m", "worker"]]
+    supervisor.kill()
+    psutil.wait_procs([worker], timeout=20)
+    assert not worker.is_running()
+    assert up.ended(30) != 0
+    assert up.children() == []
+    assert not _is_listening(6399)
 
 
 def test_make_is_killed(up: Up) -> None:

@@ -1,7 +1,9 @@
-"""The Makefile: what it refuses before it touches anything."""
+"""The Makefile: its help, and what it refuses before it changes anything."""
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,15 +12,35 @@ import pytest
 MAKEFILE = Path(__file__).parents[3] / "Makefile"
 
 
-def _make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`make` with our Makefile, in a folder that is not ours."""
-    command = ["make", "-f", str(MAKEFILE), *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=30, check=False)
+def _make(folder: Path, *arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `make` with our Makefile in another folder, with another PATH if one is given."""
+    make = shutil.which("make")
+    assert make is not None
+    command = [make, "-f", str(MAKEFILE), *arguments]
+    env = None if path is None else {"PATH": str(path)}
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=30, check=False, env=env
+    )
+
+
+@pytest.mark.parametrize("awk", ["awk", "original-awk", "mawk", "gawk"])
+def test_help_lists_every_target(tmp_path: Path, awk: str) -> None:
+    """Each phony target has a line, with any awk (original-awk is that of a Mac) and no other tool: sed and expand differ there."""
+    found = shutil.which(awk)
+    if found is None:
+        pytest.skip(f"{awk} is not installed")
+    (tmp_path / "awk").symlink_to(found)
+    (tmp_path / "echo").symlink_to("/bin/echo")
+    done = _make(tmp_path, "help", path=tmp_path)
+    assert done.returncode == 0
+    assert not done.stderr
+    [targets] = re.findall(r"^\.PHONY: (.+)$", MAKEFILE.read_text(), re.MULTILINE)
+    assert re.findall(r"^  make (\S+) +\S", done.stdout, re.MULTILINE) == targets.split()
 
 
 @pytest.mark.parametrize("build", ["cuda", "cpu cuda12", ""])
-def test_a_build_of_mlx_that_there_is_not(tmp_path: Path, build: str) -> None:
-    """It is one sentence with those that there are, and the environment that is there stays as it is."""
+def test_unknown_build_of_mlx_is_refused(tmp_path: Path, build: str) -> None:
+    """One sentence lists the builds, and the installed environment is left as it is."""
     stamp = tmp_path / ".venv" / ".installed-cpu"
     stamp.parent.mkdir()
     stamp.touch()
@@ -29,8 +51,8 @@ def test_a_build_of_mlx_that_there_is_not(tmp_path: Path, build: str) -> None:
     assert list(tmp_path.rglob("*")) == [stamp.parent, stamp]
 
 
-def test_the_build_that_is_there_stays(tmp_path: Path) -> None:
-    """Without MLX=... the build that is installed counts; what an unknown build has left behind does not."""
+def test_installed_build_of_mlx_is_kept(tmp_path: Path) -> None:
+    """Without MLX=..., the installed build is used; stamps of unknown builds are ignored."""
     stamps = [tmp_path / ".venv" / f".installed-{build}" for build in ("cuda", "cuda13")]
     stamps[0].parent.mkdir()
     for stamp in stamps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from common.pool import supervise
@@ -41,7 +43,7 @@ def test_it_is_started_again_until_it_ends_well(tmp_path: Path) -> None:
     said: list[str] = []
     assert Supervisor(counting(tmp_path, 3, -9, 1, 0), said.append).run() == 0
     assert (tmp_path / "runs").read_text() == "xxxx"
-    assert ["ended with status 3" in said[0], "killed by signal 9" in said[1], "status 1" in said[2]] == [
+    assert ["exited with status 3" in said[0], "killed by signal 9" in said[1], "status 1" in said[2]] == [
         True
     ] * 3
 
@@ -87,17 +89,52 @@ def test_a_command_for_nobody_ends() -> None:
         assert process.poll() is None
         parent.kill()
         parent.wait()
-    assert "was killed: sleep 60 ends, too" in process.communicate(timeout=10)[1]
+    assert "was killed: sleep 60 is terminated" in process.communicate(timeout=10)[1]
     assert process.returncode == 128 + signal.SIGTERM
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
 
 
-def _child_of(process: subprocess.Popen[Any]) -> int:
+def test_a_killed_supervisor_leaves_no_command_behind() -> None:
+    """Its command is terminated within moments, and so is the guard that did it."""
+    process = subprocess.Popen([sys.executable, "-m", "common.pool.supervise", "sleep", "60"], cwd=ROOT)
+    child, guard = _child_of(process), _child_of(process, "sh")
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while _is_running(child) or _is_running(guard):
+        assert time.monotonic() < deadline, "the command goes on without a supervisor"
+        time.sleep(0.05)
+
+
+def test_a_guard_ends_with_its_command() -> None:
+    """A command that has ended leaves no guard behind: the next process with its id is safe."""
+    process = subprocess.Popen(["sleep", "60"])
+    with supervise._guarded(process.pid):
+        guard = _child_of_this_process("sh")
+        process.kill()
+        process.wait()
+    assert not _is_running(guard)
+
+
+def _is_running(process_id: int) -> bool:
+    """Whether a process exists that is not a zombie."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(process_id).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _child_of_this_process(name: str) -> int:
+    return next(child.pid for child in psutil.Process().children() if child.name() == name)
+
+
+def _child_of(process: subprocess.Popen[Any], name: str = "sleep") -> int:
     """The id of a supervisor's command, once that runs."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
-        found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False)
+        found = subprocess.run(
+            ["pgrep", "-x", "-P", str(process.pid), name], capture_output=True, text=True, check=False
+        )
         if found.stdout.strip():
             return int(found.stdout)
         time.sleep(0.05)
