@@ -137,7 +137,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         float, _about("other workers take over the jobs of a worker that is silent this long", ge=0.5)
     ] = 3.0
     stall_seconds: Annotated[
-        float, _about("a worker whose step takes this long exits; others take over", ge=1)
+        float, _about("a worker exits if one step or prompt takes this long; others take over", ge=1)
     ] = 60.0
     max_takeovers: Annotated[int, _about("how often a job is taken over after its worker died", ge=0)] = 3
     orphan_seconds: Annotated[

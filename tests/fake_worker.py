@@ -33,7 +33,7 @@ from common.protocol import (
 from common.rq import JsonJob, JsonQueue
 
 Script = Callable[[GenerationJob], Iterator[Event | float]]
-"""A job to its events, and to seconds of waiting between them."""
+"""Yields a job's events, and seconds to wait between them."""
 
 WORDS = ["Hello", " there", ",", " caf", "é", "!"]
 PROMPT_TOKENS = 7
@@ -60,8 +60,8 @@ class FakeWorker:
     """See the module.
 
     Attributes:
-        jobs: What was taken, in order.
-        cancelled: When which job was cancelled, in seconds of the monotonic clock.
+        jobs: Jobs that were taken, in order.
+        cancelled: Monotonic seconds of each job's cancellation, by job id.
     """
 
     def __init__(
@@ -89,10 +89,10 @@ class FakeWorker:
             free_slots=8,
             quantization="none",
         )
-        self._over = threading.Event()
+        self._is_over = threading.Event()
         self._runs: list[threading.Thread] = []
         loops = (self._beat, self._take, self._listen)
-        self._threads = [threading.Thread(target=self._through_outages, args=(loop,)) for loop in loops]
+        self._threads = [threading.Thread(target=self._survive_outages, args=(loop,)) for loop in loops]
 
     def __enter__(self) -> Self:
         self.show_card()
@@ -101,7 +101,7 @@ class FakeWorker:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self._over.set()
+        self._is_over.set()
         for thread in [*self._threads, *self._runs]:
             thread.join()
         self._redis.delete(names.worker_card(self._card.worker))
@@ -127,19 +127,19 @@ class FakeWorker:
             return 0
         return int(self._redis.publish(job.channel, encode([(job.job_id, event)])))
 
-    def _through_outages(self, loop: Callable[[], None]) -> None:
-        while not self._over.is_set():
+    def _survive_outages(self, loop: Callable[[], None]) -> None:
+        while not self._is_over.is_set():
             try:
                 loop()
             except redis.ConnectionError:
-                self._over.wait(0.1)
+                self._is_over.wait(0.1)
 
     def _beat(self) -> None:
-        while not self._over.wait(0.5):
+        while not self._is_over.wait(0.5):
             self.show_card()
 
     def _take(self) -> None:
-        while not self._over.is_set():
+        while not self._is_over.is_set():
             taken = self._redis.blpop([self._queue.key], timeout=0.2)
             if taken is None:
                 continue
@@ -158,7 +158,7 @@ class FakeWorker:
     def _run(self, job: GenerationJob) -> None:
         status = "started"
         for step in self.script(job):
-            if job.job_id in self.cancelled or self._over.is_set():
+            if job.job_id in self.cancelled or self._is_over.is_set():
                 return
             if isinstance(step, float | int):
                 self._wait(job, step)
@@ -170,13 +170,13 @@ class FakeWorker:
 
     def _wait(self, job: GenerationJob, seconds: float) -> None:
         until = time.monotonic() + seconds
-        while time.monotonic() < until and not self._over.is_set() and job.job_id not in self.cancelled:
+        while time.monotonic() < until and not self._is_over.is_set() and job.job_id not in self.cancelled:
             time.sleep(min(0.01, max(0.0, until - time.monotonic())))
 
     def _listen(self) -> None:
         with self._redis.pubsub(ignore_subscribe_messages=True) as pubsub:
             pubsub.subscribe(names.control_channel(self.model))
-            while not self._over.is_set():
+            while not self._is_over.is_set():
                 message = pubsub.get_message(timeout=0.1)
                 if message is not None and message["type"] == "message":
                     control: Cancel = decode_control(message["data"])

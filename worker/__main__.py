@@ -1,4 +1,4 @@
-"""`python -m worker`: one worker process. Reads the settings, checks what can be checked, and serves one model."""
+"""`python -m worker`: one worker process. Reads the settings, checks Redis, and serves one model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _NAME_HELP = "model id for clients (default: made from the model's path)"
 
 
 class WorkerFlags:
-    """The command line of a worker: every setting of a worker is a flag; a command may add its own to `parser`."""
+    """The command line of a worker. Each setting of a worker is a flag; a command may add flags of its own to `parser`."""
 
     def __init__(self, prog: str, description: str) -> None:
         self.parser = argparse.ArgumentParser(prog=prog, description=description)
@@ -52,10 +52,10 @@ class WorkerFlags:
         self.arguments = argparse.Namespace()
 
     def parse(self, argv: list[str] | None) -> Settings:
-        """Read the command line over the environment.
+        """Parse the command line; flags take precedence over the environment.
 
         Raises:
-            StartupError: A setting is wrong.
+            StartupError: A setting is invalid.
         """
         self.arguments = self.parser.parse_args(argv)
         return from_arguments(self.arguments)
@@ -67,9 +67,9 @@ _SWITCH_SECONDS = 0.0005
 
 
 def run(flags: WorkerFlags, make_engine: Callable[[Settings], Engine], argv: list[str] | None = None) -> int:
-    """Run a worker with the engine that `make_engine` makes on the generation thread; the exit status."""
-    # The generation thread comes back from the device many times a step and then waits for whoever holds the interpreter:
-    # for 5 ms, by default. On an H200, 64 streams of 256 tokens: 8,100 tokens a second with that, 10,350 with this.
+    """Run a worker with the engine that `make_engine` makes on the generation thread; returns the exit status."""
+    # The generation thread returns from the device many times per step and then waits for the interpreter lock, which another
+    # thread may hold for 5 ms by default. On an H200, 64 streams of 256 tokens: 8,100 tokens/s with that, 10,350 with this.
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:
         settings = flags.parse(argv)
@@ -97,7 +97,7 @@ def _load_engine(settings: Settings) -> Engine:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m worker`; the exit status."""
+    """`python -m worker`; returns the exit status."""
     return run(
         WorkerFlags("python -m worker", "One worker process: one model, many requests at once."),
         _load_engine,
@@ -109,6 +109,6 @@ if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: when Python takes itself down, MLX's threads (0.32, CPU) abort the process now and then, and its status is
-    # a signal's, so that it is started again where nothing but another setting would help.
+    # Not sys.exit: at interpreter shutdown MLX's threads (0.32, CPU) occasionally abort the process. Its status is then a
+    # signal's, so a supervisor restarts it even if only another setting would help.
     os._exit(status)

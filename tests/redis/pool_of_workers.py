@@ -1,4 +1,4 @@
-"""Real worker processes with the synthetic engine, and a client that speaks to them through Redis as the API does."""
+"""Real worker processes with the synthetic engine, and a client that uses them through Redis as the API does."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ LEASE_SECONDS = 1.0
 
 
 def wait_until(is_true: Callable[[], Any], seconds: float = 15.0) -> Any:
-    """What `is_true` gives, once it gives something; fails when that takes too long."""
+    """Wait until `is_true` returns something true, and return it; fails after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (value := is_true()):
-        assert time.monotonic() < deadline, f"it never came to that: {is_true}"
+        assert time.monotonic() < deadline, f"still false after {seconds} s: {is_true}"
         time.sleep(0.02)
     return value
 
@@ -67,7 +67,7 @@ class Worker:
         self.process.send_signal(signum)
 
     def end(self) -> int:
-        """SIGTERM, and the exit status."""
+        """Send SIGTERM; returns the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGCONT)
             self.process.terminate()
@@ -79,7 +79,7 @@ class Worker:
 
 
 class Workers:
-    """Workers on one Redis, and their client.
+    """Workers on one Redis, and a client.
 
     Attributes:
         client: Connected to the Redis.
@@ -112,7 +112,7 @@ class Workers:
         self.client.close()
 
     def start(self, model: str = "m", steps_per_second: float = 50, *options: str, **settings: Any) -> Worker:
-        """Start a worker and wait until it shows its card."""
+        """Start a worker and wait for its model card."""
         before = len(self.cards())
         worker = Worker(self.url, model, steps_per_second, *options, **settings)
         self._workers.append(worker)
@@ -121,7 +121,7 @@ class Workers:
         return worker
 
     def cards(self) -> list[dict[bytes, bytes]]:
-        """Of live workers."""
+        """The model cards of live workers."""
         listed: Any = self.client.zrange(names.WORKER_CARDS, 0, -1)
         cards: list[Any] = [self.client.hgetall(names.worker_card(name.decode())) for name in listed]
         return [card for card in cards if card]
@@ -132,7 +132,7 @@ class Workers:
     def submit(
         self, model: str = "m", max_tokens: int = 20, retries: int = 3, text: str = "x", **job: Any
     ) -> str:
-        """Enqueue a request as the API does; its job id."""
+        """Enqueue a request as the API does; returns its job id."""
         job_id = secrets.token_hex(12)
         request = GenerationJob(
             job_id=job_id,
@@ -162,7 +162,7 @@ class Workers:
         return job_id
 
     def cancel(self, job_id: str, model: str = "m") -> None:
-        """As the API does when a client leaves."""
+        """Cancel a job as the API does when its client leaves."""
         with self.client.pipeline() as pipe:
             pipe.lrem(JsonQueue(model, connection=self.client).key, 1, job_id)
             pipe.set(names.cancelled(job_id), 1, ex=names.CANCEL_MARK_SECONDS)
@@ -170,24 +170,24 @@ class Workers:
             pipe.execute()
 
     def listen(self) -> None:
-        """Take what was published since."""
+        """Receive what was published since the last call."""
         while (message := self._pubsub.get_message(timeout=0)) is not None:
             for job_id, event in decode_step(message["data"]):
                 if job_id in self.events:
                     self.events[job_id].append(event)
 
     def has_token(self, *job_ids: str, n: int = 1) -> bool:
-        """Whether each job's n-th token was heard."""
+        """Whether each job's n-th token was received."""
         self.listen()
         return all(any(isinstance(e, Delta) and e.n >= n for e in self.events[j]) for j in job_ids)
 
     def has_ended(self, *job_ids: str) -> bool:
-        """Whether each job's terminal event was heard."""
+        """Whether each job's terminal event was received."""
         self.listen()
         return all(any(isinstance(e, Finished | Failed) for e in self.events[j]) for j in job_ids)
 
     def text(self, job_id: str) -> str:
-        """All that was heard of a job, each n once."""
+        """The text received of a job, each n once."""
         by_n = {event.n: event.text for event in self.events[job_id] if isinstance(event, Delta)}
         return "".join(by_n[n] for n in sorted(by_n))
 
@@ -204,5 +204,5 @@ class Workers:
 
 
 def exact(num_tokens: int) -> str:
-    """The synthetic text of so many tokens."""
+    """The synthetic engine's text of `num_tokens` tokens."""
     return "".join(f" {k}" for k in range(1, num_tokens + 1))

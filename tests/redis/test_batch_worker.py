@@ -1,4 +1,4 @@
-"""Worker processes on a real Redis and Valkey, seen as operators, clients and misfortune see them."""
+"""Worker processes with the synthetic engine on a real Redis and Valkey: RQ's tools and commands, ends of jobs, takeover, bad data."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ RQ = str(Path(sys.executable).with_name("rq"))
 
 @pytest.fixture
 def workers(redis_url: str) -> Iterator[Workers]:
-    with Workers(redis_url) as running:
-        yield running
+    with Workers(redis_url) as pool:
+        yield pool
 
 
 def rq(workers: Workers, *arguments: str) -> str:
-    """What RQ's own command line prints."""
+    """The output of RQ's own command line."""
     command = [RQ, *arguments, "--url", workers.url]
     return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
 
 
 def test_rq_info_tells_the_truth(workers: Workers) -> None:
-    """Stock `rq info` shows several executions at once, who works and who is idle, and what has finished."""
+    """RQ's own `rq info` shows concurrent executions, busy and idle workers, and finished jobs."""
     workers.start(steps_per_second=100)
     jobs = [workers.submit(max_tokens=300) for _ in range(5)]
     wait_until(lambda: workers.has_token(*jobs))
@@ -59,27 +59,27 @@ def test_rq_info_tells_the_truth(workers: Workers) -> None:
 
 
 def test_rq_info_before_the_first_request(workers: Workers) -> None:
-    """Stock `rq info` shows each model's queue and all workers from the start, and again when Redis has lost everything."""
+    """RQ's own `rq info` shows each model's queue and all workers from the start, and again after Redis has lost its data."""
     for model in ("m", "m", "other"):
         workers.start(model)
 
-    def is_whole() -> bool:
+    def is_complete() -> bool:
         raw = rq(workers, "info", "--raw")
         queues = re.findall(r"^queue (\S+) 0, ", raw, re.MULTILINE)
         return sorted(queues) == ["m", "other"] and len(re.findall(r"^worker ", raw, re.MULTILINE)) == 3
 
-    assert is_whole()
+    assert is_complete()
     workers.client.flushall()
-    wait_until(is_whole)
+    wait_until(is_complete)
 
 
 def test_suspend_and_resume(workers: Workers) -> None:
-    """While suspended, running jobs go on and waiting ones wait; the worker shows as suspended."""
+    """While suspended, running jobs continue and queued ones wait; the worker is shown as suspended."""
     workers.start()
     running = workers.submit(max_tokens=60)
     wait_until(lambda: workers.has_token(running))
     rq(workers, "suspend")
-    time.sleep(LEASE_SECONDS)  # a heartbeat learns it
+    time.sleep(LEASE_SECONDS)  # until a heartbeat has read it
     waiting = workers.submit()
     wait_until(lambda: workers.has_ended(running))
     wait_until(lambda: " suspended " in rq(workers, "info", "--raw"))
@@ -90,7 +90,7 @@ def test_suspend_and_resume(workers: Workers) -> None:
 
 
 def test_stop_job_stops_one_of_several(workers: Workers) -> None:
-    """RQ's stop-job and stop-execution commands end their job, whose client is told; the others go on."""
+    """RQ's stop-job and stop-execution commands end their job with an error for its client; other jobs continue."""
     workers.start()
     jobs = [workers.submit(max_tokens=100) for _ in range(3)]
     wait_until(lambda: workers.has_token(*jobs))
@@ -108,7 +108,7 @@ def test_stop_job_stops_one_of_several(workers: Workers) -> None:
 
 
 def test_kill_horse_and_shutdown(workers: Workers) -> None:
-    """There is no child process to kill, so kill-horse stops what runs; the shutdown command drains and ends."""
+    """There is no child process to kill, so kill-horse stops the running jobs; the shutdown command drains and ends the worker."""
     worker = workers.start()
     job = workers.submit(max_tokens=500)
     wait_until(lambda: workers.has_token(job))
@@ -121,7 +121,7 @@ def test_kill_horse_and_shutdown(workers: Workers) -> None:
 
 
 def test_requeue_of_a_stopped_job(workers: Workers) -> None:
-    """`rq requeue` of a job whose answer has ended changes nothing of it: its books are written again, no token twice."""
+    """`rq requeue` of a job that has ended repeats RQ's bookkeeping and leaves the journal unchanged."""
     workers.start()
     job = workers.submit(max_tokens=100)
     wait_until(lambda: workers.has_token(job))
@@ -135,10 +135,10 @@ def test_requeue_of_a_stopped_job(workers: Workers) -> None:
 
 
 def test_two_workers_share_a_burst(workers: Workers) -> None:
-    """A burst does not all go to the worker that looks first, though it has room for all of it."""
+    """A burst is shared by two workers, though each has room for all of it."""
     workers.start()
     workers.start()
-    time.sleep(LEASE_SECONDS)  # a heartbeat tells each of the other
+    time.sleep(LEASE_SECONDS)  # until heartbeats have counted both
     jobs = [workers.submit(max_tokens=100) for _ in range(16)]
     wait_until(lambda: workers.has_token(*jobs))
     wait_until(lambda: sum(workers.free_slots()) == 48)
@@ -148,7 +148,7 @@ def test_two_workers_share_a_burst(workers: Workers) -> None:
 
 
 def test_each_model_has_its_queue(workers: Workers) -> None:
-    """A request goes to a worker of its model only."""
+    """A request is served by a worker of its model only."""
     workers.start("org/one")
     workers.start("two")
     one, two = workers.submit("org/one"), workers.submit("two")
@@ -159,14 +159,14 @@ def test_each_model_has_its_queue(workers: Workers) -> None:
 
 
 def test_cancel(workers: Workers) -> None:
-    """A client that leaves: a running job stops and frees its slot, a waiting one is gone, one being taken too."""
+    """When its client leaves, a running job stops and frees its slot; a queued job, and one that is being taken, are deleted."""
     workers.start(max_batch=1)
     running, waiting, marked = (workers.submit(max_tokens=5000) for _ in range(3))
     wait_until(lambda: workers.has_token(running))
     workers.cancel(waiting)
     workers.client.set(
         f"mlxpool:cancel:{marked}", 1, ex=60
-    )  # it is just being taken: out of the queue, not running
+    )  # as if it were just being taken: no longer queued, not running
     workers.cancel(running)
     wait_until(lambda: workers.has_ended(running), seconds=2)
     terminal = workers.terminal(running)
@@ -179,7 +179,7 @@ def test_cancel(workers: Workers) -> None:
 
 
 def test_killed_worker(workers: Workers) -> None:
-    """kill -9: another worker goes on with the next token; each n is written once, the text is exact."""
+    """kill -9: another worker continues with the next token; each n is written once, the text is exact."""
     victim = workers.start(max_batch=8)
     jobs = [workers.submit(max_tokens=150) for _ in range(8)]
     wait_until(lambda: workers.has_token(*jobs, n=10))
@@ -192,24 +192,24 @@ def test_killed_worker(workers: Workers) -> None:
 
 
 def test_sleeping_worker(workers: Workers) -> None:
-    """SIGSTOP past the lease, then SIGCONT: it writes nothing into what others took over, and gives up its rows."""
+    """SIGSTOP past the lease, then SIGCONT: the worker writes nothing to jobs that were taken over, and drops its sequences."""
     sleeper = workers.start(max_batch=4)
     jobs = [workers.submit(max_tokens=200) for _ in range(4)]
     wait_until(lambda: workers.has_token(*jobs, n=10))
     workers.start(max_batch=4)
     sleeper.send(signal.SIGSTOP)
-    heard = [len(workers.events[job]) for job in jobs]
-    wait_until(lambda: workers.has_token(*jobs, n=max(heard) + 20), seconds=20)
+    num_events = [len(workers.events[job]) for job in jobs]
+    wait_until(lambda: workers.has_token(*jobs, n=max(num_events) + 20), seconds=20)
     sleeper.send(signal.SIGCONT)
     wait_until(lambda: workers.has_ended(*jobs), seconds=30)
     assert {len(workers.journal(job)) for job in jobs} == {201}
     numbers = [[event.n for event in workers.events[job] if event.n] for job in jobs]
-    assert numbers == [list(range(1, 202))] * 4  # not one was published twice
+    assert numbers == [list(range(1, 202))] * 4  # none was published twice
     wait_until(lambda: workers.free_slots() == [4, 4])
 
 
-def test_drain_and_hand_over(workers: Workers) -> None:
-    """SIGTERM: what ends in time ends here, the rest is handed to another worker at once, and the process ends with 0."""
+def test_drain_and_requeue(workers: Workers) -> None:
+    """SIGTERM: jobs that end in time end here, the rest is requeued for another worker, and the process exits with 0."""
     leaving = workers.start(drain_seconds=1)
     short, long = workers.submit(max_tokens=30), workers.submit(max_tokens=200)
     wait_until(lambda: workers.has_token(short, long))
@@ -222,11 +222,11 @@ def test_drain_and_hand_over(workers: Workers) -> None:
     wait_until(lambda: workers.status(long) == "finished")
     assert JsonJob.fetch(short, connection=workers.client).worker_name == name
     assert JsonJob.fetch(long, connection=workers.client).worker_name != name
-    assert JsonJob.fetch(long, connection=workers.client).retries_left == 3  # nobody died
+    assert JsonJob.fetch(long, connection=workers.client).retries_left == 3  # no crash is counted
 
 
-def test_second_sigterm_hurries(workers: Workers) -> None:
-    """A worker with a minute to drain hands over at once when it is asked again; the job waits in front of the queue."""
+def test_second_sigterm_requeues_at_once(workers: Workers) -> None:
+    """A second SIGTERM ends a drain of a minute at once; the job is back in front of the queue."""
     leaving = workers.start(drain_seconds=60)
     job = workers.submit(max_tokens=5000)
     wait_until(lambda: workers.has_token(job))
@@ -237,8 +237,8 @@ def test_second_sigterm_hurries(workers: Workers) -> None:
     assert JsonQueue("m", connection=workers.client).job_ids == [job]
 
 
-def test_taken_and_never_begun(workers: Workers) -> None:
-    """A worker that died between taking and registering: the job is put back in front and runs."""
+def test_taken_and_never_registered(workers: Workers) -> None:
+    """A worker died between taking a job and registering it: the job is put back in front of the queue, and runs."""
     job = workers.submit()
     queue = JsonQueue("m", connection=workers.client)
     workers.client.lmove(queue.key, queue.intermediate_queue_key)
@@ -247,8 +247,8 @@ def test_taken_and_never_begun(workers: Workers) -> None:
     assert workers.text(job) == exact(20)
 
 
-def test_no_tries_left(workers: Workers) -> None:
-    """A job whose worker died and that may not move on fails in RQ's books, and its client is told."""
+def test_no_retries_left(workers: Workers) -> None:
+    """A job without retries fails in RQ when its worker dies, and its client gets an error."""
     victim = workers.start()
     job = workers.submit(max_tokens=5000, retries=0)
     wait_until(lambda: workers.has_token(job))
@@ -262,8 +262,8 @@ def test_no_tries_left(workers: Workers) -> None:
     wait_until(lambda: workers.status(job) == "failed")
 
 
-def test_strangers_hurt_nobody(workers: Workers) -> None:
-    """A pickled job, a job of another shape and an id without a job fail or vanish; the next request is served."""
+def test_foreign_jobs_fail_alone(workers: Workers) -> None:
+    """A pickled job, a job with other arguments and an id without a job fail or are dropped; the next request is served."""
     stock = Queue("m", connection=workers.client)
     pickled = stock.enqueue(os.getcwd)
     shaped = JsonQueue("m", connection=workers.client).enqueue("os.getcwd")
@@ -271,13 +271,13 @@ def test_strangers_hurt_nobody(workers: Workers) -> None:
     workers.start()
     job = workers.submit()
     wait_until(lambda: workers.has_ended(job))
-    for stranger in (pickled, shaped):
-        wait_until(lambda each=stranger: workers.client.hget(each.key, "status") == b"failed")
+    for foreign in (pickled, shaped):
+        wait_until(lambda each=foreign: workers.client.hget(each.key, "status") == b"failed")
     wait_until(lambda: workers.free_slots() == [32])
 
 
-def test_a_deleted_job(workers: Workers) -> None:
-    """Somebody deletes a job while it runs: the worker survives, and its slot is free in the end."""
+def test_deleted_job(workers: Workers) -> None:
+    """A job is deleted while it runs: the worker survives, and its slot becomes free."""
     workers.start()
     job, other = workers.submit(max_tokens=50), workers.submit(max_tokens=100)
     wait_until(lambda: workers.has_token(job, other))
@@ -288,21 +288,21 @@ def test_a_deleted_job(workers: Workers) -> None:
 
 
 def test_garbage_on_the_channels(workers: Workers) -> None:
-    """What is no command does not make a worker deaf to the next one."""
+    """A message that is not a command does not keep a worker from receiving the next one."""
     workers.start()
     name = workers.cards()[0][b"worker"].decode()
     for channel in (f"rq:pubsub:{name}", "mlxpool:control:m"):
         workers.client.publish(channel, b"\xff not json")
         workers.client.publish(channel, b'{"command": 5}')
-    time.sleep(2.5)  # a pause for each
+    time.sleep(2.5)  # the worker pauses after each
     job = workers.submit(max_tokens=5000)
     wait_until(lambda: workers.has_token(job))
     workers.cancel(job)
     wait_until(lambda: workers.has_ended(job), seconds=3)
 
 
-def test_an_api_process_that_died(workers: Workers) -> None:
-    """Jobs that nobody listens to are cancelled after the grace period."""
+def test_orphaned_jobs_are_cancelled(workers: Workers) -> None:
+    """Jobs of an API process that no longer subscribes are cancelled after the grace period."""
     workers.start(orphan_seconds=1)
     job = workers.submit(max_tokens=5000)
     wait_until(lambda: workers.has_token(job))
@@ -312,8 +312,8 @@ def test_an_api_process_that_died(workers: Workers) -> None:
     wait_until(lambda: workers.free_slots() == [31])
 
 
-def test_everything_has_an_end(workers: Workers) -> None:
-    """After a finished, a cancelled and a failed job, all that is left of them expires by itself, and soon."""
+def test_every_key_expires(workers: Workers) -> None:
+    """Every key that finished and cancelled jobs leave behind has a time to live of an hour at most."""
     workers.start()
     done = workers.submit()
     wait_until(lambda: workers.has_ended(done))
@@ -329,8 +329,8 @@ def test_everything_has_an_end(workers: Workers) -> None:
     assert all(0 < int(ttl) <= 3700 for ttl in ttls.values()), ttls  # type: ignore[call-overload]
 
 
-def test_no_text_in_rqs_books(workers: Workers) -> None:
-    """RQ keeps counts of a finished request, no text of it."""
+def test_rq_keeps_no_text(workers: Workers) -> None:
+    """RQ keeps token counts of a finished request, and no text."""
     workers.start()
     job = workers.submit()
     wait_until(lambda: workers.has_ended(job))
@@ -347,12 +347,12 @@ def test_no_text_in_rqs_books(workers: Workers) -> None:
 
 
 BOMB = make_bomb()
-POISONS: dict[str, list[tuple[Any, ...]]] = {
-    "an id that is no text": [("RPUSH", "rq:queue:m", b"\xff\xfe")],
+BAD_DATA: dict[str, list[tuple[Any, ...]]] = {
+    "an id that is not text": [("RPUSH", "rq:queue:m", b"\xff\xfe")],
     "a job without data": [("HSET", "rq:job:JOB", "status", "queued"), ("RPUSH", "rq:queue:m", "JOB")],
-    "a job that is no hash": [("SET", "rq:job:JOB", "1"), ("RPUSH", "rq:queue:m", "JOB")],
+    "a job that is not a hash": [("SET", "rq:job:JOB", "1"), ("RPUSH", "rq:queue:m", "JOB")],
     "a registry entry of three parts": [("ZADD", "rq:wip:m", 9e9, "a:b:c")],
-    "a registry entry that is no text": [("ZADD", "rq:wip:m", 9e9, b"\xff:\xfe")],
+    "a registry entry that is not text": [("ZADD", "rq:wip:m", 9e9, b"\xff:\xfe")],
     "an abandoned job without data": [
         ("HSET", "rq:job:JOB", "status", "started"),
         ("ZADD", "rq:wip:m", 9e9, "JOB:y"),
@@ -362,7 +362,7 @@ POISONS: dict[str, list[tuple[Any, ...]]] = {
         ("XADD", "mlxpool:journal:JOB", "1-0", "no", "event"),
         ("ZADD", "rq:wip:m", 9e9, "JOB:y"),
     ],
-    "an abandoned job whose journal is no stream": [
+    "an abandoned job whose journal is not a stream": [
         ("HSET", "rq:job:JOB", "status", "started"),
         ("SET", "mlxpool:journal:JOB", "1"),
         ("ZADD", "rq:wip:m", 9e9, "JOB:y"),
@@ -375,31 +375,31 @@ POISONS: dict[str, list[tuple[Any, ...]]] = {
         ("HSET", "rq:job:JOB", "status", "started", "data", BOMB),
         ("ZADD", "rq:wip:m", 9e9, "JOB:y"),
     ],
-    "an id in the intermediate queue that is no text": [("RPUSH", "rq:queue:m:intermediate", b"\xff\xfe")],
+    "an id in the intermediate queue that is not text": [("RPUSH", "rq:queue:m:intermediate", b"\xff\xfe")],
 }
 
 
-def test_poison_in_redis(workers: Workers) -> None:
-    """Broken entries hurt nobody: the worker lives, serves the next request and takes over what is really lost."""
+def test_bad_data_in_redis(workers: Workers) -> None:
+    """Bad data affects no other job: the worker survives, serves the next request and takes over a job of a dead worker."""
     victim = workers.start()
     lost = workers.submit(max_tokens=100)
     wait_until(lambda: workers.has_token(lost))
     victim.send(signal.SIGKILL)
-    for i, commands in enumerate(POISONS.values()):
+    for i, commands in enumerate(BAD_DATA.values()):
         for name, *arguments in commands:
-            named = [a.replace("JOB", f"poison{i}") if isinstance(a, str) else a for a in arguments]
+            named = [a.replace("JOB", f"bad{i}") if isinstance(a, str) else a for a in arguments]
             workers.client.execute_command(name, *named)
     survivor = workers.start()
     job = workers.submit()
     wait_until(lambda: workers.has_ended(job, lost))
     assert (workers.text(job), workers.text(lost)) == (exact(20), exact(100))
-    time.sleep(2.5 * LEASE_SECONDS)  # rescue has looked too
+    time.sleep(2.5 * LEASE_SECONDS)  # until the intermediate queue was checked too
     assert survivor.process.poll() is None
     wait_until(lambda: workers.free_slots() == [32])
 
 
-def test_a_journal_that_became_something_else(workers: Workers) -> None:
-    """The row whose journal cannot be written is given up alone; the others of its batch do not notice."""
+def test_journal_of_a_wrong_type(workers: Workers) -> None:
+    """A job whose journal cannot be written is dropped alone; the other jobs of its batch are not affected."""
     workers.start()
     broken, other = workers.submit(max_tokens=100), workers.submit(max_tokens=100)
     wait_until(lambda: workers.has_token(broken, other))

@@ -1,4 +1,4 @@
-"""Whoever can write to Redis must not be able to run code on a Mac: a live pickle and a callback's module, planted."""
+"""Write access to Redis must not be enough to run code on a Mac: a malicious pickle and a callback's module are planted."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ CLASSES = {
 }
 
 
-class Bomb:
-    """Unpickled, it makes a file."""
+class Payload:
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -37,11 +37,11 @@ class Bomb:
 
 @pytest.fixture
 def client(redis_url: str) -> Iterator[redis.Redis]:
-    with connections.connect(redis_url) as connected:
-        yield connected
+    with connections.connect(redis_url) as connection:
+        yield connection
 
 
-class Plant:
+class Exploit:
     """An abandoned job with a pickle in its meta and its data, and a callback in a module that leaves a trace."""
 
     def __init__(self, client: redis.Redis, folder: Path) -> None:
@@ -51,21 +51,22 @@ class Plant:
             f"open({str(self.imported)!r}, 'w').close()\ndef f(*a): pass\n"
         )
         self.environ = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{Path.cwd()}"}
-        bomb = pickle.dumps(Bomb(self.unpickled))
+        payload = pickle.dumps(Payload(self.unpickled))
         client.sadd("rq:queues", "rq:queue:m")
         fields = {
             "created_at": "2026-01-01T00:00:00.000000Z",
             "status": "started",
             "origin": "m",
-            "data": zlib.compress(bomb),
-            "meta": bomb,
+            "data": zlib.compress(payload),
+            "meta": payload,
             "failure_callback_name": "planted_callbacks.f",
             "success_callback_name": "planted_callbacks.f",
         }
         client.hset("rq:job:planted", mapping=fields)  # type: ignore[arg-type]
         client.zadd("rq:wip:m", {"planted:execution": time.time() - 10})
 
-    def went_off(self) -> list[str]:
+    def traces(self) -> list[str]:
+        """What code that was run left behind."""
         return [path.name for path in (self.unpickled, self.imported) if path.exists()]
 
     def run(self, *command: str, **environ: str) -> str:
@@ -75,35 +76,35 @@ class Plant:
         return result.stdout
 
 
-def test_the_plant_is_live(client: redis.Redis, redis_url: str, tmp_path: Path) -> None:
-    """The control: stock `rq info` without our classes does run what was planted, so the tests below can fail."""
-    plant = Plant(client, tmp_path)
-    plant.run(RQ, "info", "--url", redis_url)
-    assert plant.went_off() == ["unpickled", "imported"]
+def test_stock_rq_runs_the_exploit(client: redis.Redis, redis_url: str, tmp_path: Path) -> None:
+    """The control: RQ's own `rq info` without our classes runs the code, so the tests below can fail."""
+    exploit = Exploit(client, tmp_path)
+    exploit.run(RQ, "info", "--url", redis_url)
+    assert exploit.traces() == ["unpickled", "imported"]
 
 
-def test_our_rq(client: redis.Redis, redis_url: str, tmp_path: Path) -> None:
-    """`python -m common.rq info` shows the queue and runs nothing."""
-    plant = Plant(client, tmp_path)
-    shown = plant.run(sys.executable, "-m", "common.rq", "info", "--raw", MLXPOOL_REDIS_URL=redis_url)
+def test_our_rq_command_line(client: redis.Redis, redis_url: str, tmp_path: Path) -> None:
+    """`python -m common.rq info` shows the queue and runs no code."""
+    exploit = Exploit(client, tmp_path)
+    shown = exploit.run(sys.executable, "-m", "common.rq", "info", "--raw", MLXPOOL_REDIS_URL=redis_url)
     assert "queue m 0, " in shown
-    assert plant.went_off() == []
+    assert exploit.traces() == []
 
 
 def test_stock_rq_with_our_classes(client: redis.Redis, redis_url: str, tmp_path: Path) -> None:
-    """The variables of the README make stock `rq info` safe too."""
-    plant = Plant(client, tmp_path)
-    shown = plant.run(RQ, "info", "--raw", "--url", redis_url, **CLASSES)
+    """With the documented variables RQ's own `rq info` is safe too."""
+    exploit = Exploit(client, tmp_path)
+    shown = exploit.run(RQ, "info", "--raw", "--url", redis_url, **CLASSES)
     assert "queue m 0, " in shown
-    assert plant.went_off() == []
+    assert exploit.traces() == []
 
 
 def test_our_worker(
     client: redis.Redis, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker that finds such jobs, abandoned and queued, runs nothing of them, and serves the next request."""
-    plant = Plant(client, tmp_path)
-    monkeypatch.setenv("PYTHONPATH", plant.environ["PYTHONPATH"])
+    """A worker that meets such jobs, abandoned and queued, runs none of their code, and serves the next request."""
+    exploit = Exploit(client, tmp_path)
+    monkeypatch.setenv("PYTHONPATH", exploit.environ["PYTHONPATH"])
     with Workers(redis_url) as workers:
         client.hset("rq:job:queued", mapping=client.hgetall("rq:job:planted"))  # type: ignore[arg-type]
         client.rpush("rq:queue:m", "queued")
@@ -111,14 +112,14 @@ def test_our_worker(
         job = workers.submit()
         wait_until(lambda: workers.has_ended(job))
         assert workers.text(job) == exact(20)
-        time.sleep(2 * LEASE_SECONDS)  # takeover and maintenance have looked at the abandoned one
+        time.sleep(2 * LEASE_SECONDS)  # until takeover and maintenance have processed the abandoned one
         wait_until(lambda: client.zcard("rq:wip:m") == 0)
         wait_until(lambda: client.hget("rq:job:queued", "status") == b"failed")
-    assert plant.went_off() == []
+    assert exploit.traces() == []
 
 
-def test_pickle_is_closed_in_our_processes() -> None:
-    """Importing `common.rq` makes RQ's default serializer refuse, whoever asks for it."""
+def test_pickle_is_disabled_in_our_processes() -> None:
+    """Importing `common.rq` makes RQ's default serializer refuse everything."""
     code = "import common.rq, pickle, rq.serializers as s; s.resolve_serializer(None).loads(pickle.dumps(1))"
     refused = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert refused.returncode == 1

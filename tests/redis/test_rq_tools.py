@@ -1,4 +1,4 @@
-"""Other people's RQ tools, as they come from PyPI, on a pool with several executions in flight."""
+"""Third-party RQ tools, unmodified from PyPI, on a pool with several executions in flight."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from tests.redis.pool_of_workers import Workers, wait_until
 
 @pytest.fixture
 def workers(redis_url: str) -> Iterator[Workers]:
-    with Workers(redis_url) as running:
-        yield running
+    with Workers(redis_url) as pool:
+        yield pool
 
 
 @contextmanager
 def tool(*command: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process while the block runs."""
+    """Run a process during the `with` block."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         yield process
@@ -39,7 +39,11 @@ def tool(*command: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def fetch(url: str) -> str:
-    """A page, once its server answers; an error of the server is one."""
+    """Fetch a page, waiting for its server to start.
+
+    Raises:
+        HTTPError: The server answers with an error.
+    """
     deadline = time.monotonic() + 20
     while True:
         try:
@@ -54,7 +58,7 @@ def fetch(url: str) -> str:
 
 
 def test_rq_dashboard(workers: Workers) -> None:
-    """`python -m common.rq dashboard`: queues, workers and jobs are as they are, and no prompt is shown; it listens on loopback."""
+    """`python -m common.rq dashboard` shows queues, workers and jobs as they are, without prompts, and listens on loopback."""
     for _ in range(2):
         workers.start()
     jobs = [workers.submit(max_tokens=5000) for _ in range(6)]
@@ -78,7 +82,7 @@ def test_rq_dashboard(workers: Workers) -> None:
 
 @pytest.fixture(scope="session")
 def exporter(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """rq-exporter in an environment of its own: 3.1 wants RQ 2, which an operator would give it just so."""
+    """rq-exporter in an environment of its own, as an operator would install it: 3.1 requires RQ 2."""
     folder = tmp_path_factory.mktemp("rq-exporter")
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     install = [str(folder / "bin" / "pip"), "install", "--quiet", "rq-exporter==3.1.0"]
@@ -89,7 +93,7 @@ def exporter(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.heavy
 def test_rq_exporter(workers: Workers, exporter: str) -> None:
-    """Stock rq-exporter, with an older RQ than ours, counts workers and jobs by status."""
+    """rq-exporter, with an older RQ than ours, counts workers and jobs by status."""
     workers.start()
     done = workers.submit()
     wait_until(lambda: workers.has_ended(done))

@@ -1,4 +1,4 @@
-"""What is left to go wrong for a worker: cut connections, a Redis that goes away, sleep at a bad moment, doubled entries."""
+"""Faults of a worker's surroundings: lost connections, a Redis that is away, sleep at a bad moment, duplicate entries, hanging prompts."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from worker.jobs.watchdog import EXIT_STALLED
 
 @pytest.fixture
 def workers(redis_url: str) -> Iterator[Workers]:
-    with Workers(redis_url) as running:
-        yield running
+    with Workers(redis_url) as pool:
+        yield pool
 
 
 def keys_of(workers: Workers, *job_ids: str) -> dict[str, int]:
-    """Every key that has one of the ids in it, with its time to live (-1: for ever)."""
+    """Every key that contains one of the ids, with its time to live (-1: none)."""
     keys: Any = workers.client.keys("*")
     return {
         key.decode(): int(workers.client.ttl(key))  # type: ignore[call-overload]
@@ -41,8 +41,8 @@ def pid_in(worker_name: str | None) -> int:
     return int(str(worker_name).split(".")[-2])
 
 
-def test_a_takeover_is_one_execution(workers: Workers) -> None:
-    """RQ's books of a job that moved on name the worker that has it now, and no trace of the other one stays for ever."""
+def test_takeover_leaves_one_execution(workers: Workers) -> None:
+    """After a takeover RQ names the worker that has the job now, and every trace of the dead one expires."""
     victim = workers.start()
     job = workers.submit(max_tokens=150)
     wait_until(lambda: workers.has_token(job))
@@ -58,8 +58,8 @@ def test_a_takeover_is_one_execution(workers: Workers) -> None:
     assert all(0 < ttl <= 3700 for ttl in keys_of(workers, job).values())
 
 
-def test_only_the_books_are_missing(workers: Workers) -> None:
-    """A worker died between the last token and RQ's books: another one writes them, and nothing else."""
+def test_only_rqs_bookkeeping_is_missing(workers: Workers) -> None:
+    """A worker died between the last token and RQ's bookkeeping: another worker does that, and nothing else."""
     job = workers.submit(max_tokens=1)
     queue = JsonQueue("m", connection=workers.client)
     workers.client.lrem(queue.key, 1, job)
@@ -78,24 +78,24 @@ def test_only_the_books_are_missing(workers: Workers) -> None:
     assert workers.events[job] == []
 
 
-def test_a_job_falls_to_a_worker_that_sleeps(workers: Workers) -> None:
-    """A worker that is asleep while Redis hands it a job: another one answers, and the sleeper spoils nothing later."""
+def test_job_that_a_sleeping_worker_takes(workers: Workers) -> None:
+    """Redis gives a job to a worker that is stopped: another one answers, and the first changes nothing when it wakes up."""
     sleeper = workers.start()
     queue = JsonQueue("m", connection=workers.client)
     job = ""
 
-    def falls() -> bool:
+    def sleeper_takes() -> bool:
         nonlocal job
         sleeper.send(signal.SIGSTOP)
         job = workers.submit()
         time.sleep(0.05)
-        if queue.job_ids:  # it was not waiting at that moment
+        if queue.job_ids:  # it was not blocked on the queue just then
             sleeper.send(signal.SIGCONT)
             wait_until(lambda: workers.has_ended(job))
             return False
         return True
 
-    wait_until(falls)
+    wait_until(sleeper_takes)
     awake = workers.start()
     wait_until(lambda: workers.has_ended(job))
     wait_until(lambda: workers.status(job) == "finished")
@@ -109,15 +109,15 @@ def test_a_job_falls_to_a_worker_that_sleeps(workers: Workers) -> None:
     assert int(workers.client.ttl(JsonJob.key_for(job))) <= 60  # type: ignore[arg-type]
 
 
-def test_every_connection_is_cut(workers: Workers) -> None:
-    """All of a worker's connections are cut in mid-stream: no token is lost, and it still hears its clients leave."""
+def test_all_connections_are_lost(workers: Workers) -> None:
+    """All of a worker's connections are cut in mid-stream: no token is lost, and cancellations still arrive."""
     workers.start()
     job, left = workers.submit(max_tokens=150), workers.submit(max_tokens=5000)
     wait_until(lambda: workers.has_token(job, left))
     for _ in range(3):
         workers.client.client_kill_filter(_type="normal", skipme=True)
         for each in workers.client.client_list(_type="pubsub"):
-            if each["sub"] == "2":  # RQ's commands and our cancellations; this test listens to one channel
+            if each["sub"] == "2":  # RQ's commands and our cancellations; this test subscribes to one channel
                 workers.client.client_kill_filter(_id=each["id"])
         time.sleep(0.3)
     wait_until(lambda: len(workers.journal(job)) == 151)
@@ -131,7 +131,7 @@ def test_every_connection_is_cut(workers: Workers) -> None:
 
 
 class Server:
-    """A Redis of the test's own, which can go away and come back with its data."""
+    """A server of the test's own, which can be killed and started again with its data."""
 
     def __init__(self, binary: str, folder: Path) -> None:
         self.port = unused_port()
@@ -158,8 +158,8 @@ def own_server(binary: str, folder: Path) -> Iterator[Server]:
         server.kill()
 
 
-def test_redis_goes_and_comes_back(server_binary: str, tmp_path: Path) -> None:
-    """Away for longer than a lease, then back with its data: the same worker goes on, with every token once, and says both once."""
+def test_redis_is_away_for_longer_than_a_lease(server_binary: str, tmp_path: Path) -> None:
+    """Redis is away for longer than a lease, then back with its data: the same worker continues, and logs both once."""
     with own_server(server_binary, tmp_path) as server, Workers(server.url) as workers:
         worker = workers.start()
         jobs = [workers.submit(max_tokens=150) for _ in range(3)]
@@ -176,16 +176,16 @@ def test_redis_goes_and_comes_back(server_binary: str, tmp_path: Path) -> None:
         wait_until(lambda: workers.free_slots() == [32])
         assert worker.end() == 0
         assert worker.process.stderr is not None
-        said = worker.process.stderr.read()
-        assert said.count("Redis does not answer") == said.count("Redis answers again") == 1
-        assert said.count("WARNING worker.jobs.batch_worker") == 1, said
-        assert "WARNING worker.jobs.intake" not in said, said
-        assert "Traceback" not in said
+        logged = worker.process.stderr.read()
+        assert logged.count("Redis does not answer") == logged.count("Redis answers again") == 1
+        assert logged.count("WARNING worker.jobs.batch_worker") == 1, logged
+        assert "WARNING worker.jobs.intake" not in logged, logged
+        assert "Traceback" not in logged
 
 
 @pytest.mark.parametrize("num_jobs", [1, 24])
 def test_sigterm_while_redis_is_away(server_binary: str, tmp_path: Path, num_jobs: int) -> None:
-    """A worker that is asked to end does so in a few seconds and well, though it has rows, few or many, and nobody to tell."""
+    """A worker that is asked to end does so in a few seconds with status 0, though its sequences' ends cannot be published."""
     with own_server(server_binary, tmp_path) as server, Workers(server.url) as workers:
         worker = workers.start()
         jobs = [workers.submit(max_tokens=5000) for _ in range(num_jobs)]
@@ -197,8 +197,8 @@ def test_sigterm_while_redis_is_away(server_binary: str, tmp_path: Path, num_job
         assert "Traceback" not in log
 
 
-def test_an_id_twice_in_the_queue(workers: Workers) -> None:
-    """Whoever put it there: the answer is written once, nothing is tried again, and all slots come back."""
+def test_duplicate_id_in_the_queue(workers: Workers) -> None:
+    """A job id is in the queue twice: the answer is written once, no crash is counted, and all slots become free."""
     job = workers.submit(max_tokens=100)
     workers.client.rpush(JsonQueue("m", connection=workers.client).key, job)
     workers.start()
@@ -210,8 +210,8 @@ def test_an_id_twice_in_the_queue(workers: Workers) -> None:
     assert JsonJob.fetch(job, connection=workers.client).retries_left == 3
 
 
-def test_the_last_try_of_a_job_that_runs_elsewhere(workers: Workers) -> None:
-    """A dead entry beside a live execution of the same job is dropped: it is no reason to fail the job."""
+def test_dead_execution_of_a_job_that_runs_elsewhere(workers: Workers) -> None:
+    """A dead execution next to a live one of the same job is dropped; the job, on its last retry, does not fail."""
     workers.start()
     job = workers.submit(max_tokens=100, retries=0)
     wait_until(lambda: workers.has_token(job))

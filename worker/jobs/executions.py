@@ -110,7 +110,7 @@ class Executions:
             pipe.execute()
 
     def disown(self, execution: Execution) -> None:
-        """Remove an execution from RQ's list of this worker's; whoever holds the job now does the rest."""
+        """Remove an execution from RQ's list of this worker's; the worker that holds the job now does the rest."""
         self.connection.srem(self._worker.executions_key, execution.composite_key)
 
     def expire(self, execution: Execution) -> None:

@@ -53,7 +53,7 @@ _GONE, _CHANGED, _RUNS_ELSEWHERE, _DONE = range(4)
 
 # ARGV: the registry, its entry, the execution's key, the job's key, its journal, the key of its executions, the execution's id;
 # the values of _STATE_FIELDS ('': missing) and the journal's length that the decision was made by; then recorded commands.
-# Whoever removes the entry has taken the job over; nobody else does so again.
+# The worker that removes the entry has taken the job over; no other one can.
 _TAKE_OVER = f"""
 local registry, entry, execution, job, journal, executions, id = unpack(ARGV, 1, 7)
 if redis.call('EXISTS', execution) == 1 or not redis.call('ZSCORE', registry, entry) then return {_GONE} end
