@@ -1,7 +1,7 @@
-"""`GET /openapi.json`: what this server takes and says, for client generators, gateways and fuzzers.
+"""`GET /openapi.json`: the OpenAPI description of all endpoints, for client generators, gateways and fuzzers.
 
-Made from the types that parse requests and from the small tables beside them (what is supported, what goes only with
-what), so that it cannot say other than they do; what only statuses and headers say is here. Built once, with its process.
+Generated from the types that parse requests and from the tables that the checks use (`NEUTRAL`, `ONLY_WITH`), so that it
+cannot differ from the code. Statuses and headers are described here. Built once per process.
 https://spec.openapis.org/oas/v3.1.1
 """
 
@@ -36,20 +36,20 @@ _REF = "#/components/schemas/{name}"
 
 _STATUSES: Mapping[int, str] = {
     400: "Something in the request is wrong or not supported; `param` names it.",
-    401: "The API key is missing or nobody knows it.",
+    401: "The API key is missing or invalid.",
     403: "A page of this origin may not call the API, or the API does not answer to this host name.",
-    404: "Nobody knows the model.",
-    405: "The path has no such method; `Allow` lists those that it has.",
-    408: "The request's body did not come.",
+    404: "The model does not exist.",
+    405: "The path does not support the method; `Allow` lists those that it does.",
+    408: "The request's body did not arrive in time.",
     413: "The request's body is too large.",
     414: "The request's URL is too long.",
-    415: "The request's body says that it is something other than JSON, or compressed.",
-    429: "Too much waits for the model; `Retry-After` says when to come back.",
+    415: "The request's body is not declared as JSON, or is compressed.",
+    429: "The model's queue is full; `Retry-After` says when to try again.",
     431: "The request's headers are too large.",
-    500: "A fault of the server's.",
-    501: "The request's body is coded in a way that this server does not know.",
-    503: "The queue does not answer, or the model has no worker at the moment.",
-    504: "The answer was not whole in time.",
+    500: "An error in the server.",
+    501: "The request's Transfer-Encoding is not supported.",
+    503: "The queue is unavailable, or the model has no worker at the moment.",
+    504: "The answer was not complete by the request's deadline.",
 }
 _TOO_MANY_REQUESTS, _UNAVAILABLE, _NOT_ALLOWED = 429, 503, 405
 
@@ -60,24 +60,24 @@ _GENERATING = (401, 403, 404, 408, 413, 415, 429, 503, 504)
 
 _HEADERS: Mapping[str, Json] = {
     "X-Request-Id": {
-        "description": "The request's own where it is sane, else a new one.",
+        "description": "The request's own if it is well-formed, otherwise a new one.",
         "required": True,
         "schema": {"type": "string"},
     },
     "X-Should-Retry": {
-        "description": "`false` where a repeat cannot help, whatever the status is.",
+        "description": "`false` if a retry cannot help, whatever the status is.",
         "schema": {"const": "false"},
     },
     "Retry-After": {"description": "In seconds.", "schema": {"type": "integer", "minimum": 1}},
     "Allow": {"description": "The path's methods.", "required": True, "schema": {"type": "string"}},
     "X-Ignored-Parameters": {
-        "description": "Fields of the request that nobody knows.",
+        "description": "Unknown fields of the request.",
         "schema": {"type": "string"},
     },
     "ETag": {"required": True, "schema": {"type": "string"}},
 }
 
-_NOT_SUPPORTED = "Known to OpenAI and not supported yet: only what asks for nothing."
+_NOT_SUPPORTED = "Part of OpenAI's API and not supported yet: only values without an effect are accepted."
 
 
 class Generating(NamedTuple):
@@ -87,7 +87,7 @@ class Generating(NamedTuple):
     operation_id: str
     summary: str
     body: Any
-    whole: Any
+    completed: Any
     chunk: Any
     neutral: Mapping[str, tuple[Any, ...]]
     only_with: Mapping[str, str]
@@ -109,7 +109,7 @@ GENERATING = (
     Generating(
         "/completions",
         "createCompletion",
-        "Go on from a text",
+        "Continue a text",
         completion_request.CompletionBody,
         Completion,
         CompletionChunk,
@@ -129,7 +129,7 @@ _OTHER_TYPES = (
 
 
 class Description:
-    """The resource; its bytes are ready before the first request."""
+    """The falcon resource; its bytes are encoded once."""
 
     def __init__(self, settings: Settings) -> None:
         self._data = msgspec.json.encode(document(settings))
@@ -137,7 +137,7 @@ class Description:
 
     async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
         resp.etag = self._etag
-        resp.cache_control = ["no-cache"]  # it may be kept, if it is asked for again each time
+        resp.cache_control = ["no-cache"]  # a cache may keep it, and has to revalidate it
         if any(known in ("*", self._etag) for known in req.if_none_match or ()):
             resp.status = falcon.HTTP_304
         else:
@@ -147,7 +147,7 @@ class Description:
 
 
 def document(settings: Settings) -> Json:
-    """The whole description."""
+    """The complete description."""
     return {
         "openapi": "3.1.0",
         "info": {
@@ -172,7 +172,7 @@ def document(settings: Settings) -> Json:
 
 
 def _schemas(settings: Settings) -> Json:
-    types = [t for endpoint in GENERATING for t in (endpoint.body, endpoint.whole, endpoint.chunk)]
+    types = [t for endpoint in GENERATING for t in (endpoint.body, endpoint.completed, endpoint.chunk)]
     _, schemas = msgspec.json.schema_components([*types, *_OTHER_TYPES], ref_template=_REF)
     for endpoint in GENERATING:
         schema = schemas[endpoint.body.__name__]
@@ -197,12 +197,12 @@ def _use_ecma_patterns(schema: Any) -> None:
 
 
 def _neutral(schema: Json, values: tuple[Any, ...]) -> Json:
-    """A field with only the values that ask for nothing."""
+    """A field with only the values without an effect."""
     plain = [msgspec.to_builtins(value) for value in values]
     objects = [value for value in plain if isinstance(value, dict)]
     if not objects:
         return {"description": _NOT_SUPPORTED, "enum": [*plain, None], "default": None}
-    # Objects may have fields that nobody knows.
+    # Objects may have unknown fields.
     consts = [
         {"properties": {key: {"const": value} for key, value in fields.items()}, "required": list(fields)}
         for fields in objects
@@ -211,7 +211,7 @@ def _neutral(schema: Json, values: tuple[Any, ...]) -> Json:
 
 
 def _only_with(name: str, other: str) -> Json:
-    """`name` may be given only where `other` is true."""
+    """`name` may be given only if `other` is true."""
     return {
         "anyOf": [
             {"properties": {name: {"type": "null"}}},
@@ -249,7 +249,7 @@ def _headers(names: Sequence[str]) -> Json:
 
 
 def _responses(ok: Json, statuses: Sequence[int]) -> Json:
-    """By status, in order; `ok` are those that are described where they are used."""
+    """All responses by status; `ok` are those that belong to the endpoint alone."""
     errors = {str(status): {"$ref": f"#/components/responses/{status}"} for status in [*_ALWAYS, *statuses]}
     return dict(sorted((errors | ok).items()))
 
@@ -262,7 +262,7 @@ def _parameters(settings: Settings) -> Json:
         "RequestId": {
             "name": "X-Request-Id",
             "in": "header",
-            "description": "An id for logs; a new one is made where it is odd.",
+            "description": "An id for logs; a new one replaces it if it is malformed.",
             "schema": {"type": "string"},
         },
         "RequestTimeout": {
@@ -275,7 +275,7 @@ def _parameters(settings: Settings) -> Json:
             "name": "model_id",
             "in": "path",
             "required": True,
-            "description": "As `/models` lists it; a slash may be sent as it is, or as `%2F`.",
+            "description": "As `/models` lists it; a slash may be sent as `/` or as `%2F`.",
             "schema": {"type": "string", "minLength": 1},
         },
     }
@@ -326,14 +326,14 @@ def _described() -> Json:
                 "headers": headers,
                 "content": {_JSON: {"schema": {"type": "object"}}},
             },
-            "304": {"description": "It is what `If-None-Match` has.", "headers": headers},
+            "304": {"description": "It has the ETag that `If-None-Match` lists.", "headers": headers},
         },
         (403,),
     )
 
 
 def _reading(operation_id: str, summary: str, tag: str, responses: Json, *, is_open: bool) -> Json:
-    """GET, and HEAD, which says the same without a body."""
+    """GET, and HEAD, which is the same without a body."""
     get: Json = {
         "operationId": operation_id,
         "summary": summary,
@@ -359,12 +359,12 @@ def _generating(endpoint: Generating, suffix: str) -> Json:
         "contentSchema": {"anyOf": [_ref(endpoint.chunk), _ref(ErrorBody)]},
     }
     event = {
-        "description": "With `stream`: one event of the stream; after an error, and after `[DONE]`, comes no other.",
+        "description": "With `stream`: one event of the stream. An error, or `[DONE]`, is the last one.",
         "type": "object",
         "properties": {"data": {"anyOf": [data, {"const": "[DONE]"}]}},
         "required": ["data"],
     }
-    ok = _response("The answer.", endpoint.whole, ("X-Request-Id", "X-Ignored-Parameters"))
+    ok = _response("The answer.", endpoint.completed, ("X-Request-Id", "X-Ignored-Parameters"))
     ok["content"]["text/event-stream"] = {"schema": event}
     return {
         "operationId": endpoint.operation_id + suffix,

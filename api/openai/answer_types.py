@@ -1,6 +1,6 @@
-"""What answers look like, for the description (`api.openapi`); the renderings write the same as ready bytes.
+"""The types of answers, for the description (`api.openapi`); the renderings write the same as ready bytes.
 
-A test holds both together: each answer and each chunk has to be one of these, without a field that is not here.
+Tests keep both equal: each answer and each chunk must be of one of these types, without a field that is not here.
 https://platform.openai.com/docs/api-reference/chat/object
 """
 
@@ -13,9 +13,7 @@ from msgspec import UNSET, Meta, UnsetType
 
 from common.protocol import FinishReason
 
-_REASONS = tuple(
-    reason for reason in get_args(FinishReason) if reason != "cancelled"
-)  # such an answer is an error
+_REASONS = tuple(reason for reason in get_args(FinishReason) if reason != "cancelled")  # rendered as an error
 
 Reason = Annotated[str, Meta(extra_json_schema={"enum": _REASONS})]
 Count = Annotated[int, Meta(ge=0)]
@@ -24,7 +22,7 @@ Byte = Annotated[int, Meta(ge=0, le=255)]
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
-    cached_tokens: Annotated[Count, Meta(description="Not computed anew for this request.")]
+    cached_tokens: Annotated[Count, Meta(description="Prompt tokens that were cached.")]
 
 
 class CompletionTokensDetails(msgspec.Struct, frozen=True):
@@ -35,14 +33,14 @@ class UsageObject(msgspec.Struct, frozen=True, kw_only=True):
     """Token counts."""
 
     prompt_tokens: Count
-    completion_tokens: Annotated[Count, Meta(description="Every generated token, of all choices.")]
+    completion_tokens: Annotated[Count, Meta(description="All generated tokens, of all choices.")]
     total_tokens: Count
     prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: CompletionTokensDetails
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
-    """One of the most likely tokens in a place."""
+    """One of the most likely tokens at a position."""
 
     token: str
     logprob: float
@@ -50,13 +48,13 @@ class TopLogprob(msgspec.Struct, frozen=True):
 
 
 class TokenLogprobs(TopLogprob, frozen=True):
-    """A token that was sampled."""
+    """A sampled token."""
 
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(msgspec.Struct, frozen=True):
-    """Together the tokens are the content, as text and as bytes."""
+    """The tokens concatenate to the content, as text and as bytes."""
 
     content: list[TokenLogprobs] | None
     refusal: None
@@ -76,10 +74,10 @@ class MessageToolCall(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AnswerMessage(msgspec.Struct, frozen=True, kw_only=True):
-    """What the model said."""
+    """The generated message."""
 
     role: Literal["assistant"]
-    content: Annotated[str | None, Meta(description="Null where the answer is tool calls.")]
+    content: Annotated[str | None, Meta(description="Null if there are only tool calls.")]
     refusal: None
     tool_calls: list[MessageToolCall] | UnsetType = UNSET
     reasoning_content: str | UnsetType | None = UNSET
@@ -93,7 +91,7 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AnswerHead(msgspec.Struct, frozen=True, kw_only=True):
-    """What is the same in all chunks of an answer."""
+    """The fields that are the same in all chunks of an answer."""
 
     id: str
     created: UnixSeconds
@@ -103,7 +101,7 @@ class AnswerHead(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatCompletion(AnswerHead, frozen=True, kw_only=True):
-    """The answer of a chat as a whole."""
+    """A complete answer to a chat."""
 
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
@@ -116,7 +114,7 @@ class CalledFunctionDelta(msgspec.Struct, frozen=True):
 
 
 class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of a call: its id and name come first, then its arguments in pieces."""
+    """A part of a call: first its id and name, then its arguments in pieces."""
 
     index: Count
     id: str | UnsetType = UNSET
@@ -125,7 +123,7 @@ class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):
-    """What is new; the role is in the first chunk of a choice only."""
+    """What a chunk adds; only the first chunk of a choice has the role."""
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType | None = UNSET
@@ -142,7 +140,7 @@ class ChatChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatCompletionChunk(AnswerHead, frozen=True, kw_only=True):
-    """A frame of a chat's stream; one without choices has the usage."""
+    """A chunk of a chat's stream; the one without choices has the usage."""
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChatChunkChoice]
@@ -173,7 +171,7 @@ class CompletionChunkChoice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Completion(AnswerHead, frozen=True, kw_only=True):
-    """The answer to a prompt as a whole."""
+    """A complete answer to a prompt."""
 
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
@@ -181,7 +179,7 @@ class Completion(AnswerHead, frozen=True, kw_only=True):
 
 
 class CompletionChunk(AnswerHead, frozen=True, kw_only=True):
-    """A frame of a completion's stream; one without choices has the usage."""
+    """A chunk of a completion's stream; the one without choices has the usage."""
 
     object: Literal["text_completion"]
     choices: list[CompletionChunkChoice]

@@ -1,8 +1,8 @@
-"""Log-probabilities, lined up with the text that a client gets.
+"""Log-probabilities, aligned with the text that a client gets.
 
 A worker reports each token at once, but its text may be held back (half a character, the possible start of a stop string)
-and cut at a stop string. Items come out when their text does, and together they are exactly that text. Used by the
-renderings; the bytes are decoded as the worker's detokenizer does it.
+and cut at a stop string. Items are emitted with their text, and concatenate to exactly that text. Used by the renderings;
+bytes are decoded as the worker's detokenizer does it.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any
 from common.protocol import Delta, Echo, TokenLogprob
 
 MIN_LOGPROB = -9999.0
-"""OpenAI's number for "never"; JSON has no infinity."""
+"""OpenAI's value for minus infinity, which JSON does not have."""
 
 
 @dataclass(slots=True)
 class Item:
-    """A token with the characters that became whole with it.
+    """A token with the characters that it completes.
 
     Attributes:
         text: May be empty: the token ends within a character.
-        data: Items' bytes together are the text's UTF-8.
-        logprob: None where nothing came before it: the first token of an echoed prompt.
+        data: The bytes of all items concatenate to the text's UTF-8.
+        logprob: None for the first token of an echoed prompt, which has nothing before it.
     """
 
     text: str
@@ -35,17 +35,17 @@ class Item:
 
 
 class LogprobAligner:
-    """One answer's items. A group is what ends at the border of a character: mostly one token, rarely several."""
+    """The items of one choice. A group of tokens ends at a character boundary: mostly one token, rarely several."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._open: list[Item] = []
         self._groups: deque[list[Item]] = deque()
-        self._num_released = 0  # characters of the text that no item was given for yet
+        self._num_released = 0  # characters of the text without an item yet
         self._at_start = True
 
     def take(self, delta: Delta) -> list[Item]:
-        """Account for a token and the text that came with it; the items whose text is out now."""
+        """Add a token and the text that was released with it; returns the items whose text is complete now."""
         own = delta.logprob
         if own is not None:
             text = self._decoder.decode(own.data)
@@ -54,41 +54,41 @@ class LogprobAligner:
                 self._close_group()
         items: list[Item] = []
         if delta.text:
-            self._drop_unsaid(delta.text)
+            self._drop_hidden(delta.text)
             self.release(delta.text)
             while self._groups and (length := _length(self._groups[0])) <= self._num_released:
                 self._num_released -= length
                 items += self._groups.popleft()
-        if delta.pieces:  # what has not come out was never content: the markers of a call, say
+        if delta.pieces:  # what was not released is no content, such as the markers of a call
             items += self.finish()
             self._num_released = 0
         return items
 
-    def _drop_unsaid(self, text: str) -> None:
-        """Tokens of markers, and white space around them, are no part of the text: what is said begins behind them."""
+    def _drop_hidden(self, text: str) -> None:
+        """Drop the tokens of markers, and white space around them, which are no part of the text."""
         if self._num_released:
             return
         waiting = "".join(item.text for group in self._groups for item in group)
-        num_unsaid = waiting.find(text)
-        while num_unsaid > 0:
+        num_hidden = waiting.find(text)
+        while num_hidden > 0:
             group = self._groups[0]
-            if (length := _length(group)) <= num_unsaid:
+            if (length := _length(group)) <= num_hidden:
                 self._groups.popleft()
-                num_unsaid -= length
+                num_hidden -= length
                 continue
-            while num_unsaid >= len(group[0].text):
-                num_unsaid -= len(group.pop(0).text)
-            group[0].text, num_unsaid = group[0].text[num_unsaid:], 0
+            while num_hidden >= len(group[0].text):
+                num_hidden -= len(group.pop(0).text)
+            group[0].text, num_hidden = group[0].text[num_hidden:], 0
             group[0].data = group[0].text.encode()
 
     def release(self, text: str) -> None:
-        """So much more of the text is out."""
+        """Record that `text` was released."""
         if self._at_start:
             self._drop_first_space(text)
         self._num_released += len(text)
 
     def finish(self) -> list[Item]:
-        """The items of what text is left; an item that a stop string has cut is cut, those behind are dropped."""
+        """The items of the remaining text. An item that a stop string cuts is cut; those after it are dropped."""
         if self._open:
             self._open[-1].text += self._decoder.decode(b"", final=True)
             self._close_group()
@@ -106,12 +106,12 @@ class LogprobAligner:
     def _close_group(self) -> None:
         group, self._open = self._open, []
         if b"".join(item.data for item in group) != "".join(item.text for item in group).encode():
-            for item in group:  # bytes that are no character became U+FFFD in the text
+            for item in group:  # invalid bytes became U+FFFD in the text
                 item.data = item.text.encode()
         self._groups.append(group)
 
     def _drop_first_space(self, text: str) -> None:
-        """Sentencepiece starts each text with a space, which a worker drops behind a chat template."""
+        """Sentencepiece begins each text with a space, which a worker drops after a chat template."""
         self._at_start = False
         first = next((item for group in [*self._groups, self._open] for item in group if item.text), None)
         if first is not None and first.text.startswith(" ") and not text.startswith(" "):
@@ -120,7 +120,7 @@ class LogprobAligner:
 
 
 def echoed_items(echo: Echo) -> list[Item]:
-    """The items of a prompt; none if its log-probabilities were not asked for."""
+    """The items of an echoed prompt; none if its log-probabilities were not reported."""
     aligner, items = LogprobAligner(), []
     for token, top in zip(echo.tokens, echo.tops, strict=True):
         items += aligner.take(Delta(0, token.token_id, "", token, top))
@@ -169,7 +169,7 @@ def legacy_arrays(items: list[Item], start: int) -> dict[str, list[Any]]:
     return {
         "tokens": [item.text for item in items],
         "token_logprobs": [item.logprob for item in items],
-        # OpenAI: the sampled token is there too, also where it is not among the most likely.
+        # OpenAI: the sampled token is included even if it is not among the most likely.
         "top_logprobs": [
             None
             if item.logprob is None
@@ -182,7 +182,7 @@ def legacy_arrays(items: list[Item], start: int) -> dict[str, list[Any]]:
 
 
 def _key(data: bytes) -> str:
-    """A token as a key; one that is not whole characters is written as OpenAI does, so that no two are the same."""
+    """A token as a key. Incomplete characters are written as OpenAI does, so that keys are unique."""
     try:
         return data.decode()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""`/v1/models` and `/v1/models/{id}`: what live workers serve."""
+"""`/v1/models` and `/v1/models/{id}`: the models that live workers serve."""
 
 from __future__ import annotations
 

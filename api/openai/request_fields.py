@@ -1,7 +1,7 @@
-"""What both kinds of requests share: decoding, the fields that choose tokens, and what is refused.
+"""What both kinds of requests share: decoding, the sampling fields, and the checks of values.
 
-`decode` turns a body into a typed value once; the checks say what types cannot. Used by `chat_request` and
-`completion_request`. Knows the OpenAI API description, no model and no HTTP.
+`decode` turns a body into a typed value once; the checks cover what types cannot express. Used by the parsers of chat and
+completions. Must not know HTTP.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from common.protocol import SamplingParams
 
 MAX_STOPS = 4
 MAX_TOKENS = 2**31 - 1
-MAX_SHOWN = 300
-"""Characters of msgspec's words, which may repeat what came."""
+MAX_SHOWN_CHARACTERS = 300
+"""Characters of msgspec's message, which may quote the request."""
 
-MAX_NAMED = 32
-"""Unknown fields that are told; looking for a body's hundreds of thousands holds up the process's streams."""
+MAX_REPORTED_FIELDS = 32
+"""Unknown fields that are reported: a body may have hundreds of thousands."""
 
-MAX_NAME_SHOWN = 64
-"""Of a field that nobody knows: its name may be as long as a body."""
+MAX_NAME_CHARACTERS = 64
+"""Of an unknown field's name, which may be as long as a body."""
 
 GREEDY_TEMPERATURE = 0.0
 
@@ -36,8 +36,8 @@ GREEDY_TEMPERATURE = 0.0
 def whole(pattern: str) -> Meta:
     r"""A string that matches `pattern` from its beginning to its end.
 
-    Python's `$` lets a line break through. JSON Schema's expressions, which are ECMA-262's, know no `\Z`: it is told with
-    `$` (`api.openapi`), and for readers in Python without a line break.
+    Python's `$` also matches before a final line break. JSON Schema's patterns are ECMA-262's, without `\Z`: they get
+    `$` (`api.openapi`), and a `not` for validators in Python.
     """
     return Meta(pattern=rf"^{pattern}\Z", extra_json_schema={"not": {"pattern": "\n"}})
 
@@ -46,11 +46,11 @@ TokenCount = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopString = Annotated[str, Meta(min_length=1)]
 TokenIdKey = Annotated[str, whole("(0|[1-9][0-9]{0,9})")]
-"""As int, msgspec would take `-0` too."""
+"""As int, msgspec would accept `-0` too."""
 
 
 class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`include_obfuscation` pads chunks against eavesdroppers; it asks nothing of the answer."""
+    """`include_obfuscation` pads chunks against eavesdroppers; it has no effect here."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
@@ -59,7 +59,7 @@ class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Body(msgspec.Struct, frozen=True, kw_only=True):
     """Fields of both kinds of requests; None is also an explicit null, which means the default.
 
-    Those typed `Any` are known to OpenAI and are not supported at any value but a neutral one; see `NEUTRAL`.
+    Those typed `Any` are parts of OpenAI's API that are supported only with the values of `NEUTRAL`.
     """
 
     model: str | None = None
@@ -87,33 +87,33 @@ class Body(msgspec.Struct, frozen=True, kw_only=True):
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "default"),
 }
-"""Values beside null that ask for what is done anyway, by field."""
+"""Values besides null that have no effect, by field."""
 
 ONLY_WITH: Mapping[str, str] = {"stream_options": "stream"}
-"""Fields that may be given only where another one is true."""
+"""Fields that may be given only if another one is true."""
 
 B = TypeVar("B", bound=Body)
 
 _decode_names = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_PLACE = re.compile(
+_LOCATION = re.compile(
     r"^(?P<what>.*) - at (?:`key` in )?`\$\.?(?P<where>[^`]*)`$", re.DOTALL
-)  # the last: words may be quoted
-_HALF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
+)  # the last match: the message may quote the request
+_LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _TYPES = re.compile(r"`[a-z]+(?: \| [a-z]+)*`")
 _JSON_NAMES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
 _BEYOND_RANGE = re.compile(r"^(Expected .* [<>]=? .*|.*out of range)$")
 
 
 def decode(body: bytes, decoder: msgspec.json.Decoder[B]) -> tuple[B, list[str]]:
-    """A body as a typed value, and the names of fields that nobody knows, `MAX_NAMED` at most.
+    """A body as a typed value, and the names of its unknown fields, `MAX_REPORTED_FIELDS` at most.
 
     Raises:
         RequestError: 400, in `param` what is wrong.
     """
     if not body:
-        raise invalid("The request has no body; a JSON object is expected.")
+        raise invalid("The request has no body; a JSON object is required.")
     try:
-        body.decode()  # msgspec does not look into what it skips
+        body.decode()  # msgspec does not check what it skips
         value = decoder.decode(body)
         names = _decode_names(body)
     except UnicodeDecodeError:
@@ -123,37 +123,39 @@ def decode(body: bytes, decoder: msgspec.json.Decoder[B]) -> tuple[B, list[str]]
     except msgspec.ValidationError as error:
         raise _refused(str(error)) from None
     except msgspec.DecodeError as error:
-        if _HALF_A_PAIR.search(body):
-            raise invalid("The request body has half a surrogate pair in a string.") from None
+        if _LONE_SURROGATE.search(body):
+            raise invalid("The request body has an unpaired surrogate in a string.") from None
         raise invalid(f"The request body is not valid JSON: {error}.") from None
     known = frozenset(value.__struct_fields__)
-    return value, list(itertools.islice((name for name in names if name not in known), MAX_NAMED))
+    return value, list(itertools.islice((name for name in names if name not in known), MAX_REPORTED_FIELDS))
 
 
 def _refused(message: str) -> Exception:
-    """msgspec's words with the field's name in OpenAI's place."""
-    found = _PLACE.match(message)
+    """msgspec's message, with the field's name in `param`."""
+    found = _LOCATION.match(message)
     what = (found["what"] if found else message).replace(" | null", "")
     param = found["where"].replace("[...]", "") or None if found else None
     missing = re.match(r"Object missing required field `(.*)`", what)
     if missing:
         param = f"{param}.{missing[1]}" if param else missing[1]
     if unknown := re.match(r"Object contains unknown field `(.*)`", what):
-        param = f"{param}.{unknown[1][:MAX_NAME_SHOWN]}"
+        param = f"{param}.{unknown[1][:MAX_NAME_CHARACTERS]}"
         return invalid(f"Unknown parameter: `{param}`.", param, "unknown_parameter")
     if param is None:
-        return invalid(f"The request body is not what it should be: {_in_json_names(message)}.")
+        return invalid(f"The request body is invalid: {_in_json_names(message)}.")
     code = "value_out_of_range" if _BEYOND_RANGE.match(what) else None
     what = _in_json_names(what)
-    return invalid(f"Invalid value for `{param}`: {what[0].lower()}{what[1:MAX_SHOWN]}.", param, code)
+    return invalid(
+        f"Invalid value for `{param}`: {what[0].lower()}{what[1:MAX_SHOWN_CHARACTERS]}.", param, code
+    )
 
 
 def _in_json_names(what: str) -> str:
-    """msgspec (0.22) calls some types as Python does: a client knows those of JSON."""
-    if not what.startswith("Expected "):  # it may quote the client
+    """With JSON's names of types; msgspec 0.22 uses Python's for some."""
+    if not what.startswith("Expected "):  # it may quote the request
         return what
     expected, got, came = what.partition(", got ")
-    # In JSON an integer is a number, too: `float` says what came instead.
+    # An integer is a number too, so `number` instead of `float` would not say what is wrong.
     if "`int" not in expected or came != "`float`":
         came = _TYPES.sub(_json_name, came)
     return _TYPES.sub(_json_name, expected) + got + came
@@ -165,7 +167,7 @@ def _json_name(found: re.Match[str]) -> str:
 
 
 def check_neutral(body: Body, neutral: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuse what OpenAI knows and this server cannot do.
+    """Refuse parts of OpenAI's API that are not supported.
 
     Raises:
         RequestError: 400.
@@ -180,8 +182,8 @@ def check_neutral(body: Body, neutral: Mapping[str, tuple[Any, ...]]) -> None:
 
 
 def unsupported(param: str, values: tuple[Any, ...] = ()) -> Exception:
-    """A 400 for what may be supported one day."""
-    allowed = f"; it can be left out or be {' or '.join(_shown(v) for v in values)}" if values else ""
+    """A 400 for a part of OpenAI's API that is not supported."""
+    allowed = f"; omit it or set it to {' or '.join(_shown(v) for v in values)}" if values else ""
     return invalid(f"`{param}` is not supported yet{allowed}.", param, "unsupported_parameter")
 
 
@@ -191,7 +193,7 @@ def _shown(value: Any) -> str:
 
 def check_only_with(body: Body, only_with: Mapping[str, str]) -> None:
     """Raises:
-    RequestError: 400, a field is there without the one that it goes with.
+    RequestError: 400, a field is given without the one that it requires.
     """
     for name, other in only_with.items():
         if getattr(body, name) is not None and not getattr(body, other):
@@ -199,16 +201,16 @@ def check_only_with(body: Body, only_with: Mapping[str, str]) -> None:
 
 
 def stops(body: Body) -> list[str]:
-    """The stop strings; may be none."""
+    """The stop strings."""
     return [body.stop] if isinstance(body.stop, str) else body.stop or []
 
 
 def sampling(body: Body) -> SamplingParams:
-    """How tokens are chosen; the seed is drawn where the client gave none."""
+    """The sampling parameters, with a random seed if the client gave none."""
     defaults = SamplingParams()
     temperature = defaults.temperature if body.temperature is None else body.temperature
     top_p = defaults.top_p if body.top_p is None else body.top_p
-    if top_p == 0:  # in the limit, only the most likely token is left
+    if top_p == 0:  # in the limit, only the most likely token remains
         top_p, temperature = 1.0, GREEDY_TEMPERATURE
     return SamplingParams(
         temperature=temperature,
@@ -230,11 +232,11 @@ def sampling(body: Body) -> SamplingParams:
 
 def check_logit_bias(params: SamplingParams, model: ServedModel) -> None:
     """Raises:
-    RequestError: 400, a token id is outside of the model's vocabulary.
+    RequestError: 400, a token id is outside the model's vocabulary.
     """
     for token_id in params.logit_bias:
         if not 0 <= token_id < model.vocab_size:
             raise invalid(
-                f"`logit_bias` has the token id {token_id}, which is outside of the vocabulary of {model.vocab_size}.",
+                f"`logit_bias` has the token id {token_id}, which is outside the model's vocabulary of {model.vocab_size} tokens.",
                 "logit_bias",
             )

@@ -39,14 +39,14 @@ _TIMEOUT_SECONDS = 60.0
 _ROOT = re.compile(r"[^.\[]*")
 _REFUSED_CODES = ("unsupported_parameter", "unsupported_content", "context_length_exceeded")
 _REFUSED_WORDS = re.compile(
-    r"outside of the vocabulary"  # of a model, which the description does not include
-    r"|say different things"  # JSON Schema cannot compare two fields
+    r"outside the model's vocabulary"  # of a model, which the description does not include
+    r"|differ; set only one"  # JSON Schema cannot compare two fields
     r"|expected `int[^`]*`, got `float`"  # 1.0 is an integer in JSON Schema
     r"|out of range"  # thousands of digits; JSON does not limit a number's length
-    r"|cannot fill a gap"  # of a model
+    r"|does not support `suffix`"  # of a model
     r"|at most \d+ are allowed"
-    r"|`echo` and `suffix`|With `suffix`|`best_of` (cannot|must)"
-    r"|Only an assistant's message"
+    r"|`echo` cannot be combined|With `suffix`|`best_of` (cannot|must)"
+    r"|Only an assistant message"
 )
 _REFUSED_FIELDS = (
     "tools",

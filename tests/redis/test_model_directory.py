@@ -74,7 +74,8 @@ def test_workers_of_a_model_are_one_model(redis_url: str, client: redis.Redis) -
 
     async def test(directory: ModelDirectory) -> None:
         [model] = directory.current()
-        assert (model.id, model.num_workers, model.free_slots, model.created) == ("org/a", 2, 4, 50)
+        assert (model.id, model.num_workers, model.created) == ("org/a", 2, 50)
+        assert (model.free_slots, model.busy_slots) == (4, 12)
         assert (model.context_length, model.vocab_size, model.quantization) == (2048, 900, "4-bit")
         assert await refusal(directory, "gone") == (503, "model_unavailable", None)
         assert await refusal(directory, "never") == (404, "model_not_found", "model")

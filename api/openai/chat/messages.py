@@ -1,7 +1,7 @@
-"""The messages of a chat request, as the chat template reads them.
+"""The messages of a chat request, in the form that chat templates expect.
 
-Checked here: who may say what. Calls that were made before have their arguments as objects where they are some, as
-templates like them (mlx_lm.server 0.32 does the same). Used by `chat_request`; knows the OpenAI API description and no model.
+Checks which role may have which fields. Arguments of earlier calls become objects if they are JSON objects, as templates
+expect them (mlx_lm.server 0.32 does the same). Used by `api.openai.chat.request`. Must not know models.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from common.errors import invalid
 
 
 class ContentPart(msgspec.Struct, frozen=True):
-    """One part of a message's content; only text can be read."""
+    """One part of a message's content; only text is supported."""
 
     type: str
     text: str | None = None
     refusal: str | None = None
 
 
-_READABLE = Meta(
+_SUPPORTED = Meta(
     extra_json_schema={
         "anyOf": [
             {
@@ -38,7 +38,7 @@ _READABLE = Meta(
 
 
 class FunctionCall(msgspec.Struct, frozen=True):
-    """A call that was made; `arguments` is JSON."""
+    """An earlier call; `arguments` is JSON."""
 
     name: str
     arguments: str
@@ -59,10 +59,10 @@ _OF_FUNCTION = Meta(
 
 
 class Message(msgspec.Struct, frozen=True):
-    """One message; other keys that clients send back with an answer ask for nothing."""
+    """One message. Other fields, which clients send back with an answer, have no effect."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[Annotated[ContentPart, _READABLE]] | None = None
+    content: str | list[Annotated[ContentPart, _SUPPORTED]] | None = None
     name: str | None = None
     refusal: str | None = None
     reasoning_content: str | None = None
@@ -76,46 +76,46 @@ _OTHER_PARTS = ("image_url", "input_audio", "file", "audio", "video_url", "image
 
 
 def plain(messages: list[Message]) -> list[dict[str, Any]]:
-    """Messages as the chat template reads them.
+    """Messages in the form that chat templates expect.
 
     Raises:
         RequestError: 400, in `param` what is wrong.
     """
-    called: dict[str, str] = {}  # function names by call
+    called: dict[str, str] = {}  # function names by call id
     return [_plain(message, f"messages[{i}]", called) for i, message in enumerate(messages)]
 
 
-def _plain(message: Message, place: str, called: dict[str, str]) -> dict[str, Any]:
+def _plain(message: Message, path: str, called: dict[str, str]) -> dict[str, Any]:
     if message.audio is not None:
-        raise fields.unsupported(f"{place}.audio")
+        raise fields.unsupported(f"{path}.audio")
     if message.role == "assistant":
-        return _assistant(message, place, called)
+        return _assistant(message, path, called)
     for name in ("tool_calls", "function_call"):
         if getattr(message, name):
-            raise invalid(f"Only an assistant's message can have `{name}`.", f"{place}.{name}")
+            raise invalid(f"Only an assistant message can have `{name}`.", f"{path}.{name}")
     if message.role in ("tool", "function"):
-        return _result(message, place, called)
-    # The developer's messages are what a model knows as the system's.
+        return _result(message, path, called)
+    # Templates know the role `system` only.
     role = "system" if message.role == "developer" else message.role
-    return _named({"role": role, "content": _text(message.content, f"{place}.content")}, message.name)
+    return _named({"role": role, "content": _text(message.content, f"{path}.content")}, message.name)
 
 
 def _named(said: dict[str, Any], name: str | None) -> dict[str, Any]:
     return said if name is None else said | {"name": name}
 
 
-def _assistant(message: Message, place: str, called: dict[str, str]) -> dict[str, Any]:
-    """An answer of a model: text, calls or both, and perhaps what it thought."""
+def _assistant(message: Message, path: str, called: dict[str, str]) -> dict[str, Any]:
+    """A model's earlier answer: text, calls or both, and perhaps its reasoning."""
     calls = [
-        _call(call, f"{place}.tool_calls[{i}]", called) for i, call in enumerate(message.tool_calls or [])
+        _call(call, f"{path}.tool_calls[{i}]", called) for i, call in enumerate(message.tool_calls or [])
     ]
     if message.function_call is not None:  # the deprecated form, which has no id
         call = ToolCall(f"call_{len(called)}", "function", message.function_call)
-        calls.append(_call(call, place, called, "function_call"))
+        calls.append(_call(call, path, called, "function_call"))
     if message.content is None and (calls or message.refusal is not None):
         text = message.refusal or ""
     else:
-        text = _text(message.content, f"{place}.content", refusals=True)
+        text = _text(message.content, f"{path}.content", refusals=True)
     said = _named({"role": "assistant", "content": text}, message.name)
     if message.reasoning_content:
         said["reasoning_content"] = message.reasoning_content
@@ -124,19 +124,19 @@ def _assistant(message: Message, place: str, called: dict[str, str]) -> dict[str
     return said
 
 
-def _call(call: ToolCall, place: str, called: dict[str, str], inside: str = "function") -> dict[str, Any]:
+def _call(call: ToolCall, path: str, called: dict[str, str], inside: str = "function") -> dict[str, Any]:
     if call.type != "function":
-        raise invalid(f"`{place}.type` must be `function`.", f"{place}.type")
+        raise invalid(f"`{path}.type` must be `function`.", f"{path}.type")
     if call.function is None:
-        raise invalid(f"`{place}.{inside}` is missing.", f"{place}.{inside}")
+        raise invalid(f"`{path}.{inside}` is missing.", f"{path}.{inside}")
     called[call.id] = call.function.name
     function = {"name": call.function.name, "arguments": _arguments(call.function.arguments)}
     return {"id": call.id, "type": "function", "function": function}
 
 
 def _arguments(text: str) -> Mapping[str, Any] | str:
-    """A function without parameters is called with nothing by some models. What is no object, since the answer was cut
-    for example, stays the text that it was: an answer can be sent back as it came.
+    """Arguments as an object; some models call a function without parameters with an empty string. Text that is no JSON
+    object, such as that of a call that was cut, is kept: any answer can be sent back as it is.
     """
     try:
         return msgspec.json.decode(text, type=dict[str, Any]) if text.strip() else {}
@@ -144,44 +144,45 @@ def _arguments(text: str) -> Mapping[str, Any] | str:
         return text
 
 
-def _result(message: Message, place: str, called: dict[str, str]) -> dict[str, Any]:
-    """What a function returned. Templates that ask for its name, which OpenAI's message does not have, get it."""
-    content = _text(message.content, f"{place}.content")
+def _result(message: Message, path: str, called: dict[str, str]) -> dict[str, Any]:
+    """A function's result, with the function's name, which some templates need and OpenAI's message lacks."""
+    content = _text(message.content, f"{path}.content")
     name: str | None
     if message.role == "function":
         if message.name is None:
-            raise invalid(f"`{place}.name` must be the name of the function.", f"{place}.name")
+            raise invalid(f"`{path}.name` must be the name of the function.", f"{path}.name")
         ids = [call_id for call_id, name in called.items() if name == message.name]
         call_id, name = (ids or [f"call_{len(called)}"])[-1], message.name
     elif message.tool_call_id is None:
         raise invalid(
-            f"`{place}.tool_call_id` must say which call this is the result of.", f"{place}.tool_call_id"
+            f"`{path}.tool_call_id` must be the id of the call that this is the result of.",
+            f"{path}.tool_call_id",
         )
     else:
         call_id, name = message.tool_call_id, message.name or called.get(message.tool_call_id)
     return _named({"role": "tool", "content": content, "tool_call_id": call_id}, name)
 
 
-def _text(content: str | list[ContentPart] | None, place: str, *, refusals: bool = False) -> str:
+def _text(content: str | list[ContentPart] | None, path: str, *, refusals: bool = False) -> str:
     if isinstance(content, str):
         return content
     if not content:
-        raise invalid(f"`{place}` must be a string, or a list of at least one part.", place)
-    return "".join(_part(part, f"{place}[{i}]", refusals=refusals) for i, part in enumerate(content))
+        raise invalid(f"`{path}` must be a string, or a list of at least one part.", path)
+    return "".join(_part(part, f"{path}[{i}]", refusals=refusals) for i, part in enumerate(content))
 
 
-def _part(part: ContentPart, place: str, *, refusals: bool) -> str:
+def _part(part: ContentPart, path: str, *, refusals: bool) -> str:
     for kind, text in (("text", part.text), ("refusal", part.refusal)):
         if part.type == kind and (refusals or kind == "text"):
             if text is None:
-                raise invalid(f"`{place}.{kind}` must be a string.", f"{place}.{kind}")
+                raise invalid(f"`{path}.{kind}` must be a string.", f"{path}.{kind}")
             return text
     if part.type == "refusal":
-        raise invalid("Only an assistant's message can have a refusal.", f"{place}.type")
+        raise invalid("Only an assistant message can have a refusal.", f"{path}.type")
     if part.type in _OTHER_PARTS:
         raise invalid(
-            f"The models here read text only; a part of the type `{part.type}` is not supported.",
-            f"{place}.type",
+            f"Only text is supported, not content parts of type `{part.type}`.",
+            f"{path}.type",
             "unsupported_content",
         )
-    raise invalid(f"`{place}.type` must be `text`.", f"{place}.type")
+    raise invalid(f"`{path}.type` must be `text`.", f"{path}.type")

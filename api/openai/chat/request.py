@@ -1,6 +1,6 @@
-"""`POST /v1/chat/completions`: the body, parsed once into a typed and checked value.
+"""Parses the body of `POST /v1/chat/completions` into a typed and checked value.
 
-https://platform.openai.com/docs/api-reference/chat/create; what is not supported is refused by name, never ignored.
+https://platform.openai.com/docs/api-reference/chat/create. Unsupported parameters are refused by name, not ignored.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ _HAS_CONTENT = Meta(
         ]
     }
 )
-"""What `chat_messages` checks, as far as a schema can say it."""
+"""What `api.openai.chat.messages` checks, as far as a schema can express it."""
 
 
 Metadata = Annotated[
     dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
 ]
-"""OpenAI's limits; it asks nothing of the answer."""
+"""OpenAI's limits; it has no effect here."""
 
 
 class ChatBody(fields.Body, frozen=True, kw_only=True):
@@ -121,7 +121,7 @@ _decoder = msgspec.json.Decoder(ChatBody)
 
 
 def parse(body: bytes) -> GenerationRequest:
-    """Read and check a request.
+    """Parse and check a request.
 
     Raises:
         RequestError: 400, in `param` what is wrong or not supported.
@@ -161,7 +161,7 @@ def _max_tokens(chat: ChatBody) -> int | None:
     both = {chat.max_tokens, chat.max_completion_tokens} - {None}
     if len(both) > 1:
         raise invalid(
-            "`max_tokens` and `max_completion_tokens` say different things; give one of them.",
+            "`max_tokens` and `max_completion_tokens` differ; set only one of them.",
             "max_completion_tokens",
         )
     return both.pop() if both else None

@@ -1,6 +1,6 @@
-"""`response_format`: what an answer has to be, as a grammar; and the check of grammars before anything is queued.
+"""`response_format` as a grammar, and the check of grammars before anything is queued.
 
-https://platform.openai.com/docs/guides/structured-outputs. Used by the chat request; a worker holds the answer to it.
+https://platform.openai.com/docs/guides/structured-outputs. Used by the parser of chats; a worker constrains the answer to it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from common.schema import grammar, limits
 class JsonSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A schema with its name; without a schema, any JSON object.
 
-    `strict` asks for an answer that validates, which every answer here does; `description` is for a model that is told of
-    the format, and the ones here are not.
+    `strict` has no effect, since every answer validates; `description` has none either, since the model is not shown the
+    format.
     """
 
     name: Annotated[str, fields.whole("[a-zA-Z0-9_-]{1,64}")]
@@ -45,11 +45,11 @@ Wanted = Annotated[
         }
     ),
 ]
-"""As a schema says it."""
+"""As a JSON Schema describes it."""
 
 
 def grammar_of(response_format: ResponseFormat | None) -> str | None:
-    """What the answer's text has to match; None: anything.
+    """The grammar of the answer's text; None: any text.
 
     Raises:
         RequestError: 400.
@@ -60,7 +60,7 @@ def grammar_of(response_format: ResponseFormat | None) -> str | None:
         return grammar.for_json_object()
     if response_format.json_schema is None:
         raise invalid(
-            "`response_format.json_schema` is missing; it has a name and a schema.",
+            "`response_format.json_schema` is missing; it must have a name and a schema.",
             "response_format.json_schema",
         )
     schema = response_format.json_schema.schema
@@ -78,7 +78,7 @@ async def check(answer: str | None) -> None:
         answer: The result of `grammar_of`.
 
     Raises:
-        RequestError: 400; it cannot be expressed, or nothing can match it.
+        RequestError: 400; it cannot be compiled, or no text can match it.
     """
     if answer is not None and (complaint := await asyncio.to_thread(grammar.check, answer)):
         raise _unsupported(complaint)

@@ -1,7 +1,7 @@
-"""What a chat request tells the model's template beside its messages: `reasoning_effort` and `chat_template_kwargs`.
+"""Arguments for the model's chat template besides the messages: `reasoning_effort` and `chat_template_kwargs`.
 
-Only names that templates read and nothing else does: what is passed on are keyword arguments of transformers, some of
-which would change the template itself or the kind of what comes back. Used by `chat_request`.
+Only an allowlist of names is accepted: they become keyword arguments of transformers, some of which would replace the
+template or change the type of its result. Used by `api.openai.chat.request`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from common.errors import invalid
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 """OpenAI's (openai-python 3.54)."""
 
-SAFE: dict[str, type] = {
+ALLOWED: dict[str, type] = {
     "enable_thinking": bool,  # Qwen 3, GLM 4.5, SmolLM 3
     "thinking": bool,  # DeepSeek V3.1, Kimi K2.5
     "thinking_budget": int,  # Seed-OSS
@@ -22,7 +22,7 @@ SAFE: dict[str, type] = {
     "reasoning_effort": str,  # gpt-oss
     "date_string": str,  # Llama 3
 }
-"""By name: the type of the value."""
+"""The accepted names, with the type of their value."""
 
 MAX_CHARACTERS = 256
 """Of a value."""
@@ -36,20 +36,20 @@ def template_arguments(
     """Keyword arguments for the template.
 
     Raises:
-        RequestError: 400; a name is not among those that are safe, a value is of another type, or the two disagree.
+        RequestError: 400; a name is not allowed, a value has the wrong type, or both fields set a name to different values.
     """
     arguments: dict[str, Any] = {}
     for name, value in (chat_template_kwargs or {}).items():
-        place = f"chat_template_kwargs.{name[:64]}"
-        if name not in SAFE:
-            raise invalid(f"`{place}` is not supported; {', '.join(SAFE)} are.", place)
+        path = f"chat_template_kwargs.{name[:64]}"
+        if name not in ALLOWED:
+            raise invalid(f"`{path}` is not supported. Supported are: {', '.join(ALLOWED)}.", path)
         if value is None:
             continue
-        kind = SAFE[name]
+        kind = ALLOWED[name]
         if type(value) is not kind:
-            raise invalid(f"`{place}` must be {_KINDS[kind]}.", place)
+            raise invalid(f"`{path}` must be {_KINDS[kind]}.", path)
         if isinstance(value, str) and len(value) > MAX_CHARACTERS:
-            raise invalid(f"`{place}` is longer than {MAX_CHARACTERS} characters.", place)
+            raise invalid(f"`{path}` is longer than {MAX_CHARACTERS} characters.", path)
         arguments[name] = value
     if reasoning_effort is None:
         return arguments
@@ -59,7 +59,7 @@ def template_arguments(
     for name, value in asked.items():
         if arguments.get(name, value) != value:
             raise invalid(
-                f"`reasoning_effort` and `chat_template_kwargs.{name}` say different things; give one of them.",
+                f"`reasoning_effort` and `chat_template_kwargs.{name}` differ; set only one of them.",
                 "reasoning_effort",
             )
     return arguments | asked

@@ -1,7 +1,7 @@
-"""The fields of a chat request that are about functions: `tools`, `tool_choice`, `parallel_tool_calls`, and their deprecated
-predecessors `functions` and `function_call`.
+"""The tool fields of a chat request: `tools`, `tool_choice`, `parallel_tool_calls`, and the deprecated `functions` and
+`function_call`.
 
-Parsed and checked into the wire's `ToolUse`; used by `chat_request`. Knows the OpenAI API description and no model.
+Parses them into `common.protocol.ToolUse`. Used by `api.openai.chat.request`. Must not know models.
 https://platform.openai.com/docs/guides/function-calling
 """
 
@@ -20,7 +20,7 @@ from common.schema import function_schema
 MAX_TOOLS = 128
 
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
-"""Templates and grammars want to be told."""
+"""Of a function without parameters, for templates and grammars."""
 
 FunctionName = Annotated[str, fields.whole("[a-zA-Z0-9_-]{1,64}")]
 
@@ -33,7 +33,7 @@ class FunctionDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True
 
 
 class Tool(msgspec.Struct, frozen=True):
-    """`custom` tools, whose input is no JSON, are not supported."""
+    """`custom` tools, whose input is not JSON, are not supported."""
 
     type: str
     function: FunctionDefinition | None = None
@@ -49,14 +49,14 @@ class AllowedTool(msgspec.Struct, frozen=True):
 
 
 class AllowedTools(msgspec.Struct, frozen=True):
-    """Some of the tools; the others are as if they were not there."""
+    """A subset of the tools; the others are not offered to the model."""
 
     mode: str
     tools: list[AllowedTool]
 
 
 class ToolChoice(msgspec.Struct, frozen=True):
-    """`allowed_tools` holds what it is about in a field of that name."""
+    """`allowed_tools` has its definition in the field of that name."""
 
     type: str
     function: NamedFunction | None = None
@@ -64,7 +64,7 @@ class ToolChoice(msgspec.Struct, frozen=True):
 
 
 class ToolFields(Protocol):
-    """What is read of a request."""
+    """The fields of a request that are used here."""
 
     @property
     def tools(self) -> list[Tool] | None: ...
@@ -79,11 +79,11 @@ class ToolFields(Protocol):
 
 
 class _Choice(msgspec.Struct, frozen=True):
-    """What `tool_choice` and `function_call` come down to.
+    """The normalized `tool_choice` or `function_call`.
 
     Attributes:
         names: The functions that may be called.
-        function: The one that has to be.
+        function: The one that must be called.
     """
 
     names: list[str]
@@ -93,7 +93,7 @@ class _Choice(msgspec.Struct, frozen=True):
 
 
 def tool_use(chat: ToolFields) -> ToolUse | None:
-    """The functions that may be called; None if there are none, or none may be.
+    """The functions that may be called; None if there are none or calls are not allowed.
 
     Raises:
         RequestError: 400, in `param` what is wrong.
@@ -112,7 +112,7 @@ def tool_use(chat: ToolFields) -> ToolUse | None:
         tools=[tool for tool in tools if tool["function"]["name"] in choice.names],
         is_required=choice.is_required,
         function=choice.function,
-        # A named function is called once: a model that may not write anything else would go on calling it.
+        # A named function is called once: a model that can write nothing else would call it again and again.
         is_parallel=chat.parallel_tool_calls is not False and choice.function is None,
     )
 
@@ -125,7 +125,7 @@ def uses_functions(chat: ToolFields) -> bool:
 def _legacy_tool_use(chat: ToolFields, functions: list[FunctionDefinition]) -> ToolUse | None:
     for name in ("tools", "tool_choice", "parallel_tool_calls"):
         if getattr(chat, name) not in (None, []):
-            raise invalid(f"`{name}` and the deprecated `functions` do not go together.", name)
+            raise invalid(f"`{name}` cannot be combined with the deprecated `functions`.", name)
     tools = _checked(functions, "functions", "")
     call = chat.function_call
     if isinstance(call, NamedFunction):
@@ -133,13 +133,14 @@ def _legacy_tool_use(chat: ToolFields, functions: list[FunctionDefinition]) -> T
         return ToolUse(tools=tools, is_required=True, function=call.name, is_parallel=False)
     if call not in (None, "none", "auto"):
         raise invalid(
-            "`function_call` must be `none`, `auto`, or an object with a function's name.", "function_call"
+            "`function_call` must be `none`, `auto`, or an object with the name of a function.",
+            "function_call",
         )
     return None if call == "none" else ToolUse(tools=tools, is_parallel=False)
 
 
 def _check_alone(chat: ToolFields) -> None:
-    """Refuse what makes no sense without the functions that it is about.
+    """Refuse fields that require `tools` or `functions`.
 
     Raises:
         RequestError: 400.
@@ -154,15 +155,15 @@ def _check_alone(chat: ToolFields) -> None:
         raise invalid("`parallel_tool_calls` is only allowed with `tools`.", "parallel_tool_calls")
 
 
-def _definition(tool: Tool, place: str) -> FunctionDefinition:
+def _definition(tool: Tool, path: str) -> FunctionDefinition:
     if tool.type != "function":
         raise invalid(
-            f"`{place}.type` must be `function`; other tools are not supported.",
-            f"{place}.type",
+            f"`{path}.type` must be `function`; other tools are not supported.",
+            f"{path}.type",
             "unsupported_parameter" if tool.type == "custom" else None,
         )
     if tool.function is None:
-        raise invalid(f"`{place}.function` is missing.", f"{place}.function")
+        raise invalid(f"`{path}.function` is missing.", f"{path}.function")
     return tool.function
 
 
@@ -170,35 +171,37 @@ def _checked(functions: list[FunctionDefinition], param: str, inside: str) -> li
     """The functions as tools.
 
     Args:
-        inside: Where a function is in an item of `param`.
+        inside: The path of the function in an item of `param`.
 
     Raises:
-        RequestError: 400; there are too many, two have the same name, arguments could not be an object, or those of a
-            strict function are beyond what a grammar can say.
+        RequestError: 400; there are too many, two have the same name, parameters are not an object's schema, or those of
+            a strict function cannot be expressed as a grammar.
     """
     if len(functions) > MAX_TOOLS:
         raise invalid(f"`{param}` has {len(functions)} functions; at most {MAX_TOOLS} are allowed.", param)
     names = set()
     tools = []
     for i, function in enumerate(functions):
-        place = f"{param}[{i}]{inside}"
+        path = f"{param}[{i}]{inside}"
         if function.name in names:
-            raise invalid(f"`{param}` has two functions named `{function.name}`.", f"{place}.name")
+            raise invalid(f"`{param}` has two functions named `{function.name}`.", f"{path}.name")
         names.add(function.name)
-        plain = _plain(function, f"{place}.parameters")
+        plain = _plain(function, f"{path}.parameters")
         if function.strict and (complaint := function_schema.refusal(plain)):
-            raise invalid(f"`{place}.parameters` cannot be made sure of: {complaint}", f"{place}.parameters")
+            raise invalid(
+                f"`{path}.parameters` is not supported with `strict`: {complaint}", f"{path}.parameters"
+            )
         tools.append({"type": "function", "function": plain})
     return tools
 
 
-def _plain(function: FunctionDefinition, place: str) -> dict[str, Any]:
-    """A definition as templates and grammars read it: parameters that were left out are none."""
+def _plain(function: FunctionDefinition, path: str) -> dict[str, Any]:
+    """A definition in the form that templates and grammars expect; missing parameters become an empty object's schema."""
     parameters = function.parameters or _NO_PARAMETERS
     if parameters.get("type", "object") != "object":
-        raise invalid(f"`{place}` must be the schema of an object: `type` must be `object`.", place)
+        raise invalid(f"`{path}` must be a schema of an object: its `type` must be `object`.", path)
     if not isinstance(parameters.get("properties", {}), dict):
-        raise invalid(f"`{place}.properties` must be an object.", f"{place}.properties")
+        raise invalid(f"`{path}.properties` must be an object.", f"{path}.properties")
     plain: dict[str, Any] = {"name": function.name}
     if function.description is not None:
         plain["description"] = function.description
@@ -227,18 +230,18 @@ def _choice(given: str | ToolChoice | None, names: list[str]) -> _Choice:
 
 
 def _allowed(allowed: AllowedTools | None, names: list[str]) -> _Choice:
-    place = "tool_choice.allowed_tools"
+    path = "tool_choice.allowed_tools"
     if allowed is None:
-        raise invalid(f"`{place}` is missing.", place)
+        raise invalid(f"`{path}` is missing.", path)
     if allowed.mode not in ("auto", "required"):
-        raise invalid(f"`{place}.mode` must be `auto` or `required`.", f"{place}.mode")
+        raise invalid(f"`{path}.mode` must be `auto` or `required`.", f"{path}.mode")
     if not allowed.tools:
-        raise invalid(f"`{place}.tools` must have at least one tool.", f"{place}.tools")
+        raise invalid(f"`{path}.tools` must have at least one tool.", f"{path}.tools")
     chosen = []
     for i, tool in enumerate(allowed.tools):
         if tool.type != "function" or tool.function is None:
-            raise invalid(f"`{place}.tools[{i}]` must name a function.", f"{place}.tools[{i}]")
-        _check_known(tool.function.name, names, f"{place}.tools[{i}].function.name")
+            raise invalid(f"`{path}.tools[{i}]` must name a function.", f"{path}.tools[{i}]")
+        _check_known(tool.function.name, names, f"{path}.tools[{i}].function.name")
         chosen.append(tool.function.name)
     return _Choice(chosen, is_required=allowed.mode == "required")
 
@@ -249,4 +252,4 @@ def _check_known(name: str, names: Iterable[str], param: str) -> None:
 
 
 def _unknown(name: str, param: str) -> RequestError:
-    return invalid(f"`{param}` is `{name[:64]}`, which none of the functions is named.", param)
+    return invalid(f"`{param}` is `{name[:64]}`, which is not the name of any of the functions.", param)

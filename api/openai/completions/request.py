@@ -1,6 +1,6 @@
-"""`POST /v1/completions`: the body, parsed once into a typed and checked value.
+"""Parses the body of `POST /v1/completions` into a typed and checked value.
 
-https://platform.openai.com/docs/api-reference/completions/create; what is not supported is refused by name, never ignored.
+https://platform.openai.com/docs/api-reference/completions/create. Unsupported parameters are refused by name, not ignored.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from common.protocol import ChatPrompt, TextPrompt, TokenPrompt
 
 DEFAULT_MAX_TOKENS = 16
 
-TokenId = Annotated[int, Meta(extra_json_schema={"minimum": 0})]  # checked with its model's vocabulary
+TokenId = Annotated[int, Meta(extra_json_schema={"minimum": 0})]  # the upper bound is the model's vocabulary
 TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
 Prompts = Annotated[
     list[str | TokenId | TokenIds],
     Meta(
         min_length=1,
-        # msgspec 0.22 takes one kind of list in a union
+        # msgspec 0.22 accepts one kind of list in a union
         extra_json_schema={"oneOf": [{"items": {"type": kind}} for kind in ("string", "integer", "array")]},
     ),
 ]
@@ -49,7 +49,7 @@ _decoder = msgspec.json.Decoder(CompletionBody)
 
 
 def parse(body: bytes) -> GenerationRequest:
-    """Read and check a request.
+    """Parse and check a request.
 
     Raises:
         RequestError: 400, in `param` what is wrong or not supported.
@@ -85,19 +85,19 @@ def _best_of(completion: CompletionBody, n: int) -> int:
     if completion.best_of < n:
         raise invalid(f"`best_of` must be at least `n`, which is {n}.", "best_of")
     if completion.stream and completion.best_of > n:
-        raise invalid("`best_of` cannot be streamed: the best is known in the end.", "best_of")
+        raise invalid("`best_of` cannot be streamed: the best choice is known only at the end.", "best_of")
     return completion.best_of
 
 
 def _prompts(prompt: str | list[str | int | list[int]] | None) -> list[TextPrompt | TokenPrompt]:
-    """A text, a list of token ids, or a list of several of either; null is the beginning of a new document."""
+    """A text, a list of token ids, or a list of several of either; null is an empty text."""
     if prompt is None:
         return [TextPrompt("")]
     if isinstance(prompt, str):
         return [TextPrompt(prompt)]
     kinds = {type(item) for item in prompt}
     if len(kinds) > 1:
-        raise invalid("`prompt` mixes strings, token ids and lists of them.", "prompt")
+        raise invalid("`prompt` must not mix strings, token ids and lists of token ids.", "prompt")
     if kinds == {int}:
         return [TokenPrompt([item for item in prompt if isinstance(item, int)])]
     return [_prompt(item) for item in prompt]
@@ -116,7 +116,7 @@ def _with_suffix(
     if not completion.suffix:
         return [*prompts]
     if completion.echo:
-        raise invalid("`echo` and `suffix` cannot go together.", "echo")
+        raise invalid("`echo` cannot be combined with `suffix`.", "echo")
     filled: list[ChatPrompt | TextPrompt | TokenPrompt] = []
     for prompt in prompts:
         if not isinstance(prompt, TextPrompt):
@@ -127,14 +127,17 @@ def _with_suffix(
 
 def check_prompts(request: GenerationRequest, model: ServedModel) -> None:
     """Raises:
-    RequestError: 400, a token id is outside of the model's vocabulary, or it cannot fill a gap.
+    RequestError: 400, a token id is outside the model's vocabulary, or the model cannot fill a gap.
     """
     for prompt in request.prompts:
         if isinstance(prompt, TextPrompt) and prompt.suffix is not None and not model.can_fill:
-            raise invalid(f"The model `{model.id}` cannot fill a gap before a suffix.", "suffix")
+            raise invalid(
+                f"The model `{model.id}` does not support `suffix`: it has no fill-in-the-middle tokens.",
+                "suffix",
+            )
         for token_id in prompt.token_ids if isinstance(prompt, TokenPrompt) else ():
             if not 0 <= token_id < model.vocab_size:
                 raise invalid(
-                    f"`prompt` has the token id {token_id}, which is outside of the vocabulary of {model.vocab_size}.",
+                    f"`prompt` has the token id {token_id}, which is outside the model's vocabulary of {model.vocab_size} tokens.",
                     "prompt",
                 )

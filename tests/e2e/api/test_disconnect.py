@@ -62,10 +62,10 @@ def begin(api: ApiPool, **fields: Any) -> socket.socket:
     return connection
 
 
-@pytest.mark.parametrize("script", [endless, silent])
+@pytest.mark.parametrize(("script", "prompt_tokens"), [(endless, "5"), (silent, "unknown")])
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves(api: ApiPool, stream: bool, script: Any) -> None:
-    """Its job is cancelled at once, streamed or plain, with tokens coming or not."""
+def test_a_client_that_leaves(api: ApiPool, stream: bool, script: Any, prompt_tokens: str) -> None:
+    """Its job is cancelled at once, streamed or not, with tokens or without, and logged with what is known of it."""
     api.follow(script)
     connection = begin(api, stream=stream)
     time.sleep(0.3)
@@ -76,6 +76,9 @@ def test_a_client_that_leaves(api: ApiPool, stream: bool, script: Any) -> None:
     wait_for(lambda: job_id in api.worker.cancelled)
     assert api.worker.cancelled[job_id] - left_at < 0.2
     wait_for(lambda: api.ask("GET", "/health").json["open_requests"] == 0)
+    [line] = [line for line in api.pool.log("api").splitlines() if f"job {job_id}: model" in line]
+    assert f"key -, 1 choices, {prompt_tokens} prompt tokens, " in line
+    assert line.endswith("client left, status 499")
 
 
 def test_a_client_that_aborts(api: ApiPool) -> None:

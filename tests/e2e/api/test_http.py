@@ -62,6 +62,7 @@ def test_health(api: ApiPool) -> None:
     """`/health` counts models and workers."""
     health = api.ask("GET", "/health").json
     assert (health["status"], health["redis"], health["models"], health["workers"]) == ("ok", True, 1, 1)
+    assert (health["running_requests"], health["open_requests"]) == (0, 0)
 
 
 @pytest.mark.parametrize(

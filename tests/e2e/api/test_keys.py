@@ -115,6 +115,15 @@ def test_the_schemes_case(api: ApiPool, secret: str, scheme: str) -> None:
     assert api.ask("GET", "/nothing", authorization=f"{scheme} {secret}").status == 404
 
 
+def test_the_name_of_the_key_travels_with_the_job(api: ApiPool, secret: str) -> None:
+    """To the worker, and into the API's log line of the request."""
+    headers = {"authorization": f"Bearer {secret}", "content_type": "application/json"}
+    assert api.ask("POST", "/v1/chat/completions", chat_body(), **headers).status == 200
+    job = api.worker.jobs[-1]
+    assert job.api_key_name == "ann"
+    wait_until(lambda: f"job {job.job_id}: model {job.model}, key ann, 1 choices" in api.pool.log("api"))
+
+
 @pytest.mark.parametrize("is_right_first", [True, False])
 def test_two_keys_in_one_request(api: ApiPool, secret: str, is_right_first: bool) -> None:
     """A repeated header is a 401, whichever key is valid: a proxy may have checked the other one."""

@@ -79,7 +79,7 @@ def client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[testing.Tes
 def test_bodies_by_path(
     client: tuple[testing.TestClient, str], method: str, path: str, headers: dict[str, str], status: int
 ) -> None:
-    """The second protocol's below its prefix, OpenAI's at every other path, whoever refuses; keys are masked in both."""
+    """The second protocol's below its prefix, OpenAI's at other paths, whatever part of the server refuses; keys are masked."""
     tested, secret = client
     sent = {"authorization": f"Bearer {secret}", "x-request-id": "me"} | headers
     other = tested.simulate_request(method, f"/v1{path}", headers=sent, body="{}")

@@ -1,0 +1,28 @@
+"""The log line of a finished request."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import msgspec
+import pytest
+
+from tests.unit.worker.loop.scripted import LoopHarness, admit
+from worker.jobs.finalizer import log_end
+
+
+@pytest.mark.parametrize(("name", "shown"), [("ann", "ann"), (None, "-")])
+def test_a_finished_request_is_logged_with_its_key(
+    name: str | None, shown: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The name of the client's API key stands beside the model; a dash if there is none."""
+    harness = LoopHarness()
+    message = admit("a")
+    job = msgspec.structs.replace(message.job, api_key_name=name)
+    harness.run(dataclasses.replace(message, job=job))
+    harness.run_until(lambda: bool(harness.job_ends))
+    with caplog.at_level(logging.INFO, "worker.jobs.finalizer"):
+        log_end(harness.job_ends[0])
+    [record] = caplog.records
+    assert record.getMessage().startswith(f"job a: model m, key {shown}, ")
