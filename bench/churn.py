@@ -20,6 +20,7 @@ from bench.harness.table import Table, percentile, say
 from common.protocol import GenerationJob, SamplingParams, TokenPrompt
 from common.settings import Settings
 from worker.mlx.engine import MLXEngine
+from worker.models import model_folder
 
 PATIENCE_SECONDS = 60.0
 PROMPT_TOKENS = (30, 60)
@@ -114,7 +115,8 @@ def main() -> int:
     parser.add_argument("--shortest", type=int, default=20, metavar="TOKENS")
     parser.add_argument("--longest", type=int, default=100, metavar="TOKENS")
     arguments = parser.parse_args()
-    engine = MLXEngine(Settings(model=arguments.model, max_batch=max(arguments.rows), prompt_cache_gb=0))
+    settings = Settings(model=arguments.model, max_batch=max(arguments.rows), prompt_cache_gb=0)
+    engine = MLXEngine(settings, model_folder.find(settings))
     table = Table(
         [
             "rows",

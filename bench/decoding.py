@@ -23,6 +23,7 @@ from worker.loop.generation_loop import GenerationLoop
 from worker.loop.journal import AppendResult, JournalEntry
 from worker.loop.messages import Abort, AbortReason, Admit, Message
 from worker.mlx.engine import MLXEngine
+from worker.models import model_folder
 
 PATIENCE_SECONDS = 60.0
 PROMPT_TOKENS = 45
@@ -126,7 +127,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
-    engine = MLXEngine(Settings(model=arguments.model, max_batch=max(arguments.rows), prompt_cache_gb=0))
+    settings = Settings(model=arguments.model, max_batch=max(arguments.rows), prompt_cache_gb=0)
+    engine = MLXEngine(settings, model_folder.find(settings))
     table = Table(["rows", "prompts", "mlx-lm, ms a step", "÷ mlx-lm: the batch", "the loop"])
     for num_rows in arguments.rows:
         for is_even in (True, False) if num_rows > 1 else (True,):

@@ -19,6 +19,7 @@ from common.protocol import ChatPrompt, GenerationJob, SamplingParams
 from common.settings import Settings
 from worker.loop.engine import StepToken
 from worker.mlx.engine import MLXEngine
+from worker.models import model_folder
 
 NUM_SEQUENCES = 32
 PATIENCE_SECONDS = 60.0
@@ -77,7 +78,8 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rows", type=int, default=NUM_SEQUENCES)
     arguments = parser.parse_args()
-    engine = MLXEngine(Settings(model=arguments.model, max_batch=arguments.rows, prompt_cache_gb=0))
+    settings = Settings(model=arguments.model, max_batch=arguments.rows, prompt_cache_gb=0)
+    engine = MLXEngine(settings, model_folder.find(settings))
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     wait_until_quiet(PATIENCE_SECONDS)
     for _ in range(arguments.rounds):

@@ -13,6 +13,7 @@ from common.errors import StartupError
 from common.settings import Settings, add_flags, from_arguments
 from worker.jobs.batch_worker import BatchWorker
 from worker.loop.engine import Engine
+from worker.models import model_folder
 
 FLAGS = (
     "model",
@@ -87,11 +88,12 @@ def run(flags: WorkerFlags, make_engine: Callable[[Settings], Engine], argv: lis
 
 def _load_engine(settings: Settings) -> Engine:
     log.info("loading %s", settings.model)
+    folder = model_folder.find(settings)
     try:
         from worker.mlx.engine import MLXEngine
     except ImportError as error:
         raise StartupError(f"MLX cannot be imported ({error}); `make install` installs it") from None
-    engine = MLXEngine(settings)
+    engine = MLXEngine(settings, folder)
     garbage.spare_what_is_loaded()
     return engine
 

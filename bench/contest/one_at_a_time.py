@@ -10,11 +10,13 @@ import functools
 
 from common.settings import Settings
 from worker.mlx import model as mlx_model
+from worker.models import model_folder
 
 
 @functools.cache
 def _model() -> mlx_model.LoadedModel:
-    return mlx_model.load_model(Settings.load())
+    settings = Settings.load()
+    return mlx_model.load_model(settings, model_folder.find(settings))
 
 
 def generate(prompt: str, max_tokens: int) -> int:

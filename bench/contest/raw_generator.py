@@ -22,6 +22,7 @@ from bench.harness.table import percentile
 from common.protocol import ChatPrompt, GenerationJob
 from common.settings import Settings
 from worker.mlx import model as mlx_model
+from worker.models import model_folder
 from worker.text import prompts
 
 
@@ -144,7 +145,7 @@ def _job(text: str) -> GenerationJob:
 def main() -> int:
     """Answer until standard input ends; the exit status."""
     settings = Settings.load()
-    loaded = mlx_model.load_model(settings)
+    loaded = mlx_model.load_model(settings, model_folder.find(settings))
     for line in sys.stdin.buffer:
         result = _generate(loaded, settings, msgspec.json.decode(line, type=Round))
         sys.stdout.buffer.write(msgspec.json.encode(result) + b"\n")

@@ -19,6 +19,7 @@ from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
 from tests.contract.signatures import accepts, parameters
+from worker.models import model_folder
 
 BATCHABLE = (cache.KVCache, cache.RotatingKVCache, cache.ArraysCache, cache.CacheList)
 """Kinds of a single sequence's caches that have `merge`."""
@@ -229,7 +230,7 @@ def test_caches_grow_in_steps() -> None:
 
 
 def test_load() -> None:
-    """`load_model` passes these to `mlx_lm.load`, and downloads what mlx-lm would. Open worker/mlx/model.py."""
+    """`load_model` passes these to `mlx_lm.load`. Open worker/mlx/model.py."""
     options = {
         "tokenizer_config": {},
         "adapter_path": None,
@@ -237,8 +238,11 @@ def test_load() -> None:
         "trust_remote_code": False,
     }
     assert accepts(mlx_lm.load, "folder", **options)
-    assert {"*.json", "*.jinja"} <= set(DEFAULT_ALLOW_PATTERNS)
-    assert any("safetensors" in pattern for pattern in DEFAULT_ALLOW_PATTERNS)
+
+
+def test_download_patterns() -> None:
+    """We download the files of a repository that mlx-lm would. Open worker/models/model_folder.py, `HUB_PATTERNS`."""
+    assert list(model_folder.HUB_PATTERNS) == DEFAULT_ALLOW_PATTERNS
 
 
 def test_processors_context() -> None:

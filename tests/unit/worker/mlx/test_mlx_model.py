@@ -14,6 +14,7 @@ from huggingface_hub import errors
 from common.errors import StartupError
 from common.settings import Settings
 from worker.mlx import model as mlx_model
+from worker.models import model_folder
 
 
 @pytest.mark.parametrize(
@@ -78,13 +79,13 @@ def test_folder_without_a_model(tmp_path: Path, config: str | None, weights: boo
     """What is missing in a folder is said before MLX is loaded."""
     folder = _folder(tmp_path, config, weights=weights)
     with pytest.raises(StartupError, match=sentence):
-        mlx_model.load_model(Settings(model=str(folder)))
+        model_folder.find(Settings(model=str(folder)))
 
 
 def test_no_such_folder() -> None:
     """A path that does not exist is not looked for on a hub."""
     with pytest.raises(StartupError, match="the model folder /no/such/model does not exist"):
-        mlx_model.load_model(Settings(model="/no/such/model"))
+        model_folder.find(Settings(model="/no/such/model"))
 
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:
@@ -92,7 +93,7 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.touch()
     with pytest.raises(StartupError, match="is a file"):
-        mlx_model.load_model(Settings(model=str(path)))
+        model_folder.find(Settings(model=str(path)))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def test_hub_that_does_not_give_it(monkeypatch: pytest.MonkeyPatch, error: Excep
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(StartupError, match=sentence):
-        mlx_model.load_model(Settings(model="org/no-such-model"))
+        model_folder.find(Settings(model="org/no-such-model"))
 
 
 def test_chat_template_is_text_or_a_file(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_the_download_does_not_fork(
 
     monkeypatch.setattr(subprocess, "_fork_exec", fork_exec)
     with pytest.raises(StartupError, match="not the one expected"):
-        demo_model._fetch(target)
+        demo_model._download(target)
     written = capfd.readouterr()
     assert "Saved" in written.err
     assert not written.out
