@@ -49,7 +49,7 @@ def client(redis_url: str) -> redis.Redis:
 
 
 def test_rq_sees_the_job(redis_url: str, client: redis.Redis) -> None:
-    """In its model's queue, with the whole request, our limits, and no prompt where people look."""
+    """It is in its model's queue with the complete request and our limits, and no prompt in its description."""
 
     async def test(queue: JobQueue) -> None:
         await queue.submit([job()])
@@ -96,7 +96,7 @@ def test_a_burst_is_few_round_trips(redis_url: str, client: redis.Redis) -> None
 
 
 def test_cancelling_a_queued_job(redis_url: str, client: redis.Redis) -> None:
-    """It leaves the queue and its hash is gone; the workers are told, and a mark is left for who is just taking it."""
+    """It leaves the queue and its hash is deleted; workers are notified, and a mark is left for one that is just taking it."""
 
     async def test(queue: JobQueue) -> None:
         await queue.submit([job()])
@@ -144,7 +144,7 @@ def test_many_leave_at_once(redis_url: str, client: redis.Redis) -> None:
 
 
 def test_without_a_server() -> None:
-    """The client is told when to come back; a cancellation waits for the server and does not hinder the end."""
+    """The error has a retry-after; a cancellation is sent again later and does not delay the shutdown."""
 
     async def test(queue: JobQueue) -> None:
         with pytest.raises(RequestError) as raised:
@@ -212,7 +212,7 @@ def test_the_choices_of_a_request_are_queued_together(redis_url: str, client: re
         run(redis_url, test, max_queued_requests=5)
 
 
-def test_what_finds_the_queue_empty_is_never_too_much(redis_url: str, client: redis.Redis) -> None:
+def test_an_empty_queue_takes_a_request_of_any_size(redis_url: str, client: redis.Redis) -> None:
     """A request that is larger than the bound would otherwise be refused for ever; a foreign id weighs nothing."""
 
     async def test(queue: JobQueue) -> None:
@@ -243,7 +243,7 @@ def test_many_at_the_last_place(redis_url: str, client: redis.Redis) -> None:
 
 
 def test_queue_objects_are_bounded(redis_url: str) -> None:
-    """A process that has seen many models come and go keeps no object for each of them."""
+    """A process does not keep an object for every model that was ever served."""
 
     async def test(queue: JobQueue) -> None:
         for i in range(300):

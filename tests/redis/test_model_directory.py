@@ -1,4 +1,4 @@
-"""The directory sees what live workers say of themselves, and what is known of models without one."""
+"""The model directory: live workers' cards, and models without a worker."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ async def refusal(directory: ModelDirectory, name: str | None) -> tuple[int, str
 
 
 def test_workers_of_a_model_are_one_model(redis_url: str, client: redis.Redis) -> None:
-    """With what all of them can do; a card whose worker is gone is not there."""
+    """Its capabilities are those that all workers have; an expired card does not count."""
     replace = msgspec.structs.replace
     show(
         client,
@@ -84,7 +84,7 @@ def test_workers_of_a_model_are_one_model(redis_url: str, client: redis.Redis) -
 
 
 def test_a_new_worker_is_seen_at_once(redis_url: str, client: redis.Redis) -> None:
-    """A model that is asked for and not known is looked up, whoever asks at the same time."""
+    """A request for an unknown model refreshes the directory, once for all concurrent requests."""
 
     async def test(directory: ModelDirectory) -> None:
         assert directory.served == []
@@ -95,10 +95,10 @@ def test_a_new_worker_is_seen_at_once(redis_url: str, client: redis.Redis) -> No
     run(redis_url, test)
 
 
-def test_a_bad_card_is_passed_over(
+def test_a_malformed_card_is_skipped(
     redis_url: str, client: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is said once, and the other workers serve."""
+    """It is logged once, and the other workers are served."""
     show(client, CARD)
     client.hset(names.worker_card("bad"), mapping={"id": "x", "max_batch": "many"})
     client.zadd(names.WORKER_CARDS, {"bad": time.time()})
@@ -118,7 +118,7 @@ def test_a_bad_card_is_passed_over(
 
 @pytest.mark.parametrize("name", [None, "default_model"])
 def test_a_request_that_names_no_model(redis_url: str, client: redis.Redis, name: str | None) -> None:
-    """It means the default, or the only one; with none or several it is told what there is."""
+    """It means the default, or the only model; with none or several the error lists the models."""
 
     async def none(directory: ModelDirectory) -> None:
         assert await refusal(directory, name) == (400, None, "model")
@@ -144,7 +144,7 @@ def test_a_request_that_names_no_model(redis_url: str, client: redis.Redis, name
 
 
 def test_without_a_server() -> None:
-    """Nobody is told that a model does not exist only because Redis is away."""
+    """No request is answered 404 only because Redis is unavailable."""
 
     async def test(directory: ModelDirectory) -> None:
         assert await refusal(directory, "org/a") == (503, "queue_unavailable", None)
@@ -154,7 +154,7 @@ def test_without_a_server() -> None:
     run("redis://127.0.0.1:1/0", test)
 
 
-def test_what_is_no_card_hides_no_other(redis_url: str, client: redis.Redis) -> None:
+def test_a_foreign_card_hides_no_other(redis_url: str, client: redis.Redis) -> None:
     """Names that are no text, a card that is no hash, numbers that make no sense: the good card is still served."""
     show(client, CARD)
     client.zadd(names.WORKER_CARDS, {b"\xff": time.time(), "stringy": time.time(), "odd": time.time()})

@@ -1,4 +1,4 @@
-"""The relay on a real server: what was published reaches its subscription once and in order, whatever breaks."""
+"""The relay on a real server: published events reach their subscription once and in order, whatever breaks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PATIENCE_SECONDS = 10
 
 @dataclass
 class Side:
-    """Both ends: the relay of an API process, and what a worker does."""
+    """Both ends: the relay of an API process, and a worker's commands."""
 
     relay: Relay
     client: redis.asyncio.Redis
@@ -91,7 +91,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_step_reaches_every_subscription(redis_url: str) -> None:
-    """One message carries many jobs; those of others are nobody's business."""
+    """One message carries events of many jobs; those of unknown jobs are ignored."""
 
     async def test(side: Side) -> None:
         mine, other = side.relay.subscribe(JOB), side.relay.subscribe("other")
@@ -112,7 +112,7 @@ def test_a_step_reaches_every_subscription(redis_url: str) -> None:
 
 
 def test_losses_and_repetitions(redis_url: str) -> None:
-    """Messages that come twice or never leave no trace: the journal has all."""
+    """Lost and repeated messages do not change the events: the journal has them all."""
 
     async def test(side: Side) -> None:
         chance = random.Random(5)  # noqa: S311 (a seed for repetition)
@@ -130,7 +130,7 @@ def test_losses_and_repetitions(redis_url: str) -> None:
 
 @pytest.mark.usefixtures("_quick")
 def test_a_dropped_connection(redis_url: str) -> None:
-    """After CLIENT KILL the channel is subscribed again, and the journal fills what was said in between."""
+    """After CLIENT KILL the channel is subscribed again, and missed events are read from the journal."""
 
     async def test(side: Side) -> None:
         subscription = side.relay.subscribe(JOB)
@@ -148,8 +148,8 @@ def test_a_dropped_connection(redis_url: str) -> None:
 
 
 @pytest.mark.usefixtures("_quick")
-def test_the_end_is_said_while_the_connection_is_away(redis_url: str) -> None:
-    """It is read from the journal when the connection is back: nobody waits for the watchdog."""
+def test_an_end_that_is_published_while_the_connection_is_down(redis_url: str) -> None:
+    """It is read from the journal when the connection is back, without waiting for the status check."""
 
     async def test(side: Side) -> None:
         subscription = side.relay.subscribe(JOB)
@@ -184,7 +184,7 @@ def test_a_half_open_connection(redis_url: str, monkeypatch: pytest.MonkeyPatch)
 
 
 class Forwarding:
-    """A proxy whose first connections can be made to hang, as a cable that was pulled does."""
+    """A proxy whose first connections can be made to hang, like a pulled cable."""
 
     def __init__(self, url: str) -> None:
         self._port = int(url.rsplit(":", 1)[1].split("/", maxsplit=1)[0])
@@ -222,7 +222,7 @@ class Forwarding:
 
 
 def test_a_slow_client_costs_no_memory(redis_url: str) -> None:
-    """More than its buffer is never held, and it gets everything in the end."""
+    """No more than its buffer is held, and it receives all events."""
 
     async def test(side: Side) -> None:
         slow, quick = side.relay.subscribe(JOB), side.relay.subscribe("quick")
@@ -252,10 +252,10 @@ def test_a_slow_client_costs_no_memory(redis_url: str) -> None:
         ("canceled", "stopped", 503),
     ],
 )
-def test_a_job_that_ends_without_a_word(
+def test_a_job_that_ends_without_a_published_event(
     redis_url: str, status: str | None, code: str, http_status: int
 ) -> None:
-    """The watchdog ends its stream once, with a reason; what comes later is not for the client."""
+    """The status check ends its stream once, with a reason; later events are dropped."""
 
     async def test(side: Side) -> None:
         subscription = side.relay.subscribe(JOB)
@@ -273,8 +273,8 @@ def test_a_job_that_ends_without_a_word(
 
 @pytest.mark.usefixtures("_quick")
 @pytest.mark.parametrize("status", ["finished", "failed", None])
-def test_the_watchdog_looks_into_the_journal_first(redis_url: str, status: str | None) -> None:
-    """An end that was written and never heard is the end that the client gets."""
+def test_the_status_check_reads_the_journal_first(redis_url: str, status: str | None) -> None:
+    """The client gets the end that is in the journal, even if its message was lost."""
 
     async def test(side: Side) -> None:
         subscription = side.relay.subscribe(JOB)
@@ -290,7 +290,7 @@ def test_the_watchdog_looks_into_the_journal_first(redis_url: str, status: str |
 @pytest.mark.usefixtures("_quick")
 @pytest.mark.parametrize("status", ["queued", "started"])
 def test_a_silent_job_that_is_well_goes_on(redis_url: str, status: str) -> None:
-    """Long waits and slow prompts are no errors; the handler gets its turns meanwhile."""
+    """Long waits and slow prompts are no errors; the handler wakes up meanwhile."""
 
     async def test(side: Side) -> None:
         subscription = side.relay.subscribe(JOB)
@@ -307,8 +307,8 @@ def test_a_silent_job_that_is_well_goes_on(redis_url: str, status: str) -> None:
     run(redis_url, test)
 
 
-def test_a_message_of_somebody_else(redis_url: str) -> None:
-    """What is no message of ours is logged and passed over, and what it may have replaced is read."""
+def test_a_message_that_cannot_be_decoded(redis_url: str) -> None:
+    """It is logged and skipped, and the journals are read, in case it was one of ours."""
 
     async def test(side: Side) -> None:
         subscription = side.relay.subscribe(JOB)
@@ -328,7 +328,7 @@ async def take_some(subscription: Subscription) -> list[Event]:
 
 
 def test_shutting_down_ends_every_stream(redis_url: str) -> None:
-    """With an error that says so, and marked as not the job's own end."""
+    """With an error, and marked as aborted, since the job itself has not ended."""
 
     async def test(side: Side) -> None:
         subscription = side.relay.subscribe(JOB)
@@ -342,7 +342,7 @@ def test_shutting_down_ends_every_stream(redis_url: str) -> None:
 
 
 def test_without_a_server() -> None:
-    """The relay starts all the same, says that it is not connected, and stops."""
+    """The relay starts, is not connected, and stops."""
 
     async def run_without() -> None:
         client = connections.connect_async("redis://127.0.0.1:1/0")
@@ -367,10 +367,10 @@ def test_without_a_server() -> None:
         (":wrong@", "refuses the password in MLXPOOL_REDIS_URL"),
     ],
 )
-def test_a_server_that_does_not_let_us_in(
+def test_a_server_that_refuses_the_password(
     redis_url: str, password: str, sentence: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The API's log and a worker that starts say what is wrong with the password, and not that nobody is there."""
+    """The API's log and a starting worker report the password, not an unavailable server."""
     url = redis_url.replace("redis://", f"redis://{password}")
 
     async def test() -> None:

@@ -121,7 +121,7 @@ REQUESTS = [
 def test_another_process_renders_the_same_bytes(
     api: ApiPool, path: str, script: Any, fields: dict[str, Any], stream: bool
 ) -> None:
-    """Ids and times included, from Redis alone; comments are no part of an answer."""
+    """Ids and times included, from Redis alone; comments are not part of an answer."""
     api.follow(script)
     body = json.dumps({"model": MODEL, "stream": stream} | fields).encode()
     response = api.ask("POST", path, body, content_type="application/json")

@@ -76,7 +76,7 @@ def test_a_failure_ends_all_choices() -> None:
 
 
 def test_a_started_event_is_no_part_of_the_answer() -> None:
-    """It is not in the journal: it only says how long the prompt is, and that the stream's headers can go out."""
+    """It is not in the journal. It reports the prompt's length, and lets the stream's headers go out."""
 
     async def test() -> None:
         choices, (only,) = choices_of(1)

@@ -1,4 +1,4 @@
-"""Errors in the format of the request's protocol: bodies, frames of a stream, and what is refused before a handler runs."""
+"""Errors have the format of the request's protocol: in bodies, in streams, and before a handler runs."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def test_bodies_by_path(
         (b"POST /v1/messages HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n", 431),
     ],
 )
-def test_bodies_of_what_is_no_request(head: bytes, status: int) -> None:
-    """What the connection refuses has the format of its path, as soon as the request line is known."""
+def test_bodies_of_malformed_requests(head: bytes, status: int) -> None:
+    """A request that the connection refuses gets the format of its path, once the request line is parsed."""
     other = exchange(head)
     assert (other["kind"], other["request"][:4]) == (status, "req_")
     assert set(exchange(head.replace(b"messages", b"models"))["error"]) == {
@@ -186,7 +186,7 @@ class FakeRequest:
 
 
 def test_a_stream_fails_in_its_own_format() -> None:
-    """The frame is the rendering's, as is what a stream begins with that has nothing to say yet; keys are masked."""
+    """The rendering supplies the error frame and the keep-alive; API keys are masked."""
 
     async def run() -> bytes:
         resp = falcon.asgi.Response()

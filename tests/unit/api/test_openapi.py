@@ -1,4 +1,4 @@
-"""The description of the HTTP surface: a valid one, and one that says what the code does."""
+"""The OpenAPI description is valid and agrees with the code."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_every_operation_has_a_name_of_its_own() -> None:
 
 
 def test_every_field_is_described() -> None:
-    """Those of the types that parse requests, with what the tables beside them say."""
+    """Those of the types that parse requests, with the constraints of the tables."""
     schemas = described()["components"]["schemas"]
     for endpoint in openapi.GENERATING:
         schema = schemas[endpoint.body.__name__]
@@ -161,7 +161,7 @@ def test_every_field_is_described() -> None:
     ],
     ids=json.dumps,
 )
-def test_it_takes_and_refuses_what_a_chats_parser_does(fields: dict[str, Any]) -> None:
+def test_it_accepts_and_refuses_the_same_as_the_chat_parser(fields: dict[str, Any]) -> None:
     """The two agree on each body."""
     body = {"messages": HI} | fields
     assert validator("ChatBody").is_valid(body) == is_parsed("ChatBody", body)
@@ -174,7 +174,7 @@ def test_it_takes_and_refuses_what_a_chats_parser_does(fields: dict[str, Any]) -
     [None, "", "a", [], ["a"], [1, 2], [[1, 2]], [[]], [1, "a"], [1, [2]], [["a"]], [True], [1.5], 5, {}],
     ids=json.dumps,
 )
-def test_it_takes_and_refuses_what_a_completions_parser_does(prompt: Any) -> None:
+def test_it_accepts_and_refuses_the_same_as_the_completion_parser(prompt: Any) -> None:
     """The two agree on each kind of prompt, and that there has to be one."""
     body = {"prompt": prompt}
     assert validator("CompletionBody").is_valid(body) == is_parsed("CompletionBody", body)
@@ -182,7 +182,7 @@ def test_it_takes_and_refuses_what_a_completions_parser_does(prompt: Any) -> Non
     assert not is_parsed("CompletionBody", {})
 
 
-def test_a_strict_server_says_so() -> None:
+def test_a_strict_server_is_described_as_strict() -> None:
     """Where an unknown field is a 400, the schema has no room for it."""
     strict = validator("ChatBody", Settings(strict_parameters=True))
     assert strict.is_valid({"messages": HI})

@@ -1,4 +1,4 @@
-"""What a request weighs in the queue, and what one that is too many is told."""
+"""The estimated tokens of a request in the queue, and the error if the queue is full."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def weight(
     return estimated_tokens(request(prompt, max_tokens), prompt, model, num_bytes)
 
 
-def test_weights() -> None:
-    """Token ids are counted, text is estimated; the answer is as long as asked, else as usual; neither beyond the context."""
+def test_estimated_tokens() -> None:
+    """Token ids are counted, text is estimated; an answer counts as max_tokens, else as the mean; both at most the context."""
     assert weight(TokenPrompt([1] * 30), 7, served(), 9999) == 37
     assert weight(TextPrompt("x"), 7, served(), 400) == 108
     assert weight(TextPrompt("x"), None, served(), 400) == 101 + 256
@@ -44,8 +44,8 @@ def test_weights() -> None:
     assert weight(TextPrompt("x"), 10**9, served(), 10**9) == 2000
 
 
-def test_weight_in_an_id() -> None:
-    """An id keeps its weight, up to what it has digits for, and no two are the same."""
+def test_estimated_tokens_in_an_id() -> None:
+    """A job id encodes its estimated tokens, up to the largest that fits, and ids are unique."""
     assert names.estimated_tokens(names.new_job_id(1234)) == 1234
     assert names.estimated_tokens(names.new_job_id(10**12)) == names.MAX_ID_TOKENS
     assert len({names.new_job_id(5) for _ in range(100)}) == 100
@@ -56,7 +56,7 @@ def test_weight_in_an_id() -> None:
     [({}, 5.0), ({"tokens_per_second": 100.0, "mean_tokens": 50.0}, 20.0), ({"mean_tokens": 5.0}, 5.0)],
 )
 def test_retry_after(speed: dict[str, float], seconds: float) -> None:
-    """As long as what waits takes at the speed that was seen; a guess while none was."""
+    """The time that the waiting requests take at the measured speed, or a default without one."""
     error = refusal(served(**speed), 40, is_tokens=False)
     assert (error.status, error.code, error.type) == (429, "rate_limit_exceeded", "requests")
     assert error.retry_after_seconds == seconds

@@ -1,4 +1,4 @@
-"""What a rendering depends on: the record and the events, and nothing else."""
+"""A rendering depends on the record and the events, and on nothing else."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ KINDS = st.sampled_from(["none", "none", "reasoning", "call"])
 
 @st.composite
 def journals(draw: st.DrawFn) -> list[AnswerEvent]:
-    """The events of one choice, with or without an echo, text that is held back, pieces and log-probabilities."""
+    """The events of one choice, with or without an echo, held-back text, pieces and log-probabilities."""
     events: list[AnswerEvent] = []
     if draw(st.booleans()):
         events.append(Echo(1, "x y", [TokenLogprob(1, 0.0, b"x"), TokenLogprob(2, -1.0, b" y")], [[], []]))
@@ -56,7 +56,7 @@ def journals(draw: st.DrawFn) -> list[AnswerEvent]:
 @given(journals(), st.data())
 @pytest.mark.parametrize("kind", [ChatRendering, CompletionRendering])
 def test_frames_do_not_depend_on_batches(kind: Any, events: list[AnswerEvent], data: st.DataObject) -> None:
-    """However events come together, a stream has the same bytes, and an object too."""
+    """However events are batched, a stream has the same bytes, and so has an object."""
     described = record(with_logprobs=data.draw(st.booleans()), include_usage=data.draw(st.booleans()))
     cuts = sorted(data.draw(st.sets(st.integers(0, len(events)))) | {0, len(events)})
     batches = [events[start:end] for start, end in itertools.pairwise(cuts)]
@@ -77,7 +77,7 @@ def jobs(**fields: Any) -> list[GenerationJob]:
 
 
 def test_the_first_job_has_the_record() -> None:
-    """It names all jobs and says how to answer; the others do not repeat it. All have the name of the key."""
+    """It lists all jobs and how to answer; the other jobs do not have it. All have the name of the API key."""
     made = jobs(n=3, stream=True, stream_options={"include_usage": True}, logprobs=True, service_tier="auto")
     described = answer_record(made[0])
     assert described == AnswerRecord(
@@ -101,7 +101,7 @@ def through_redis(job: Any) -> Any:
 
 
 def test_the_record_survives_rqs_json() -> None:
-    """What is read back renders the same."""
+    """The job that is read back renders the same."""
     [job] = jobs()
     again = msgspec.convert(through_redis(job), GenerationJob, str_keys=True)
     assert answer_record(again) == answer_record(job)

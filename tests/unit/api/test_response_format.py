@@ -1,4 +1,4 @@
-"""What an answer has to be: the grammar of a request, and which are refused before anything is queued."""
+"""`response_format`: the grammar of a request, and those that are refused before anything is queued."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_text_is_free() -> None:
 
 
 def test_formats_are_grammars() -> None:
-    """An object, or what a schema says; a format without a schema is any object."""
+    """Any object, or a schema's; a format without a schema is any object."""
     any_object = response_format.grammar_of(ResponseFormat("json_object"))
     assert any_object == response_format.grammar_of(ResponseFormat("json_schema", JsonSchema("a")))
     number = response_format.grammar_of(
@@ -42,7 +42,7 @@ def test_formats_are_grammars() -> None:
     assert refused(any_object) is refused(number) is None
 
 
-def test_what_nothing_can_match_is_refused() -> None:
+def test_an_unsatisfiable_schema_is_refused() -> None:
     """At once, and by its place in the request."""
     impossible = response_format.grammar_of(ResponseFormat("json_schema", JsonSchema("a", IMPOSSIBLE)))
     assert refused(impossible) == "response_format.json_schema.schema"

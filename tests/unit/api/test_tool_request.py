@@ -96,7 +96,7 @@ F, G = tool("f"), tool("g")
     ids=lambda value: json.dumps(value)[:80] if isinstance(value, dict) else "",
 )
 def test_functions_reach_the_worker(fields: dict[str, Any], expected: ToolUse | None) -> None:
-    """Each way to say what may be called comes down to one value."""
+    """Each form of the tool fields is parsed into one value."""
     request = parse(**fields)
     assert request.tool_use == expected
     assert request.jobs("x", MODEL, "c", [1])[0].tool_use == expected
@@ -202,8 +202,8 @@ def made(arguments: Any = "{}", **more: Any) -> dict[str, Any]:
     ],
     ids=lambda value: json.dumps(value)[:90] if isinstance(value, dict) else "",
 )
-def test_what_is_wrong_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
-    """A 400 that says where."""
+def test_invalid_values_are_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    """A 400 with the path of the value."""
     with pytest.raises(RequestError) as raised:
         parse(**fields)
     assert (raised.value.status, raised.value.type, raised.value.param) == (
@@ -213,8 +213,8 @@ def test_what_is_wrong_is_refused_by_name(fields: dict[str, Any], param: str) ->
     )
 
 
-def test_messages_with_calls_reach_the_template_as_it_knows_them() -> None:
-    """Arguments become an object, results get their function's name, and what was thought or refused stays."""
+def test_messages_with_calls_in_the_form_that_templates_expect() -> None:
+    """Arguments become an object, results get their function's name; reasoning and refusals are kept."""
     messages = [
         *assistant(made('{"a": 1}'), made("", id="y"), reasoning_content="hm"),
         {
@@ -283,6 +283,6 @@ def test_the_deprecated_messages_become_calls_and_results() -> None:
         ),
     ],
 )
-def test_what_the_template_is_told(fields: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Reasoning effort and the safe keywords."""
+def test_template_arguments(fields: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Reasoning effort and the allowed names."""
     assert prompt(**fields).template_arguments == expected

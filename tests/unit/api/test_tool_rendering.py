@@ -1,4 +1,4 @@
-"""Calls and reasoning in an answer, streamed and whole, as OpenAI describes them."""
+"""Tool calls and reasoning in an answer, streamed and complete, in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def whole(events: list[AnswerEvent], finished: Finished = END, **more: Any) -> d
     return body
 
 
-def test_a_whole_answer_with_calls() -> None:
+def test_a_complete_answer_with_calls() -> None:
     """Content, reasoning and calls, of OpenAI's types; the reasoning is counted."""
     body = whole(EVENTS)
     completion = ChatCompletion.model_validate(body, strict=True)
@@ -83,7 +83,7 @@ def test_content_is_null_beside_calls_alone() -> None:
 
 
 def test_a_stream_of_calls() -> None:
-    """A call begins with its id and name and no arguments; thoughts come before content, calls behind it."""
+    """A call begins with its id and name without arguments; reasoning precedes content, calls follow it."""
     chunks = stream(rendering(), EVENTS)
     for chunk in chunks:
         ChatCompletionChunk.model_validate(chunk, strict=True)
@@ -113,7 +113,7 @@ def test_a_stream_of_calls() -> None:
 
 
 def test_the_sdk_puts_a_stream_together() -> None:
-    """openai's own accumulator makes of the chunks what the whole answer says."""
+    """openai's own accumulator assembles the chunks to the complete answer."""
     state: ChatCompletionStreamState[None] = ChatCompletionStreamState()
     for chunk in stream(rendering(), EVENTS):
         state.handle_chunk(ChatCompletionChunk.model_validate(chunk))
@@ -132,7 +132,7 @@ def test_the_sdk_puts_a_stream_together() -> None:
 
 
 def test_ids_are_the_answers_and_the_choices() -> None:
-    """The same events give the same ids, for whoever renders them; choices and answers have their own."""
+    """The same record and events give the same ids; other choices and other answers have different ones."""
     calls: list[AnswerEvent] = [Delta(1, 1, pieces=[ToolCall(0, "f")])]
 
     def call_id(job_id: str, index: int) -> str:
@@ -146,7 +146,7 @@ def test_ids_are_the_answers_and_the_choices() -> None:
 
 
 def test_the_deprecated_form() -> None:
-    """Who asked with `functions` is answered with `function_call`, whole and streamed."""
+    """A request with `functions` is answered with `function_call`, complete and streamed."""
     events = [*EVENTS[2:5]]
     body = whole(events, as_function_call=True)
     message = ChatCompletion.model_validate(body).choices[0].message
@@ -203,7 +203,7 @@ def own(text: str) -> TokenLogprob:
     ],
 )
 def test_logprobs_are_those_of_the_content(events: list[AnswerEvent]) -> None:
-    """Items concatenate to the content, as text and as bytes, whatever was taken out of the text."""
+    """Items concatenate to the content, as text and as bytes, whatever was removed from the text."""
     for logprobs in (
         [chunk["choices"][0]["logprobs"] for chunk in stream(rendering(with_logprobs=True), events)],
         [whole(events, with_logprobs=True)["choices"][0]["logprobs"]],

@@ -53,7 +53,7 @@ def refusal(body: bytes) -> RequestError:
     ids=lambda body: body[:24].decode("latin-1"),
 )
 def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
-    """Whatever bytes come, the answer is a 400 that blames no field, and never an internal error."""
+    """Any bytes are answered with a 400 without a `param`, never with an internal error."""
     assert refusal(body).param is None
 
 
@@ -72,7 +72,7 @@ def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
     ],
 )
 def test_types_have_jsons_names(fields: dict[str, Any], words: str) -> None:
-    """A client knows JSON, and need not know Python; what it sent itself is quoted as it was."""
+    """Types have JSON's names, not Python's; values of the client are quoted unchanged."""
     assert words in refusal(json.dumps({"messages": HI} | fields).encode()).message
 
 
@@ -218,7 +218,7 @@ def test_types_have_jsons_names(fields: dict[str, Any], words: str) -> None:
     ],
     ids=lambda value: json.dumps(value)[:80] if isinstance(value, dict) else None,
 )
-def test_what_is_wrong_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+def test_invalid_values_are_refused_by_name(fields: dict[str, Any], param: str) -> None:
     """Types, ranges and shapes outside of OpenAI's description are a 400 with the field in `param`."""
     assert refusal(json.dumps({"messages": HI} | fields).encode()).param == param
 
@@ -236,8 +236,8 @@ def test_what_is_wrong_is_refused_by_name(fields: dict[str, Any], param: str) ->
         ({"service_tier": "flex"}, "service_tier"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
-    """A parameter that OpenAI knows and that would change the answer is never ignored."""
+def test_unsupported_parameters_are_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    """A parameter of OpenAI's that would change the answer is never ignored."""
     error = refusal(json.dumps({"messages": HI} | fields).encode())
     assert (error.param, error.code) == (param, "unsupported_parameter")
 
@@ -268,7 +268,7 @@ def test_what_is_not_supported_is_refused_by_name(fields: dict[str, Any], param:
         {"max_tokens": 5, "max_completion_tokens": 5},
     ],
 )
-def test_what_asks_for_nothing_is_accepted(fields: dict[str, Any]) -> None:
+def test_values_without_an_effect_are_accepted(fields: dict[str, Any]) -> None:
     """Neutral values, which SDKs and frameworks like to send, are no error and count as known."""
     assert parse(**fields).ignored == []
 
@@ -293,8 +293,8 @@ def test_an_explicit_null_is_the_default() -> None:
     assert (plain.sampling.temperature, plain.sampling.top_p) == (1.0, 1.0)
 
 
-def test_messages_reach_the_template_as_it_knows_them() -> None:
-    """Text parts are joined, a developer is a system, a name stays, and what comes back with an answer is dropped."""
+def test_messages_in_the_form_that_templates_expect() -> None:
+    """Text parts are joined, `developer` becomes `system`, a name is kept, and other fields of an answer are dropped."""
     request = parse(
         messages=[
             {"role": "developer", "content": "be kind"},
@@ -331,8 +331,8 @@ def test_messages_reach_the_template_as_it_knows_them() -> None:
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_calls_come_back_as_they_went_out(text: str, arguments: Any) -> None:
-    """Arguments that are a JSON object are one for the template; what an answer's end cut off is still no error."""
+def test_calls_of_an_answer_can_be_sent_back(text: str, arguments: Any) -> None:
+    """Arguments that are a JSON object become one for the template; those of a call that was cut are kept as text."""
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": text}}
     request = parse(messages=[*HI, {"role": "assistant", "content": None, "tool_calls": [call]}])
     assert isinstance(request.prompts[0], ChatPrompt)
@@ -355,8 +355,8 @@ def test_an_error_does_not_repeat_a_whole_body(fields: dict[str, Any]) -> None:
     assert len(error.message) + len(error.param or "") < 600
 
 
-def test_so_many_unknown_fields_are_told() -> None:
-    """The first ones, in their order; nobody reads hundreds of thousands."""
+def test_the_number_of_reported_unknown_fields_is_bounded() -> None:
+    """The first ones are reported, in order."""
     names = [f"f{i}" for i in range(1000)]
     assert parse(**dict.fromkeys(names, 1)).ignored == names[: request_fields.MAX_REPORTED_FIELDS]
 
@@ -400,8 +400,8 @@ def test_top_p_zero_is_greedy() -> None:
     assert (sampling.temperature, sampling.top_p) == (0.0, 1.0)
 
 
-def test_fields_that_nobody_knows_are_named() -> None:
-    """They are no error here, but are reported in the order in which they came."""
+def test_unknown_fields_are_reported() -> None:
+    """They are no error, and are reported in their order."""
     assert parse(zzz=1, mirostat=0.1).ignored == ["zzz", "mirostat"]
 
 
@@ -411,7 +411,7 @@ def test_errors_do_not_repeat_all_that_came() -> None:
     assert len(error.message) < 500
 
 
-def test_words_of_the_client_do_not_pass_for_a_place() -> None:
-    """An error quotes what came; what came may look like the end of an error."""
+def test_a_quoted_value_is_not_taken_for_a_path() -> None:
+    """msgspec's message quotes the value, which may look like the end of a message."""
     body = json.dumps({"messages": [{"role": "x` - at `$.model", "content": "hi"}]}).encode()
     assert refusal(body).param == "messages[0].role"

@@ -1,4 +1,4 @@
-"""A subscription hands on each event once and in order, whatever came, came twice or did not come."""
+"""A subscription delivers each event once and in order, whatever is lost, repeated or late."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def take_all(subscription: Subscription) -> list[Event]:
 
 
 def test_events_in_order() -> None:
-    """What comes as it should goes on as it came, Started first."""
+    """Events that arrive in order are delivered in order, Started first."""
 
     async def run(journal: Journal) -> None:
         subscription = Subscription("j", journal.read, 100)
@@ -86,7 +86,7 @@ def test_duplicates_are_dropped() -> None:
 
 
 def test_a_gap_is_read_from_the_journal() -> None:
-    """Nothing behind the gap goes on before what is in it."""
+    """No event after a gap is delivered before those in it."""
 
     async def run(journal: Journal) -> None:
         journal.events = ALL[:6]
@@ -102,7 +102,7 @@ def test_a_gap_is_read_from_the_journal() -> None:
     play(run)
 
 
-def test_what_is_published_while_the_journal_is_read() -> None:
+def test_events_published_while_the_journal_is_read() -> None:
     """It is noticed though it is dropped, and read next; also when it is the end."""
 
     async def run(journal: Journal) -> None:
@@ -123,7 +123,7 @@ def test_what_is_published_while_the_journal_is_read() -> None:
 
 
 def test_memory_is_bounded_for_a_slow_client() -> None:
-    """Beyond its buffer nothing is kept; what was dropped comes from the journal, in pieces of that size."""
+    """Events beyond its buffer are dropped, and read from the journal in batches of that size."""
 
     async def run(journal: Journal) -> None:
         journal.events = ALL
@@ -153,7 +153,7 @@ def test_redis_away_is_waited_for() -> None:
 
 
 def test_a_verdict_is_the_journals_to_overrule() -> None:
-    """A job that is said to have ended ends as its journal says, and only without that as it was said."""
+    """A job that has ended by its status ends as in its journal; the verdict counts only if the journal has no end."""
 
     async def run(journal: Journal) -> None:
         journal.events = ALL
@@ -172,7 +172,7 @@ def test_a_verdict_is_the_journals_to_overrule() -> None:
 
 
 def test_an_event_that_is_lost_for_good_ends_the_answer() -> None:
-    """A journal that never has what was published is not asked for ever."""
+    """A journal that lacks a published event is not read for ever."""
 
     async def run(journal: Journal) -> None:
         subscription = Subscription("j", journal.read, 100)
@@ -201,7 +201,7 @@ def test_a_wait_can_be_woken_for_nothing() -> None:
 
 
 def test_a_wait_can_be_cancelled() -> None:
-    """And the next one gets what came since."""
+    """The next take returns the events that arrived since."""
 
     async def run(journal: Journal) -> None:
         subscription = Subscription("j", journal.read, 100)

@@ -1,4 +1,4 @@
-"""Chunks and objects, byte for byte what OpenAI's description says."""
+"""Chunks and objects have the form of OpenAI's API reference."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def choice(**fields: Any) -> dict[str, Any]:
 
 
 def test_chat_stream() -> None:
-    """The role first and alone, text as it comes, an empty delta with the reason, [DONE] once; empty text is no chunk."""
+    """The role first and alone, then text, an empty delta with the reason, [DONE] once; empty text makes no chunk."""
     rendering = ChatRendering(record())
     chunks = frames(streamed(rendering, EVENTS))
     deltas: list[dict[str, Any]] = [
@@ -77,7 +77,7 @@ def test_chat_stream_with_usage() -> None:
 
 @pytest.mark.parametrize("in_one_burst", [True, False])
 def test_chat_stream_with_logprobs(in_one_burst: bool) -> None:
-    """Items go out with their text, whether events come together or one by one."""
+    """Items are sent with their text, whether events arrive together or one by one."""
     own = [TokenLogprob(1, -1.0, b"a"), TokenLogprob(2, -2.0, b"b"), TokenLogprob(3, -3.0, b"cd")]
     events: list[AnswerEvent] = [
         Delta(1, 1, "", own[0], [own[0]]),
@@ -101,7 +101,7 @@ def test_chat_stream_with_logprobs(in_one_burst: bool) -> None:
 
 
 def test_chat_object() -> None:
-    """One object with all its fields, null where nothing is to be said."""
+    """One object with all its fields, null if they do not apply."""
     rendering = ChatRendering(record())
     rendering.add(0, EVENTS[:2])
     rendering.add(0, EVENTS[2:])
@@ -115,7 +115,7 @@ def test_chat_object() -> None:
 
 
 def test_chat_object_with_logprobs() -> None:
-    """The items of the whole answer."""
+    """The items of the complete answer."""
     rendering = ChatRendering(record(with_logprobs=True))
     rendering.add(
         0, [Delta(1, 1, "", TokenLogprob(1, -1.0, b"a")), Delta(2, 2, "ab", TokenLogprob(2, -2.0, b"bc"))]
@@ -136,7 +136,7 @@ def test_log_probabilities_of_no_token() -> None:
 
 
 def test_completion_stream() -> None:
-    """Text as it comes, then the reason with no text, then [DONE]."""
+    """Text, then the reason without text, then [DONE]."""
     rendering = CompletionRendering(record(include_usage=True))
     *chunks, last, done = frames(streamed(rendering, EVENTS))
     head = HEAD | {"id": "cmpl-1", "object": "text_completion", "usage": None}
@@ -187,7 +187,7 @@ def test_the_fingerprint_is_the_models() -> None:
 
 
 def test_choices_of_a_chat() -> None:
-    """Each has its index and its role, chunks come as events do, the end comes once, and the counts are all choices'."""
+    """Each has its index and its role, chunks are in the order of events, the end is sent once, and all choices are counted."""
     rendering = ChatRendering(record(2, include_usage=True))
     ends = [Finished(2, "stop", Usage(3, 1, 2)), Finished(2, "length", Usage(3, 4))]
     data = rendering.opening() + rendering.frames(1, [Delta(1, 7, "b")])
@@ -219,7 +219,7 @@ def test_choices_of_a_chat() -> None:
 
 
 def test_the_best_of_several() -> None:
-    """Of each prompt, the most likely per token come first and are numbered anew; all that was generated is counted."""
+    """For each prompt, the choices with the highest mean log-probability are shown and renumbered; all tokens are counted."""
     rendering = CompletionRendering(record(6, n=2, best_of=3))
     likely = [-3.0, -1.0, -2.0, -1.0, -2.0, -3.0]
     for index, logprob in enumerate(likely):
@@ -239,7 +239,7 @@ def test_the_best_of_several() -> None:
 
 @pytest.mark.parametrize("with_logprobs", [True, False])
 def test_an_echo(with_logprobs: bool) -> None:
-    """The prompt comes before the text, with its tokens, the first of them without a number; offsets go on."""
+    """The prompt precedes the text, with its tokens, the first without a log-probability; offsets continue."""
     tokens = [TokenLogprob(1, 0.0, b"\xc3"), TokenLogprob(2, -1.0, b"\xa9"), TokenLogprob(3, -2.0, b" b")]
     echo = Echo(1, "é b", tokens, [[], [TokenLogprob(2, -1.0, b"\xa9")], [TokenLogprob(4, -0.5, b" c")]])
     events: list[AnswerEvent] = [
@@ -267,6 +267,6 @@ def test_an_echo(with_logprobs: bool) -> None:
 
 
 def test_each_prompt_counts_once() -> None:
-    """Of a prompt's choices one reads it, and not always the first: what is cached is what was cached for that one."""
+    """One of a prompt's choices prefills it, not always the first: its number of cached tokens counts."""
     ends = [Finished(1, "stop", Usage(10, 2, cached)) for cached in (9, 0, 9, 9, 9, 9)]
     assert total_usage(ends, 3) == Usage(20, 12, 9)

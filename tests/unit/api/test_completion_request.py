@@ -54,7 +54,7 @@ def test_several_prompts_with_choices() -> None:
     assert [job.sampling for job in jobs[:3]] == [job.sampling for job in jobs[3:]]
 
 
-def test_what_one_request_may_become() -> None:
+def test_the_size_of_a_request_is_bounded() -> None:
     """Choices are bounded, and so are the copies of a prompt; the parameter that multiplies is named."""
     generation_request.check_size(parse(prompt=["a"] * 1024), 10_000)
     for fields, num_bytes, param in (
@@ -107,7 +107,7 @@ def test_gaps_are_filled_by_models_that_can() -> None:
         ({"stream_options": {}}, "stream_options"),
     ],
 )
-def test_what_is_wrong_or_not_supported_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+def test_invalid_and_unsupported_values_are_refused_by_name(fields: dict[str, Any], param: str) -> None:
     """The legacy endpoint's own rules; those that it shares are tested with the chat's."""
     with pytest.raises(RequestError) as raised:
         parse(**fields)

@@ -12,7 +12,7 @@ from common.protocol import Delta, TokenLogprob
 
 
 def run(tokens: list[bytes], texts: list[str]) -> list[list[Item]]:
-    """The items that come with each token's text, and with the end."""
+    """The items emitted with each token's text, and at the end."""
     aligner = LogprobAligner()
     deltas = [
         Delta(i + 1, i, text, TokenLogprob(i, -float(i), data))
@@ -26,7 +26,7 @@ def shape(steps: list[list[Item]]) -> list[list[tuple[str, bytes]]]:
 
 
 def test_text_at_once() -> None:
-    """Where nothing is held back, each token's item comes with its text."""
+    """If nothing is held back, each token's item is emitted with its text."""
     assert shape(run([b"a", b" b"], ["a", " b"])) == [[("a", b"a")], [(" b", b" b")], []]
 
 
@@ -41,7 +41,7 @@ def test_text_held_back() -> None:
 
 
 def test_a_token_that_is_cut_by_a_stop_string() -> None:
-    """Its item is cut to what the client got, and those behind it are dropped."""
+    """Its item is cut to the text that the client got, and those after it are dropped."""
     assert shape(run([b"ab", b"cde", b"f"], ["ab", "", "c"])) == [[("ab", b"ab")], [], [], [("c", b"c")]]
 
 
@@ -51,7 +51,7 @@ def test_a_token_wholly_inside_a_stop_string() -> None:
 
 
 def test_a_character_of_several_tokens() -> None:
-    """Its items come together, each with its own bytes."""
+    """Its items are emitted together, each with its own bytes."""
     smile = "😀".encode()
     assert shape(run([smile[:2], smile[2:], b"x"], ["", "😀", "x"])) == [
         [],
