@@ -81,6 +81,17 @@ def test_a_client_that_leaves(api: ApiPool, stream: bool, script: Any, prompt_to
     assert line.endswith("client left, status 499")
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_half_close_counts_as_leaving(api: ApiPool, stream: bool) -> None:
+    """A client that shuts down its sending side cannot be told from one that closed; docs/faults.md says why."""
+    api.follow(silent)
+    with begin(api, stream=stream) as connection:
+        job_id = api.worker.jobs[0].job_id
+        connection.shutdown(socket.SHUT_WR)
+        wait_for(lambda: job_id in api.worker.cancelled, 1)
+        assert connection.recv(100) == b""
+
+
 def test_a_client_that_aborts(api: ApiPool) -> None:
     """A reset connection is as good as a closed one."""
     connection = begin(api, stream=True)
