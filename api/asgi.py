@@ -1,4 +1,4 @@
-"""What gunicorn serves: `gunicorn -c api/gunicorn.conf.py api.asgi:app`."""
+"""The application that gunicorn serves: `gunicorn -c api/gunicorn.conf.py api.asgi:app`."""
 
 from api.app import create_app
 from common.settings import Settings

@@ -1,4 +1,4 @@
-"""What `gunicorn -c api/gunicorn.conf.py api.asgi:app` reads; what it says is in `api.server`."""
+"""gunicorn's configuration file, for `gunicorn -c api/gunicorn.conf.py api.asgi:app`; the options are made in `api.server`."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""`python -m api.keys`: make, list and revoke API keys.
+"""`python -m api.keys`: create, list and revoke API keys.
 
-A key is shown once, when it is made; the file keeps its hash. A running API sees a change within a second.
+A key is shown once, when it is created; the file keeps its hash. A running API applies a change within a second.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from common.settings import PREFIX, Settings
 
 
 def add(path: Path, name: str) -> str:
-    """Make a key; gives it.
+    """Create a key and return its secret.
 
     Raises:
-        StartupError: The name is taken or is none, or the file cannot be read or written.
+        StartupError: The name is taken or not printable, or the file cannot be read or written.
     """
     if not name.strip() or not name.isprintable():
-        raise StartupError("a key needs a name that can be printed, such as whose it is")
-    with key_file.alone(path):
+        raise StartupError("a key needs a printable name, such as its owner's")
+    with key_file.locked(path):
         keys = key_file.read(path) if os.path.lexists(path) else Keys()
         if any(key.name == name for key in keys.keys):
             raise StartupError(
-                f"there is a key of the name {name!r} already; revoke it first, or choose another"
+                f"a key named {name!r} exists already; revoke it first, or choose another name"
             )
         key, secret = key_file.new_key(name)
         key_file.write(path, Keys([*keys.keys, key]))
@@ -36,37 +36,39 @@ def add(path: Path, name: str) -> str:
 
 
 def revoke(path: Path, name: str) -> None:
-    """Take a key back.
+    """Revoke a key.
 
     Raises:
-        StartupError: There is none of that name, or the file cannot be read or written.
+        StartupError: There is no key of that name, or the file cannot be read or written.
     """
-    with key_file.alone(path):
+    with key_file.locked(path):
         keys = key_file.read(path)
-        left = [key for key in keys.keys if key.name != name]
-        if len(left) == len(keys.keys):
-            raise StartupError(f"there is no key of the name {name!r} in {path}")
-        key_file.write(path, Keys(left))
+        remaining = [key for key in keys.keys if key.name != name]
+        if len(remaining) == len(keys.keys):
+            raise StartupError(f"there is no key named {name!r} in {path}")
+        key_file.write(path, Keys(remaining))
 
 
-def _path(given: str | None) -> Path:
-    path = given or Settings.load().api_keys_file
+def _key_path(flag: str | None) -> Path:
+    path = flag or Settings.load().api_keys_file
     if path is None:
-        raise StartupError(f"which file? Give one with --file or {PREFIX}API_KEYS_FILE")
+        raise StartupError(f"no key file is set; use --file or {PREFIX}API_KEYS_FILE")
     return Path(path).expanduser()
 
 
 def main() -> int:
-    """Do what the command line says."""
-    parser = argparse.ArgumentParser(prog="python -m api.keys", description="Make, list and revoke API keys.")
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m api.keys", description="Create, list and revoke API keys."
+    )
     parser.add_argument("--file", help=f"the key file (default: {PREFIX}API_KEYS_FILE)")
     actions = parser.add_subparsers(dest="action", required=True)
-    actions.add_parser("add", help="make a key and show it, once").add_argument("name")
-    actions.add_parser("list", help="names and dates")
-    actions.add_parser("revoke", help="take a key back").add_argument("name")
+    actions.add_parser("add", help="create a key and show it, once").add_argument("name")
+    actions.add_parser("list", help="list names and dates")
+    actions.add_parser("revoke", help="revoke a key").add_argument("name")
     arguments = parser.parse_args()
     try:
-        path = _path(arguments.file)
+        path = _key_path(arguments.file)
         match arguments.action:
             case "add":
                 sys.stdout.write(f"{add(path, arguments.name)}\n")

@@ -1,1 +1,1 @@
-"""API keys: the file that holds them, and the check of each request's key."""
+"""API keys: the file of their hashes, and the check of each request's key."""

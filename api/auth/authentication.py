@@ -1,7 +1,7 @@
-"""Who may ask: `Authorization: Bearer KEY` against the key file, before a route or a body is looked at.
+"""Checks `Authorization: Bearer KEY` against the key file, before routing and before the body is read.
 
-falcon middleware. What says whether the API is alive, or how it is called, needs no key, and neither do a browser's
-preflights.
+falcon middleware, installed by `api.app` if there is a key file. Health checks, the API's description and preflights need
+no key. Independent of routes and protocols.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _OPEN_PATHS = (*HEALTH_PATHS, "/openapi.json")
 
 
 class Authentication:
-    """See the module.
+    """Refuses requests without a valid key.
 
     Args:
-        file: Who has a key.
+        file: The current keys.
     """
 
     def __init__(self, file: KeyFile) -> None:
@@ -43,9 +43,9 @@ class Authentication:
             )
         name = self._file.keys.name_of(secret.strip())
         if name is None:
-            raise _unauthorized(resp, "The API key is not valid, or not any more.")
+            raise _unauthorized(resp, "The API key is invalid or was revoked.")
         req.context.api_key_name = name
-        log.debug("request %s: the key of %s", req.context.request_id, name)
+        log.debug("request %s: authenticated with the key of %s", req.context.request_id, name)
 
 
 def _unauthorized(resp: falcon.asgi.Response, message: str) -> RequestError:

@@ -1,6 +1,6 @@
-"""The file of API keys: names, dates and hashes, never a key. Read again when it changes.
+"""The file of API keys: names, dates and hashes, never the keys themselves; reloaded when it changes.
 
-Written by `python -m api.keys`, read by the API's middleware. Knows no HTTP.
+Written by `python -m api.keys`, read by `api.auth.authentication`. Independent of HTTP.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ log = logging.getLogger(__name__)
 
 PREFIX = "sk-mlxpool-"
 
-_LOOK_SECONDS = 1.0
-"""Between two looks at whether the file has changed."""
+_CHECK_INTERVAL_SECONDS = 1.0
+"""How often the file is checked for changes."""
 
 
 class Key(msgspec.Struct, frozen=True):
     """One key.
 
     Attributes:
-        name: Whose it is; unique.
+        name: Its owner; unique in the file.
         created: Such as ``2026-11-23``.
-        sha256: In hexadecimal. A plain hash is enough: a key has 256 random bits, which nobody guesses however fast.
+        sha256: In hexadecimal. A fast, unsalted hash is enough: a key has 256 random bits and cannot be guessed.
     """
 
     name: str
@@ -48,12 +48,12 @@ class Key(msgspec.Struct, frozen=True):
 
 
 class Keys(msgspec.Struct, frozen=True):
-    """What is in the file."""
+    """The content of the file."""
 
     keys: list[Key] = []
 
     def name_of(self, secret: str) -> str | None:
-        """Whose key this is; takes the same time whichever it is, or none."""
+        """The name of a key, or None if it is not in the file. The time does not depend on which key matches."""
         digest, found = _digest(secret), None
         for key in self.keys:
             if hmac.compare_digest(key.sha256, digest):
@@ -62,37 +62,37 @@ class Keys(msgspec.Struct, frozen=True):
 
 
 def new_key(name: str) -> tuple[Key, str]:
-    """A key's entry, and the key itself, which is not kept anywhere."""
+    """Create a key: its entry for the file, and the secret, which is stored nowhere."""
     secret = PREFIX + secrets.token_urlsafe(32)
     return Key(name, time.strftime("%Y-%m-%d", time.gmtime()), _digest(secret)), secret
 
 
 def read(path: Path) -> Keys:
-    """The keys of a file.
+    """Read a key file.
 
     Raises:
-        StartupError: It cannot be read, or is no file of keys.
+        StartupError: The file is missing, unreadable or malformed.
     """
     try:
         return msgspec.json.decode(path.read_bytes(), type=Keys)
     except FileNotFoundError:
         raise StartupError(
-            f"the key file {path} does not exist; `.venv/bin/python -m api.keys add NAME` makes it"
+            f"the key file {path} does not exist; `.venv/bin/python -m api.keys add NAME` creates it"
         ) from None
     except OSError as error:
         raise StartupError(f"the key file {path} cannot be read: {error.strerror}") from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise StartupError(f"{path} is no file of API keys: {error}") from None
+        raise StartupError(f"{path} is not a file of API keys: {error}") from None
 
 
 @contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Keep other commands waiting meanwhile: what they read before would bring a revoked key back.
+def locked(path: Path) -> Iterator[None]:
+    """Lock the file against other commands: one that read it earlier could otherwise restore a revoked key.
 
     Raises:
-        StartupError: There can be no such file.
+        StartupError: The folder cannot be created or opened.
     """
-    # The folder is locked, since the file itself is replaced.
+    # The lock is on the folder, since the file itself is replaced.
     folder = path.resolve().parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,18 +107,18 @@ def alone(path: Path) -> Iterator[None]:
 
 
 def write(path: Path, keys: Keys) -> None:
-    """Replace the file at once, for its owner's eyes only.
+    """Replace the file atomically; only its owner can read it.
 
     Raises:
-        StartupError: It cannot be written.
+        StartupError: The file cannot be written.
     """
-    path = path.resolve()  # a symbolic link stays one
+    path = path.resolve()  # replaces the target of a symbolic link, not the link
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)  # of mode 0600
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)  # created with mode 0600
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(msgspec.json.format(msgspec.json.encode(keys)) + b"\n")
-                if path.exists():  # by root, for an API that runs as somebody else
+                if path.exists():  # keeps the owner if root writes a file of another user's API
                     with contextlib.suppress(PermissionError):
                         os.fchown(handle, path.stat().st_uid, path.stat().st_gid)
             Path(name).replace(path)
@@ -130,76 +130,72 @@ def write(path: Path, keys: Keys) -> None:
 
 
 class KeyFile:
-    """The keys as they are now. A file that became unreadable leaves the last good ones, and is complained of once.
+    """The current keys. If the file becomes unreadable, the last good keys stay in force, and an error is logged once.
 
-    The last good ones are those that any of the processes has read that were forked from where this was made: one that
-    starts beside a broken file would otherwise go by what its parent knew, and let in whose key was revoked since.
+    The last good keys are shared by all processes that are forked after this was created. A process that starts while the
+    file is broken would otherwise use what its parent had read, and accept keys that were revoked since.
 
     Args:
-        path: Has to be a good one at first.
+        path: The file, which has to be readable at first.
 
     Raises:
-        StartupError: It is not.
+        StartupError: As `read`.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._mark = self._look()  # first: what is written while it is read is noticed
+        self._version = self._stat()  # before the first read, so that a change during it is noticed
         self._keys = read(path)
-        self._complaint = ""
-        self._looked_at = time.monotonic()
-        self._last_good, name = tempfile.mkstemp()  # hashes, in a file without a name
+        self._last_error = ""
+        self._checked_at_mono = time.monotonic()
+        self._last_good, name = tempfile.mkstemp()  # an unnamed temporary file of hashes
         Path(name).unlink()
         weakref.finalize(self, os.close, self._last_good)
         self._share()
 
     @property
     def keys(self) -> Keys:
-        """As of a second ago at most."""
+        """The keys as of at most a second ago."""
         now = time.monotonic()
-        if now - self._looked_at >= _LOOK_SECONDS:
-            self._looked_at = now
-            mark = self._look()
-            if mark != self._mark or self._complaint:
-                self._mark = mark
-                self._read_again()
+        if now - self._checked_at_mono >= _CHECK_INTERVAL_SECONDS:
+            self._checked_at_mono = now
+            version = self._stat()
+            if version != self._version or self._last_error:
+                self._version = version
+                self._reload()
         return self._keys
 
-    def _look(self) -> tuple[int, ...] | None:
+    def _stat(self) -> tuple[int, ...] | None:
         try:
             status = self._path.stat()
         except OSError:
             return None
-        return (
-            status.st_ino,
-            status.st_size,
-            status.st_mtime_ns,
-            status.st_ctime_ns,
-        )  # the last for permissions
+        # ctime also changes with the permissions.
+        return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
-    def _read_again(self) -> None:
+    def _reload(self) -> None:
         try:
             self._keys = read(self._path)
         except StartupError as error:
             self._keys = self._shared()
-            if str(error) != self._complaint:
-                log.error("%s; the %d keys read before stay", error, len(self._keys.keys))  # noqa: TRY400 (the sentence says it all)
-            self._complaint = str(error)
+            if str(error) != self._last_error:
+                log.error("%s; the %d keys that were read before stay in force", error, len(self._keys.keys))  # noqa: TRY400 (no traceback)
+            self._last_error = str(error)
         else:
-            self._complaint = ""
+            self._last_error = ""
             self._share()
-            log.info("%d API keys", len(self._keys.keys))
+            log.info("reloaded %d API keys", len(self._keys.keys))
 
     def _share(self) -> None:
         data = msgspec.json.encode(self._keys)
         try:
-            # In one piece, with spaces over what is left of a longer one.
+            # In one write, padded with spaces over the rest of a longer version.
             os.pwrite(self._last_good, data.ljust(os.fstat(self._last_good).st_size), 0)
         except OSError:
             os.ftruncate(self._last_good, 0)
 
     def _shared(self) -> Keys:
-        """None at all where they cannot be read: then nobody gets in."""
+        """The last good keys; no keys at all if they cannot be read, so that every request is refused."""
         try:
             size = os.fstat(self._last_good).st_size
             return msgspec.json.decode(os.pread(self._last_good, size, 0), type=Keys)
@@ -209,7 +205,7 @@ class KeyFile:
 
 @functools.cache
 def opened(path: Path) -> KeyFile:
-    """The one `KeyFile` of a path; gunicorn's master opens it, its processes inherit it.
+    """The one `KeyFile` of a path: gunicorn's master opens it, and the processes that it forks inherit it.
 
     Raises:
         StartupError: As `KeyFile`.

@@ -84,7 +84,7 @@ class Endpoint:
         )
         active = ActiveRequest(jobs, request.best_of, services.relay, services.job_queue, seconds)
         client: Client = req.scope[CLIENT]
-        client.at_end(active.release)
+        client.on_end(active.release)
         client.watch()
         try:
             await active.submit(num_bytes)

@@ -1,1 +1,1 @@
-"""HTTP: connections, headers, bodies, errors, health."""
+"""HTTP: connections, headers, bodies, origins and hosts, errors, health. Independent of protocols and models."""

@@ -1,6 +1,6 @@
-"""A request's body: its media type and size, and the report of its unknown fields.
+"""The request body: checks of its type, parsing off the event loop, and the report of unknown fields.
 
-Used by the endpoint. Must not know what a body contains.
+Called by the endpoints. Limits of size and time are enforced by `api.http.disconnect.Client`. Independent of protocols.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _LARGE_BYTES = 32 * 1024
-_STRICT = b'"strict"'
-"""Schemas of strict functions are compiled while parsing, to find those that cannot be."""
+_STRICT_FIELD = b'"strict"'
+"""Parsing compiles the schemas of strict functions, which takes long."""
 
-_UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
+_UNSAFE_CHARACTERS = re.compile(r"[^A-Za-z0-9_.-]")
 
 
 async def read_json(req: falcon.asgi.Request, settings: Settings) -> bytes:
-    """The body of a request whose content type is JSON, or missing.
+    """The body of a request whose content type is JSON or missing.
 
     Raises:
-        RequestError: 415, its content type or encoding is another one; 413 and 408 as `Client.read_body`.
+        RequestError: 415 for another content type or a compressed body; 413 and 408 as `Client.read_body`.
     """
     coding = (req.get_header("content-encoding") or "identity").strip().lower()
     if coding != "identity":
@@ -53,12 +53,12 @@ async def read_json(req: falcon.asgi.Request, settings: Settings) -> bytes:
 
 
 async def parsed(body: bytes, parse: Callable[[bytes], T]) -> T:
-    """The parsed body; one that takes long to parse is parsed in a thread.
+    """The parsed body; one that takes long to parse is parsed in a thread, not on the event loop.
 
     Raises:
         RequestError: As `parse`.
     """
-    if len(body) > _LARGE_BYTES or _STRICT in body:
+    if len(body) > _LARGE_BYTES or _STRICT_FIELD in body:
         return await asyncio.to_thread(parse, body)
     return parse(body)
 
@@ -66,15 +66,15 @@ async def parsed(body: bytes, parse: Callable[[bytes], T]) -> T:
 def report_ignored(
     req: falcon.asgi.Request, resp: falcon.asgi.Response, names: list[str], *, strict: bool
 ) -> None:
-    """Report unknown fields, in a response header and in the log.
+    """Name the unknown fields in a response header and in the log.
 
     Raises:
-        RequestError: 400, if `strict`.
+        RequestError: 400 if `strict`.
     """
     if not names:
         return
     if strict:
         raise invalid(f"Unknown parameter: `{names[0][:64]}`.", names[0][:64], "unknown_parameter")
-    listed = ", ".join(_UNSAFE.sub("?", name[:64]) for name in names)
+    listed = ", ".join(_UNSAFE_CHARACTERS.sub("?", name[:64]) for name in names)
     resp.set_header("x-ignored-parameters", listed)
     log.info("request %s: ignored the unknown parameters %s", req.context.request_id, listed)

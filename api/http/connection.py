@@ -1,8 +1,8 @@
-"""What gunicorn 27's HTTP connections lack: an end to waiting for a head or for a client that takes nothing, a close that
-loses no answer, and errors in our form.
+"""What gunicorn 27's HTTP connections lack: timeouts for request headers and for clients that stop reading, a close that
+does not lose the response, and errors in OpenAI's format.
 
-gunicorn's asgi worker makes one `ASGIProtocol` a connection; `install`, called in each API process by `api.server`, has it
-make a `Connection` instead. gunicorn has no hooks for any of this; all that is known of its insides is in this file.
+gunicorn's asgi worker creates an `ASGIProtocol` per connection; `install`, called in each API process by `api.server`, makes
+it create a `Connection` instead. gunicorn has no hooks for this: whatever depends on its private parts is in this file.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from common.errors import RequestError
 
 LINGER_SECONDS = 5.0
 LINGER_BYTES = 64 * 1024 * 1024
-"""How long, and how much of, what a refused client still sends is read and dropped: TCP answers it with a reset
-otherwise, which takes our answer away from the client."""
+"""For how long, and up to how many bytes, the rest of a refused request is read and discarded. Otherwise TCP resets the
+connection, and the client loses the response."""
 
 _SO_NWRITE = 0x1024
-"""From macOS's sys/socket.h; Python 3.13 does not name it."""
+"""From macOS's sys/socket.h; Python 3.13 has no name for it."""
 
 _MESSAGES = {
     http.HTTPStatus.REQUEST_URI_TOO_LONG: "The request line is too long.",
@@ -39,13 +39,14 @@ _MESSAGES = {
     http.HTTPStatus.INTERNAL_SERVER_ERROR: errors.internal().message,
     http.HTTPStatus.NOT_IMPLEMENTED: "The request's Transfer-Encoding is not supported.",
 }
-"""gunicorn's own sentences quote what was sent, which may be a key. Any other status: the one below."""
+"""By status, in place of gunicorn's own messages, which quote the request and so perhaps a key."""
 
 _NOT_HTTP = "The request is not valid HTTP/1.1."
+"""For every other status."""
 
 
-def _num_untaken(transport: asyncio.Transport) -> int:
-    """Bytes that wait here and in the kernel, which asks for more only when a third of its room, a megabyte, is free."""
+def _num_unacknowledged_bytes(transport: asyncio.Transport) -> int:
+    """Bytes in asyncio's buffer and in the kernel's; the latter asks for more only when a third of its buffer is free."""
     peer = transport.get_extra_info("socket")
     if sys.platform == "darwin":
         in_kernel = peer.getsockopt(socket.SOL_SOCKET, _SO_NWRITE)
@@ -57,19 +58,19 @@ def _num_untaken(transport: asyncio.Transport) -> int:
 def install(
     header_seconds: float, take_seconds: float, headers: Mapping[str, str], error_formats: errors.ErrorFormats
 ) -> None:
-    """From now on this process's connections are `Connection`s.
+    """Make gunicorn create a `Connection` for each connection of this process from now on.
 
     Args:
-        header_seconds: From a connection's opening, or from a later request's first byte, to the end of that head.
-        take_seconds: How long a client may take nothing of what waits for it.
-        headers: Of each error that is made here, beside its own.
-        error_formats: For the bodies of errors.
+        header_seconds: Timeout for request headers, from the opening of the connection or the first byte of a later request.
+        take_seconds: Timeout for a client that reads none of the response that is buffered for it.
+        headers: Added to each error response that is created here.
+        error_formats: The error format of each protocol, for the bodies of these errors.
     """
     gasgi.ASGIProtocol = functools.partial(Connection, header_seconds, take_seconds, headers, error_formats)
 
 
 class Connection(ASGIProtocol):  # type: ignore[misc]  # gunicorn has no types
-    """One HTTP connection; `install` tells of its arguments."""
+    """One HTTP connection; the arguments are those of `install`."""
 
     def __init__(
         self,
@@ -84,19 +85,19 @@ class Connection(ASGIProtocol):  # type: ignore[misc]  # gunicorn has no types
         self._error_formats = error_formats
         self._header_seconds = header_seconds
         self._take_seconds = take_seconds
-        self._head_timer: asyncio.TimerHandle | None = None
-        self._take_timer: asyncio.TimerHandle | None = None
+        self._header_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
         self._linger_timer: asyncio.TimerHandle | None = None
         self._linger_bytes = LINGER_BYTES
-        self._says_close = False
+        self._closes_after_response = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._begin_head()
+        self._start_header_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end_head()
-        self._end_take()
+        self._stop_header_timer()
+        self._stop_write_timer()
         if self._linger_timer is not None:
             self._linger_timer.cancel()
         super().connection_lost(exc)
@@ -109,107 +110,108 @@ class Connection(ASGIProtocol):  # type: ignore[misc]  # gunicorn has no types
         if self._linger_bytes < 0:
             self.transport.close()
 
-    # A head that does not end. Every byte of one passes the parser's feeding, also if it came behind another's body.
+    # Timeout for request headers. All of their bytes pass through the parser here, also those behind another request's body.
 
     def _feed_callback_parser(self, data: bytes) -> bool:
         try:
-            goes_on = bool(super()._feed_callback_parser(data))
-        except ValueError:  # a Content-Length of more digits than Python's int() takes, which are 4300
+            accepts_more = bool(super()._feed_callback_parser(data))
+        except ValueError:  # a Content-Length of over 4300 digits, which int() refuses
             self._send_error_response(http.HTTPStatus.BAD_REQUEST)
             self._close_transport()
-            goes_on = False
-        if goes_on and self._current_request is None:
-            self._begin_head()
+            accepts_more = False
+        if accepts_more and self._current_request is None:
+            self._start_header_timer()
         else:
-            self._end_head()
-        return goes_on
+            self._stop_header_timer()
+        return accepts_more
 
     def _arm_keepalive_timer(self) -> None:
-        if self._head_timer is None:  # what has begun is not idle
+        if self._header_timer is None:  # a request has begun
             super()._arm_keepalive_timer()
 
-    def _begin_head(self) -> None:
-        if self._head_timer is None:
+    def _start_header_timer(self) -> None:
+        if self._header_timer is None:
             self._cancel_keepalive_timer()
-            self._head_timer = self.worker.loop.call_later(self._header_seconds, self._head_is_late)
+            self._header_timer = self.worker.loop.call_later(self._header_seconds, self._on_header_timeout)
 
-    def _end_head(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+    def _stop_header_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
 
-    def _head_is_late(self) -> None:
-        self._head_timer = None
+    def _on_header_timeout(self) -> None:
+        self._header_timer = None
         self._refuse(
-            http.HTTPStatus.REQUEST_TIMEOUT, f"No request came within {self._header_seconds:g} seconds."
+            http.HTTPStatus.REQUEST_TIMEOUT,
+            f"The request headers did not arrive within {self._header_seconds:g} seconds.",
         )
         self._close_transport()
 
-    # A client that takes nothing: neither an answer nor a close would ever come to its end.
+    # Timeout for a client that stops reading: neither the response nor the close would ever complete.
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._begin_take()
+        self._start_write_timer()
 
     def resume_writing(self) -> None:
-        self._end_take()
+        self._stop_write_timer()
         super().resume_writing()
 
-    def _begin_take(self) -> None:
-        is_waiting = self.transport is not None and self.transport.get_write_buffer_size() > 0
-        if self._take_timer is None and is_waiting:
-            self._take_timer = self.worker.loop.call_later(
-                self._take_seconds, self._look_at_take, _num_untaken(self.transport)
+    def _start_write_timer(self) -> None:
+        has_data = self.transport is not None and self.transport.get_write_buffer_size() > 0
+        if self._write_timer is None and has_data:
+            self._write_timer = self.worker.loop.call_later(
+                self._take_seconds, self._check_write_progress, _num_unacknowledged_bytes(self.transport)
             )
 
-    def _end_take(self) -> None:
-        if self._take_timer is not None:
-            self._take_timer.cancel()
-            self._take_timer = None
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
-    def _look_at_take(self, before: int) -> None:
-        self._take_timer = None
-        if _num_untaken(self.transport) < before:
-            self._begin_take()
+    def _check_write_progress(self, num_bytes_before: int) -> None:
+        self._write_timer = None
+        if _num_unacknowledged_bytes(self.transport) < num_bytes_before:
+            self._start_write_timer()
         else:
             self.transport.abort()
 
-    # The end of a connection. `Connection: close` of the app is none for gunicorn, which goes by the request alone.
+    # Closing. gunicorn ignores `Connection: close` in a response; it looks at the request only.
 
     def _send_response_start(self, status: int, headers: Any, request: Any, close: bool = False) -> None:
-        self._says_close = (b"connection", b"close") in headers
+        self._closes_after_response = (b"connection", b"close") in headers
         super()._send_response_start(status, headers, request, close=close)
 
     async def _serve_http_request(self, request: Any, sockname: Any, peername: Any) -> bool:
         keeps_alive = await super()._serve_http_request(request, sockname, peername)
-        return bool(keeps_alive) and not self._says_close
+        return bool(keeps_alive) and not self._closes_after_response
 
     def _close_transport(self) -> None:
         receiver = self._body_receiver
-        is_body_left = receiver is not None and not receiver._complete  # noqa: SLF001
-        if self._closed or not (self._says_close or is_body_left):
+        is_body_incomplete = receiver is not None and not receiver._complete  # noqa: SLF001
+        if self._closed or not (self._closes_after_response or is_body_incomplete):
             super()._close_transport()
         else:
             self._linger()
-        self._begin_take()  # closing waits until all is written
+        self._start_write_timer()  # the transport closes only after everything was written
 
     def _linger(self) -> None:
-        """Say at once that nothing more comes, but close only when the client has, or has had its time."""
+        """Shut down the sending side now, and close when the client has closed, or after `LINGER_SECONDS`."""
         self._closed = True
         self._linger_timer = self.worker.loop.call_later(LINGER_SECONDS, self.transport.close)
-        with contextlib.suppress(OSError):  # the client has closed already
+        with contextlib.suppress(OSError):  # already closed by the client
             self.transport.write_eof()
         self._resume_reading()
         if self._body_receiver is not None:
             self._body_receiver.signal_disconnect()
-        self._request_ready.set()  # gunicorn's loop sees that this is closed
+        self._request_ready.set()  # wakes gunicorn's loop, which then ends
 
-    # What is not HTTP
+    # Errors of the HTTP layer itself
 
     def _send_error_response(
         self, status: int, _message: str = "", extra_headers: Iterable[tuple[str, str]] = ()
     ) -> None:
-        """In place of gunicorn's, which answers in plain text; its callers close the connection."""
+        """Replaces gunicorn's plain-text error; its callers close the connection."""
         self._refuse(status, _MESSAGES.get(http.HTTPStatus(status), _NOT_HTTP), extra_headers)
 
     def _path(self) -> str:
@@ -220,7 +222,7 @@ class Connection(ASGIProtocol):  # type: ignore[misc]  # gunicorn has no types
     def _refuse(self, status: int, message: str, extra_headers: Iterable[tuple[str, str]] = ()) -> None:
         if self._closed:
             return
-        self._says_close = True
+        self._closes_after_response = True
         kind = "invalid_request_error" if status < http.HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
         request_id = new_request_id()
         error = RequestError(message, status=status, type=kind)

@@ -57,5 +57,5 @@ class ConnectionClose:
     async def process_response(
         self, req: falcon.asgi.Request, resp: falcon.asgi.Response, _resource: Any, _succeeded: bool
     ) -> None:
-        if not req.scope[CLIENT].body_is_read:
+        if not req.scope[CLIENT].is_body_complete:
             resp.set_header("connection", "close")

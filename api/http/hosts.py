@@ -14,7 +14,7 @@ import socket
 import falcon.asgi
 
 from api.http.open_paths import HEALTH_PATHS
-from api.http.origins import Origins
+from api.http.origins import MAX_ORIGIN_CHARS, Origins
 from common.errors import RequestError
 from common.settings import PREFIX
 
@@ -55,7 +55,7 @@ class Hosts:
         if host_header is None or host_header == "" or self._origins.is_any:
             return True
         match = _HOST.fullmatch(host_header)
-        if match is None:
+        if match is None or len(host_header) > MAX_ORIGIN_CHARS:
             return False
         name = match[1].lower().removesuffix(".")
         return (

@@ -37,6 +37,9 @@ ALLOWED_HEADERS = "authorization, content-type, x-request-id, x-request-timeout"
 ALLOWED_METHODS = "GET, HEAD, POST, OPTIONS"
 PREFLIGHT_MAX_AGE_SECONDS = 3600
 
+MAX_ORIGIN_CHARS = 300
+"""A host name has at most 253; a longer header is not matched, which with wildcards could take long."""
+
 _ENTRY = re.compile(r"null|[a-z][a-z0-9+.-]*://[^\s/,?#@]*", re.IGNORECASE)
 _HTTP_HOST = re.compile(r"https?://(.*?)(:[0-9*]*)?", re.IGNORECASE)
 _SAFE_HEADER_NAMES = re.compile(r"[A-Za-z0-9_, -]{1,2048}")
@@ -80,7 +83,9 @@ class Origins:
 
     def allows(self, origin: str) -> bool:
         """Whether pages of this origin may call."""
-        return self.is_any or self._origin_pattern.fullmatch(origin) is not None
+        if self.is_any:
+            return True
+        return len(origin) <= MAX_ORIGIN_CHARS and self._origin_pattern.fullmatch(origin) is not None
 
     def lists_host(self, host: str) -> bool:
         """Whether the setting lists an origin with this host name."""

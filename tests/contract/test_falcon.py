@@ -120,7 +120,7 @@ def test_errors_of_falcon() -> None:
 
 
 def test_middleware_hooks() -> None:
-    """Request ids, keys and CORS are middleware; `process_response` is called for errors too. Open api/app.py, api/http/headers.py."""
+    """Request ids, keys and CORS are middleware; `process_response` is called for errors too. Open api/app.py, api/http/origins.py."""
     called: list[str] = []
 
     class Hooks:
@@ -140,7 +140,7 @@ def test_middleware_hooks() -> None:
 
 
 def test_middleware_ends_a_request() -> None:
-    """`resp.complete` skips the resource: a preflight is answered before routes are looked at. Open api/http/headers.py, `CrossOrigin`."""
+    """`resp.complete` skips the resource: a preflight is answered before routes are looked at. Open api/http/origins.py, `CrossOrigin`."""
 
     class Complete:
         async def process_request(self, _req: Any, resp: falcon.asgi.Response) -> None:
@@ -195,7 +195,7 @@ def test_query_that_is_not_utf8() -> None:
 
 
 def test_unknown_methods() -> None:
-    """A method that HTTP does not have is a 400, which `KnownMethods` makes a 405. If this fails, it can go. Open api/http/headers.py."""
+    """A method that HTTP does not have is a 400, which `UnknownMethods` makes a 405. If this fails, it can go. Open api/http/methods.py."""
     assert _ask(_app(Resource()), _scope("BREW"))[0] == 400
     assert "GET" in falcon.HTTP_METHODS
     assert set(falcon.HTTP_METHODS) <= set(falcon.COMBINED_METHODS)

@@ -197,7 +197,7 @@ def _receiver_class() -> Any:
 def test_close_of_the_application_is_ignored() -> None:
     """gunicorn goes by the request alone: `Connection: close` from the app keeps the connection, which `Connection` mends.
 
-    If this fails, `_says_close` can go. Open api/http/connection.py, `_serve_http_request`.
+    If this fails, `_closes_after_response` can go. Open api/http/connection.py, `_serve_http_request`.
     """
     answers, calls, _ = _exchange(REQUEST.replace(b"GET /", b"GET /close"), REQUEST)
     assert answers.count(b"HTTP/1.1 200 OK") == 2

@@ -1,4 +1,4 @@
-"""The edges of HTTP, over raw sockets: what does not end, what is no HTTP, and clients that leave, or take nothing."""
+"""Connections over raw sockets: timeouts, malformed HTTP, refused bodies, and clients that disconnect or stop reading."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from tests.e2e.api_pool import MODEL, ApiPool, Response, api_pool, chat_body, re
 from tests.fake_worker import words
 from tests.redis.pool_of_workers import wait_until
 
-HEAD_SECONDS = 0.5
+HEADER_SECONDS = 0.5
 TAKE_SECONDS = 2.0
 MAX_BODY_BYTES = 100_000
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
-WHOLE = request("GET", "/livez")
+LIVEZ = request("GET", "/livez")
 SECRET = b"swordfish"
 
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[ApiPool]:
     environ = {
-        "MLXPOOL_HEADER_SECONDS": str(HEAD_SECONDS),
+        "MLXPOOL_HEADER_SECONDS": str(HEADER_SECONDS),
         "MLXPOOL_TAKE_SECONDS": str(TAKE_SECONDS),
         "MLXPOOL_MAX_BODY_BYTES": str(MAX_BODY_BYTES),
     }
@@ -45,8 +45,8 @@ def api(running: ApiPool) -> ApiPool:
     return running
 
 
-def last_answer(connection: socket.socket) -> Response:
-    """What comes on a connection that the server then closes."""
+def last_response(connection: socket.socket) -> Response:
+    """The next response; the server has to close the connection after it."""
     answer = read_response(connection)
     assert connection.recv(1) == b""
     return answer
@@ -63,12 +63,12 @@ def last_answer(connection: socket.socket) -> Response:
     ],
     ids=["nothing", "empty line", "byte", "headers", "half a header"],
 )
-def test_a_head_that_does_not_end(api: ApiPool, sent: bytes) -> None:
-    """Its connection gets a 408 in OpenAI's form and is closed; so it is as a connection's second one."""
+def test_incomplete_headers_time_out(api: ApiPool, sent: bytes) -> None:
+    """408 in OpenAI's error format, then the connection is closed; also for a later request of the connection."""
     with api.connect() as first, api.connect() as second:
         first.sendall(sent)
-        second.sendall(WHOLE + sent)
-        answer = last_answer(first)
+        second.sendall(LIVEZ + sent)
+        answer = last_response(first)
         later = second.makefile("rb").read() if sent else b""
     assert (answer.status, answer.error["type"]) == (408, "invalid_request_error")
     assert answer.headers["connection"] == "close"
@@ -79,53 +79,53 @@ def test_a_head_that_does_not_end(api: ApiPool, sent: bytes) -> None:
 
 
 def trickle(connection: socket.socket, data: bytes) -> None:
-    """Byte by byte, until there is an answer."""
+    """Send byte by byte until there is a response."""
     for byte in data:
         connection.sendall(bytes([byte]))
         if select.select([connection], [], [], 0.02)[0]:
             return
 
 
-def test_a_head_that_trickles(api: ApiPool) -> None:
-    """A byte now and then wins no time."""
+def test_headers_that_trickle(api: ApiPool) -> None:
+    """A byte now and then does not extend the timeout."""
     with api.connect() as connection:
         trickle(connection, b"GET /livez HTTP/1.1\r\nX: " + b"x" * 500)
-        assert last_answer(connection).status == 408
+        assert last_response(connection).status == 408
 
 
-def test_many_slow_heads_bother_nobody(api: ApiPool) -> None:
-    """Sixty of them while another is served; then they are gone."""
+def test_slow_headers_do_not_block_others(api: ApiPool) -> None:
+    """Another client is served next to sixty slow ones, which then time out."""
     slow = [api.connect() for _ in range(60)]
     for connection in slow:
         connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\n")
     assert api.chat().status == 200
-    assert {last_answer(connection).status for connection in slow} == {408}
+    assert {last_response(connection).status for connection in slow} == {408}
     for connection in slow:
         connection.close()
 
 
-def test_a_head_in_pieces(api: ApiPool) -> None:
-    """Within its time it may come byte by byte, on a connection that rested longer than a head may take."""
+def test_headers_in_pieces(api: ApiPool) -> None:
+    """Headers may arrive byte by byte within the timeout, also on a connection that was idle for longer than it."""
     with api.connect() as connection:
         for _ in range(2):
-            for byte in WHOLE:
+            for byte in LIVEZ:
                 connection.sendall(bytes([byte]))
             assert read_response(connection).status == 200
-            time.sleep(1.5 * HEAD_SECONDS)
+            time.sleep(1.5 * HEADER_SECONDS)
         connection.sendall(request("POST", "/v1/chat/completions", chat_body()))
         assert read_response(connection).status == 200
 
 
 def slow_words(_job: GenerationJob) -> Iterator[Event | float]:
-    """An answer that takes longer than a head may."""
+    """A response that takes longer than `HEADER_SECONDS`."""
     yield Started(0, 5)
     yield Delta(1, 1, "a")
-    yield 1.5 * HEAD_SECONDS
+    yield 1.5 * HEADER_SECONDS
     yield Finished(2, "stop", Usage(5, 1))
 
 
-def test_answers_and_bodies_have_their_own_time(api: ApiPool) -> None:
-    """Neither a slow answer nor a slow body ends with the time for a head; nor does half a head behind it count meanwhile."""
+def test_the_header_timeout_is_for_headers_only(api: ApiPool) -> None:
+    """It does not end a slow response or a slow body, nor count while the next request's headers wait behind a body."""
     api.follow(slow_words)
     for stream in (True, False):
         assert api.chat(stream=stream).status == 200
@@ -133,10 +133,10 @@ def test_answers_and_bodies_have_their_own_time(api: ApiPool) -> None:
     api.follow(words)
     with api.connect() as connection:
         connection.sendall(request("POST", "/v1/chat/completions", body)[: -len(body)])
-        time.sleep(1.5 * HEAD_SECONDS)
-        connection.sendall(body + WHOLE[:10])
+        time.sleep(1.5 * HEADER_SECONDS)
+        connection.sendall(body + LIVEZ[:10])
         assert read_response(connection).status == 200
-        connection.sendall(WHOLE[10:])
+        connection.sendall(LIVEZ[10:])
         assert read_response(connection).status == 200
 
 
@@ -184,7 +184,7 @@ def test_answers_and_bodies_have_their_own_time(api: ApiPool) -> None:
         "long chunk size",
         "long chunk extension",
         "long trailer",
-        "no CR",
+        "no carriage return",
         "TLS",
         "HTTP/2",
         "secret method",
@@ -193,12 +193,12 @@ def test_answers_and_bodies_have_their_own_time(api: ApiPool) -> None:
         "secret coding",
     ],
 )
-def test_what_is_not_http_at_all(api: ApiPool, sent: bytes, status: int) -> None:
-    """One answer in OpenAI's form that repeats nothing, then the connection's end; no traceback, nothing for a worker."""
+def test_malformed_http(api: ApiPool, sent: bytes, status: int) -> None:
+    """One error in OpenAI's format that quotes nothing of the request, then the connection ends; no traceback, no job."""
     log = api.pool.log("api")
     with api.connect() as connection:
         connection.sendall(sent)
-        answer = last_answer(connection)
+        answer = last_response(connection)
     kind = "server_error" if status == 501 else "invalid_request_error"
     assert (answer.status, answer.error["type"]) == (status, kind)
     assert answer.headers["connection"] == "close"
@@ -215,7 +215,7 @@ def test_what_is_not_http_at_all(api: ApiPool, sent: bytes, status: int) -> None
 def test_a_chunked_body_without_a_length(
     api: ApiPool, trailer: bytes, extension: bytes, expect: bytes
 ) -> None:
-    """With all that a chunked body may have; it is asked for where its client waits to be asked."""
+    """With extensions and trailers, and with 100 Continue if the client expects it."""
     body = chat_body()
     with api.connect() as connection:
         connection.sendall(POST + expect + b"Transfer-Encoding: chunked\r\n\r\n")
@@ -223,22 +223,22 @@ def test_a_chunked_body_without_a_length(
             assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(b"%x%s\r\n%s\r\n0\r\n%s\r\n" % (len(body), extension, body, trailer))
         assert read_response(connection).status == 200
-        connection.sendall(WHOLE)
+        connection.sendall(LIVEZ)
         assert read_response(connection).status == 200
 
 
 @pytest.mark.parametrize("size", [150_000, 5_000_000])
-def test_the_connection_ends_with_a_refused_body(api: ApiPool, size: int) -> None:
-    """The 413 says so, and so it is, also where all of the body came."""
+def test_the_connection_ends_after_a_refused_body(api: ApiPool, size: int) -> None:
+    """The 413 has `Connection: close`, and the server closes, even if the complete body arrived."""
     with api.connect() as connection:
         connection.sendall(request("POST", "/v1/completions", b"x" * size))
-        answer = last_answer(connection)
+        answer = last_response(connection)
     assert (answer.status, answer.headers["connection"]) == (413, "close")
 
 
 @pytest.mark.parametrize("is_chunked", [True, False])
 def test_the_largest_body(api: ApiPool, is_chunked: bool) -> None:
-    """It may have as many bytes as is said, and not one more."""
+    """A body of exactly the limit is accepted, one byte more is not."""
     for size, status in ((MAX_BODY_BYTES, 200), (MAX_BODY_BYTES + 1, 413)):
         body = chat_body().ljust(size)
         sent = CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (size, body)
@@ -248,17 +248,17 @@ def test_the_largest_body(api: ApiPool, is_chunked: bool) -> None:
 
 
 def test_a_refused_client_is_not_kept_waiting(api: ApiPool) -> None:
-    """The end comes with the answer, though not a byte of the body did; what comes later is still taken, for a while."""
+    """The response and the end of the stream come at once; what the client sends later is still accepted for a while."""
     with api.connect() as connection:
-        connection.settimeout(1)  # the server's patience is longer
+        connection.settimeout(1)  # less than LINGER_SECONDS
         connection.sendall(POST + b"Content-Length: 99999999\r\n\r\n")
-        assert last_answer(connection).status == 413
+        assert last_response(connection).status == 413
         for _ in range(20):
             connection.sendall(b"x" * 100_000)
 
 
 def is_reset_within(connection: socket.socket, max_bytes: int, piece: bytes, pause: float) -> bool:
-    """Whether sending fails before so much was sent."""
+    """Whether sending fails before `max_bytes` were sent."""
     sent = 0
     with contextlib.suppress(ConnectionError):
         while sent < max_bytes:
@@ -268,8 +268,8 @@ def is_reset_within(connection: socket.socket, max_bytes: int, piece: bytes, pau
     return True
 
 
-def test_a_refused_client_that_goes_on_and_on(api: ApiPool) -> None:
-    """It is listened to up to an amount, and for a time."""
+def test_a_refused_client_that_keeps_sending(api: ApiPool) -> None:
+    """Its data is discarded up to `LINGER_BYTES` and `LINGER_SECONDS`, then the connection is reset."""
     pause = 0.05
     for max_bytes, piece in ((3 * LINGER_BYTES, b"x" * 1_000_000), (int(10 * LINGER_SECONDS / pause), b"x")):
         with api.connect() as connection:
@@ -277,8 +277,8 @@ def test_a_refused_client_that_goes_on_and_on(api: ApiPool) -> None:
             assert is_reset_within(connection, max_bytes, piece, 0 if len(piece) > 1 else pause)
 
 
-def test_a_connection_goes_on_behind_a_refusal(api: ApiPool) -> None:
-    """A body that was read leaves it in order, whatever was in it."""
+def test_a_connection_is_kept_after_a_400(api: ApiPool) -> None:
+    """If the body was read to its end, the next request can follow."""
     with api.connect() as connection:
         for body, status in [(b"{", 400), (chat_body(), 200), (chat_body(temperature=9), 400)]:
             connection.sendall(request("POST", "/v1/chat/completions", body))
@@ -286,20 +286,20 @@ def test_a_connection_goes_on_behind_a_refusal(api: ApiPool) -> None:
             assert (answer.status, answer.headers.get("connection")) == (status, None)
 
 
-ANSWERS = 400
-"""of some 60 KB each: more than the sockets' buffers hold."""
+NUM_RESPONSES = 400
+"""Of about 60 KB each: more than the sockets' buffers hold."""
 
 
-def ask_for_much(connection: socket.socket) -> None:
-    connection.sendall(request("GET", "/openapi.json") * ANSWERS)
+def request_many(connection: socket.socket) -> None:
+    connection.sendall(request("GET", "/openapi.json") * NUM_RESPONSES)
 
 
-def take(connection: socket.socket, slow_seconds: float = 0.0) -> int:
-    """How many answers come to a client that takes little for a time, and then all."""
+def read_slowly(connection: socket.socket, slow_seconds: float = 0.0) -> int:
+    """The number of responses that arrive if the client first reads little at a time for `slow_seconds`."""
     count, rest = 0, b""
     fast_at = time.monotonic() + slow_seconds
     with contextlib.suppress(ConnectionError):
-        while count < ANSWERS:
+        while count < NUM_RESPONSES:
             is_slow = time.monotonic() < fast_at
             data = connection.recv(5_000 if is_slow else 500_000)
             if not data:
@@ -311,18 +311,18 @@ def take(connection: socket.socket, slow_seconds: float = 0.0) -> int:
     return count
 
 
-def test_a_client_that_takes_nothing(api: ApiPool) -> None:
-    """It is cut off; one that takes little at a time is not, though less than the system calls room for more."""
+def test_a_client_that_stops_reading(api: ApiPool) -> None:
+    """It is disconnected; a client that reads slowly is not, even below what the kernel counts as progress."""
     with api.connect() as idle, api.connect() as slow:
-        ask_for_much(idle)
-        ask_for_much(slow)
-        assert take(slow, 2.5 * TAKE_SECONDS) == ANSWERS
+        request_many(idle)
+        request_many(slow)
+        assert read_slowly(slow, 2.5 * TAKE_SECONDS) == NUM_RESPONSES
         wait_until(lambda: not connections_of(api, idle))
-        assert take(idle) < ANSWERS
+        assert read_slowly(idle) < NUM_RESPONSES
 
 
-def test_a_stream_that_nobody_takes(api: ApiPool) -> None:
-    """Its job is cancelled with its connection."""
+def test_a_stream_that_is_not_read(api: ApiPool) -> None:
+    """The connection is closed and the job cancelled."""
     api.follow(lambda job: words(job, ["x" * 1000] * 20_000))
     with api.connect() as connection:
         connection.sendall(request("POST", "/v1/chat/completions", chat_body(stream=True)))
@@ -331,7 +331,7 @@ def test_a_stream_that_nobody_takes(api: ApiPool) -> None:
 
 
 def connections_of(api: ApiPool, client: socket.socket) -> list[object]:
-    """The server's end of a client's connection."""
+    """The server's side of a client's connection, if it is open."""
     port = client.getsockname()[1]
     return [
         each
@@ -347,8 +347,8 @@ def connections_of(api: ApiPool, client: socket.socket) -> list[object]:
     [POST + b"Content-Length: 500\r\n\r\n{", CHUNKED, CHUNKED + b"5\r\n{", CHUNKED + b"1\r\n{\r\n"],
     ids=["length", "no chunk", "half a chunk", "chunk"],
 )
-def test_a_client_that_leaves_in_the_middle_of_its_body(api: ApiPool, sent: bytes, is_reset: bool) -> None:
-    """Nothing reaches a worker or the queue, and the next one is served."""
+def test_a_disconnect_during_the_body(api: ApiPool, sent: bytes, is_reset: bool) -> None:
+    """Nothing reaches the queue or a worker, and the next request is served."""
     log = api.pool.log("api")
     connection = api.connect()
     connection.sendall(sent)

@@ -1,4 +1,4 @@
-"""Clients that leave, and a server that ends: what was asked for stops, at once and wherever it is."""
+"""Clients that disconnect, and a server that shuts down: generation is cancelled at once, queued or running."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from common.rq import JsonJob, JsonQueue
 from tests.e2e.api_pool import MODEL, ApiPool, Response, api_pool, chat_body, read_response, request
 from tests.fake_worker import FakeWorker, words
 
-PATIENCE_SECONDS = 5.0
+TIMEOUT_SECONDS = 5.0
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +42,19 @@ def endless(_job: GenerationJob) -> Iterator[Event | float]:
 
 
 def silent(_job: GenerationJob) -> Iterator[Event | float]:
-    """A prompt that takes its time."""
+    """A long prefill: no event."""
     yield 60.0
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE_SECONDS) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = TIMEOUT_SECONDS) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.005)
 
 
 def begin(api: ApiPool, **fields: Any) -> socket.socket:
-    """A request that is with the worker."""
+    """Send a request and wait until the worker has it."""
     before = len(api.worker.jobs)
     connection = api.connect()
     connection.sendall(request("POST", "/v1/chat/completions", chat_body(model=MODEL, **fields)))
@@ -64,17 +64,17 @@ def begin(api: ApiPool, **fields: Any) -> socket.socket:
 
 @pytest.mark.parametrize(("script", "prompt_tokens"), [(endless, "5"), (silent, "unknown")])
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves(api: ApiPool, stream: bool, script: Any, prompt_tokens: str) -> None:
-    """Its job is cancelled at once, streamed or not, with tokens or without, and logged with what is known of it."""
+def test_a_disconnect_cancels(api: ApiPool, stream: bool, script: Any, prompt_tokens: str) -> None:
+    """The job is cancelled within 0.2 seconds, during prefill and decoding, and logged with what is known of it."""
     api.follow(script)
     connection = begin(api, stream=stream)
     time.sleep(0.3)
     job_id = api.worker.jobs[0].job_id
     assert job_id not in api.worker.cancelled
-    left_at = time.monotonic()
+    closed_at = time.monotonic()
     connection.close()
     wait_for(lambda: job_id in api.worker.cancelled)
-    assert api.worker.cancelled[job_id] - left_at < 0.2
+    assert api.worker.cancelled[job_id] - closed_at < 0.2
     wait_for(lambda: api.ask("GET", "/health").json["open_requests"] == 0)
     [line] = [line for line in api.pool.log("api").splitlines() if f"job {job_id}: model" in line]
     assert f"key -, 1 choices, {prompt_tokens} prompt tokens, " in line
@@ -82,7 +82,7 @@ def test_a_client_that_leaves(api: ApiPool, stream: bool, script: Any, prompt_to
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_half_close_counts_as_leaving(api: ApiPool, stream: bool) -> None:
+def test_a_half_close_counts_as_a_disconnect(api: ApiPool, stream: bool) -> None:
     """A client that shuts down its sending side cannot be told from one that closed; docs/faults.md says why."""
     api.follow(silent)
     with begin(api, stream=stream) as connection:
@@ -92,8 +92,8 @@ def test_a_half_close_counts_as_leaving(api: ApiPool, stream: bool) -> None:
         assert connection.recv(100) == b""
 
 
-def test_a_client_that_aborts(api: ApiPool) -> None:
-    """A reset connection is as good as a closed one."""
+def test_a_reset_cancels(api: ApiPool) -> None:
+    """A connection that the client resets is like a closed one."""
     connection = begin(api, stream=True)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     connection.close()
@@ -102,9 +102,9 @@ def test_a_client_that_aborts(api: ApiPool) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_the_queue(api: ApiPool, stream: bool) -> None:
-    """A job that nobody has taken is gone, from the queue and from Redis."""
-    model = "nobody takes"
+def test_a_disconnect_removes_a_queued_job(api: ApiPool, stream: bool) -> None:
+    """A job that no worker has taken yet is removed from the queue and from Redis."""
+    model = "not consumed"
     worker = FakeWorker(api.pool.redis_url, model)
     worker.show_card()
     with redis.Redis.from_url(api.pool.redis_url) as client:
@@ -119,8 +119,8 @@ def test_a_client_that_leaves_the_queue(api: ApiPool, stream: bool) -> None:
         assert client.exists(names.cancelled(job_id))
 
 
-def test_a_client_that_has_its_answer_cancels_nothing(api: ApiPool) -> None:
-    """Whoever leaves behind the end leaves no trace."""
+def test_a_disconnect_after_the_response(api: ApiPool) -> None:
+    """A client that disconnects after its response cancels nothing."""
     api.follow(words)
     before = dict(api.worker.cancelled)
     assert api.chat(model=MODEL).status == 200
@@ -129,8 +129,8 @@ def test_a_client_that_has_its_answer_cancels_nothing(api: ApiPool) -> None:
     assert api.worker.cancelled == before
 
 
-def test_a_slow_reader_holds_up_nobody(api: ApiPool) -> None:
-    """A client that reads nothing costs its process no memory and the others no time; when it reads, all is there."""
+def test_a_slow_reader_does_not_block_others(api: ApiPool) -> None:
+    """A client that does not read costs little memory and does not delay other clients; when it reads, its response is complete."""
     text = "x" * 1000
     api.follow(lambda job: words(job, [text] * 8000))
     with redis.Redis.from_url(api.pool.redis_url) as client:
@@ -150,8 +150,8 @@ def test_a_slow_reader_holds_up_nobody(api: ApiPool) -> None:
 
 
 @pytest.mark.parametrize("with_signal", [signal.SIGTERM, signal.SIGINT])
-def test_a_server_that_ends(with_signal: signal.Signals) -> None:
-    """A stream that outlasts the drain, which Ctrl-C leaves out, ends with an error frame; its job is cancelled."""
+def test_a_shutdown_ends_streams(with_signal: signal.Signals) -> None:
+    """A stream that outlasts the drain ends with an error frame, and its job is cancelled; Ctrl-C does not drain."""
     with api_pool({"MLXPOOL_DRAIN_SECONDS": "0" if with_signal == signal.SIGTERM else "30"}) as api:
         api.follow(endless)
         connection = begin(api, stream=True)
@@ -165,8 +165,8 @@ def test_a_server_that_ends(with_signal: signal.Signals) -> None:
         wait_for(lambda: job_id in api.worker.cancelled)
 
 
-def test_a_server_that_drains() -> None:
-    """An answer that ends in time is whole."""
+def test_a_shutdown_drains() -> None:
+    """A stream that ends within the drain is complete."""
     with api_pool({"MLXPOOL_DRAIN_SECONDS": "10"}) as api:
         api.follow(lambda job: words(job, ["a"] * 40, pause=0.03))
         connection = begin(api, stream=True)

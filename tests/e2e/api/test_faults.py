@@ -1,4 +1,4 @@
-"""The API while Redis is away, and at a start that cannot be."""
+"""The API while Redis is away, and with settings that prevent its start."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tests.fake_worker import FakeWorker
 def wait_for(condition: Callable[[], Any], seconds: float = 10) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)
 
 
 def start(**variables: str) -> subprocess.CompletedProcess[str]:
-    """gunicorn with these settings; it is expected to end by itself."""
+    """Run gunicorn with these settings until it exits by itself."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith("MLXPOOL_")}
     environ |= {"MLXPOOL_PORT": str(unused_port())} | variables
     command = [sys.executable, "-m", "gunicorn", "-c", "api/gunicorn.conf.py", "api.asgi:app"]
@@ -45,8 +45,8 @@ def start(**variables: str) -> subprocess.CompletedProcess[str]:
         ({"MLXPOOL_REDIS_URL": "redis://127.0.0.1:port/0"}, "MLXPOOL_REDIS_URL"),
     ],
 )
-def test_a_start_that_cannot_be(variables: dict[str, str], named: str) -> None:
-    """One sentence that names what to change, an exit status, no traceback and no endless respawn."""
+def test_settings_that_prevent_the_start(variables: dict[str, str], named: str) -> None:
+    """One sentence that names the setting, an exit status, no traceback and no respawn loop."""
     ended = start(**variables)
     assert ended.returncode == 1
     assert ended.stdout == ""
@@ -55,8 +55,8 @@ def test_a_start_that_cannot_be(variables: dict[str, str], named: str) -> None:
     assert named in line
 
 
-def test_redis_that_is_not_there_yet() -> None:
-    """The API starts without it, says 503 and when to come back, and serves when it is there."""
+def test_a_start_without_redis() -> None:
+    """The API starts, answers 503 with `Retry-After`, and serves once Redis is up."""
     with Pool() as pool:
         pool.stop("redis")
         pool.port = unused_port()
@@ -90,8 +90,8 @@ def answers(api: ApiPool) -> bool:
         return False
 
 
-def test_redis_that_goes_and_comes_back() -> None:
-    """Meanwhile new requests are 503 within a moment; a running stream waits with comments and goes on, complete."""
+def test_a_redis_outage() -> None:
+    """New requests are a 503 within a second; a running stream sends comments, then continues without a gap."""
     state: dict[str, Any] = {"away": False}
 
     def interrupted(_job: GenerationJob) -> Iterator[Event | float]:

@@ -1,4 +1,4 @@
-"""Keys, as they are deployed: over real HTTP, with a worker that follows a script."""
+"""API keys over HTTP: gunicorn and the app as they are deployed, with a scripted worker."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def secret(key_path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def former(key_path: Path) -> str:
-    """One that the first processes know."""
+def revoked_later(key_path: Path) -> str:
+    """A key that is valid when the API starts."""
     return keys.add(key_path, "eve")
 
 
 @pytest.fixture(scope="module")
-def api(key_path: Path, secret: str, former: str) -> Iterator[ApiPool]:
-    assert secret != former
+def api(key_path: Path, secret: str, revoked_later: str) -> Iterator[ApiPool]:
+    assert secret != revoked_later
     environ = {
         "MLXPOOL_API_KEYS_FILE": str(key_path),
         "MLXPOOL_CORS_ORIGINS": ORIGIN,
@@ -68,10 +68,8 @@ def api(key_path: Path, secret: str, former: str) -> Iterator[ApiPool]:
 @pytest.mark.parametrize(
     "authorization", [None, "", "Bearer", "Bearer ", "Bearer sk-wrong", "Basic x", "Bearer é"]
 )
-def test_without_a_key_there_is_nothing(
-    api: ApiPool, method: str, path: str, authorization: str | None
-) -> None:
-    """401 in OpenAI's form, whatever is asked for; a browser's script may read it."""
+def test_every_request_needs_a_key(api: ApiPool, method: str, path: str, authorization: str | None) -> None:
+    """401 in OpenAI's error format for every path and method, readable by pages of allowed origins."""
     headers = {"Origin": ORIGIN} | ({} if authorization is None else {"Authorization": authorization})
     with api.connect() as connection:
         connection.sendall(request(method, path, b"", **headers).replace("é".encode(), b"\xe9"))
@@ -86,8 +84,8 @@ def test_without_a_key_there_is_nothing(
 
 
 @pytest.mark.parametrize("path", ["/health", "/livez", "/readyz", "/openapi.json"])
-def test_what_is_no_secret(api: ApiPool, path: str) -> None:
-    """Those who watch it or make a client for it need no key, and neither does a browser's preflight."""
+def test_public_paths(api: ApiPool, path: str) -> None:
+    """Health checks, the API's description and preflights need no key."""
     for method in ("GET", "HEAD"):
         assert api.ask(method, path).status == 200
         assert api.ask(method, path, authorization=f"Bearer {WRONG}").status == 200
@@ -99,7 +97,7 @@ def test_what_is_no_secret(api: ApiPool, path: str) -> None:
 
 
 def test_a_refused_body_is_not_read(api: ApiPool) -> None:
-    """The answer comes before the body does, and instead of `100 Continue`; then the connection ends."""
+    """The 401 comes before the body was sent, and in place of `100 Continue`; then the connection ends."""
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n"
     for more in (b"\r\n{", b"Expect: 100-continue\r\n\r\n"):
         with api.connect() as connection:
@@ -109,8 +107,8 @@ def test_a_refused_body_is_not_read(api: ApiPool) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "Bearer "])
-def test_the_schemes_case(api: ApiPool, secret: str, scheme: str) -> None:
-    """It does not matter (RFC 9110, 11.1); neither does a second space."""
+def test_the_authorization_scheme(api: ApiPool, secret: str, scheme: str) -> None:
+    """Its case does not matter (RFC 9110, section 11.1), nor does a second space."""
     assert api.ask("GET", "/v1/models", authorization=f"{scheme} {secret}").status == 200
     assert api.ask("GET", "/nothing", authorization=f"{scheme} {secret}").status == 404
 
@@ -138,8 +136,8 @@ def test_two_keys_in_one_request(api: ApiPool, secret: str, is_right_first: bool
         assert read_response(connection).status == 401
 
 
-def test_a_connection_goes_on_behind_a_401(api: ApiPool, secret: str) -> None:
-    """Where no body is left on it; each request needs its own key."""
+def test_a_connection_is_kept_after_a_401(api: ApiPool, secret: str) -> None:
+    """If no body is left on it; each request needs a key."""
     with api.connect() as connection:
         for headers, status in [({}, 401), ({"authorization": f"Bearer {secret}"}, 200), ({}, 401)]:
             connection.sendall(request("GET", "/v1/models", **headers))
@@ -159,8 +157,8 @@ def test_a_connection_goes_on_behind_a_401(api: ApiPool, secret: str) -> None:
         ("GET / KEY", 400),
     ],
 )
-def test_a_key_in_a_wrong_place(api: ApiPool, secret: str, sent: str, status: int) -> None:
-    """No error repeats it, and no line in the log has it, at the level DEBUG neither."""
+def test_a_misplaced_key(api: ApiPool, secret: str, sent: str, status: int) -> None:
+    """It is in no error and in no log line, not even at level DEBUG."""
     log = api.pool.log("api")
     with api.connect() as connection:
         connection.sendall(sent.replace("KEY", secret).encode() + b"\r\n\r\n")
@@ -171,7 +169,7 @@ def test_a_key_in_a_wrong_place(api: ApiPool, secret: str, sent: str, status: in
 
 
 def test_a_key_in_a_body(api: ApiPool, secret: str) -> None:
-    """As a model, a parameter or a value: the error names it no more than the log does."""
+    """As a model, a parameter or a value: neither the error nor the log has it."""
     log = api.pool.log("api")
     for body in (
         chat_body(model=secret),
@@ -193,8 +191,8 @@ def test_a_key_in_a_body(api: ApiPool, secret: str) -> None:
     assert secret not in api.pool.log("api")[len(log) :]
 
 
-def test_keys_come_and_go_without_a_restart(api: ApiPool, key_path: Path, secret: str) -> None:
-    """The openai SDK gets in with a key, with one that was made just now, and not with one that was revoked."""
+def test_keys_change_without_a_restart(api: ApiPool, key_path: Path, secret: str) -> None:
+    """The openai SDK is served with a key and with a new key, and refused with a revoked one."""
     new = keys.add(key_path, "bob")
     time.sleep(1.1)
     for key in (secret, new):
@@ -212,8 +210,8 @@ def test_keys_come_and_go_without_a_restart(api: ApiPool, key_path: Path, secret
     assert new not in api.pool.log("api")
 
 
-def test_half_a_body_holds_no_connection(api: ApiPool, secret: str) -> None:
-    """One that comes byte by byte as well: it has its time as a whole."""
+def test_an_incomplete_body_times_out(api: ApiPool, secret: str) -> None:
+    """Also if it arrives byte by byte: the timeout is for the complete body."""
     head = request("POST", "/v1/chat/completions", b"", Authorization=f"Bearer {secret}").removesuffix(
         b"\r\n"
     )
@@ -226,33 +224,33 @@ def test_half_a_body_holds_no_connection(api: ApiPool, secret: str) -> None:
         assert (answer.status, answer.error["code"]) == (408, "request_timeout")
 
 
-def test_a_broken_file_and_the_processes_beside_it(
-    api: ApiPool, key_path: Path, secret: str, former: str
+def test_a_malformed_file_and_restarted_processes(
+    api: ApiPool, key_path: Path, secret: str, revoked_later: str
 ) -> None:
-    """All go by the last good keys, one that starts then too: who was let in still is, who was revoked is not."""
+    """All processes use the last good keys, restarted ones included: valid keys stay valid, revoked ones stay revoked."""
 
     def status(key: str) -> int:
         try:
             return api.ask("GET", "/v1/models", authorization=f"Bearer {key}").status
-        except (OSError, IndexError):  # a process that ends
+        except (OSError, IndexError):  # a process that is ending
             return 0
 
-    assert status(former) == 200
+    assert status(revoked_later) == 200
     keys.revoke(key_path, "eve")
-    wait_until(lambda: status(former) == 401)
+    wait_until(lambda: status(revoked_later) == 401)
     good = key_path.read_bytes()
     key_path.write_bytes(b"garbled")
     try:
-        wait_until(lambda: (status(secret), api.pool.log("api").count("no file of API keys")) == (200, 1))
+        wait_until(lambda: (status(secret), api.pool.log("api").count("not a file of API keys")) == (200, 1))
         master, *before = api.pool.pids("api")
         for worker in before:
             os.kill(worker, signal.SIGKILL)
         wait_until(lambda: set(api.pool.pids("api")) - {master, *before} and status(secret) == 200)
-        assert (status(former), status(WRONG)) == (401, 401)
+        assert (status(revoked_later), status(WRONG)) == (401, 401)
         os.kill(master, signal.SIGHUP)
         wait_until(lambda: api.pool.log("api").count("Booting worker") == 1 + 2 * len(before))
         wait_until(lambda: status(secret) == 200)
-        assert (status(former), status(WRONG)) == (401, 401)
+        assert (status(revoked_later), status(WRONG)) == (401, 401)
     finally:
         key_path.write_bytes(good)
     late = keys.add(key_path, "late")

@@ -1,4 +1,4 @@
-"""What the API says to a request that is too late, and to one that is too many."""
+"""Deadlines and a full queue, as a client sees them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def endless(_job: GenerationJob) -> Iterator[Event | float]:
 
 
 def test_a_deadline(api: ApiPool) -> None:
-    """A plain request ends in a 504, a stream in an error frame; generation stops, and a repeat is not advised."""
+    """A request that is not streamed ends with a 504, a stream with an error frame; its job is cancelled and no retry advised."""
     api.follow(endless)
     began_at = time.monotonic()
     answer = api.ask("POST", "/v1/chat/completions", chat_body(model=MODEL), x_request_timeout="0.5")
@@ -46,8 +46,8 @@ def test_a_deadline(api: ApiPool) -> None:
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "soon", "31", "1e400", "nan", "inf", "0x10", ""])
-def test_a_deadline_that_is_none(api: ApiPool, value: str) -> None:
-    """The header is refused by name, and nothing is enqueued."""
+def test_an_invalid_deadline(api: ApiPool, value: str) -> None:
+    """A 400 that names the header; nothing is enqueued."""
     api.follow(endless)
     refused = api.ask("POST", "/v1/chat/completions", chat_body(model=MODEL), x_request_timeout=value)
     assert refused.status == 400
@@ -55,12 +55,12 @@ def test_a_deadline_that_is_none(api: ApiPool, value: str) -> None:
     assert api.worker.jobs == []
 
 
-def test_a_queue_that_is_full(api: ApiPool) -> None:
-    """The third of two that may wait is told 429 and when to come back; the others stay; who leaves makes room."""
+def test_a_full_queue(api: ApiPool) -> None:
+    """A request beyond the limit is a 429 with `Retry-After`; a disconnect or a deadline makes room again."""
     with connections.connect(api.pool.redis_url) as client:
         queue = JsonQueue("slow", connection=client)
-        nobody = FakeWorker(api.pool.redis_url, "slow")  # shows a card and takes nothing
-        nobody.show_card()
+        idle_worker = FakeWorker(api.pool.redis_url, "slow")  # shows a card but takes no job
+        idle_worker.show_card()
         waiting = []
         for _ in range(2):
             waiting.append(api.connect())
@@ -73,7 +73,7 @@ def test_a_queue_that_is_full(api: ApiPool) -> None:
         assert queue.count == 2
         waiting[0].close()
         wait_until(lambda: queue.count == 1)
-        nobody.show_card()
+        idle_worker.show_card()
         with api.connect() as third:
             third.sendall(
                 request("POST", "/v1/chat/completions", chat_body(model="slow"), x_request_timeout="1")

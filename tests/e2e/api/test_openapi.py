@@ -1,4 +1,4 @@
-"""The HTTP surface against its own description, by two fuzzers: what is served is what is described, and never a 5xx."""
+"""The API against its OpenAPI description, with two fuzzers: responses are as described, and never a 5xx."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def api() -> Iterator[ApiPool]:
         yield ApiPool(pool, worker)
 
 
-def test_the_description_is_kept_by_clients(api: ApiPool) -> None:
-    """It comes with an ETag: who has it is told so, in whichever form they ask, and who has another gets it."""
+def test_conditional_requests(api: ApiPool) -> None:
+    """The description has an ETag; `If-None-Match` in each of its forms is a 304, or a 200 if it has changed."""
     first = api.ask("GET", "/openapi.json")
     etag = first.headers["etag"]
     assert (first.status, first.headers["content-type"]) == (200, "application/json")
@@ -59,13 +59,13 @@ def _conditional(api: ApiPool, method: str, known: str) -> tuple[int, str | None
 
 
 @pytest.mark.heavy
-def test_schemathesis_finds_nothing(api: ApiPool, tmp_path: Path) -> None:
+def test_schemathesis(api: ApiPool, tmp_path: Path) -> None:
     """Every operation with valid and invalid parameters and bodies, and with methods that it does not have: no 5xx,
     statuses, headers, types, bodies and stream events as described, nothing invalid accepted, nothing valid refused.
     """
     environ = os.environ | {"PYTHONPATH": str(ROOT), "SCHEMATHESIS_HOOKS": "tests.e2e.schemathesis_hooks"}
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{api.pool.url}/openapi.json", "--no-color"]
-    # Its own check for what is valid knows statuses only; ours looks at what was refused.
+    # Its check of accepted requests looks at the status only; ours, in the hooks, looks at what was refused.
     command += ["--checks", "all", "--exclude-checks", "positive_data_acceptance"]
     command += ["--phases", "examples,coverage,fuzzing", "--max-examples", str(MAX_EXAMPLES)]
     command += ["--generation-deterministic", "--continue-on-failure"]
@@ -75,20 +75,20 @@ def test_schemathesis_finds_nothing(api: ApiPool, tmp_path: Path) -> None:
     num_cases = re.search(r"([\d,]+) generated", done.stdout)
     assert num_cases is not None
     assert int(num_cases[1].replace(",", "")) > 1000, done.stdout[-2000:]
-    _check_nothing_is_left(api)
+    _check_no_leftovers(api)
 
 
 def test_nearly_valid_bodies(api: ApiPool) -> None:
-    """Each is answered as described: 400 with the field at fault, or an answer in the described form. Nothing is left."""
+    """Each response is as described: a 400 that names the invalid field, or a valid body. No job is left behind."""
     fuzz = Fuzz(api.pool.port)
     fuzz.run(NUM_BODIES, is_repeatable=True)
     answered = {status: fuzz.statuses[status] for status in ("200", "200 stream", "400")}
     assert min(answered.values()) > NUM_BODIES // 20, fuzz.statuses
-    assert fuzz.num_connections <= NUM_BODIES // 100, "a refusal is no reason to close a connection"
-    _check_nothing_is_left(api)
+    assert fuzz.num_connections <= NUM_BODIES // 100, "a 400 must not close the connection"
+    _check_no_leftovers(api)
 
 
-def _check_nothing_is_left(api: ApiPool) -> None:
+def _check_no_leftovers(api: ApiPool) -> None:
     wait_until(lambda: not list(Fuzz(api.pool.port).left_behind(api.pool.redis_url)))
     with connections.connect(api.pool.redis_url) as client:
         open_jobs = [
@@ -96,7 +96,7 @@ def _check_nothing_is_left(api: ApiPool) -> None:
             for job in api.worker.jobs
             if client.hget(JsonJob.key_for(job.job_id), "status") == b"started"
             and job.job_id
-            not in api.worker.cancelled  # its deadline was over; this worker writes no books then
+            not in api.worker.cancelled  # its deadline was over; the fake worker does not finish such a job
         ]
     assert open_jobs == []
     assert all(thread.is_alive() for thread in api.worker._threads)

@@ -1,4 +1,4 @@
-"""The openai SDK against gunicorn, Redis and a scripted worker: what its users see."""
+"""The openai SDK against gunicorn, Redis and a scripted worker."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def chat(client: openai.OpenAI, **options: Any) -> Any:
 
 
 def test_chat(client: openai.OpenAI) -> None:
-    """Text, usage, why it ended, and the model as it was asked for."""
+    """Text, usage, finish reason, and the model name of the request."""
     answer = chat(client)
     assert (answer.object, answer.model, answer.id[:9]) == ("chat.completion", MODEL, "chatcmpl-")
     [choice] = answer.choices
@@ -52,7 +52,7 @@ def test_chat(client: openai.OpenAI) -> None:
 
 
 def test_chat_stream(client: openai.OpenAI) -> None:
-    """The plain answer's text, piece by piece, under one id; the role first and only there; usage last."""
+    """The same text as without streaming, in chunks of one id; the role only in the first, usage in the last."""
     chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
     *rest, last = chunks
     assert len({(c.id, c.created, c.model, c.object) for c in chunks}) == 1
@@ -64,7 +64,7 @@ def test_chat_stream(client: openai.OpenAI) -> None:
 
 
 def test_max_tokens(client: openai.OpenAI) -> None:
-    """It reaches the worker under each of its names, and the reason is length."""
+    """Both names of the limit reach the worker; the finish reason is `length`."""
     for options in ({"max_tokens": 2}, {"max_completion_tokens": 2}):
         answer = chat(client, **options)
         assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (
@@ -74,7 +74,7 @@ def test_max_tokens(client: openai.OpenAI) -> None:
 
 
 def test_chat_logprobs(client: openai.OpenAI) -> None:
-    """Plain and streamed: one item a token, which together are the text."""
+    """Streamed and not: one item per token; together they are the text."""
     plain = chat(client, logprobs=True, top_logprobs=2).choices[0].logprobs.content
     streamed = [
         item
@@ -89,7 +89,7 @@ def test_chat_logprobs(client: openai.OpenAI) -> None:
 
 
 def test_completion(client: openai.OpenAI, api: ApiPool) -> None:
-    """Legacy: plain and streamed, text and token ids, OpenAI's default of 16 tokens."""
+    """Legacy completions, streamed and not, of text and token ids, with OpenAI's default of 16 tokens."""
     answer = client.completions.create(model=MODEL, prompt=[1, 2, 3], logprobs=1)
     assert (answer.object, answer.id[:5], answer.choices[0].text) == ("text_completion", "cmpl-", TEXT)
     logprobs: Any = answer.choices[0].logprobs
@@ -102,7 +102,7 @@ def test_completion(client: openai.OpenAI, api: ApiPool) -> None:
 
 
 def test_models(client: openai.OpenAI) -> None:
-    """Listed, and found one by one with a slash in the id; one that is not there is the SDK's NotFoundError."""
+    """Models are listed and retrieved, with a slash in the id; an unknown one is the SDK's NotFoundError."""
     [model] = client.models.list()
     assert (model.id, model.object, model.owned_by) == (MODEL, "model", "mlx-pool")
     assert client.models.retrieve(MODEL).id == MODEL
@@ -111,13 +111,13 @@ def test_models(client: openai.OpenAI) -> None:
     assert (raised.value.code, raised.value.param) == ("model_not_found", "model")
 
 
-def test_errors_are_the_sdks_own(client: openai.OpenAI, api: ApiPool) -> None:
-    """A bad value and an unknown model come as what the SDK has for them; neither reaches the worker."""
+def test_errors_are_of_the_sdks_classes(client: openai.OpenAI, api: ApiPool) -> None:
+    """A bad value is a BadRequestError, an unknown model a NotFoundError; neither reaches the worker."""
     with pytest.raises(openai.BadRequestError) as bad:
         chat(client, temperature=3)
     assert (bad.value.param, bad.value.type) == ("temperature", "invalid_request_error")
     with pytest.raises(openai.NotFoundError) as unknown:
-        chat(client, model="nobody's")
+        chat(client, model="unknown")
     assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")
     assert api.worker.jobs == []
 
@@ -136,7 +136,7 @@ def too_long(_job: GenerationJob) -> Iterator[Event | float]:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_refusal_by_the_worker_is_a_status(client: openai.OpenAI, api: ApiPool, stream: bool) -> None:
-    """A prompt that is too long is a real 400, streamed or not: the headers wait for the first event."""
+    """A prompt that is too long is a 400, streamed or not: the headers wait for the first event."""
     api.follow(too_long)
     with pytest.raises(openai.BadRequestError) as raised:
         chat(client, stream=stream)
@@ -151,7 +151,7 @@ def breaks(_job: GenerationJob) -> Iterator[Event | float]:
 
 
 def test_a_failure_in_the_middle(client: openai.OpenAI, api: ApiPool) -> None:
-    """Streamed, the text so far and then an error that the SDK raises; plain, a 500."""
+    """A stream has the text so far, then an error that the SDK raises; a request that is not streamed is a 500."""
     api.follow(breaks)
     got = []
     with pytest.raises(openai.APIError) as raised:
@@ -171,8 +171,8 @@ def cancelled(_job: GenerationJob) -> Iterator[Event | float]:
     yield Finished(1, "cancelled", Usage(5, 0))
 
 
-def test_an_answer_that_was_cancelled_is_an_error(client: openai.OpenAI, api: ApiPool) -> None:
-    """OpenAI has no such finish_reason, and half an answer is not one."""
+def test_a_cancelled_response_is_an_error(client: openai.OpenAI, api: ApiPool) -> None:
+    """OpenAI has no finish reason for it, and an incomplete response must not look complete."""
     api.follow(cancelled)
     with pytest.raises(openai.InternalServerError) as plain:
         chat(client)
@@ -182,8 +182,8 @@ def test_an_answer_that_was_cancelled_is_an_error(client: openai.OpenAI, api: Ap
     assert streamed.value.code == "cancelled"
 
 
-def test_many_at_once(client: openai.OpenAI, api: ApiPool) -> None:
-    """Streams beside each other keep apart."""
+def test_concurrent_streams(client: openai.OpenAI, api: ApiPool) -> None:
+    """Tokens of concurrent streams do not mix."""
 
     def numbered(job: GenerationJob) -> Iterator[Event | float]:
         return words(job, [f"{job.sampling.seed} "] * 20, pause=0.002)

@@ -36,6 +36,7 @@ FOREIGN = [
     "chrome-extension://abc",
     "xapp://obsidian.md",
     "null",
+    "app://" + "a" * 300,
     "*",
     "",
 ]

@@ -1,4 +1,4 @@
-"""The file of API keys and the command that writes it."""
+"""The file of API keys, and the command that writes it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return keys.main()
 
 
-def test_a_key_from_its_making_to_its_end(tmp_path: Path) -> None:
-    """It opens under its name, nothing like it does, the file has no trace of it, and a revoked one is nobody's."""
+def test_a_key_from_creation_to_revocation(tmp_path: Path) -> None:
+    """It is found under its name, similar strings are not, the file does not contain it, and a revoked key is unknown."""
     path = tmp_path / "sub" / "keys.json"
     ann, bob = keys.add(path, "ann"), keys.add(path, "bob")
     assert ann != bob
@@ -45,7 +45,7 @@ def test_a_key_from_its_making_to_its_end(tmp_path: Path) -> None:
 def test_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A key is printed once, when it is made; the file is found by its setting or its flag."""
+    """A key is printed once, when it is created; the file is given by the setting or the flag."""
     monkeypatch.setenv("MLXPOOL_API_KEYS_FILE", str(tmp_path / "keys"))
     assert run(monkeypatch, "add", "ann") == 0
     secret = capsys.readouterr().out.strip()
@@ -65,22 +65,22 @@ def test_the_command(
     ("arguments", "sentence"),
     [
         (("add", "ann"), "already"),
-        (("add", " "), "needs a name"),
-        (("add", "a\nb"), "needs a name"),
-        (("revoke", "eve"), "no key of the name 'eve'"),
+        (("add", " "), "needs a printable name"),
+        (("add", "a\nb"), "needs a printable name"),
+        (("revoke", "eve"), "no key named 'eve'"),
         (("--file", "nowhere", "list"), "does not exist"),
         (("--file", ".", "list"), "cannot be read"),
         (("--file", "/dev/null/x", "add", "a"), "cannot be written"),
     ],
 )
-def test_what_goes_wrong_is_one_sentence(
+def test_errors_of_the_command(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: tuple[str, ...],
     sentence: str,
 ) -> None:
-    """On standard error, with a status that says so, and nothing is changed."""
+    """One sentence on standard error and exit status 1; the file is unchanged."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLXPOOL_API_KEYS_FILE", str(tmp_path / "keys"))
     keys.add(tmp_path / "keys", "ann")
@@ -92,32 +92,32 @@ def test_what_goes_wrong_is_one_sentence(
     assert (tmp_path / "keys").read_bytes() == before
 
 
-def test_no_file_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command says how to name one."""
+def test_no_file_is_set(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The error says how to set one."""
     monkeypatch.delenv("MLXPOOL_API_KEYS_FILE", raising=False)
     assert run(monkeypatch, "list") == 1
     assert "MLXPOOL_API_KEYS_FILE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "x", "[]", '{"keys": 5}', '{"keys": [{"name": "a"}]}', "\xff"])
-def test_what_is_no_key_file(tmp_path: Path, text: str) -> None:
-    """It is refused when the API starts, in a sentence."""
+def test_a_malformed_key_file(tmp_path: Path, text: str) -> None:
+    """It is refused when the API starts, in one sentence."""
     path = tmp_path / "keys"
     path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(StartupError, match="no file of API keys"):
+    with pytest.raises(StartupError, match="not a file of API keys"):
         KeyFile(path)
 
 
 @pytest.fixture
 def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Time that a test lets pass."""
+    """The monotonic clock, advanced by the test."""
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     return clock
 
 
-def test_a_running_api_sees_changes(tmp_path: Path, now: list[float]) -> None:
-    """Within a second, and not before: the file is not looked at oftener. One without keys lets nobody in."""
+def test_a_running_api_applies_changes(tmp_path: Path, now: list[float]) -> None:
+    """After a second and not earlier: the file is checked once a second. A file without keys refuses every key."""
     path = tmp_path / "keys"
     ann = keys.add(path, "ann")
     file = KeyFile(path)
@@ -134,26 +134,26 @@ def test_a_running_api_sees_changes(tmp_path: Path, now: list[float]) -> None:
     assert {file.keys.name_of(each) for each in (ann, bob, "", key_file.PREFIX)} == {None}
 
 
-@pytest.mark.parametrize("harm", ["garbled", "gone", "folder"])
+@pytest.mark.parametrize("damage", ["garbled", "gone", "folder"])
 def test_a_broken_file_leaves_the_last_good_keys(
-    tmp_path: Path, now: list[float], caplog: pytest.LogCaptureFixture, harm: str
+    tmp_path: Path, now: list[float], caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:
-    """Said once in the log, without what is in it; when it can be read again, it counts again."""
+    """Logged once, without the file's content; when the file is readable again, its keys apply."""
     path = tmp_path / "keys"
     ann = keys.add(path, "ann")
     file = KeyFile(path)
     path.unlink()
-    if harm == "garbled":
+    if damage == "garbled":
         path.write_text('{"keys": "swordfish"}')
-    elif harm == "folder":
+    elif damage == "folder":
         path.mkdir()
     for _ in range(5):
         now[0] += 1
         assert file.keys.name_of(ann) == "ann"
     [record] = caplog.records
-    assert "the 1 keys read before stay" in record.getMessage()
+    assert "the 1 keys that were read before stay in force" in record.getMessage()
     assert "swordfish" not in record.getMessage()
-    if harm == "folder":
+    if damage == "folder":
         path.rmdir()
     path.unlink(missing_ok=True)
     eve = keys.add(path, "eve")
@@ -161,8 +161,8 @@ def test_a_broken_file_leaves_the_last_good_keys(
     assert (file.keys.name_of(ann), file.keys.name_of(eve)) == (None, "eve")
 
 
-def test_an_unreadable_moment_is_no_change(tmp_path: Path, now: list[float]) -> None:
-    """What failed once, for want of a free descriptor, is tried again, also when the file is the same as before."""
+def test_a_failed_read_is_repeated(tmp_path: Path, now: list[float]) -> None:
+    """A read that failed for lack of a file descriptor is repeated, even if the file has not changed since."""
     path = tmp_path / "keys"
     keys.add(path, "ann")
     file = KeyFile(path)
@@ -181,7 +181,7 @@ def test_an_unreadable_moment_is_no_change(tmp_path: Path, now: list[float]) -> 
 
 
 def in_a_child(act: Callable[[], bool]) -> bool:
-    """What `act` says in a process that is forked here."""
+    """The result of `act` in a forked process."""
     child = os.fork()
     if child == 0:
         os._exit(0 if act() else 1)
@@ -190,9 +190,9 @@ def in_a_child(act: Callable[[], bool]) -> bool:
 
 @pytest.mark.filterwarnings(
     "ignore:.*fork:DeprecationWarning"
-)  # of Python 3.12, where a test runner has threads
+)  # Python 3.12 warns of a fork if the test runner has threads
 def test_processes_share_the_last_good_keys(tmp_path: Path, now: list[float]) -> None:
-    """One that starts beside a broken file lets in whom its sibling last let in, not who was revoked since the parent read."""
+    """A process that starts while the file is broken uses the keys that a sibling read last, not those of its parent."""
     path = tmp_path / "keys"
     ann, bob = keys.add(path, "ann"), keys.add(path, "bob")
     file = KeyFile(path)
@@ -214,8 +214,8 @@ def test_processes_share_the_last_good_keys(tmp_path: Path, now: list[float]) ->
     assert sees(None, None, None)
 
 
-def test_a_link_stays_one(tmp_path: Path) -> None:
-    """What is replaced is the file that it leads to."""
+def test_a_symbolic_link_is_kept(tmp_path: Path) -> None:
+    """The file that it points to is replaced, not the link."""
     path, link = tmp_path / "keys", tmp_path / "link"
     keys.add(path, "a")
     link.symlink_to(path)
@@ -224,8 +224,8 @@ def test_a_link_stays_one(tmp_path: Path) -> None:
     assert [key.name for key in key_file.read(path).keys] == ["a", "b"]
 
 
-def test_commands_at_once(tmp_path: Path) -> None:
-    """Eight that start together make eight keys: none is lost, and no revoked one comes back."""
+def test_concurrent_commands(tmp_path: Path) -> None:
+    """Eight `add` commands at once create eight keys; none is lost."""
     path = tmp_path / "keys"
     command = [sys.executable, "-m", "api.keys", "--file", str(path), "add"]
     running = [subprocess.Popen([*command, f"k{i}"], stdout=subprocess.PIPE) for i in range(8)]
@@ -236,18 +236,18 @@ def test_commands_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [("add", "a"), ("list",), ("revoke", "a")])
 @pytest.mark.parametrize("text", ["sk-mlxpool-swordfish", '{"keys": "swordfish"}', '{"keys": [{"name": 1'])
-def test_a_garbled_file_is_not_written_over(
+def test_a_malformed_file_is_not_overwritten(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     arguments: tuple[str, ...],
     text: str,
 ) -> None:
-    """No command touches what it does not understand, or repeats what is in it: it may be a key, put there by hand."""
+    """No command changes a malformed file or prints its content, which may be a key that was put there by hand."""
     path = tmp_path / "keys"
     path.write_text(text)
     assert run(monkeypatch, "--file", str(path), *arguments) == 1
     said = capsys.readouterr()
-    assert "is no file of API keys" in said.err
+    assert "is not a file of API keys" in said.err
     assert "swordfish" not in said.err + said.out
     assert path.read_text() == text

@@ -1,4 +1,4 @@
-"""How gunicorn is told to serve, and what may not be served."""
+"""gunicorn's options, and settings with which the API refuses to start."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from common.settings import Settings
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.com"])  # noqa: S104 (refused)
-def test_nobody_else_is_served_by_accident(host: str) -> None:
-    """Beyond loopback the API starts only where that is said to be meant."""
+def test_beyond_loopback_without_keys(host: str) -> None:
+    """The API starts only if the setting allows it."""
     with pytest.raises(StartupError, match="MLXPOOL_ALLOW_UNAUTHENTICATED"):
         options(Settings(host=host))
     options(Settings(host=host, allow_unauthenticated=True))
 
 
-def test_with_keys_it_may_listen_anywhere(tmp_path: Path) -> None:
-    """A file of keys, be it one of none, is as good as a leave; one that is not there or is garbled stops the start."""
+def test_beyond_loopback_with_keys(tmp_path: Path) -> None:
+    """A key file, also an empty one, is enough; a missing or malformed one prevents the start."""
     path = tmp_path / "keys"
     settings = Settings(host="0.0.0.0", api_keys_file=str(path))  # noqa: S104 (not bound)
     with pytest.raises(StartupError, match="does not exist"):
         options(settings)
     path.write_text("sk-mlxpool-swordfish")
-    with pytest.raises(StartupError, match="no file of API keys") as caught:
+    with pytest.raises(StartupError, match="not a file of API keys") as caught:
         options(settings)
     assert "swordfish" not in str(caught.value)
     path.write_text("{}")
     assert options(settings)["bind"] == "0.0.0.0:8080"
     path.unlink()
-    assert options(settings)["bind"] == "0.0.0.0:8080", "a reload goes by the keys read before"
+    assert options(settings)["bind"] == "0.0.0.0:8080", "a reload uses the keys that were read before"
 
 
 @pytest.mark.parametrize(
@@ -48,27 +48,33 @@ def test_with_keys_it_may_listen_anywhere(tmp_path: Path) -> None:
         ("::1", "[::1]:8080"),
     ],
 )
-def test_loopback_needs_no_leave(host: str, bind: str) -> None:
-    """Each way to write loopback is fine, and IPv6 gets its brackets."""
+def test_loopback_needs_no_keys(host: str, bind: str) -> None:
+    """Every loopback address is accepted, and IPv6 is put in brackets."""
     assert options(Settings(host=host))["bind"] == bind
 
 
-def test_a_url_that_is_none_stops_the_start() -> None:
-    """Before anything is forked, with a sentence."""
+def test_a_malformed_redis_url() -> None:
+    """It prevents the start before any process is forked."""
     with pytest.raises(StartupError, match="MLXPOOL_REDIS_URL"):
         options(Settings(redis_url="http://x"))
 
 
+def test_a_malformed_origin() -> None:
+    """It prevents the start before any process is forked, with or without keys."""
+    with pytest.raises(StartupError, match="MLXPOOL_CORS_ORIGINS"):
+        options(Settings(cors_origins="app.example"))
+
+
 def test_settings_reach_gunicorn() -> None:
-    """Processes, and a master that waits longer than its workers drain."""
-    said = options(Settings(api_processes=3, drain_seconds=7))
-    assert said["workers"] == 3
-    assert said["graceful_timeout"] > 7
-    assert said["control_socket_disable"] is True
+    """The number of processes, and a master that waits longer than its workers drain."""
+    given = options(Settings(api_processes=3, drain_seconds=7))
+    assert given["workers"] == 3
+    assert given["graceful_timeout"] > 7
+    assert given["control_socket_disable"] is True
 
 
 def test_the_backlog_reaches_the_socket() -> None:
-    """gunicorn's asgi worker forgets it: its loop's `create_server` gets it."""
+    """gunicorn's asgi worker does not pass it on, so the loop's `create_server` is given it."""
     calls: list[dict[str, object]] = []
     changed: dict[str, object] = {}
     loop = SimpleNamespace(create_server=lambda **kwargs: calls.append(kwargs))
@@ -79,10 +85,10 @@ def test_the_backlog_reaches_the_socket() -> None:
     assert changed == {"graceful_timeout": 7}
 
 
-@pytest.mark.parametrize("most", [300, None])
-def test_a_shells_limit_of_open_files_is_raised(most: int | None) -> None:
-    """A Mac's shell allows 256, each stream is one: the API takes as many as the system lets it have, and needs no more."""
-    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[1] if most is None else most
+@pytest.mark.parametrize("hard", [300, None])
+def test_the_limit_of_open_files_is_raised(hard: int | None) -> None:
+    """From 256, as in a Mac's shell, to what is needed or the hard limit; a hard limit below that is no error."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[1] if hard is None else hard
     script = (
         "import resource; from api.server import options; from common.settings import Settings;"
         f"resource.setrlimit(resource.RLIMIT_NOFILE, (256, {allowed}));"
