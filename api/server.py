@@ -67,7 +67,7 @@ def options(settings: Settings) -> dict[str, Any]:
         connection.install(
             settings.header_seconds, settings.take_seconds, origins.headers_without_request, ERROR_FORMATS
         )
-        garbage.spare_what_is_loaded()
+        garbage.freeze_loaded_objects()
 
     def worker_int(worker: Any) -> None:
         # On SIGINT gunicorn skips the lifespan shutdown. With this it runs: nothing is drained, but requests are cancelled.

@@ -1,8 +1,10 @@
-"""What the API and the workers must agree on: settings, wire types, names, errors, connections, logging."""
+"""The contract between the API and the workers: settings, wire types, Redis names, errors, connections, logging."""
 
 import importlib.util
 import sys
 
 if importlib.util.find_spec("msgspec") is None:
-    # Every command comes by here first. Said of the wrong Python, it saves a traceback.
-    sys.exit("mlx-pool: this Python has not its packages; run `make install` once, and then .venv/bin/python")
+    # Every command imports this first: a sentence instead of a traceback for the wrong Python.
+    sys.exit(
+        "mlx-pool: its packages are not installed in this Python; run `make install` once, then use .venv/bin/python"
+    )

@@ -1,4 +1,4 @@
-"""How every process of ours reaches Redis: one place for time-outs, keep-alive and the sentence when nobody answers."""
+"""Connections to Redis, for all processes: timeouts, keep-alive, and the sentence for a server that does not answer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from common.settings import EMBEDDED_REDIS_URL
 
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 15.0
-"""Longer than any blocking command of ours (1 s) and than a slow save on a busy disk."""
+"""Longer than any of our blocking commands (1 s), and than a slow save on a busy disk."""
 
 START_SECONDS = 5.0
-"""How long a process waits at its start for a server that starts at the same time, as under `make up`."""
+"""How long a starting process waits for a server that starts at the same time, as under `make up`."""
 
 START_POLL_SECONDS = 0.1
 
@@ -27,11 +27,11 @@ _EXAMPLE = "redis://:PASSWORD@HOST:6379/0"
 
 
 # NOTE: retry=0. redis-py 8 repeats a command by itself after a dropped connection, also one that the server has already
-# carried out: a MULTI that enqueues would run twice. What may be repeated is decided where the command is sent.
+# executed: a MULTI that enqueues would run twice. The code that sends a command decides whether it may be repeated.
 def _options(url: str, answer_seconds: float = ANSWER_SECONDS) -> dict[str, Any]:
     connect_seconds = min(CONNECT_SECONDS, answer_seconds)
     options: dict[str, Any] = {"socket_connect_timeout": connect_seconds, "socket_timeout": answer_seconds}
-    if not url.startswith("unix:"):  # whose connections know no such thing (redis-py 8.1)
+    if not url.startswith("unix:"):  # whose connections have no such option (redis-py 8.1)
         options["socket_keepalive"] = True
     return options
 
@@ -40,7 +40,7 @@ def connect(url: str, answer_seconds: float = ANSWER_SECONDS) -> redis.Redis:
     """A blocking client; it connects at its first command.
 
     Raises:
-        StartupError: The URL is not one of Redis.
+        StartupError: The URL is not a Redis URL.
     """
     try:
         return redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), **_options(url, answer_seconds))
@@ -52,7 +52,7 @@ def connect_async(url: str) -> redis.asyncio.Redis:
     """An asyncio client; it connects at its first command.
 
     Raises:
-        StartupError: The URL is not one of Redis.
+        StartupError: The URL is not a Redis URL.
     """
     try:
         return redis.asyncio.Redis.from_url(
@@ -63,14 +63,14 @@ def connect_async(url: str) -> redis.asyncio.Redis:
 
 
 def _bad_url(error: ValueError) -> StartupError:
-    return StartupError(f"MLXPOOL_REDIS_URL is not a Redis URL ({error}); {_EXAMPLE} is one")
+    return StartupError(f"MLXPOOL_REDIS_URL is not a Redis URL ({error}); an example is {_EXAMPLE}")
 
 
 def refusal(client: redis.Redis | redis.asyncio.Redis, error: redis.AuthenticationError) -> str:
-    """The sentence for a Redis that does not let us in."""
+    """The sentence for a Redis that refuses our credentials."""
     if client.connection_pool.connection_kwargs.get("password") is None:
-        return f"Redis at {_where(client)} wants a password in MLXPOOL_REDIS_URL: {_EXAMPLE}"
-    return f"Redis at {_where(client)} refuses the password in MLXPOOL_REDIS_URL ({error}); put the right one there: {_EXAMPLE}"
+        return f"Redis at {_where(client)} requires a password in MLXPOOL_REDIS_URL: {_EXAMPLE}"
+    return f"Redis at {_where(client)} refuses the password in MLXPOOL_REDIS_URL ({error}); set the right one: {_EXAMPLE}"
 
 
 def _where(client: redis.Redis | redis.asyncio.Redis) -> str:
@@ -79,14 +79,14 @@ def _where(client: redis.Redis | redis.asyncio.Redis) -> str:
 
 
 def _start(client: redis.Redis) -> str:
-    """How there will be a Redis."""
+    """What to do if no Redis answers."""
     if f"redis://{_where(client)}/0" == EMBEDDED_REDIS_URL:
-        return "`make up` runs one there; or set MLXPOOL_REDIS_URL to the one to use"
-    return "start it, or set MLXPOOL_REDIS_URL to the one to use"
+        return "`make up` starts one there; or set MLXPOOL_REDIS_URL to your own"
+    return "start it, or set MLXPOOL_REDIS_URL to another one"
 
 
 def check(client: redis.Redis, patience_seconds: float = START_SECONDS) -> None:
-    """Make sure that the server answers, or does so within `patience_seconds`: it may be starting with us.
+    """Wait until the server answers, at most `patience_seconds`: it may be starting at the same time.
 
     Raises:
         StartupError: It does not, or it refuses us.

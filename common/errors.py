@@ -1,8 +1,8 @@
-"""The one tree of errors of mlx-pool.
+"""The exceptions of mlx-pool.
 
-`RequestError` is what a client is told: raised by the API while it parses and by the worker while it admits, carried
-over the wire as `protocol.Failed`, and rendered in one file, `api/http/errors.py`. `StartupError` is what an operator is
-told: one sentence on standard error and an exit status other than 0, never a traceback.
+`RequestError` is for the client: raised by the API while it parses and by a worker while it admits, sent over the wire as
+`protocol.Failed`, and rendered in `api/http/errors.py`. `StartupError` is for the operator: one sentence on standard error and an
+exit status other than 0, never a traceback.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ class StartupError(MLXPoolError):
 
 
 class RequestError(MLXPoolError):
-    """A request cannot be served, in the terms of OpenAI's error object.
+    """A request cannot be served; the attributes are those of OpenAI's error object.
 
     Attributes:
-        message: What is wrong, for a person.
+        message: What is wrong, for a human reader.
         status: HTTP status code.
         type: OpenAI's error type, such as ``invalid_request_error``.
         param: The offending field, such as ``messages[0].role``, or None.
         code: Machine-readable code, such as ``context_length_exceeded``, or None.
-        retry_after_seconds: When to try again; None where trying again cannot help.
+        retry_after_seconds: When to try again; None if that cannot help.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class RequestError(MLXPoolError):
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> RequestError:
-    """A 400 for what the client sent."""
+    """A 400: the request is wrong."""
     return RequestError(message, param=param, code=code)
 
 
 def unavailable(message: str, retry_after_seconds: float = 1.0, code: str | None = None) -> RequestError:
-    """A 503: the service cannot take this now, and says when to come back."""
+    """A 503: the request cannot be served now, but later."""
     return RequestError(
         message, status=503, type="server_error", code=code, retry_after_seconds=retry_after_seconds
     )

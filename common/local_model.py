@@ -1,6 +1,6 @@
-"""A model's folder on this machine: which names mean one, and in one sentence what is wrong with it.
+"""A model's folder on this machine: which names mean a folder, and what is wrong with it, in one sentence.
 
-Used by workers, and by `make up` before it starts any. Knows nothing of MLX or of hubs.
+Used by workers, and by `make up` before it starts any. Independent of MLX and of model hubs.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from common.errors import StartupError, one_line
 _EXPECTED = "a folder with a model in MLX's format, a repository of the hub, or demo"
 
 
-def given(model: str) -> Path | None:
-    """The folder that `model` names; None where it can only be a hub's repository.
+def find_folder(model: str) -> Path | None:
+    """The folder that `model` names; None if it can only be a repository of the hub.
 
     Raises:
-        StartupError: It names a folder that is not there, or that holds no model.
+        StartupError: It names a folder that does not exist, or that holds no model.
     """
     folder = Path(model).expanduser()
     if folder.exists():
-        return checked(folder)
+        return check_folder(folder)
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model, re.ASCII):
         raise StartupError(f"the model folder {model} does not exist; a model is {_EXPECTED}")
     return None
 
 
-def checked(folder: Path) -> Path:
-    """Make sure that a folder holds an MLX model.
+def check_folder(folder: Path) -> Path:
+    """Return the folder if it holds an MLX model.
 
     Raises:
         StartupError: It does not; says what is missing.
@@ -44,7 +44,7 @@ def checked(folder: Path) -> Path:
     except (OSError, ValueError) as error:
         raise StartupError(f"{config} cannot be read: {one_line(error)}") from None
     if not is_model:
-        raise StartupError(f"{config} names no model_type, so this is no model that mlx-lm can load")
+        raise StartupError(f"{config} has no model_type, so mlx-lm cannot load this model")
     if not any(folder.glob("model*.safetensors")):
         raise StartupError(f"{folder} holds no weights: there is no model*.safetensors in it")
     return folder

@@ -1,4 +1,4 @@
-"""Logging for every process: one line a message on standard error, and never a prompt's text or an API key."""
+"""Logging for all processes: one line per message on standard error, never with a prompt's text or an API key."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Formatter(logging.Formatter):
 
 
 def configure(level: str) -> None:
-    """Send our messages and RQ's to standard error, from `level` up."""
+    """Log our messages and RQ's to standard error, from `level` up."""
     handler = logging.StreamHandler()
     handler.setFormatter(Formatter(FORMAT))
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    # RQ says at INFO what our own line a request says better, and it says it three times a job.
+    # RQ logs three lines per job at INFO; our own line per request has more.
     for name in ("rq.worker", "rq.job", "rq.queue", "httpx"):
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLevelName(level)))
     # transformers warns that a prompt longer than the context "will result in indexing errors"; here it is refused with a 400.

@@ -1,14 +1,14 @@
-"""Every Redis key and channel of ours, in one place. RQ's own names stay RQ's (`rq.defaults.RQ_KEY_PREFIX`).
+"""The names of all our Redis keys and channels. RQ's own names stay RQ's (`rq.defaults.RQ_KEY_PREFIX`).
 
 | name | type | written by | read by | time to live |
 | --- | --- | --- | --- | --- |
-| journal(job)   | stream: one entry a token, id `n-0`, n from 1 without a gap, then the terminal event | worker | API, worker taking over | `journal_ttl_seconds` after the last write |
+| journal(job)   | stream: one entry per token, id `n-0`, n from 1 without a gap, then the terminal event | worker | API, worker taking over | `journal_ttl_seconds` after the last write |
 | cancelled(job) | string | API | worker (intake) | CANCEL_MARK_SECONDS |
 | api_channel(process) | channel | worker | the API process | - |
 | control_channel(model) | channel | API | workers of the model | - |
 | worker_card(worker) | hash (`protocol.ModelCard`) | worker | API | CARD_SECONDS, renewed each heartbeat |
 | WORKER_CARDS | sorted set: worker name by Unix seconds of its last heartbeat | worker | API | - (trimmed after CARD_NAME_SECONDS) |
-| KNOWN_MODELS | sorted set: model id by Unix seconds when last served | worker | API | - (trimmed after KNOWN_MODEL_SECONDS) |
+| KNOWN_MODELS | sorted set: model id by Unix seconds when it was last served | worker | API | - (trimmed after KNOWN_MODEL_SECONDS) |
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ import socket
 PREFIX = "mlxpool"
 
 CARD_SECONDS = 5
-"""A card outlives its last heartbeat by this; several heartbeats fit in."""
+"""Time to live of a card after a heartbeat; several heartbeats fit in."""
 
 CARD_NAME_SECONDS = 3600
-"""A worker's name is listed this long after its last heartbeat: far more than two Macs' clocks differ by."""
+"""A worker's name is listed this long after its last heartbeat: far longer than the clocks of two Macs differ."""
 
 CANCEL_MARK_SECONDS = 300
-"""Longer than a job can lie between two lists."""
+"""Longer than a job can be on its way between two lists."""
 
 KNOWN_MODEL_SECONDS = 7 * 24 * 3600
-"""A model that was served within this time and has no worker now is 503, not 404."""
+"""A request for a model without a worker is a 503 if the model was served within this time, else a 404."""
 
 WORKER_CARDS = f"{PREFIX}:cards"
 KNOWN_MODELS = f"{PREFIX}:models"
 JOURNAL_PREFIX = f"{PREFIX}:journal:"
 
 JOB_FUNCTION = "mlxpool.generate"
-"""The function name that every RQ job of ours carries. Data for `rq` tools to show: nobody imports it."""
+"""The function name of all our RQ jobs: data for RQ's tools to show, never imported."""
 
 
 _ID_TOKENS_DIGITS = 6
@@ -44,16 +44,16 @@ MAX_ID_TOKENS = 16**_ID_TOKENS_DIGITS - 1
 
 
 def new_job_id(num_tokens: int) -> str:
-    """A fresh job id, whose last six hexadecimal digits say how many tokens the job is estimated to be.
+    """A new job id, whose last six hexadecimal digits are the estimated number of tokens of the job.
 
-    So a queue, which is a list of ids, says by itself how much waits in it: a counter would have to be kept true through
-    every crash.
+    A queue is a list of ids, so the amount of waiting work can be read from it: a counter would have to stay right through every
+    crash.
     """
     return f"{secrets.token_hex(12)}{min(max(num_tokens, 0), MAX_ID_TOKENS):0{_ID_TOKENS_DIGITS}x}"
 
 
 def estimated_tokens(job_id: str) -> int:
-    """What `new_job_id` was told."""
+    """The `num_tokens` that was passed to `new_job_id`."""
     return int(job_id[-_ID_TOKENS_DIGITS:], 16)
 
 
@@ -63,17 +63,17 @@ def journal(job_id: str) -> str:
 
 
 def cancelled(job_id: str) -> str:
-    """The mark that a job's client has gone."""
+    """The mark that a job's client has disconnected."""
     return f"{PREFIX}:cancel:{job_id}"
 
 
 def api_channel(process_id: str) -> str:
-    """The channel on which one API process hears everything for its requests."""
+    """The channel on which an API process receives all events of its requests."""
     return f"{PREFIX}:api:{process_id}"
 
 
 def control_channel(model: str) -> str:
-    """The channel on which all workers of a model hear `protocol.Cancel`."""
+    """The channel on which all workers of a model receive `protocol.Cancel`."""
     return f"{PREFIX}:control:{model}"
 
 
@@ -83,6 +83,6 @@ def worker_card(worker_name: str) -> str:
 
 
 def unique_worker_name(model: str) -> str:
-    """A name that no other worker ever had: after a kill -9, RQ keeps a name taken for a while."""
-    told = "".join(c if c.isalnum() else "-" for c in model.rsplit("/", 1)[-1])
-    return f"{told}.{socket.gethostname().split('.')[0]}.{os.getpid()}.{secrets.token_hex(2)}"
+    """A name that is never reused: after a kill -9, RQ considers a name in use for a while."""
+    readable = "".join(c if c.isalnum() else "-" for c in model.rsplit("/", 1)[-1])
+    return f"{readable}.{socket.gethostname().split('.')[0]}.{os.getpid()}.{secrets.token_hex(2)}"

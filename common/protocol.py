@@ -1,7 +1,7 @@
-"""The wire: what API processes and workers say to each other through Redis, and nothing else.
+"""The wire format: the messages between API processes and workers through Redis.
 
-`GenerationJob` travels as the keyword arguments of an RQ job (JSON). Events travel as JSON arrays, in the journal and in
-pub/sub: `Started`, perhaps an `Echo`, then one `Delta` a token, then exactly one terminal event, `Finished` or `Failed`.
+`GenerationJob` is sent as the keyword arguments of an RQ job (JSON). Events are JSON arrays, in the journal and in pub/sub:
+`Started`, perhaps an `Echo`, then one `Delta` per token, then exactly one terminal event, `Finished` or `Failed`.
 New fields go last and have defaults, so that an old worker and a new API can share a queue during an upgrade.
 """
 
@@ -21,16 +21,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         temperature: 0 is greedy; OpenAI's range 0 to 2.
         top_p: Nucleus mass in (0, 1].
-        seed: Always set (the API draws one where the client did not), so that a takeover repeats the draws.
+        seed: Always set (the API draws one if the client gave none), so that a takeover repeats the draws.
         repetition_penalty: Factor > 0 on the logits of recent tokens (Keskar et al. 2019, CTRL); 1 is off.
-        repetition_context_size: How many recent tokens that factor looks at.
-        logit_bias: Added to the logit, by token id.
-        presence_penalty: Taken from the logit of each token that was generated before (OpenAI's range -2 to 2).
-        frequency_penalty: The same, times how often it was.
-        top_k: Only so many of the most likely tokens are drawn from; 0 is off.
-        min_p: Only tokens at least so likely as this share of the most likely one; 0 is off.
-        xtc_probability: How often all but the least likely of the tokens above `xtc_threshold` are left out (exclude
-            top choices, by p-e-w 2024); 0 is off.
+        repetition_context_size: The number of recent tokens that this factor applies to.
+        logit_bias: Added to the logits, by token id.
+        presence_penalty: Subtracted from the logit of each token generated before (OpenAI's range -2 to 2).
+        frequency_penalty: The same, times the number of its occurrences.
+        top_k: Draw from this many of the most likely tokens; 0 is off.
+        min_p: Draw from tokens at least this fraction as likely as the most likely one; 0 is off.
+        xtc_probability: How often all but the least likely of the tokens above `xtc_threshold` are excluded (exclude top
+            choices, p-e-w 2024); 0 is off.
         xtc_threshold: 0 to 0.5.
     """
 
@@ -52,9 +52,9 @@ class ChatPrompt(msgspec.Struct, frozen=True, tag="chat"):
     """Messages for the model's chat template.
 
     Attributes:
-        messages: In order; each has a role and text content, other keys go to the template as they are.
+        messages: In order; each has a role and text content, other keys are passed to the template unchanged.
         role_mapping: Prefix by role, for a model without a chat template; None: the default mapping.
-        template_arguments: For the template beside the messages, such as ``enable_thinking``.
+        template_arguments: Further arguments of the template, such as ``enable_thinking``.
     """
 
     messages: list[dict[str, Any]]
@@ -63,10 +63,10 @@ class ChatPrompt(msgspec.Struct, frozen=True, tag="chat"):
 
 
 class TextPrompt(msgspec.Struct, frozen=True, tag="text"):
-    """Raw text to go on from.
+    """Raw text to continue.
 
     Attributes:
-        suffix: What follows the gap that is to be filled, for models that know how.
+        suffix: The text after the gap to fill, for models trained for it.
     """
 
     text: str
@@ -74,7 +74,7 @@ class TextPrompt(msgspec.Struct, frozen=True, tag="text"):
 
 
 class TokenPrompt(msgspec.Struct, frozen=True, tag="tokens"):
-    """Token ids to go on from, all inside the model's vocabulary."""
+    """Token ids to continue, all in the model's vocabulary."""
 
     token_ids: list[int]
 
@@ -85,7 +85,7 @@ class ToolUse(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         tools: As in OpenAI's request: ``{"type": "function", "function": {"name", "description"?, "parameters"?,
             "strict"?}}``, checked.
-        is_required: Whether the answer has to be a call.
+        is_required: Whether the answer must be a call.
         function: The only one that may be called, by name; None: any.
         is_parallel: Whether there may be several calls.
     """
@@ -102,14 +102,14 @@ class GenerationJob(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         job_id: Ours and RQ's.
         model: Model id, which is also the RQ queue's name.
-        channel: The API process's channel, where the events go.
-        max_tokens: None: up to the context. 0: nothing is generated, which makes sense with `echo`.
+        channel: The API process's channel, on which events are published.
+        max_tokens: None: up to the context. 0: nothing is generated, which is useful with `echo`.
         stop: Non-empty strings at which the text ends.
-        top_logprobs: How many alternatives to report with each token; 0: the token's own only; None: no logprobs.
+        top_logprobs: How many alternatives to report with each token; 0: only the token's own logprob; None: no logprobs.
         submitted_at: Unix seconds.
-        grammar: What the answer's text has to match, for llguidance (`common.schema.grammar`).
-        tool_use: Functions that may be called; of chats only.
-        echo: Whether an `Echo` of the prompt comes first, with log-probabilities where `top_logprobs` says so.
+        grammar: Of the answer's text, for llguidance (`common.schema.grammar`).
+        tool_use: Functions that may be called, in chats only.
+        echo: Whether an `Echo` of the prompt comes first, with log-probabilities if `top_logprobs` is set.
         api_key_name: Of the client's API key, for log lines; None: the API is open, or older than this field.
         answer: How the API renders the request's answer (`api.generation.request.AnswerRecord`), in the request's first
             job only. Workers do not read it.
@@ -137,7 +137,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         token_id: In the model's vocabulary.
         logprob: Natural log, after logit processing, before temperature.
-        data: The token's bytes; not always whole UTF-8 characters.
+        data: The token's bytes; not always complete UTF-8 characters.
     """
 
     token_id: int
@@ -146,7 +146,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Started(msgspec.Struct, frozen=True, array_like=True, tag="s"):
-    """The prompt was accepted and is being read. Published only: n is 0 and it is not in the journal."""
+    """The prompt was accepted and is being prefilled. Only published: n is 0, and it is not in the journal."""
 
     n: int
     prompt_tokens: int
@@ -154,13 +154,13 @@ class Started(msgspec.Struct, frozen=True, array_like=True, tag="s"):
 
 
 class Echo(msgspec.Struct, frozen=True, array_like=True, tag="e"):
-    """The prompt, before the first token; only where the job asks for it.
+    """The prompt, before the first token; only if the job asks for it.
 
     Attributes:
         n: 1.
         text: The prompt's.
-        tokens: Each of its tokens, if log-probabilities were asked for; the first one's is 0, since nothing came before.
-        tops: The most likely tokens in its place, best first; none for the first.
+        tokens: Its tokens, if log-probabilities were requested; that of the first token is 0, since nothing precedes it.
+        tops: The most likely tokens at each index, best first; empty for the first.
     """
 
     n: int
@@ -170,13 +170,13 @@ class Echo(msgspec.Struct, frozen=True, array_like=True, tag="e"):
 
 
 class Reasoning(msgspec.Struct, frozen=True, array_like=True, tag="r"):
-    """Text of a model that thinks before it answers."""
+    """Text of a model's reasoning before its answer."""
 
     text: str
 
 
 class ToolCall(msgspec.Struct, frozen=True, array_like=True, tag="t"):
-    """A call begins.
+    """The beginning of a call.
 
     Attributes:
         index: From 0.
@@ -187,7 +187,7 @@ class ToolCall(msgspec.Struct, frozen=True, array_like=True, tag="t"):
 
 
 class ToolArguments(msgspec.Struct, frozen=True, array_like=True, tag="a"):
-    """A part of the arguments of a call that has begun: all parts together are one JSON object."""
+    """A part of the arguments of a call: all parts together are one JSON object."""
 
     index: int
     text: str
@@ -200,13 +200,13 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
     """One generated token.
 
     Attributes:
-        n: One more than the event before; the first event's is 1.
+        n: One more than that of the previous event; 1 for the first event.
         token_id: What was sampled.
-        text: What became certain with this token; may be empty (half a character, the possible start of a stop
-            string) and may hold text of earlier tokens.
-        logprob: The sampled token's, if asked for; None where the token belongs to `pieces`.
-        top: The most likely tokens, best first, if asked for.
-        pieces: What became certain beside the answer's text, in order.
+        text: The text released with this token; may be empty (half a character, the possible start of a stop string) and may
+            include text of earlier tokens.
+        logprob: Of the sampled token, if requested; None if the token belongs to `pieces`.
+        top: The most likely tokens, best first, if requested.
+        pieces: Reasoning and calls that were released with this token, in order.
     """
 
     n: int
@@ -227,7 +227,7 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True, tag="f"):
-    """Terminal: the answer is whole (or its client left: ``cancelled``). `n` follows the last token's."""
+    """Terminal: the answer is complete, or its client disconnected (``cancelled``). `n` follows the last token's."""
 
     n: int
     finish_reason: FinishReason
@@ -255,7 +255,7 @@ encode = msgspec.json.Encoder().encode
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
-    """On a model's control channel: nobody waits for these jobs any more."""
+    """On a model's control channel: these jobs are cancelled."""
 
     job_ids: list[str]
 
@@ -264,7 +264,7 @@ decode_control = msgspec.json.Decoder(Cancel).decode
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
-    """What one live worker says of itself; a Redis hash of these fields, as text.
+    """The description that a live worker publishes: a Redis hash of these fields, as text.
 
     Attributes:
         id: Model id, the RQ queue's name.
@@ -272,14 +272,14 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         created: Unix seconds when the model was loaded.
         context_length: In tokens, prompt and completion together.
         vocab_size: Token ids are below it.
-        max_batch: Rows decoded together; 1 for a model whose cache cannot batch.
-        free_slots: Of those, free now.
+        max_batch: Sequences decoded together; 1 for a model whose cache cannot batch.
+        free_slots: How many of those are free now.
         quantization: Such as ``4-bit, group 32``, or the weights' type.
         has_chat_template: Whether messages are rendered by the model's own template.
-        tokens_per_second: Generated, while it was busy lately.
-        mean_tokens: Of the answers that were whole lately; 0: none yet.
+        tokens_per_second: Recent speed of generation, while busy.
+        mean_tokens: Recent mean length of completed answers; 0: none yet.
         step: Counts decode and prefill steps; stands still only when idle or stuck.
-        can_fill: Whether the model fills a gap before a suffix.
+        can_fill: Whether the model can fill a gap before a suffix.
     """
 
     id: Annotated[str, Meta(pattern=r"^[^,\x00-\x1f\x7f]+$")]
@@ -297,12 +297,12 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     can_fill: bool = False
 
     def to_hash(self) -> dict[Any, Any]:
-        """As the fields of a Redis hash: text by name."""
+        """The fields of a Redis hash: text by name."""
         return {k: str(int(v) if isinstance(v, bool) else v) for k, v in msgspec.structs.asdict(self).items()}
 
     @classmethod
     def from_hash(cls, fields: dict[bytes, bytes]) -> ModelCard:
-        """From HGETALL's answer; unknown fields are a newer worker's.
+        """Decode the reply of HGETALL; unknown fields, from a newer worker, are ignored.
 
         Raises:
             msgspec.ValidationError: A field is missing or is not of its type.

@@ -94,7 +94,7 @@ def _load_engine(settings: Settings) -> Engine:
     except ImportError as error:
         raise StartupError(f"MLX cannot be imported ({error}); `make install` installs it") from None
     engine = MLXEngine(settings, folder)
-    garbage.spare_what_is_loaded()
+    garbage.freeze_loaded_objects()
     return engine
 
 

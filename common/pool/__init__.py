@@ -1,1 +1,1 @@
-"""Starts a pool on one machine: `make up`, the embedded Redis, supervision."""
+"""Runs a pool on one machine: `make up`, the embedded Redis, supervision."""

@@ -45,7 +45,7 @@ def check(settings: Settings, workers: Sequence[Settings], num_each: int = 1) ->
     check_port(settings)
     for worker in workers:
         if worker.model != DEMO_MODEL:
-            local_model.given(worker.model)
+            local_model.find_folder(worker.model)
     check_memory(workers, num_each)
     check_redis(settings)
 
@@ -131,7 +131,7 @@ def _weight_bytes(model: str) -> int:
     """The size of a model's weights on this disk; 0 if they are still to be downloaded."""
     if model == DEMO_MODEL:
         return _DEMO_BYTES
-    folder = local_model.given(model)
+    folder = local_model.find_folder(model)
     if folder is None:
         from huggingface_hub import try_to_load_from_cache
 

@@ -1,7 +1,7 @@
-"""`make up`: everything on this machine, until Ctrl-C. Runs the Procfile's processes under honcho, each supervised.
+"""`make up`: a complete pool on this machine, until Ctrl-C. Runs the Procfile's processes under honcho, each with a supervisor.
 
-`python -m common.pool.up` checks what can be checked, starts them, and says so when the pool answers. It runs the API and the
-workers as commands: it imports neither.
+`python -m common.pool.up` makes the checks of `common.pool.preflight`, starts the processes, and prints a banner when the pool is
+ready. It runs the API and the workers as commands and imports neither.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from common.pool.supervise import CANNOT_START, when_gone
 from common.settings import EMBEDDED_REDIS_URL, PREFIX, Settings
 
 DRAIN_SECONDS = 1.0
-"""The whole pool ends with Ctrl-C: nobody is left to hear what a worker would finish."""
+"""Ctrl-C ends the API too, so there is no client for what a worker would finish."""
 
 READY_POLL_SECONDS = 0.25
 
-READY_ANSWERS = 4
-"""So many answers per API process have to agree: the kernel chooses which process a connection goes to."""
+READY_RESPONSES = 4
+"""How many responses per API process must agree: the kernel decides which process accepts a connection."""
 
 EXIT_INTERRUPTED = 130
 """What honcho 2.0 returns after a Ctrl-C."""
 
 
-class Reasons(Printer):  # type: ignore[misc]  # honcho has no types
-    """honcho 2.0's printer, which remembers each process's last sentence that says why it cannot go on."""
+class ErrorPrinter(Printer):  # type: ignore[misc]  # honcho has no types
+    """honcho 2.0's printer, which also remembers the last error sentence of each process."""
 
     def __init__(self, output: TextIO) -> None:
         super().__init__(output)
@@ -57,8 +57,8 @@ class Reasons(Printer):  # type: ignore[misc]  # honcho has no types
             self._sentences[message.name] = found[1]
         super().write(message)
 
-    def of(self, names: Iterable[str]) -> str | None:
-        """The first of these processes' sentences."""
+    def error_of(self, names: Iterable[str]) -> str | None:
+        """The error sentence of the first of these processes that printed one."""
         return next((self._sentences[name] for name in names if name in self._sentences), None)
 
 
@@ -66,23 +66,23 @@ _SENTENCE = re.compile(r"mlx-pool(?: \w+)?: (.+)")
 
 
 class Pool(Manager):  # type: ignore[misc]  # honcho has no types
-    """honcho 2.0's manager, which also stands a Ctrl-C while it starts its processes, and says when the API answers."""
+    """honcho 2.0's manager, which also handles a Ctrl-C while it starts its processes, and prints a banner when the API is ready."""
 
     def __init__(self, settings: Settings, models: list[str], parent: int | None = None) -> None:
-        self._reasons = Reasons(sys.stdout)
-        super().__init__(self._reasons)
+        self._error_printer = ErrorPrinter(sys.stdout)
+        super().__init__(self._error_printer)
         self._settings = settings
         self._models = models
         self._parent = parent
         self._over = threading.Event()
 
     def _start(self) -> None:
-        # honcho's helpers share our process group, and what a terminal sends is for us: they inherit that it is ignored.
+        # honcho's helper processes are in our process group; they inherit that the terminal's signals are ignored.
         hang_up = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         stop: Any = signal.signal(signal.SIGINT, signal.SIG_IGN)
         super()._start()
 
-        # honcho's handler needs the ids of all processes, which its helpers report a moment after their start.
+        # honcho's handler needs the ids of all processes, which its helpers report shortly after their start.
         def stop_when_started(signum: int, frame: FrameType | None) -> None:
             if self._all_started():
                 self._over.set()
@@ -94,16 +94,16 @@ class Pool(Manager):  # type: ignore[misc]  # honcho has no types
         signal.signal(signal.SIGTERM, stop_when_started)
         if hang_up is not signal.SIG_IGN:  # as under nohup
             signal.signal(signal.SIGHUP, self._terminal_closed)
-        # Threads, started behind honcho's forks.
-        threading.Thread(target=self._say_when_ready, daemon=True).start()
+        # Threads are started after honcho's forks.
+        threading.Thread(target=self._announce_when_ready, daemon=True).start()
         if self._parent is not None:
             when_gone(self._parent, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
     def _terminal_closed(self, _signum: int, _frame: FrameType | None) -> None:
-        self._printer.output = io.StringIO()  # writing to the terminal would fail now
+        self._printer.output = io.StringIO()  # writes to the terminal would fail now
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def _say_when_ready(self) -> None:
+    def _announce_when_ready(self) -> None:
         while not self._over.wait(READY_POLL_SECONDS):
             if is_ready(self._settings, self._models):
                 sys.stdout.write(banner(self._settings, self._models))
@@ -114,17 +114,17 @@ class Pool(Manager):  # type: ignore[misc]  # honcho has no types
         self._over.set()
         super().terminate()
 
-    def why_it_ended(self) -> str | None:
-        """The sentence of a process that could not start or go on; None if that is not why the pool ended."""
+    def error(self) -> str | None:
+        """The error sentence of the process that could not start; None if the pool ended for another reason."""
         if self.returncode != CANNOT_START:
             return None
         failed = [name for name, state in self._processes.items() if state.get("returncode") == CANNOT_START]
-        return self._reasons.of(failed)
+        return self._error_printer.error_of(failed)
 
 
 def is_ready(settings: Settings, models: list[str]) -> bool:
-    """Whether every API process answers that it is ready and, where it says so without a key, lists all the models."""
-    return all(_is_one_ready(settings, models) for _ in range(READY_ANSWERS * settings.api_processes))
+    """Whether every API process is ready and, if it needs no key, lists all models."""
+    return all(_is_one_ready(settings, models) for _ in range(READY_RESPONSES * settings.api_processes))
 
 
 def _is_one_ready(settings: Settings, models: list[str]) -> bool:
@@ -139,7 +139,7 @@ def _is_one_ready(settings: Settings, models: list[str]) -> bool:
 
 
 def _get(settings: Settings, path: str) -> tuple[int, bytes]:
-    """Status and body; status 0 where nobody answers."""
+    """Status and body; status 0 if there is no response."""
     connection = http.client.HTTPConnection(_reachable(settings.host), settings.port, timeout=5)
     try:
         connection.request("GET", path)
@@ -152,25 +152,25 @@ def _get(settings: Settings, path: str) -> tuple[int, bytes]:
 
 
 def _reachable(host: str) -> str:
-    """An address to call the API at, also where it listens on all of them."""
+    """An address at which the API can be reached, also if it listens on all of them."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (compared, not bound)
 
 
 def banner(settings: Settings, models: list[str]) -> str:
-    """What to do next, in lines that can be pasted."""
+    """What to do next, in lines to paste."""
     host = _reachable(settings.host)
     url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
     body = {
         "model": models[0],
         "stream": True,
-        "temperature": 0,  # so small a model drifts off otherwise
+        "temperature": 0,  # at higher temperatures, such a small model loses the thread
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
     }
     rq = os.path.relpath(Path(sys.executable).with_name("rq"))
     redis_url, export = shlex.quote(settings.redis_url), ""
-    if set(settings.redis_url) & set("@?"):  # behind which there may be a password
+    if set(settings.redis_url) & set("@?"):  # the URL may contain a password
         redis_url = f'"${PREFIX}REDIS_URL"'
-        export = f"              (export {PREFIX}REDIS_URL there first: it may hold a password, so it is not shown)\n"
+        export = f"              (export {PREFIX}REDIS_URL there first: it may contain a password, so it is not shown)\n"
     key = "" if settings.api_keys_file is None else " -H 'Authorization: Bearer YOUR_KEY'"
     return (
         f"\nmlx-pool is ready at {url}/v1 and serves {', '.join(models)}. Try it:\n\n"
@@ -181,7 +181,7 @@ def banner(settings: Settings, models: list[str]) -> str:
 
 
 def worker_settings(settings: Settings) -> list[Settings]:
-    """One for each model of the list in `settings.model`.
+    """The settings of a worker for each model in `settings.model`.
 
     Raises:
         StartupError: Two models would have one id.
@@ -197,15 +197,15 @@ def worker_settings(settings: Settings) -> list[Settings]:
     if len(set(ids)) < len(ids):
         hint = "; for two workers of one model: WORKERS=2" if len(set(models)) < len(models) else ""
         raise StartupError(
-            f"two of the models {settings.model} would both be called {max(ids, key=ids.count)}{hint}"
+            f"two of the models {settings.model} would both have the id {max(ids, key=ids.count)}{hint}"
         )
     return workers
 
 
 def add_processes(pool: Manager, workers: list[Settings], num_each: int, environ: Mapping[str, str]) -> None:
-    """Add the Procfile's processes: redis only where it is the embedded one, and `num_each` workers of each model."""
+    """Add the Procfile's processes: redis only if it is the embedded one, and `num_each` workers of each model."""
     python = Path(sys.executable).parent
-    # PYTHONUNBUFFERED: lines are to be seen when they are written.
+    # PYTHONUNBUFFERED: lines appear when they are written.
     common = {
         f"{PREFIX}DRAIN_SECONDS": str(DRAIN_SECONDS),
         **environ,
@@ -235,34 +235,34 @@ def run(argv: list[str] | None = None) -> int:
         StartupError: It cannot start.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m common.pool.up", description="Everything on this machine."
+        prog="python -m common.pool.up", description="A complete pool on this machine."
     )
     parser.add_argument("--workers", default="1", metavar="N", help="worker processes for each model")
     parser.add_argument("--parent", type=int, metavar="PID", help="end when this process is gone")
     arguments = parser.parse_args(argv)
     num_each = int(arguments.workers) if arguments.workers.isdecimal() else 0
     if num_each < 1:
-        raise StartupError(f"WORKERS must be a whole number from 1 on, not {arguments.workers!r}")
+        raise StartupError(f"WORKERS must be a whole number of at least 1, not {arguments.workers!r}")
     settings = Settings.load()
     workers = worker_settings(settings)
     preflight.check(settings, workers, num_each)
     pool = Pool(settings, [worker.model_id for worker in workers], arguments.parent)
     add_processes(pool, workers, num_each, os.environ)
     pool.loop()
-    if reason := pool.why_it_ended():
-        raise StartupError(reason)
+    if error := pool.error():
+        raise StartupError(error)
     status: Any = pool.returncode
     return 128 - status if status < 0 else int(status)
 
 
 def main() -> int:
-    """Run the pool; the exit status. One sentence instead of a traceback, and no failure (make would say one) after Ctrl-C."""
+    """Run the pool; the exit status. Errors are one sentence, not a traceback. Ctrl-C is status 0: make would report an error."""
     try:
         status = run()
     except StartupError as error:
         sys.stderr.write(f"mlx-pool: {error}\n")
         return 1
-    except KeyboardInterrupt:  # before honcho listens for it
+    except KeyboardInterrupt:  # before honcho handles it
         return 0
     return 0 if status == EXIT_INTERRUPTED else status
 

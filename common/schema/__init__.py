@@ -1,1 +1,1 @@
-"""JSON schemas as grammars, and what of a schema is refused."""
+"""JSON Schemas as grammars, and limits on what clients may send."""

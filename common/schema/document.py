@@ -1,7 +1,7 @@
-"""A JSON Schema taken apart: its subschemas by JSON pointer, where references lead, which types and values may match.
+"""Access to a JSON Schema: its subschemas by JSON pointer, the targets of references, the types and values that may match.
 
-What `common.schema.json_schema` and `common.schema.limits` read schemas with. Takes anything that JSON can be, since clients send
-it: what is not as JSON Schema 2020-12 has it counts as absent, and is left for llguidance to refuse.
+Used by `common.schema.json_schema` and `common.schema.limits`. Accepts any JSON, since clients send it: a part that is not valid in
+JSON Schema 2020-12 counts as absent, and llguidance refuses it.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _MAX_HOPS = 100
 
 
 class Document:
-    """A schema with its subschemas; no more of them than one over `MAX_SCHEMAS`, give or take a list's.
+    """A schema with its subschemas. Reading stops when there are more than `MAX_SCHEMAS`.
 
     Attributes:
-        nodes: By JSON pointer.
+        nodes: Subschemas by JSON pointer.
     """
 
     def __init__(self, root: dict[str, Any]) -> None:
@@ -47,7 +47,7 @@ class Document:
 
     @property
     def schemas(self) -> Iterator[dict[str, Any]]:
-        """All that are more than true or false."""
+        """All subschemas that are objects, not just true or false."""
         return (node for node in self.nodes.values() if isinstance(node, dict))
 
     def target(self, reference: Any) -> Any:
@@ -57,7 +57,7 @@ class Document:
         return self.nodes.get(unquote(reference[1:]))
 
     def resolved(self, node: Any) -> Any:
-        """`node`, or where its reference leads, if it is nothing but a reference."""
+        """`node`, or the target of its reference if it is just a reference."""
         for _ in range(_MAX_HOPS):
             if not isinstance(node, dict) or "$ref" not in node or node.keys() - ANNOTATIONS - {"$ref"}:
                 break
@@ -65,12 +65,12 @@ class Document:
         return node
 
     def inner(self, node: dict[str, Any]) -> list[dict[str, Any]]:
-        """What a schema is made of, and what it refers to."""
+        """The subschemas of a schema, and the target of its reference."""
         found = [*(child for _, child in children(node)), self.target(node.get("$ref"))]
         return [child for child in found if isinstance(child, dict)]
 
     def inner_first(self) -> list[dict[str, Any]]:
-        """All schemas, each behind those that it is made of and refers to, as far as there are no circles."""
+        """All schemas, each after its subschemas and the targets of its references, except in cycles."""
         ordered: list[dict[str, Any]] = []
         entered: set[int] = set()
         pending = [(node, False) for node in self.schemas]
@@ -86,7 +86,7 @@ class Document:
 
 
 def children(node: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The subschemas of a schema, with the JSON pointer that leads to each from it."""
+    """The subschemas of a schema, each with its relative JSON pointer."""
     for key in _NAMED:
         for name, child in as_dict(node.get(key)).items():
             yield f"/{key}/{name.replace('~', '~0').replace('/', '~1')}", child
@@ -98,25 +98,25 @@ def children(node: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield f"/{key}", node[key]
 
 
-def mapped(node: Any, function: Callable[[dict[str, Any]], Schema]) -> Any:
-    """The schema with `function` applied to each subschema, outer ones first; it returns a new one each time."""
+def map_schemas(node: Any, function: Callable[[dict[str, Any]], Schema]) -> Any:
+    """The schema with `function` applied to each subschema, outer ones first; `function` must return a new object."""
     new = function(node) if isinstance(node, dict) else node
     if not isinstance(new, dict):
         return new
     for key in _NAMED:
         if isinstance(new.get(key), dict):
-            new[key] = {name: mapped(child, function) for name, child in new[key].items()}
+            new[key] = {name: map_schemas(child, function) for name, child in new[key].items()}
     for key in _LISTED:
         if isinstance(new.get(key), list):
-            new[key] = [mapped(child, function) for child in new[key]]
+            new[key] = [map_schemas(child, function) for child in new[key]]
     for key in _ONE:
         if isinstance(new.get(key), dict):
-            new[key] = mapped(new[key], function)
+            new[key] = map_schemas(new[key], function)
     return new
 
 
 def types(node: Any) -> set[str]:
-    """The types that may match, of JSON Schema's; `integer` counts as `number`."""
+    """The JSON Schema types that may match; `integer` counts as `number`."""
     named = node.get("type", [*_TYPES])
     found = {
         each for each in ([named] if isinstance(named, str) else as_list(named)) if isinstance(each, str)
@@ -126,14 +126,14 @@ def types(node: Any) -> set[str]:
 
 
 def literal_values(node: Any) -> list[Any]:
-    """What `const` or `enum` lists."""
+    """The values of `const` or `enum`."""
     return [node["const"]] if "const" in node else as_list(node.get("enum"))
 
 
 def literals(node: Any) -> set[bytes] | None:
-    """The values of `const` or `enum`, as text that differs where they do; None where it has neither, or cannot be told."""
+    """The values of `const` or `enum` as comparable text; None if there are none, or if text does not compare as the values do."""
     values = literal_values(node) if isinstance(node, dict) else []
-    # 1 and 1.0 are the same to JSON Schema, and not as text.
+    # 1 and 1.0 are equal in JSON Schema, but not as text.
     if not values or any(isinstance(value, (float, list, dict)) for value in values):
         return None
     return {msgspec.json.encode(value) for value in values}

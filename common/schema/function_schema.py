@@ -1,6 +1,6 @@
-"""Whether the arguments of a function can be put into a grammar.
+"""Whether the parameters of a function can be expressed as a grammar.
 
-The API refuses a strict function of which they cannot; a worker lets other ones have any object. Knows no model.
+The API refuses strict functions that cannot be; for others, a worker allows any object as arguments. Independent of the model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ _verdicts: DigestCache[str | None] = DigestCache(512)
 
 
 def refusal(function: dict[str, Any]) -> str | None:
-    """Why not, as one line for the client, or None. Takes up to tens of milliseconds the first time."""
+    """Why a function's parameters cannot be expressed, as one line for the client, or None. Takes up to tens of milliseconds the
+    first time.
+    """
     parameters = function.get("parameters")
     if complaint := limits.size_refusal(parameters):
         return complaint

@@ -1,8 +1,8 @@
-"""What an answer has to match, as text for llguidance: JSON, a JSON Schema, calls of functions.
+"""Grammars for answers, in llguidance's format: JSON, a JSON Schema, function calls.
 
-The API makes these texts, checks them before anything is queued, and sends them as `GenerationJob.grammar`; a worker
-compiles them (`worker.sampling.grammar`). A text is llguidance's own: a JSON object with a list of grammars, the first of which is
-where it starts. Knows no model: what is checked here is checked with a vocabulary of bytes.
+The API makes and checks them before a job is queued, and sends them as `GenerationJob.grammar`; a worker compiles them
+(`worker.sampling.grammar`). The format is a JSON object with a list of grammars, of which the first is the start. Independent of the
+model: grammars are checked with a vocabulary of bytes.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _MAX_MESSAGE_CHARACTERS = 300
 _MAX_VERDICTS = 512
 
 _WHITESPACE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-"""At most one space behind a comma and a colon, which is how most JSON was written that models learnt from. With more,
-small models write nothing but white space until they run out of tokens."""
+"""At most one space after a comma and a colon, as in most JSON that models were trained on. If more is allowed, small models
+write white space until they run out of tokens."""
 
-_END = 256  # the one token beside the 256 bytes
+_END = 256  # the one token besides the 256 bytes
 
 
 def for_json_object() -> str:
@@ -42,18 +42,18 @@ def for_json_object() -> str:
 
 
 def for_json_schema(schema: Schema) -> str:
-    """JSON that validates against `schema`, its objects' keys in the schema's order."""
+    """JSON that validates against `schema`, with the keys of objects in the schema's order."""
     return _text(_json_grammar("answer", schema))
 
 
 def for_tool_calls(tool_use: ToolUse, *, answer: str | None = None) -> str:
     """Calls as ``<tool_call>{"name": ..., "arguments": ...}</tool_call>``, or an answer.
 
-    Where a call is not required, text may come before the calls or instead of them; in that text, ``<tool_call>`` always
-    begins a call.
+    If a call is not required, text may come before the calls or instead of them; in that text, ``<tool_call>`` always begins a
+    call.
 
     Args:
-        answer: A grammar of this module that stands in place of text.
+        answer: A grammar of this module for the answer, in place of free text.
     """
     functions = [tool["function"] for tool in tool_use.tools]
     if tool_use.function is not None:
@@ -65,7 +65,7 @@ def for_tool_calls(tool_use: ToolUse, *, answer: str | None = None) -> str:
     if must_call:
         lines += [f"start: {begin} calls"]
     elif answer is None:
-        # Lazy: it ends with the first mark. What has none is TEXT.
+        # Lazy: it ends with the first marker. An answer without one is TEXT.
         lines += [
             "start: TEXT | until_call calls",
             f"until_call[lazy]: /(?s:.*){CALL_BEGIN}/",
@@ -78,9 +78,9 @@ def for_tool_calls(tool_use: ToolUse, *, answer: str | None = None) -> str:
 
 
 def check(grammar: str) -> str | None:
-    """What is wrong with a grammar, as one line for the client, or None.
+    """Check a grammar: what is wrong with it, as one line for the client, or None.
 
-    Takes up to some tens of milliseconds for the largest that it lets pass, without the interpreter's lock. The verdict is
+    Takes up to some tens of milliseconds for the largest grammars that are accepted, without the interpreter's lock. The verdict is
     cached, a line each; the grammar itself never is.
     """
     if len(grammar) > MAX_BYTES:
@@ -104,7 +104,7 @@ def _check(grammar: str) -> str | None:
 
 
 def limits() -> LLParserLimits:
-    """What a grammar may cost, here and in a worker."""
+    """llguidance's limits, here and in a worker."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(
@@ -119,7 +119,7 @@ def limits() -> LLParserLimits:
 
 
 def _compiler_refusal(grammar: str) -> str | None:
-    """Compile it, and ask for what may come first: some of what is too much shows only then."""
+    """Compile a grammar and compute its first mask: some limits are only reached then."""
     from llguidance import LLMatcher
 
     matcher = LLMatcher(_bytes_tokenizer(), grammar, log_level=0, limits=limits())
@@ -127,17 +127,17 @@ def _compiler_refusal(grammar: str) -> str | None:
         mask = matcher.compute_bitmask()
         if not matcher.is_error() and any(mask):
             return None
-    return line(_explained(matcher.get_error()) or "The schema has no answer that matches it.")
+    return line(_explained(matcher.get_error()) or "No answer matches the schema.")
 
 
 def _explained(error: str) -> str:
     if error.startswith("oneOf"):
         return (
-            "oneOf is supported where its options exclude each other by type or by a required property with "
+            "oneOf is supported if its options exclude each other by type or by a required property with "
             "const or enum; use anyOf."
         )
     if error == "Unsatisfiable schema: anyOf is empty":
-        return "Unsatisfiable schema: no value matches it, or none that comes to an end."
+        return "Unsatisfiable schema: no value of finite length matches it."
     if error.startswith("Unimplemented keys: "):
         return (
             f"The schema has keywords that are not supported: {error.removeprefix('Unimplemented keys: ')}."
@@ -147,7 +147,7 @@ def _explained(error: str) -> str:
 
 @functools.cache
 def _bytes_tokenizer() -> LLTokenizer:
-    """A vocabulary of the 256 bytes: a grammar that can go on with bytes can go on with any model's tokens."""
+    """A vocabulary of the 256 bytes: a grammar that accepts bytes accepts any model's tokens."""
     from llguidance import LLTokenizer, TokenizerWrapper
 
     class Bytes:
@@ -163,7 +163,7 @@ def _bytes_tokenizer() -> LLTokenizer:
 
 
 def _call_rules(names: list[str], *, is_parallel: bool) -> list[str]:
-    """`calls`: what follows the first begin mark, up to the end mark of the last call."""
+    """The rule `calls`: what follows the first begin marker, up to the end marker of the last call."""
     begin, end = _quoted(CALL_BEGIN), _quoted(CALL_END)
     more = f" (NEWLINES? {begin} call)*" if is_parallel else ""
     functions = [
@@ -181,7 +181,7 @@ def _call_rules(names: list[str], *, is_parallel: bool) -> list[str]:
 
 
 def _parameters(function: dict[str, Any]) -> Schema:
-    """Of a function's arguments, which are an object whatever the schema says of other types."""
+    """The schema of a function's arguments, which are an object even if the schema does not require it."""
     parameters = function.get("parameters")
     if parameters is None:
         return {"type": "object", "properties": {}, "additionalProperties": False}
@@ -191,7 +191,7 @@ def _parameters(function: dict[str, Any]) -> Schema:
 
 
 def _json_grammar(name: str, schema: Schema) -> dict[str, Any]:
-    whole = json_schema.treated(schema)
+    whole = json_schema.rewrite(schema)
     if isinstance(whole, bool):
         whole = {} if whole else {"anyOf": []}  # llguidance takes its options from an object
     return {"name": name, "json_schema": {**whole, "x-guidance": _WHITESPACE}}
@@ -207,11 +207,11 @@ def _text(*grammars: dict[str, Any]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """As a string of Lark, which has JSON's escapes."""
+    """A string in Lark's syntax, whose escapes are JSON's."""
     return json.dumps(text)
 
 
 def line(text: str) -> str:
-    """A message of llguidance as one line that is not too long."""
+    """A message of llguidance as one line of limited length."""
     line = " ".join(text.split())
     return line if len(line) <= _MAX_MESSAGE_CHARACTERS else line[: _MAX_MESSAGE_CHARACTERS - 1] + "…"

@@ -1,7 +1,7 @@
-"""A client's JSON Schema in the words that llguidance knows: what it refuses, but can be said otherwise.
+"""Rewrites a client's JSON Schema with the keywords that llguidance supports.
 
-Called by `common.schema.grammar`. What comes of it is never laxer, so that an answer that matches it validates against what the
-client sent. Follows docs/json_schema.md of llguidance 1.9 and JSON Schema 2020-12.
+Called by `common.schema.grammar`. The result is never laxer than the client's schema, so an answer that matches it validates against
+the original. Follows docs/json_schema.md of llguidance 1.9 and JSON Schema 2020-12.
 """
 
 from __future__ import annotations
@@ -12,7 +12,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from common.schema import limits as schema_limits
-from common.schema.document import ANNOTATIONS, Document, Schema, as_dict, as_list, literals, mapped, types
+from common.schema.document import (
+    ANNOTATIONS,
+    Document,
+    Schema,
+    as_dict,
+    as_list,
+    literals,
+    map_schemas,
+    types,
+)
 
 _FORMATS = frozenset(
     "date-time time date duration email hostname ipv4 ipv6 uuid uri".split()  # noqa: SIM905 (a table)
@@ -20,31 +29,31 @@ _FORMATS = frozenset(
 _CLASS = re.compile(r"\\.|\[\^?(?:\\.|[^\]\\])*\]", re.DOTALL)
 """An escape, or a class of characters."""
 _INSIDE = 1 / 1024
-"""How much of a range is given up at an excluded bound."""
+"""The share of a range that is lost at an excluded bound."""
 _MAX_OPTIONS = 100
-"""Of a `oneOf`: each is compared to each."""
+"""Of a `oneOf`: each is compared with each."""
 _MAX_PASSES = 8
-"""What is not known to end by then counts as endless; schemas that people write need two."""
+"""Schemas not known to be finite by then count as infinite; real ones need two passes."""
 
 
-def treated(schema: Schema) -> Schema:
-    """The same schema in other words, or a stricter one; what cannot be said stays as it is, to be refused.
+def rewrite(schema: Schema) -> Schema:
+    """An equivalent schema, or a stricter one; what cannot be expressed is left as it is, and refused later.
 
-    `oneOf` of options that exclude each other becomes `anyOf`; formats that nobody checks go, as do options that could
-    never come to an end; `propertyNames` becomes `properties` or `patternProperties`.
+    `oneOf` of options that exclude each other becomes `anyOf`; formats that are mere annotations are removed, as are options that
+    only infinite values match; `propertyNames` becomes `properties` or `patternProperties`.
     """
     if isinstance(schema, bool):
         return schema
-    # Its own name is nobody's business; the options of llguidance are ours.
+    # $id is not needed; llguidance's options are ours, not the client's.
     root = {key: value for key, value in schema.items() if key not in ("$id", "id", "x-guidance")}
     if schema_limits.size_refusal(root):
         return root
     document = Document(root)
-    return _pruned(mapped(root, lambda node: _rewritten(node, document)))
+    return _pruned(map_schemas(root, lambda node: _rewritten(node, document)))
 
 
 def _rewritten(node: dict[str, Any], document: Document) -> Schema:
-    """One subschema; its own subschemas are as they were."""
+    """Rewrite one subschema, but not its own subschemas."""
     if "not" in node and (node["not"] is True or node["not"] == {}):  # how zod 3 writes `undefined`
         return False
     new = dict(node)
@@ -53,33 +62,33 @@ def _rewritten(node: dict[str, Any], document: Document) -> Schema:
     if new.get("uniqueItems") is False:
         del new["uniqueItems"]
     options = new.get("oneOf")
-    if isinstance(options, list) and "anyOf" not in new and _exclude_each_other(options, document):
+    if isinstance(options, list) and "anyOf" not in new and _are_exclusive(options, document):
         new = {"anyOf" if key == "oneOf" else key: value for key, value in new.items()}
     if "propertyNames" in new:
-        _name_properties(new, document.resolved(new["propertyNames"]))
+        _replace_property_names(new, document.resolved(new["propertyNames"]))
     if isinstance(new.get("pattern"), str):
         new["pattern"] = _without_controls(new["pattern"])
     if isinstance(new.get("patternProperties"), dict):
         new["patternProperties"] = {_without_controls(k): v for k, v in new["patternProperties"].items()}
-    _keep_bounds_out(new)
+    _replace_exclusive_bounds(new)
     return new
 
 
 def _without_controls(pattern: str) -> str:
-    """A stricter pattern, whose negated classes leave out control characters, too.
+    """A stricter pattern, whose negated classes exclude control characters, too.
 
-    llguidance 1.9 writes what JSON has to escape, and lets a class that a control character is in have any escape, those of
-    quotes and backslashes included that the class leaves out.
+    llguidance 1.9 escapes what JSON has to escape. A class that contains a control character then allows any escape, also those
+    of quotes and backslashes that the class excludes.
     """
     return _CLASS.sub(
         lambda found: r"[^\x00-\x1f" + found[0][2:] if found[0].startswith("[^") else found[0], pattern
     )
 
 
-def _keep_bounds_out(node: dict[str, Any]) -> None:
-    """Say an excluded bound by an included one beside it, where llguidance 1.9 would let the bound itself through.
+def _replace_exclusive_bounds(node: dict[str, Any]) -> None:
+    """Replace an exclusive bound by an inclusive one inside the range, if llguidance 1.9 would allow the bound itself.
 
-    It does with whole numbers as bounds of a range that no other whole number is in, and with -0 below 0.
+    It does so for integer bounds of a range without another integer, and for -0 below 0.
     """
     if "number" not in types(node):
         return
@@ -97,15 +106,15 @@ def _numbers(node: dict[str, Any], *keys: str) -> list[float]:
     return [node[key] for key in keys if isinstance(node.get(key), int | float)]
 
 
-def _exclude_each_other(options: list[Any], document: Document) -> bool:
+def _are_exclusive(options: list[Any], document: Document) -> bool:
     if len(options) > _MAX_OPTIONS:
         return False
-    whole = [document.resolved(option) for option in options]
-    return all(_excludes(a, b, document) for i, a in enumerate(whole) for b in whole[i + 1 :])
+    resolved = [document.resolved(option) for option in options]
+    return all(_excludes(a, b, document) for i, a in enumerate(resolved) for b in resolved[i + 1 :])
 
 
 def _excludes(a: Any, b: Any, document: Document) -> bool:
-    """Whether no value can match both; False where that cannot be told."""
+    """Whether no value can match both; False if unknown."""
     if not isinstance(a, dict) or not isinstance(b, dict):
         return a is False or b is False
     if not types(a) & types(b) or _are_disjoint(literals(a), literals(b)):
@@ -124,8 +133,8 @@ def _are_disjoint(a: set[bytes] | None, b: set[bytes] | None) -> bool:
     return a is not None and b is not None and not a & b
 
 
-def _name_properties(node: dict[str, Any], names: Any) -> None:
-    """Say `propertyNames` by other keywords, where that is possible."""
+def _replace_property_names(node: dict[str, Any], names: Any) -> None:
+    """Replace `propertyNames` by other keywords, if possible."""
     meaning = set(names) - ANNOTATIONS if isinstance(names, dict) else set()
     is_plain = not node.get("properties") and not node.get("patternProperties")
     rest = node.get("additionalProperties", True)
@@ -145,29 +154,29 @@ def _known_names(names: Any) -> list[str]:
 
 
 def _pruned(root: Schema) -> Schema:
-    """With `false` for what no finite value matches: a grammar would let a model begin what it can never end."""
+    """With `false` for subschemas that no finite value matches: a model could begin such a value, but never end it."""
     if isinstance(root, bool):
         return root
     document = Document(root)
     nodes = document.inner_first()
-    ending: set[int] = set()
+    finite: set[int] = set()
     for _ in range(_MAX_PASSES):
-        num_known = len(ending)
+        num_known = len(finite)
         for node in nodes:
-            if id(node) not in ending and _ends(node, ending, document):
-                ending.add(id(node))
-        if len(ending) == num_known:
+            if id(node) not in finite and _is_finite(node, finite, document):
+                finite.add(id(node))
+        if len(finite) == num_known:
             break
-    pruned: Schema = mapped(root, lambda node: dict(node) if id(node) in ending else False)
+    pruned: Schema = map_schemas(root, lambda node: dict(node) if id(node) in finite else False)
     return pruned
 
 
-def _ends(node: dict[str, Any], ending: set[int], document: Document) -> bool:
-    """Whether some finite value matches, as far as is known of the subschemas."""
+def _is_finite(node: dict[str, Any], finite: set[int], document: Document) -> bool:
+    """Whether some finite value matches, given the subschemas that are known to be finite."""
 
     def is_known(child: Any) -> bool:
-        # What is plainly false is llguidance's to explain.
-        return not isinstance(child, dict) or id(child) in ending
+        # llguidance explains what is simply false.
+        return not isinstance(child, dict) or id(child) in finite
 
     if "$ref" in node and not is_known(document.target(node["$ref"])):
         return False
@@ -197,12 +206,12 @@ def _required_properties(node: dict[str, Any]) -> Iterator[Any]:
 
 
 def _required_items(node: dict[str, Any]) -> Iterator[Any]:
-    least = node.get("minItems")
-    if not isinstance(least, (int, float)) or least < 1:
+    min_items = node.get("minItems")
+    if not isinstance(min_items, (int, float)) or min_items < 1:
         return
     items = node.get("items", True)
     first = as_list(node.get("prefixItems")) or as_list(items)
-    num_first = min(len(first), int(min(least, len(first))))
+    num_first = min(len(first), int(min(min_items, len(first))))
     yield from first[:num_first]
-    if least > len(first):
+    if min_items > len(first):
         yield node.get("additionalItems", True) if isinstance(items, list) else items

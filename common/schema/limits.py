@@ -1,8 +1,8 @@
-"""What a client's JSON Schema must not cost: bounds that are checked before llguidance sees it.
+"""Limits on a client's JSON Schema, checked before llguidance compiles it.
 
-llguidance's own limits count what a lexer does. What they do not count was found by attacking it (llguidance 1.9.1, two
-cores; tests/unit/common/test_grammar_attacks.py): twenty patterns that all have to match took 28 seconds and 2 GB, a multiple of two
-large primes never came back, three hundred pattern properties took 5 seconds.
+llguidance's own limits bound its lexer. What they do not bound was found by attacking it (llguidance 1.9.1, two cores;
+tests/unit/common/test_grammar_attacks.py): twenty patterns that all have to match took 28 seconds and 2 GB, a multiple of two
+large primes never returned, three hundred pattern properties took 5 seconds.
 """
 
 from __future__ import annotations
@@ -28,38 +28,38 @@ from common.schema.document import (
 
 MAX_BYTES = 128 * 1024
 MAX_LEVELS = 100
-"""Of JSON, not of schemas: serde_json stops at 128."""
+"""Of nested JSON, not of schemas: serde_json allows 128."""
 MAX_VALUES = 5_000
-"""Of all enums together, those inside objects and arrays counted too."""
+"""In all enums together, including those inside objects and arrays."""
 MAX_CHARACTERS = 5_000
-"""Of a pattern, a name or a value."""
+"""In a pattern, a name or a value."""
 MAX_PATTERNS = 200
 MAX_PATTERNS_TOGETHER = 6
-"""The time to intersect them is exponential: hard ones take 4 ms if they are eight, and 7 s if they are fourteen."""
+"""That all have to match. Intersecting them takes exponential time: eight hard ones 4 ms, fourteen 7 s."""
 MAX_ALTERNATIVES = 300
-"""Objects and arrays that a parser has to follow at once. Thirty that are thirty arrays of each other: 1.5 s a mask."""
+"""Objects and arrays that a parser has to follow at once. Thirty arrays of thirty each other: 1.5 s per mask."""
 MAX_PATTERN_PROPERTIES = 20
 MAX_MULTIPLE = 10_000
-"""An automaton with a state a remainder."""
+"""The automaton has a state per remainder."""
 MAX_PATTERN_STEPS = 20_000
-"""Of an automaton that counts every repetition out: ``(a{100}){100}`` has ten thousand."""
-_MAX_STEPS_OF_ONE = 1_000
+"""States of the automaton with all repetitions unrolled: ``(a{100}){100}`` has ten thousand."""
+_MAX_STEPS_OF_CHARACTER = 1_000
 """A repetition of a single character is cheap, however long."""
 _MAX_VISITS = 20_000
 _COMPOSED = frozenset(("object", "array"))
 
 
 def refusal(schema: Schema) -> str | None:
-    """What is too much in a schema, or cannot be resolved, as a sentence; None where nothing is."""
+    """Why a schema is refused, as a sentence: it exceeds a limit, or a reference cannot be resolved. None if it is accepted."""
     if isinstance(schema, bool):
         return None
     return size_refusal(schema) or next(_complaints(Document(schema)), None)
 
 
 def size_refusal(schema: Any) -> str | None:
-    """Whether a schema is too large, as a sentence. Checked first: a large one must not be walked or kept.
+    """Why a schema is too large, as a sentence, or None. Checked first: a large schema must not be traversed or kept.
 
-    What is not an object is left to the other checks.
+    A value that is not an object passes.
     """
     if not isinstance(schema, dict):
         return None
@@ -73,12 +73,12 @@ def size_refusal(schema: Any) -> str | None:
 
 
 def pattern_steps(pattern: str) -> int:
-    """How many states an automaton for a regular expression has, about, if it counts all repetitions out."""
-    groups, last, is_one = [0], 0, False  # of each open group; of the last part, which may be repeated
+    """About how many states the automaton of a regular expression has, with all repetitions unrolled."""
+    groups, last, is_one = [0], 0, False  # steps of each open group; of the last part, which may be repeated
     for part in _REGEX_PARTS.finditer(pattern):
         if part["count"]:
-            count = int((part["most"] or part["least"])[:9])
-            more = last * (min(count, _MAX_STEPS_OF_ONE) if is_one else count) - last
+            count = int((part["max"] or part["min"])[:9])
+            more = last * (min(count, _MAX_STEPS_OF_CHARACTER) if is_one else count) - last
             groups[-1] += more
             last, is_one = last + more, False
         elif part["atom"]:
@@ -94,33 +94,33 @@ def pattern_steps(pattern: str) -> int:
 
 _REGEX_PARTS = re.compile(
     r"(?P<atom>\\(?:[pPux]\{[^}]*\}|.)|\[\^?\]?(?:\\.|[^\]\\])*\]|[^\\()|{\[])"
-    r"|(?P<count>\{(?P<least>\d+)(?:,(?P<most>\d*))?\})|.",
+    r"|(?P<count>\{(?P<min>\d+)(?:,(?P<max>\d*))?\})|.",
     re.DOTALL,
 )
 
 
 def _num_levels(value: Any) -> int:
-    """How deep a JSON value is nested, at most one more than allowed; without recursion, since it may be very deep."""
-    level, row = 0, [value]
-    while row and level <= MAX_LEVELS:
-        level, row = level + 1, _insides(row)
-    return level
+    """How deep a JSON value is nested, counted up to one more than allowed; without recursion, since it may be very deep."""
+    num_levels, level = 0, [value]
+    while level and num_levels <= MAX_LEVELS:
+        num_levels, level = num_levels + 1, _next_level(level)
+    return num_levels
 
 
 def _num_values(values: list[Any]) -> int:
-    """All of them, and those inside."""
-    num, row = 0, values
-    while row and num <= MAX_VALUES:
-        num, row = num + len(row), _insides(row)
+    """The number of values, including nested ones."""
+    num, level = 0, values
+    while level and num <= MAX_VALUES:
+        num, level = num + len(level), _next_level(level)
     return num
 
 
-def _insides(row: list[Any]) -> list[Any]:
-    """What the objects and arrays of a list hold, one level down."""
-    insides = [
-        each.values() if isinstance(each, dict) else each for each in row if isinstance(each, (dict, list))
+def _next_level(level: list[Any]) -> list[Any]:
+    """The values inside the objects and arrays of a list, one level down."""
+    containers = [
+        each.values() if isinstance(each, dict) else each for each in level if isinstance(each, (dict, list))
     ]
-    return [inner for inside in insides for inner in inside]
+    return [inner for container in containers for inner in container]
 
 
 def _complaints(document: Document) -> Iterator[str]:
@@ -140,7 +140,7 @@ def _complaints(document: Document) -> Iterator[str]:
 
 
 def _num_alternatives(node: dict[str, Any], document: Document) -> int:
-    """How many options of a union are objects or arrays, beside the first."""
+    """How many options of a union are objects or arrays, not counting the first."""
     options = [
         document.resolved(option) for option in as_list(node.get("anyOf")) + as_list(node.get("oneOf"))
     ]
@@ -154,19 +154,19 @@ def _num_alternatives(node: dict[str, Any], document: Document) -> int:
 
 def _complaints_of_one(node: dict[str, Any], document: Document) -> Iterator[str]:
     if "$ref" in node and document.target(node["$ref"]) is None:
-        yield f"$ref has to lead to a schema in the schema (#/...), and {str(node['$ref'])[:60]} does not."
+        yield f"$ref must refer to a subschema (#/...), and {str(node['$ref'])[:60]} does not."
     if isinstance(node.get("$id"), str):
-        yield "$id is supported at the top of the schema only."
+        yield "$id is supported only at the top of the schema."
     if len(as_dict(node.get("patternProperties"))) > MAX_PATTERN_PROPERTIES:
         yield f"patternProperties has more than {MAX_PATTERN_PROPERTIES} patterns."
     if "oneOf" in node and not as_list(node.get("oneOf")):
-        yield "oneOf has to be a list of schemas."
+        yield "oneOf must be a list of schemas."
     strings: list[Any] = [*as_dict(node.get("properties")), *_patterns(node)]
     strings += [*literal_values(node), *as_list(node.get("required"))]
     if any(len(text) > MAX_CHARACTERS for text in strings if isinstance(text, str)):
         yield f"A pattern, a name or a value in the schema is longer than {MAX_CHARACTERS} characters."
     if any(pattern_steps(pattern) > MAX_PATTERN_STEPS for pattern in _patterns(node)):
-        yield f"A pattern repeats what it repeats, more than {MAX_PATTERN_STEPS} times in all."
+        yield f"A pattern has nested repetitions, more than {MAX_PATTERN_STEPS} in all."
 
 
 def _complaints_of_multiples(nodes: list[dict[str, Any]]) -> Iterator[str]:
@@ -174,9 +174,9 @@ def _complaints_of_multiples(nodes: list[dict[str, Any]]) -> Iterator[str]:
     if any(
         isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0 for value in values
     ):
-        yield "multipleOf has to be a number above 0."
+        yield "multipleOf must be a number above 0."
         return
-    # Where schemas are intersected, multiples of one and of the other become multiples of both.
+    # If schemas are intersected, a value must be a multiple of all.
     for group in [set(values)] if any(map(_is_intersection, nodes)) else [{value} for value in values]:
         if _common_multiple(group) > MAX_MULTIPLE:
             yield f"multipleOf of more than {MAX_MULTIPLE} steps is not supported."
@@ -198,21 +198,21 @@ def _complaints_of_intersections(document: Document) -> Iterator[str]:
         if len({pattern for inner in seen.values() for pattern in _patterns(inner)}) > MAX_PATTERNS_TOGETHER:
             yield (
                 f"More than {MAX_PATTERNS_TOGETHER} patterns are below an allOf, patternProperties, or a $ref, anyOf "
-                "or oneOf with other keywords beside it."
+                "or oneOf next to other keywords."
             )
         if num_visits > _MAX_VISITS:
             yield "The schema combines too many schemas that have patterns."
 
 
 def _is_intersection(node: dict[str, Any]) -> bool:
-    """Whether what it is made of has to match together with what else it says."""
+    """Whether its subschemas have to match together with its other keywords."""
     unions = node.keys() & {"$ref", "anyOf", "oneOf"}
     others = node.keys() - ANNOTATIONS - {"$schema", "x-guidance"}
     return "allOf" in node or "patternProperties" in node or (bool(unions) and len(others) > 1)
 
 
 def _common_multiple(values: set[float]) -> int:
-    """In units of the last decimal that any of them has."""
+    """The least common multiple, in units of the last decimal place of any value."""
     try:
         decimals = [Decimal(str(value)) for value in values]
         last = min([0, *(int(value.as_tuple().exponent) for value in decimals)])

@@ -55,7 +55,7 @@ def test_names_of_the_manager() -> None:
 
 
 def test_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that has ended has its status in `_processes[name]["returncode"]`: `why_it_ended` looks there. Open common/pool/up.py."""
+    """A process that has ended has its status in `_processes[name]["returncode"]`: `Pool.error` reads it. Open common/pool/up.py."""
     output = io.StringIO()
     pool = Manager(Printer(output))
     monkeypatch.setattr(pool, "_start", lambda: None)

@@ -363,7 +363,7 @@ def test_without_a_server() -> None:
 @pytest.mark.parametrize(
     ("password", "sentence"),
     [
-        ("", "wants a password in MLXPOOL_REDIS_URL: redis://:PASSWORD@HOST:6379/0"),
+        ("", "requires a password in MLXPOOL_REDIS_URL: redis://:PASSWORD@HOST:6379/0"),
         (":wrong@", "refuses the password in MLXPOOL_REDIS_URL"),
     ],
 )

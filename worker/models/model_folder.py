@@ -38,7 +38,7 @@ def find(settings: Settings) -> Path:
     name = settings.model
     if name == DEMO_MODEL:
         return ensure_demo_model(settings.cache_dir)
-    return local_model.given(name) or local_model.checked(_from_hub(name))
+    return local_model.find_folder(name) or local_model.check_folder(_from_hub(name))
 
 
 def _from_hub(repository: str) -> Path:

@@ -13,7 +13,7 @@ from common.settings import EMBEDDED_REDIS_URL
 @pytest.mark.parametrize(
     ("url", "sentence"),
     [
-        (EMBEDDED_REDIS_URL, r"no Redis answers at 127\.0\.0\.1:6399 \(gone\); `make up` runs one there"),
+        (EMBEDDED_REDIS_URL, r"no Redis answers at 127\.0\.0\.1:6399 \(gone\); `make up` starts one there"),
         ("redis://mac:6379/0", r"no Redis answers at mac:6379 \(gone\); start it, or set MLXPOOL_REDIS_URL"),
     ],
 )

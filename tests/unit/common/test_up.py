@@ -100,7 +100,7 @@ def test_the_reason_comes_last(
     monkeypatch.setattr(pool, "_start", lambda: None)
     monkeypatch.setattr(pool, "_killall", lambda **_: None)
     pool.loop()
-    assert pool.why_it_ended() == reason
+    assert pool.error() == reason
 
 
 def test_ready_when_all_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,15 +163,15 @@ def test_refused_before_anything_starts(
 @pytest.mark.parametrize("workers", ["0", "-1", "two", "", "1.5"])
 def test_a_number_of_workers_that_is_none(workers: str) -> None:
     """One sentence for all of them, and no usage of a command that nobody typed."""
-    with pytest.raises(StartupError, match="WORKERS must be a whole number from 1 on"):
+    with pytest.raises(StartupError, match="WORKERS must be a whole number of at least 1"):
         up.run([f"--workers={workers}"])
 
 
 def test_the_same_model_twice() -> None:
     """Who wants two workers of one model hears how."""
-    with pytest.raises(StartupError, match="both be called demo; for two workers of one model: WORKERS=2"):
+    with pytest.raises(StartupError, match="both have the id demo; for two workers of one model: WORKERS=2"):
         up.worker_settings(Settings(model="demo demo"))
-    with pytest.raises(StartupError, match=r"both be called b$"):
+    with pytest.raises(StartupError, match=r"both have the id b$"):
         up.worker_settings(Settings(model="/a/b /c/b"))
 
 

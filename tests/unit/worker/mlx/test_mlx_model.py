@@ -71,7 +71,7 @@ def _folder(tmp_path: Path, config: str | None, *, weights: bool) -> Path:
     [
         (None, True, "there is no config.json in it"),
         ("{", True, "cannot be read: JSONDecodeError"),
-        ("{}", True, "names no model_type"),
+        ("{}", True, "has no model_type"),
         (json.dumps({"model_type": "llama"}), False, "holds no weights"),
     ],
 )
