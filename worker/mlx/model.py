@@ -70,7 +70,7 @@ def load_model(
     """
     if (missing := preload_blas()) and not has_gpu():
         logger.warning(missing)
-    folder = folder or local_model.checked(Path(settings.model))
+    folder = folder or local_model.check_folder(Path(settings.model))
     if before_loading is not None:
         before_loading(folder)
     if settings.cache_limit_gb is not None:

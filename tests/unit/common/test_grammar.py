@@ -80,7 +80,10 @@ def test_a_schema_cannot_change_the_options() -> None:
         ({"$ref": "https://example.com/schema"}, "https://example.com/schema"),
         ({"$ref": "#/$defs/missing"}, "#/$defs/missing"),
         ({"$ref": "#"}, "no value of finite length"),
-        ({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}, "no value of finite length"),
+        (
+            {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+            "no value of finite length",
+        ),
         ({"type": "array", "minItems": 1, "items": {"$ref": "#"}}, "no value of finite length"),
         ({"properties": {"a": {"$id": "https://example.com/a"}}}, "$id"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems"),
