@@ -33,7 +33,7 @@ MAX_NAME_CHARACTERS = 64
 GREEDY_TEMPERATURE = 0.0
 
 
-def whole(pattern: str) -> Meta:
+def full_match(pattern: str) -> Meta:
     r"""A string that matches `pattern` from its beginning to its end.
 
     Python's `$` also matches before a final line break. JSON Schema's patterns are ECMA-262's, without `\Z`: they get
@@ -45,7 +45,7 @@ def whole(pattern: str) -> Meta:
 TokenCount = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopString = Annotated[str, Meta(min_length=1)]
-TokenIdKey = Annotated[str, whole("(0|[1-9][0-9]{0,9})")]
+TokenIdKey = Annotated[str, full_match("(0|[1-9][0-9]{0,9})")]
 """As int, msgspec would accept `-0` too."""
 
 

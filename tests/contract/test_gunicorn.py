@@ -159,6 +159,15 @@ def test_errors_pass_one_method() -> None:
     assert calls["_close_transport"] >= 1
 
 
+def test_the_path_of_a_malformed_request() -> None:
+    """The parser keeps the target of a request line that it has read: errors are in the format of that path.
+
+    Open api/http/connection.py, `_path`.
+    """
+    _, _, protocol = _exchange(b"GET /a?b=c HTTP/1.1\r\nno header\r\n\r\n")
+    assert protocol._callback_parser.path == b"/a?b=c"
+
+
 def test_connection_attributes() -> None:
     """`Connection` reads and sets these; gunicorn's loop ends when `_closed` is set and `_request_ready` wakes it.
 

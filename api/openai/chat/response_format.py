@@ -23,7 +23,7 @@ class JsonSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     format.
     """
 
-    name: Annotated[str, fields.whole("[a-zA-Z0-9_-]{1,64}")]
+    name: Annotated[str, fields.full_match("[a-zA-Z0-9_-]{1,64}")]
     schema: dict[str, Any] | None = None
     strict: bool | None = None
     description: str | None = None

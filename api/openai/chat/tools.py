@@ -22,7 +22,7 @@ MAX_TOOLS = 128
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 """Of a function without parameters, for templates and grammars."""
 
-FunctionName = Annotated[str, fields.whole("[a-zA-Z0-9_-]{1,64}")]
+FunctionName = Annotated[str, fields.full_match("[a-zA-Z0-9_-]{1,64}")]
 
 
 class FunctionDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
