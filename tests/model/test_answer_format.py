@@ -198,7 +198,7 @@ def test_qwen(make: Make) -> None:
         *weather(1, '{"city": "Zürich 🌧"}'),
     ]
     assert model.read(job(is_required=True), text)[2:4] == weather()
-    # Required, it is told by the template all the same: that is the form.
+    # If a call is required, the template still describes the tools: its own format is the Hermes format.
     assert model.prompt(job(is_required=True)) == model.prompt(job())
     assert model.prompt(job(arguments={"enable_thinking": False})).endswith("<think>\n\n</think>\n\n")
     assert not model.parser(job(arguments={"enable_thinking": False})).is_reasoning

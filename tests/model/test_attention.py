@@ -162,7 +162,7 @@ def test_the_self_test_runs_once_per_kind_of_arrays(
         ((2, 4, 1, 128), (2, 2, 9, 128), (2, 2, 9, 64), mx.float32),  # values of another size, as with MLA
         ((1, 4, 1, 64), (2, 2, 9, 64), (2, 2, 9, 64), mx.float32),  # queries for some of the rows
         ((2, 4, 1, 64), (2, 2, MAX_KEYS, 64), (2, 2, MAX_KEYS, 64), mx.float32),
-        ((2, 4, 1, 64), (2, 2, 9, 64), (2, 2, 9, 64), mx.float16),  # queries in float32 beside such keys
+        ((2, 4, 1, 64), (2, 2, 9, 64), (2, 2, 9, 64), mx.float16),  # queries in float32 with these keys
     ],
 )
 def test_unsupported_arrays_use_mlx(

@@ -109,9 +109,9 @@ def test_rounding_does_not_change_draws(temperature: float) -> None:
     values = logprobs(12, spread=2.5, vocab=30_000)
     noise = np.random.default_rng(13).normal(0, 3e-5, values.shape).astype(np.float32)
     params = SamplingParams(temperature=temperature, seed=6)
-    alone, beside = drawn(params, values, 300), drawn(params, values + noise, 300)
+    exact, rounded = drawn(params, values, 300), drawn(params, values + noise, 300)
     assert len(set(alone)) > 100
-    assert sum(one != other for one, other in zip(alone, beside, strict=True)) <= 1
+    assert sum(one != other for one, other in zip(exact, rounded, strict=True)) <= 1
 
 
 def test_adjacent_seeds_and_positions_are_independent() -> None:
