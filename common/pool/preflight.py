@@ -15,10 +15,11 @@ from pathlib import Path
 
 import msgspec
 
-from common import connections, local_model, memory_claims
+from common import connections
 from common.errors import StartupError
-from common.folders import state_folder
-from common.memory_claims import GB, Claim, Machine
+from common.machine import local_model, memory_claims
+from common.machine.folders import state_folder
+from common.machine.memory_claims import GB, Claim, Machine
 from common.pool import redis_server
 from common.settings import DEMO_MODEL, EMBEDDED_REDIS_URL, PREFIX, Settings
 

@@ -22,7 +22,7 @@ import redis
 
 from common import connections
 from common.errors import StartupError
-from common.folders import state_folder
+from common.machine.folders import state_folder
 from common.pool import redis_binaries
 from common.pool.redis_binaries import Server
 from common.settings import EMBEDDED_REDIS_URL, Settings

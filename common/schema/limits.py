@@ -1,7 +1,7 @@
 """Limits on a client's JSON Schema, checked before llguidance compiles it.
 
 llguidance's own limits bound its lexer. What they do not bound was found by attacking it (llguidance 1.9.1, two cores;
-tests/unit/common/test_grammar_attacks.py): twenty patterns that all have to match took 28 seconds and 2 GB, a multiple of two
+tests/unit/common/schema/test_grammar_attacks.py): twenty patterns that all have to match took 28 seconds and 2 GB, a multiple of two
 large primes never returned, three hundred pattern properties took 5 seconds.
 """
 

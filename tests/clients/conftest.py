@@ -20,6 +20,7 @@ from tests.clients import environments
 from tests.conftest import missing
 
 HERE = Path(__file__).parent
+PYTHON_SCRIPTS = HERE / "python"
 SCRIPT_SECONDS = 400
 CLIENTS_VARIABLES = ("OPENAI_", "LANGCHAIN_", "LANGSMITH_", "LITELLM_", "LLM_", "PYTHON")
 """Prefixes of environment variables that would change a client's defaults."""
@@ -68,7 +69,7 @@ def node_scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         missing("node with npm")
     modules = environments.node_modules()
     folder = tmp_path_factory.mktemp("node")
-    for script in HERE.glob("*.mjs"):
+    for script in (HERE / "node").glob("*.mjs"):
         shutil.copy(script, folder)
     (folder / "node_modules").symlink_to(modules, target_is_directory=True)
     return folder

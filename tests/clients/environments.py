@@ -25,7 +25,7 @@ INSTALL_SECONDS = 900
 
 def python_environment() -> Path:
     """The Python of an environment with everything in `requirements.txt`."""
-    requirements = HERE / "requirements.txt"
+    requirements = HERE / "python" / "requirements.txt"
 
     def make(folder: Path) -> None:
         _run([sys.executable, "-m", "venv", str(folder)])
@@ -39,7 +39,7 @@ def python_environment() -> Path:
 
 def node_modules() -> Path:
     """A `node_modules` with everything in `package.json`; npm is there."""
-    package = HERE / "package.json"
+    package = HERE / "node" / "package.json"
 
     def make(folder: Path) -> None:
         folder.mkdir()

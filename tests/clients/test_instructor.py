@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.clients.conftest import HERE, Outcomes, RunScript
+from tests.clients.conftest import PYTHON_SCRIPTS, Outcomes, RunScript
 from tests.clients.expected import UNKNOWN_MODEL, is_city
 
 
 @pytest.fixture(scope="module")
 def got(run_script: RunScript, python: Path) -> Outcomes:
-    return run_script(python, HERE / "instructor_client.py")
+    return run_script(python, PYTHON_SCRIPTS / "instructor_client.py")
 
 
 @pytest.mark.parametrize(

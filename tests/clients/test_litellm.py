@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.clients.conftest import HERE, Outcomes, RunScript
+from tests.clients.conftest import PYTHON_SCRIPTS, Outcomes, RunScript
 from tests.clients.expected import (
     ANSWER,
     COMPLETION_TOKENS,
@@ -21,7 +21,7 @@ from tests.clients.expected import (
 
 @pytest.fixture(scope="module")
 def got(run_script: RunScript, python: Path) -> Outcomes:
-    return run_script(python, HERE / "litellm_client.py")
+    return run_script(python, PYTHON_SCRIPTS / "litellm_client.py")
 
 
 def assert_is_answer(answer: dict[str, Any]) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from tests.clients.conftest import HERE, Outcomes, RunScript
+from tests.clients.conftest import PYTHON_SCRIPTS, Outcomes, RunScript
 from tests.clients.expected import ANSWER, COMPLETION_TOKENS, PROMPT_TOKENS, UNKNOWN_MODEL, is_city
 
 
 @pytest.fixture(scope="module")
 def got(run_script: RunScript, python: Path) -> Outcomes:
-    return run_script(python, HERE / "llm_client.py")
+    return run_script(python, PYTHON_SCRIPTS / "llm_client.py")
 
 
 def counts(done: dict[str, Any]) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.clients.conftest import HERE, Outcomes, RunScript
+from tests.clients.conftest import PYTHON_SCRIPTS, Outcomes, RunScript
 from tests.clients.expected import (
     ANSWER,
     COMPLETION_TOKENS,
@@ -25,7 +25,7 @@ from tests.clients.expected import (
 @pytest.fixture(scope="module", params=["clients", "own"])
 def got(request: pytest.FixtureRequest, run_script: RunScript, python: Path) -> Outcomes:
     own = request.param == "own"
-    outcomes = run_script(sys.executable if own else python, HERE / "openai_client.py")
+    outcomes = run_script(sys.executable if own else python, PYTHON_SCRIPTS / "openai_client.py")
     assert (outcomes["version"] == openai.__version__) == own
     return outcomes
 

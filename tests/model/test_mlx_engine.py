@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from mlx_lm.models.cache import ChunkedKVCache
 
-from common import memory_claims
 from common.errors import RequestError, StartupError
+from common.machine import memory_claims
 from common.protocol import ChatPrompt, GenerationJob, SamplingParams, TextPrompt, TokenPrompt
 from common.settings import Settings
 from worker.loop.engine import SequenceFailure, StepToken

@@ -12,7 +12,7 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from common.errors import StartupError
-from common.memory_claims import WORKING_BYTES, WORKING_SHARE
+from common.machine.memory_claims import WORKING_BYTES, WORKING_SHARE
 
 _MIN_CONTEXT_TOKENS = 512
 

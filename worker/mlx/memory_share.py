@@ -1,7 +1,7 @@
 """This worker's share of the machine's memory, which it has to share with the other workers there.
 
 Made by `worker.mlx.engine` before it loads a model; it alone sets limits of MLX's. `python -m worker.mlx.memory_share` prints what there is to share, for
-`make up`, which must not import MLX. The arithmetic is in `common.memory_claims`.
+`make up`, which must not import MLX. The arithmetic is in `common.machine.memory_claims`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 import msgspec
 
-from common import memory_claims
 from common.errors import StartupError
-from common.folders import state_folder
-from common.memory_claims import GB, Claim, Machine
+from common.machine import memory_claims
+from common.machine.folders import state_folder
+from common.machine.memory_claims import GB, Claim, Machine
 from common.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ import mlx.core as mx
 import mlx_lm
 from mlx.utils import tree_flatten
 
-from common import local_model
 from common.errors import StartupError, one_line
+from common.machine import local_model
 from common.settings import Settings
 from worker.loop.engine import ModelInfo
 from worker.mlx import caches

@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from common import local_model
 from common.errors import StartupError, one_line
+from common.machine import local_model
 from common.settings import DEMO_MODEL, Settings
 from worker.models.demo_model import ensure_demo_model
 

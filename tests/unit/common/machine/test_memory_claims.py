@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from common import memory_claims
 from common.errors import StartupError
-from common.memory_claims import GB, READ_SECONDS, Claim, Machine, Registration
+from common.machine import memory_claims
+from common.machine.memory_claims import GB, READ_SECONDS, Claim, Machine, Registration
 
 MACHINE = Machine("gpu 0", 12 * GB)
 MB = 2**20
@@ -103,7 +103,7 @@ def test_a_limit_beyond_the_machine_is_warned_of(tmp_path: Path, caplog: pytest.
 REGISTER_AND_DIE = """
 import os, signal, sys
 from pathlib import Path
-from common.memory_claims import Claim, Machine, register
+from common.machine.memory_claims import Claim, Machine, register
 registration = register(Claim(os.getpid(), "m", "gpu 0", 9 * 2**30), Machine("gpu 0", 12 * 2**30), Path(sys.argv[1]))
 print("registered", flush=True)
 sys.stdin.read()

@@ -15,7 +15,7 @@ from common.protocol import (
     ChatPrompt,
     ToolUse,
 )
-from tests.unit.api.records import MODEL
+from tests.unit.api.openai.records import MODEL
 
 HI = [{"role": "user", "content": "hi"}]
 INEXPRESSIBLE = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}

@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from common import memory_claims
 from common.errors import StartupError
-from common.memory_claims import Claim, Machine
+from common.machine import memory_claims
+from common.machine.memory_claims import Claim, Machine
 from common.pool import preflight, redis_server
 from common.settings import Settings
 

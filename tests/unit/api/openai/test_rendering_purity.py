@@ -28,7 +28,7 @@ from common.protocol import (
     ToolCall,
     Usage,
 )
-from tests.unit.api.records import MODEL, record
+from tests.unit.api.openai.records import MODEL, record
 
 TEXTS = st.sampled_from(["", "a", "é", " b", "\n", '"'])
 KINDS = st.sampled_from(["none", "none", "reasoning", "call"])

@@ -13,7 +13,7 @@ from api.generation.request import fingerprint
 from api.openai.chat.rendering import ChatRendering
 from api.openai.completions.rendering import CompletionRendering
 from common.protocol import Delta, Echo, Finished, TokenLogprob, Usage
-from tests.unit.api.records import MODEL, record
+from tests.unit.api.openai.records import MODEL, record
 
 USAGE = {
     "prompt_tokens": 3,

@@ -20,7 +20,7 @@ from common.protocol import (
     ToolCall,
     Usage,
 )
-from tests.unit.api.records import record
+from tests.unit.api.openai.records import record
 
 END = Finished(9, "tool_calls", Usage(3, 8, 0, 2))
 EVENTS: list[AnswerEvent] = [

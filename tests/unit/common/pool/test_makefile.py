@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-MAKEFILE = Path(__file__).parents[3] / "Makefile"
+MAKEFILE = Path(__file__).parents[4] / "Makefile"
 
 
 def _make(folder: Path, *arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -18,7 +18,7 @@ import pytest
 from common.protocol import ToolUse
 from common.schema import function_schema, grammar, limits
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 CPU_SECONDS = 60
 MAX_BYTES = 3 << 30
 

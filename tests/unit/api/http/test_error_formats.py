@@ -29,7 +29,7 @@ from api.protocols import FRONT_ENDS
 from common.errors import RequestError, invalid
 from common.protocol import Delta, Failed, Finished
 from common.settings import Settings
-from tests.unit.api.records import record
+from tests.unit.api.openai.records import record
 
 KEY = "sk-" + "x" * 48
 

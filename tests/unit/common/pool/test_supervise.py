@@ -17,7 +17,7 @@ import pytest
 from common.pool import supervise
 from common.pool.supervise import LAST_PAUSE_SECONDS, Pauses, Supervisor
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[4]
 
 
 def counting(folder: Path, *statuses: int) -> list[str]:
