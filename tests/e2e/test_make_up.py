@@ -1,4 +1,4 @@
-"""`make up` as a user meets it: one command, a line to paste, Ctrl-C."""
+"""`make up` as users see it: one command, a line to paste, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tests.conftest import missing, unused_port
 ROOT = Path(__file__).parents[2]
 READY_SECONDS = 180
 REFUSED_SECONDS = 15
-"""A second or two, and what a busy machine needs to start Python."""
+"""A second or two, and the time a busy machine needs to start Python."""
 
 
 class Up:
-    """A running `make up`, in a process group of its own as under a terminal, and what it has printed."""
+    """A running `make up`, in its own process group as in a terminal, and its output."""
 
     def __init__(self, state: Path, *variables: str) -> None:
         # A child inherits what is ignored, as it is where nohup runs the tests, or a shell in its background.
@@ -55,11 +55,11 @@ class Up:
 
     @property
     def output(self) -> str:
-        """Everything so far."""
+        """The output so far."""
         return "".join(self.lines)
 
     def wait_for(self, text: str) -> None:
-        """Return when `text` was printed."""
+        """Wait until `text` is printed."""
         deadline = time.monotonic() + READY_SECONDS
         while text not in self.output:
             assert self.process.poll() is None, self.output
@@ -78,11 +78,11 @@ class Up:
         return status
 
     def children(self) -> list[int]:
-        """The processes that honcho said it started and that are still there."""
+        """Process groups that honcho started and that still exist."""
         return [pid for pid in map(int, re.findall(r"started \(pid=(\d+)\)", self.output)) if _is_alive(pid)]
 
     def clear_away(self) -> None:
-        """End what is left, for a test that failed."""
+        """Terminate what is left after a failed test."""
         if self.process.poll() is None:
             self.interrupt()
             with suppress(subprocess.TimeoutExpired):
@@ -111,7 +111,7 @@ def _is_listening(port: int) -> bool:
 
 @pytest.fixture
 def state(tmp_path: Path) -> Path:
-    """A folder for the embedded server, whose port has to be free."""
+    """A folder for the embedded server, whose port must be free."""
     if _is_listening(6399):
         missing("port 6399 for the embedded server (is another `make up` running?)")
     return tmp_path
@@ -145,7 +145,7 @@ def _text(stream: str) -> str:
 
 
 def test_first_minute(up: Up) -> None:
-    """The banner's lines work as they stand, and Ctrl-C ends everything within seconds, without a traceback."""
+    """The lines of the banner work unchanged, and Ctrl-C ends everything within seconds, without a traceback."""
     up.wait_for("Stop it:")
     (curl,) = [line.strip() for line in up.lines if line.lstrip().startswith("curl -N")]
     assert "Paris" in _text(_shell(curl))
@@ -164,8 +164,8 @@ def test_first_minute(up: Up) -> None:
 
 
 @pytest.mark.parametrize("up", [("WORKERS=2",)], indirect=True)
-def test_twice_while_it_starts(up: Up) -> None:
-    """An impatient Ctrl-C, twice, before anything is ready, is clean as well."""
+def test_ctrl_c_twice_during_startup(up: Up) -> None:
+    """Two Ctrl-C before the pool is ready end it without a traceback."""
     up.wait_for("redis    | ")
     up.interrupt()
     up.interrupt()
@@ -175,8 +175,8 @@ def test_twice_while_it_starts(up: Up) -> None:
     assert not _is_listening(6399)
 
 
-def test_killed_piece_by_piece(up: Up) -> None:
-    """A Redis that is killed comes back, with the pool. When what `make up` runs is killed itself, all ends: nothing holds its ports."""
+def test_killed_processes(up: Up) -> None:
+    """A killed Redis is restarted, and the pool recovers. If the manager itself is killed, all processes end and free their ports."""
     up.wait_for("Stop it:")
     (curl,) = [line.strip() for line in up.lines if line.lstrip().startswith("curl -N")]
     with redis.Redis(port=6399) as client:
@@ -196,7 +196,7 @@ def test_killed_piece_by_piece(up: Up) -> None:
 
 
 def test_a_supervisor_is_killed(up: Up) -> None:
-    """No worker goes on without its supervisor: it is terminated, and the pool ends as when any of its processes is gone."""
+    """A worker whose supervisor is killed is terminated, and the pool ends."""
     up.wait_for("Stop it:")
     supervisors = [psutil.Process(pid) for pid in up.children()]
     [supervisor] = [each for each in supervisors if each.cmdline()[-2:] == ["-m", "worker"]]
@@ -205,12 +205,14 @@ def test_a_supervisor_is_killed(up: Up) -> None:
     psutil.wait_procs([worker], timeout=20)
     assert not worker.is_running()
     assert up.ended(30) != 0
-    assert up.children() == []
-    assert not _is_listening(6399)
+    deadline = time.monotonic() + 10
+    while up.children() or _is_listening(6399):  # the guard polls the worker once a second
+        assert time.monotonic() < deadline, up.children()
+        time.sleep(0.1)
 
 
 def test_make_is_killed(up: Up) -> None:
-    """make itself cannot say that it is killed: what it ran ends all the same."""
+    """If make is killed, all processes end."""
     up.wait_for("redis  | ")
     os.kill(up.process.pid, signal.SIGKILL)
     up.process.wait(5)
@@ -221,7 +223,7 @@ def test_make_is_killed(up: Up) -> None:
 
 
 def test_terminal_is_closed(up: Up) -> None:
-    """Closing the window ends everything, too: nothing goes on unseen on the port."""
+    """Closing the terminal ends all processes."""
     up.wait_for("Stop it:")
     os.killpg(up.process.pid, signal.SIGHUP)
     assert up.ended(60) != 0
@@ -232,7 +234,7 @@ def test_terminal_is_closed(up: Up) -> None:
 
 
 def test_model_that_cannot_be_loaded(state: Path, tmp_path: Path) -> None:
-    """The worker's one sentence is to be seen, and everything ends with a status other than 0."""
+    """The worker's sentence is printed last, and all processes end, with a status other than 0."""
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
@@ -249,7 +251,7 @@ def test_model_that_cannot_be_loaded(state: Path, tmp_path: Path) -> None:
 
 
 def _refused(*variables: str) -> str:
-    """The one line of a `make up` that starts nothing."""
+    """The one line printed by a `make up` that is refused."""
     began_at = time.monotonic()
     command = ["make", "--no-print-directory", "up", f"PORT={unused_port()}", *variables]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
@@ -272,18 +274,18 @@ def _refused(*variables: str) -> str:
     ],
 )
 def test_refused_at_once(state: Path, variables: tuple[str, ...], sentence: str) -> None:
-    """What can be known is said before anything is started."""
+    """Errors that can be detected are reported before anything starts."""
     assert sentence in _refused(f"STATE_DIR={state}", *variables)
 
 
-def test_another_program_on_the_embedded_servers_port(state: Path) -> None:
-    """It is not taken for our Redis: no pool is ready that ends a moment later."""
+def test_another_program_on_the_port_of_the_embedded_server(state: Path) -> None:
+    """The port is reported as in use, and nothing starts."""
     with socket.create_server(("127.0.0.1", 6399)):
         assert "port 6399, which the embedded Redis needs, is taken" in _refused(f"STATE_DIR={state}")
 
 
 def test_port_in_use(state: Path) -> None:
-    """A taken port ends it before anything has started."""
+    """A port in use is reported before anything starts."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         command = ["make", "up", f"PORT={taken.getsockname()[1]}", f"STATE_DIR={state}"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
@@ -292,8 +294,8 @@ def test_port_in_use(state: Path) -> None:
     assert "started" not in done.stdout
 
 
-def test_typing_error(state: Path) -> None:
-    """A make variable that is no setting is refused, with the name that was meant."""
+def test_misspelled_variable(state: Path) -> None:
+    """A make variable that is not a setting is refused, with a suggestion."""
     done = subprocess.run(
         ["make", "up", "PROT=1"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )

@@ -1,4 +1,4 @@
-"""Two machines: a worker on another host needs the address of a Redis with a password, and a model. Nothing else."""
+"""Two machines: a worker on another host needs only the address of a Redis with a password, and a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HOSTS = {"first": "10.231.77.1", "second": "10.231.77.2"}
 
 
 class Host:
-    """A network namespace with one address, joined to the other host by a cable."""
+    """A network namespace with one address, connected to the other host."""
 
     def __init__(self, name: str, address: str) -> None:
         self.name = name
@@ -37,7 +37,7 @@ def ip(*words: str) -> None:
 
 @pytest.fixture
 def hosts() -> Iterator[tuple[Host, Host]]:
-    """Two of them; gone afterwards."""
+    """Two hosts, removed after the test."""
     if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None:
         missing("network namespaces (Linux, root and iproute2)")
     tag = secrets.token_hex(3)
@@ -70,7 +70,7 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 
 
 def test_a_worker_on_another_host(hosts: tuple[Host, Host], server_binary: str, tmp_path: Path) -> None:
-    """A request from the first host is answered by the worker on the second; without the password there is one sentence."""
+    """A request to the first host is served by the worker on the second; without the password, the worker reports one sentence."""
     first, second = hosts
     socket = tmp_path / "redis.sock"  # how this test, which is on neither host, reaches the first one's Redis
     options = [

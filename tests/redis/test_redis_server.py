@@ -1,4 +1,4 @@
-"""The embedded server as a process: what it promises from its start to its end."""
+"""The embedded server as a process, from its start to its end."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def url(port: int) -> str:
 
 @pytest.fixture
 def start(server_binary: str, url: str, tmp_path: Path) -> Iterator[Start]:
-    """Starts `python -m common.redis_server` with one binary on its PATH; ends what is left."""
+    """Starts `python -m common.redis_server` with one binary on its PATH; terminates it after the test."""
     started: list[subprocess.Popen[str]] = []
     folder = _path_with(server_binary, tmp_path)
 
@@ -50,7 +50,7 @@ def start(server_binary: str, url: str, tmp_path: Path) -> Iterator[Start]:
 
 
 def _path_with(server_binary: str, folder: Path) -> Path:
-    """A folder for PATH that has this server only."""
+    """A folder for PATH with only this server."""
     path = folder / f"bin-{Path(server_binary).name}"
     path.mkdir()
     (path / Path(server_binary).name).symlink_to(server_binary)
@@ -82,7 +82,7 @@ def _client(url: str) -> Iterator[redis.Redis]:
 
 
 def _wait_for_another(url: str, process_id: int) -> None:
-    """Return when the server on this port is not the one that it was."""
+    """Wait until another server process listens at this URL."""
     deadline = time.monotonic() + 10
     while True:
         with suppress(redis.ConnectionError), _client(url) as client:
@@ -106,8 +106,8 @@ def _is_gone(url: str) -> bool:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_runs_until_told_to_end(start: Start, url: str, signum: int) -> None:
-    """It is durable while it runs, and one signal ends it and its server with status 0."""
+def test_runs_until_a_signal(start: Start, url: str, signum: int) -> None:
+    """It keeps its data on disk, and one signal ends it and its server with status 0."""
     process = start()
     with _client(url) as client:
         assert client.config_get("appendonly") == {"appendonly": "yes"}
@@ -118,7 +118,7 @@ def test_runs_until_told_to_end(start: Start, url: str, signum: int) -> None:
 
 
 def test_keeps_its_data(start: Start, url: str) -> None:
-    """What was written is there after a restart."""
+    """Data is still there after a restart."""
     process = start()
     with _client(url) as client:
         client.set("key", "value")
@@ -130,7 +130,7 @@ def test_keeps_its_data(start: Start, url: str) -> None:
 
 
 def test_clients_leave_first(start: Start, url: str) -> None:
-    """Told to end, it serves a connected client on, and ends at once when that one has left."""
+    """After a signal, it serves a connected client, and ends at once when that client disconnects."""
     process = start()
     with _client(url) as client:
         process.terminate()
@@ -142,8 +142,8 @@ def test_clients_leave_first(start: Start, url: str) -> None:
     assert time.monotonic() - left_at < 2
 
 
-def test_does_not_wait_for_ever(start: Start, url: str) -> None:
-    """A client that stays is left alone after three seconds: below the five after which honcho kills."""
+def test_waits_three_seconds_for_clients(start: Start, url: str) -> None:
+    """It does not wait longer for a client that stays: honcho kills it after five."""
     process = start()
     with _client(url):
         told_at = time.monotonic()
@@ -153,14 +153,14 @@ def test_does_not_wait_for_ever(start: Start, url: str) -> None:
 
 
 def test_a_signal_to_the_group_does_not_end_the_server_early(start: Start, url: str) -> None:
-    """honcho signals whole process groups: the server itself must not be in ours."""
+    """honcho signals process groups: the server itself is in another one."""
     process = start()
     with _client(url) as client:
         assert os.getpgid(int(client.info("server")["process_id"])) != os.getpgid(process.pid)
 
 
 def test_already_running(start: Start, url: str) -> None:
-    """A second one on the same port says so, and the first goes on."""
+    """A second one on the same port is refused, and the first keeps running."""
     start()
     with _client(url) as client:
         status, sentence = _ended(start())
@@ -170,8 +170,8 @@ def test_already_running(start: Start, url: str) -> None:
         client.ping()
 
 
-def test_port_taken_by_a_stranger(start: Start, redis_url: str, url: str, port: int) -> None:
-    """Another program's port is one sentence, not a traceback, and that program is left alone."""
+def test_port_of_another_program(start: Start, redis_url: str, url: str, port: int) -> None:
+    """A port in use is reported in one sentence, and the other program keeps running."""
     _ = url
     with subprocess.Popen(
         [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"], stderr=subprocess.DEVNULL
@@ -187,8 +187,8 @@ def test_port_taken_by_a_stranger(start: Start, redis_url: str, url: str, port: 
         client.ping()
 
 
-def test_a_killed_one_is_cleared_away(start: Start, url: str) -> None:
-    """After kill -9 its server lives on; the next one ends that server, and keeps its data."""
+def test_the_server_of_a_killed_one_is_shut_down(start: Start, url: str) -> None:
+    """After kill -9 its server keeps running; the next start shuts it down, and keeps its data."""
     process = start()
     with _client(url) as client:
         client.set("key", "value")
@@ -208,8 +208,8 @@ def test_a_killed_one_is_cleared_away(start: Start, url: str) -> None:
             os.kill(orphan, signal.SIGKILL)
 
 
-def test_a_server_that_is_killed_is_worth_another_start(start: Start, url: str) -> None:
-    """Killed, also after it has read what was there, it ends with a status that is not the one of what cannot start."""
+def test_a_killed_server_is_restarted(start: Start, url: str) -> None:
+    """If the server is killed, the exit status differs from that of a server that cannot start."""
     first = start()
     with _client(url) as client:
         client.set("key", "value")
@@ -224,8 +224,8 @@ def test_a_server_that_is_killed_is_worth_another_start(start: Start, url: str) 
     assert "can read the data" not in sentence
 
 
-def test_data_that_is_garbled(start: Start, url: str, tmp_path: Path) -> None:
-    """What cannot be read is not tried again: the sentence names the folder."""
+def test_damaged_data(start: Start, url: str, tmp_path: Path) -> None:
+    """Damaged data is not tried again: the sentence names the folder."""
     first = start()
     with _client(url) as client:
         client.set("key", "value")

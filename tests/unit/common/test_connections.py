@@ -1,4 +1,4 @@
-"""What is said of a Redis that does not answer, and whom it helps."""
+"""The error for a Redis that does not answer, and timeouts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from common.settings import EMBEDDED_REDIS_URL
         ("redis://mac:6379/0", r"no Redis answers at mac:6379 \(gone\); start it, or set MLXPOOL_REDIS_URL"),
     ],
 )
-def test_nobody_answers(monkeypatch: pytest.MonkeyPatch, url: str, sentence: str) -> None:
-    """Who starts a worker alone, without a URL, hears of `make up`."""
+def test_no_answer_is_one_sentence(monkeypatch: pytest.MonkeyPatch, url: str, sentence: str) -> None:
+    """For the default URL, the sentence mentions `make up`; for another, to start that server."""
 
     def ping(_client: redis.Redis) -> None:
         raise redis.ConnectionError("gone")
@@ -28,8 +28,8 @@ def test_nobody_answers(monkeypatch: pytest.MonkeyPatch, url: str, sentence: str
         connections.check(client, -1)
 
 
-def test_patience_of_a_look() -> None:
-    """A short try neither connects nor waits for an answer longer than it was given."""
+def test_timeouts_are_shortened() -> None:
+    """A client with a short timeout neither connects nor waits for a reply longer than that."""
     with connections.connect(EMBEDDED_REDIS_URL, 1) as client:
         options = client.connection_pool.connection_kwargs
         assert (options["socket_connect_timeout"], options["socket_timeout"]) == (1, 1)

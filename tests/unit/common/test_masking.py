@@ -1,4 +1,4 @@
-"""Keys are nowhere in the log or in an error."""
+"""API keys are masked in log lines and errors."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from common.masking import masked
     [key_file.new_key("a")[1], "sk-proj-" + "aB3_-" * 20, "sk-" + "x" * 48],
     ids=["ours", "project", "plain"],
 )
-def test_a_key_is_masked_wherever_it_stands(key: str) -> None:
-    """Ours and other services', in errors' messages and parameters, in the log's lines and in its tracebacks."""
+def test_keys_are_masked_everywhere(key: str) -> None:
+    """Our keys and other services', in messages and parameters of errors, in log lines and tracebacks."""
     for around in ("{}", "Bearer {}", "GET /v1/{} HTTP", "'{}'", "a={}&b", "/{}/{}", "({})"):
         text = around.replace("{}", key)
         assert masked(text) == around.replace("{}", "sk-...")
@@ -47,6 +47,6 @@ def test_a_key_is_masked_wherever_it_stands(key: str) -> None:
 @pytest.mark.parametrize(
     "text", ["task-oriented-and-rather-long", "sk-short", "risk-sk-", "sk- and then a space"]
 )
-def test_what_is_no_key_stays(text: str) -> None:
-    """Names that only look a little like one."""
+def test_other_names_are_unchanged(text: str) -> None:
+    """Names that resemble a key are not masked."""
     assert masked(text) == text

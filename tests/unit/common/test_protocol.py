@@ -1,4 +1,4 @@
-"""The wire between versions: what an old worker and a new API say to each other during an upgrade."""
+"""The wire format between versions: an old worker and a new API share a queue during an upgrade."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ from common.protocol import (
     ],
 )
 def test_events_round_trip(event: Any) -> None:
-    """What is written is what is read, alone and in a step's message."""
+    """Events are decoded as they were encoded, alone and in a step's message."""
     assert decode_event(encode(event)) == event
     assert decode_step(b'[["job",' + encode(event) + b"]]") == [("job", event)]
 
 
-def test_a_newer_version_says_more() -> None:
-    """Fields that we do not know yet come last and are passed over."""
+def test_unknown_fields_are_ignored() -> None:
+    """Fields of a newer version come last and are ignored."""
     assert decode_event(b'["d",1,7,"x",null,[],[],"new",{}]') == Delta(1, 7, "x")
 
 
-def test_an_older_version_says_less() -> None:
-    """Fields that it did not know yet have their defaults."""
+def test_missing_fields_have_defaults() -> None:
+    """Fields that an older version does not send have their defaults."""
     assert decode_event(b'["d",1,7]') == Delta(1, 7)
     assert decode_event(b'["s",0,5]') == Started(0, 5)
 
 
 def test_a_job_survives_rqs_json() -> None:
-    """Keyword arguments go through the standard library's JSON, integer keys too."""
+    """Keyword arguments are encoded with the standard library's JSON, integer keys included."""
     job = GenerationJob(
         job_id="a",
         model="m",
@@ -66,7 +66,7 @@ def test_a_job_survives_rqs_json() -> None:
 
 
 def test_a_card_is_a_hash_of_text() -> None:
-    """As Redis gives it back; one that makes no sense is refused."""
+    """A card is decoded from what Redis returns; an invalid one is refused."""
     card = ModelCard(
         id="org/m",
         worker="w",
@@ -84,8 +84,8 @@ def test_a_card_is_a_hash_of_text() -> None:
             ModelCard.from_hash(fields | bad)
 
 
-def test_names_are_told_apart_and_told_of() -> None:
-    """No two names are the same, and the table in the module lists every one."""
+def test_names_are_distinct_and_documented() -> None:
+    """No two names are equal, and the table in the module's docstring lists all of them."""
     makers = [names.journal, names.cancelled, names.api_channel, names.control_channel, names.worker_card]
     made = [maker("x") for maker in makers] + [names.WORKER_CARDS, names.KNOWN_MODELS]
     assert len(set(made)) == len(made)

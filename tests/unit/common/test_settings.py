@@ -1,4 +1,4 @@
-"""Settings: what is read, what is refused and in which words, and that the documents say the same."""
+"""Settings: parsing, errors, and the documents generated from them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_defaults_without_variables() -> None:
 
 
 def test_variables_are_converted() -> None:
-    """Texts become numbers and booleans; other programs' variables do not matter."""
+    """Text is converted to numbers and booleans; other programs' variables are ignored."""
     settings = Settings.load(
         {
             "MLXPOOL_PORT": "9000",
@@ -46,18 +46,18 @@ def test_variables_are_converted() -> None:
 
 
 def test_empty_variable_is_unset() -> None:
-    """`MLXPOOL_PORT=` is the default, as an empty line of an env file is meant."""
+    """`MLXPOOL_PORT=`, such as in an env file, means the default."""
     assert Settings.load({"MLXPOOL_PORT": "", "MLXPOOL_ADAPTER_PATH": ""}) == Settings()
 
 
 def test_overrides_win() -> None:
-    """A flag wins over the environment; one that is not given does not."""
+    """A flag takes precedence over the environment, unless it is not given."""
     settings = Settings.load({"MLXPOOL_PORT": "9000", "MLXPOOL_HOST": "::1"}, {"port": "9001", "host": None})
     assert (settings.port, settings.host) == (9001, "::1")
 
 
 def test_unknown_variable_is_refused_with_a_hint() -> None:
-    """A typing error in a name stops the process, and the nearest name is offered."""
+    """A misspelled name is refused, and the closest name is suggested."""
     with pytest.raises(
         StartupError, match=r"MLXPOOL_PROT is not a setting of mlx-pool; did you mean MLXPOOL_PORT\?"
     ):
@@ -83,7 +83,7 @@ def test_unknown_variable_is_refused_with_a_hint() -> None:
     ],
 )
 def test_bad_value_is_refused(variable: str, value: str, expected: str) -> None:
-    """The sentence names the variable, or the flag where one was given, what was expected and what came."""
+    """The sentence names the variable, or the flag if one was given, what was expected and what was given."""
     name = variable.removeprefix("MLXPOOL_").lower()
     with pytest.raises(StartupError) as caught:
         Settings.load({variable: value})
@@ -94,8 +94,8 @@ def test_bad_value_is_refused(variable: str, value: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize("name", Settings.__struct_fields__)
-def test_every_bad_value_has_words(name: str) -> None:
-    """Whatever a setting's type is, what it refuses is said without a type's name in quotes."""
+def test_errors_are_in_plain_words(name: str) -> None:
+    """The error for every type of setting is free of Python type names."""
     for value in ("?", "-1", "-0.5", "0", "99999999999999999999"):
         try:
             Settings.load({}, {name: value})
@@ -103,8 +103,8 @@ def test_every_bad_value_has_words(name: str) -> None:
             assert re.fullmatch(r"--[a-z-]+ must be [^`]+, not '[^']+'", str(error))  # noqa: PT017
 
 
-def test_each_setting_that_a_worker_reads_is_a_flag_of_it() -> None:
-    """As docs/settings.md says."""
+def test_every_worker_setting_is_a_flag() -> None:
+    """Every setting that a worker reads is a flag of `python -m worker`, as docs/settings.md states."""
     read = {
         name
         for path in (ROOT / "worker").glob("*.py")
@@ -115,14 +115,14 @@ def test_each_setting_that_a_worker_reads_is_a_flag_of_it() -> None:
     assert "model_name" in parsed
 
 
-def test_a_variable_is_written_in_capitals() -> None:
-    """`make up port=9000` is refused, and does not depend on what reads it."""
+def test_variables_are_upper_case() -> None:
+    """`make up port=9000` is refused by every process."""
     with pytest.raises(StartupError, match=r"MLXPOOL_port is not a setting .* did you mean MLXPOOL_PORT\?"):
         Settings.load({"MLXPOOL_port": "9000"})
 
 
 def test_to_environ_round_trip() -> None:
-    """A child process that is given `to_environ` reads the same settings."""
+    """A child process with the variables of `to_environ` has the same settings."""
     settings = msgspec.structs.replace(
         Settings(), port=9000, trust_remote_code=True, cache_limit_gb=1.5, model="/a b/c", adapter_path="x"
     )
@@ -141,18 +141,18 @@ def test_to_environ_round_trip() -> None:
     ],
 )
 def test_model_id(model: str, name: str | None, expected: str) -> None:
-    """Clients call a model as it is set, or as its folder is called, or as it was given."""
+    """The id is as set, else the folder's name, else the model as it was given."""
     assert Settings(model=model, model_name=name).model_id == expected
 
 
 def test_model_id_that_cannot_be_a_queue() -> None:
-    """RQ's tools split queue names at commas: such a name is refused at the start."""
+    """RQ's tools split queue names at commas: such an id is refused at startup."""
     with pytest.raises(StartupError, match="'a,b' cannot be a model id"):
         _ = Settings(model_name="a,b").model_id
 
 
 def test_flags_are_settings() -> None:
-    """`--max-batch 8 --trust-remote-code` is the same as the variables."""
+    """`--max-batch 8 --trust-remote-code` gives the same settings as the variables."""
     parser = argparse.ArgumentParser()
     add_flags(parser, ["max_batch", "trust_remote_code", "model"])
     settings = from_arguments(parser.parse_args(["--max-batch", "8", "--trust-remote-code"]))
@@ -160,7 +160,7 @@ def test_flags_are_settings() -> None:
 
 
 def test_every_setting_is_described() -> None:
-    """`--help` and docs/settings.md have words for each."""
+    """Every setting has a description for `--help` and docs/settings.md."""
     assert all(about for _, _, about in describe())
 
 
@@ -173,7 +173,7 @@ def test_groups() -> None:
 
 
 def test_readme_table() -> None:
-    """The tables are what `python -m common.settings` prints, and the README's short one names settings that exist."""
+    """docs/settings.md is the output of `python -m common.settings`; the README's short table has existing settings only."""
     written = (ROOT / "docs" / "settings.md").read_text()
     assert markdown() in written, (
         "run `python -m common.settings` and put what it prints into docs/settings.md"

@@ -1,4 +1,4 @@
-"""What `make up` refuses before it starts anything: in which words, and how soon."""
+"""What `make up` refuses before it starts anything: the sentences, and how soon."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from common.pool import preflight, redis_server
 from common.settings import Settings
 
 SOON_SECONDS = 6
-"""Redis gets two seconds; the rest is for a busy machine."""
+"""Two seconds are for Redis; the rest is for a busy machine."""
 
 
 def test_port_in_use() -> None:
-    """A taken port is said before anything starts."""
+    """A port in use is reported before anything starts."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with pytest.raises(StartupError, match=rf"listen on 127\.0\.0\.1:{port}: .*make up PORT=.*REDIS_URL"):
@@ -41,21 +41,21 @@ def test_port_in_use() -> None:
         ("no such host", "MLXPOOL_HOST=no such host is not an address"),
     ],
 )
-def test_host_that_is_none(host: str, sentence: str) -> None:
-    """An address of another machine, or none at all, is named."""
+def test_bad_host(host: str, sentence: str) -> None:
+    """An address of another machine, or text that is no address, is named."""
     with pytest.raises(StartupError, match=sentence):
         preflight.check_port(Settings(host=host))
 
 
 @pytest.fixture
 def taken_port() -> Iterator[int]:
-    """Somebody listens there, who says nothing."""
+    """A port on which another program listens, without ever answering."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 
 
-def test_the_embedded_servers_port(taken_port: int, tmp_path: Path) -> None:
-    """Another program on it is said at once, also where it answers nothing."""
+def test_port_of_the_embedded_server(taken_port: int, tmp_path: Path) -> None:
+    """Another program on it is reported at once, even if it does not answer."""
     settings = Settings(redis_url=f"redis://127.0.0.1:{taken_port}/0", state_dir=str(tmp_path))
     began_at = time.monotonic()
     with pytest.raises(StartupError, match=f"port {taken_port}, which the embedded Redis needs, is taken"):
@@ -63,8 +63,8 @@ def test_the_embedded_servers_port(taken_port: int, tmp_path: Path) -> None:
     assert time.monotonic() - began_at < SOON_SECONDS
 
 
-def test_the_embedded_servers_lock(tmp_path: Path) -> None:
-    """Another `make up` is one sentence."""
+def test_lock_of_the_embedded_server(tmp_path: Path) -> None:
+    """Another running `make up` is reported in one sentence."""
     folder = tmp_path / "redis-6399"
     folder.mkdir()
     with (folder / "lock").open("w") as lock:
@@ -81,16 +81,16 @@ def test_the_embedded_servers_lock(tmp_path: Path) -> None:
         ("unix:///no/such/socket", "no Redis answers at /no/such/socket"),
     ],
 )
-def test_a_redis_that_was_given(url: str, sentence: str) -> None:
-    """One that is not there, or that is none, does not have the pool started."""
+def test_unreachable_redis(url: str, sentence: str) -> None:
+    """If no Redis answers at the given URL, the pool is not started."""
     began_at = time.monotonic()
     with pytest.raises(StartupError, match=sentence):
         preflight.check_redis(Settings(redis_url=url))
     assert time.monotonic() - began_at < SOON_SECONDS
 
 
-def test_a_redis_that_says_nothing(taken_port: int) -> None:
-    """A program that is no Redis is not waited for as one that is busy."""
+def test_redis_that_does_not_answer(taken_port: int) -> None:
+    """A program that accepts connections but is not Redis is given up soon."""
     began_at = time.monotonic()
     with pytest.raises(StartupError, match=f"no Redis answers at 127.0.0.1:{taken_port}"):
         preflight.check_redis(Settings(redis_url=f"redis://127.0.0.1:{taken_port}/0"))
@@ -104,14 +104,14 @@ def test_a_redis_that_says_nothing(taken_port: int) -> None:
         (Settings(api_keys_file="/no/such/keys"), "^the key file /no/such/keys does not exist"),
     ],
 )
-def test_what_the_api_refuses(settings: Settings, sentence: str) -> None:
-    """Its own sentences, before it is started."""
+def test_errors_of_the_api(settings: Settings, sentence: str) -> None:
+    """The API's own sentences, before it is started."""
     with pytest.raises(StartupError, match=sentence):
         preflight.check_api(settings)
 
 
-def test_what_the_api_takes(tmp_path: Path) -> None:
-    """Keys are leave enough to listen anywhere, and defaults need no look."""
+def test_accepted_by_the_api(tmp_path: Path) -> None:
+    """With API keys, any address is accepted; the defaults need no check."""
     path = tmp_path / "keys"
     path.write_text("{}")
     preflight.check_api(Settings(host="0.0.0.0", api_keys_file=str(path)))  # noqa: S104 (not bound)
@@ -179,8 +179,8 @@ def test_mlx_says_how_much_memory_there_is(tmp_path: Path) -> None:
         preflight.check_memory(workers(*huge, state_dir=str(tmp_path)), 1)
 
 
-def test_models_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that is not there, or holds no model, is said; the demo and a hub's repository are a worker's concern."""
+def test_model_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing folder, or one without a model, is reported; the demo and hub repositories are left to the worker."""
     for name in ("check_port", "check_redis", "check_memory"):
         monkeypatch.setattr(preflight, name, lambda *_: None)
     with pytest.raises(StartupError, match=r"folder /no/such does not exist; a model is a folder .* or demo"):

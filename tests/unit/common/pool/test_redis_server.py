@@ -103,7 +103,7 @@ def test_data_that_no_server_reads() -> None:
         assert "it is damaged" in str(redis_binaries.unreadable(Path("/data"), tried, by))
 
 
-def test_one_folder_a_port(tmp_path: Path) -> None:
+def test_one_folder_per_port(tmp_path: Path) -> None:
     """Two pools never share files."""
     settings = Settings(state_dir=str(tmp_path))
     assert redis_server.data_folder(settings, 6399) == tmp_path / "redis-6399"
@@ -124,7 +124,7 @@ def test_the_users_state_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_private_and_durable() -> None:
-    """It listens on loopback only, writes what it holds, and never drops a key."""
+    """The server listens on loopback only, keeps its data on disk, and never evicts a key."""
     words = redis_server.arguments("redis-server", Path("/data"), 6399)
     options = dict(zip(words[1::2], words[2::2], strict=True))
     assert options["--bind"] == "127.0.0.1"
@@ -136,7 +136,7 @@ def test_private_and_durable() -> None:
 @pytest.mark.parametrize(
     "url", ["redis://10.0.0.1:6379/0", "rediss://127.0.0.1:6399/0", "redis://:secret@127.0.0.1:1/0"]
 )
-def test_only_its_own_kind_of_url(url: str) -> None:
-    """Asked to be a server elsewhere, or one with a password, it refuses rather than be something else."""
+def test_other_urls_are_refused(url: str) -> None:
+    """A URL of another host, with TLS or with a password is refused, not reinterpreted."""
     with pytest.raises(StartupError, match=r"runs a server for redis://127\.0\.0\.1:6399/0"):
         redis_server.run(Settings(redis_url=url), [])

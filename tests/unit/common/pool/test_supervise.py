@@ -1,4 +1,4 @@
-"""The supervisor around each process of `make up`: what it starts again, and when."""
+"""The supervisor around each process of `make up`: what it restarts, and when."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[4]
 
 
 def counting(folder: Path, *statuses: int) -> list[str]:
-    """A command that ends with each status in turn; a negative one is a signal that kills it."""
+    """A command that exits with each status in turn; a negative one is a signal that kills it."""
     code = (
         "import os, pathlib, sys\n"
         f"runs = pathlib.Path({str(folder / 'runs')!r})\n"
@@ -38,8 +38,8 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervise, "FIRST_PAUSE_SECONDS", 0.01)
 
 
-def test_it_is_started_again_until_it_ends_well(tmp_path: Path) -> None:
-    """A crash, a kill and, once it has run, also a failed start: each is said, and followed by another run."""
+def test_restarts_until_status_zero(tmp_path: Path) -> None:
+    """A crash, a kill and, after a first run, also a failed start: each is reported and followed by a restart."""
     said: list[str] = []
     assert Supervisor(counting(tmp_path, 3, -9, 1, 0), said.append).run() == 0
     assert (tmp_path / "runs").read_text() == "xxxx"
@@ -48,15 +48,15 @@ def test_it_is_started_again_until_it_ends_well(tmp_path: Path) -> None:
     ] * 3
 
 
-def test_what_cannot_start_is_not_tried_again(tmp_path: Path) -> None:
-    """Its sentence says what to do, and is not repeated for ever."""
+def test_a_command_that_cannot_start_is_not_restarted(tmp_path: Path) -> None:
+    """Its sentence says what to do; it is printed once."""
     said: list[str] = []
     assert Supervisor(counting(tmp_path, 1, 0), said.append).run() == 1
     assert said == []
 
 
 def test_pauses() -> None:
-    """Twice as long each time, up to a limit; a run that went well starts again from the first."""
+    """Twice as long each time, up to a limit; reset after a long run."""
     pauses = Pauses()
     lengths = [pauses.after(1.0) for _ in range(20)]
     assert lengths[:3] == [0.01, 0.02, 0.04]
@@ -64,8 +64,8 @@ def test_pauses() -> None:
     assert pauses.after(3600.0) == 0.01
 
 
-def test_a_signal_ends_both() -> None:
-    """SIGTERM reaches the command, and nothing is started after it."""
+def test_sigterm_is_passed_on() -> None:
+    """SIGTERM reaches the command, and it is not restarted."""
     sleeper = [sys.executable, "-m", "common.pool.supervise", "sleep", "60"]
     process = subprocess.Popen(sleeper, cwd=ROOT)
     child = _child_of(process)
@@ -75,8 +75,8 @@ def test_a_signal_ends_both() -> None:
         os.kill(child, 0)
 
 
-def test_a_command_for_nobody_ends() -> None:
-    """Killed, the process that it is all for says nothing: the command ends within moments all the same."""
+def test_an_orphaned_command_is_terminated() -> None:
+    """If the process given as --parent is killed, the command is terminated within moments."""
     with subprocess.Popen(["sleep", "60"]) as parent:
         supervised = ["--group", "--parent", str(parent.pid), "sleep", "60"]
         process = subprocess.Popen(
@@ -108,7 +108,7 @@ def test_a_killed_supervisor_leaves_no_command_behind() -> None:
 
 
 def test_a_guard_ends_with_its_command() -> None:
-    """A command that has ended leaves no guard behind: the next process with its id is safe."""
+    """The guard ends with the command: it never signals another process that gets the same id."""
     process = subprocess.Popen(["sleep", "60"])
     with supervise._guarded(process.pid):
         guard = _child_of_this_process("sh")

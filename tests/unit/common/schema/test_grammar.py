@@ -1,4 +1,4 @@
-"""Grammars as texts: what they let through, what is refused at once, and what a client is told."""
+"""Grammars: what they accept, which are refused before anything is queued, and the messages for clients."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ALL = '{"name":"get-all_2","arguments":{}}'
 
 
 def accepts(text: str, answer: str) -> bool:
-    """Whether a whole answer matches."""
+    """Whether a complete answer matches."""
     matcher = llguidance.LLMatcher(grammar._bytes_tokenizer(), text, log_level=0, limits=grammar.limits())
     data = list(answer.encode())
     return matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting()
@@ -37,20 +37,20 @@ def accepts(text: str, answer: str) -> bool:
 
 @pytest.mark.parametrize("answer", ["{}", '{"a":1}', '{"a": [1, {"b": null}], "c": "d\\n"}', '{"é": "ü"}'])
 def test_json_object(answer: str) -> None:
-    """Any object, compact or with a space behind commas and colons."""
+    """Any object, compact or with a space after commas and colons."""
     assert accepts(grammar.for_json_object(), answer)
 
 
 @pytest.mark.parametrize(
     "answer", ["[]", "1", '{"a":  1}', '{ "a":1}', '{"a":1}\n', '{"a":1,}', '{"a\n":1}', "{"]
 )
-def test_json_object_and_nothing_else(answer: str) -> None:
-    """No other value, and no white space that could go on for ever."""
+def test_json_object_accepts_nothing_else(answer: str) -> None:
+    """No other value, and no unbounded white space."""
     assert not accepts(grammar.for_json_object(), answer)
 
 
-def test_keys_come_in_the_schemas_order() -> None:
-    """What is asked first is answered first, as OpenAI has it."""
+def test_keys_are_in_the_order_of_the_schema() -> None:
+    """As with OpenAI, the properties of an answer have the schema's order."""
     schema = {
         "type": "object",
         "properties": {"b": {"type": "integer"}, "a": {"type": "integer"}},
@@ -63,7 +63,7 @@ def test_keys_come_in_the_schemas_order() -> None:
 
 
 def test_a_schema_cannot_change_the_options() -> None:
-    """llguidance reads options from a key of the schema: a client's are not for it."""
+    """llguidance reads its options from a key of the schema; a client's are removed."""
     text = grammar.for_json_schema(
         {"type": "object", "x-guidance": {"whitespace_flexible": True, "lenient": True}}
     )
@@ -99,8 +99,8 @@ def test_a_schema_cannot_change_the_options() -> None:
         ({"type": "object", "propertyNames": {"minLength": 3}}, "propertyNames"),
     ],
 )
-def test_refused_at_once(schema: Any, told: str) -> None:
-    """What has no answer, or cannot be promised, is said before anything is queued: in one line that names it."""
+def test_unsupported_schemas_are_refused(schema: Any, told: str) -> None:
+    """A schema that no answer matches, or that cannot be enforced, is refused in one line that names the keyword."""
     message = grammar.check(grammar.for_json_schema(schema))
     assert message is not None
     assert told in message
@@ -123,7 +123,7 @@ def test_refused_at_once(schema: Any, told: str) -> None:
     ],
 )
 def test_not_a_grammar(text: str) -> None:
-    """A text that is none of ours is refused, not compiled."""
+    """Text that is not one of our grammars is refused, not compiled."""
     assert grammar.check(text) is not None
 
 
@@ -140,7 +140,7 @@ def test_not_a_grammar(text: str) -> None:
     ],
 )
 def test_text_or_calls(answer: str) -> None:
-    """Where no call is required: text, calls, or text and then calls."""
+    """If no call is required: text, calls, or text and then calls."""
     text = grammar.for_tool_calls(ToolUse(tools=TOOLS))
     assert grammar.check(text) is None
     assert accepts(text, answer)
@@ -159,13 +159,13 @@ def test_text_or_calls(answer: str) -> None:
         '<tool_call>{"name": "get-all_2", "arguments": {"city": "Paris"}}</tool_call>',
     ],
 )
-def test_a_mark_begins_a_call(answer: str) -> None:
-    """What begins with the mark is a whole call of a known function with its arguments, or cannot be written."""
+def test_a_marker_begins_a_call(answer: str) -> None:
+    """After the begin marker, only a complete call of a known function with valid arguments is accepted."""
     assert not accepts(grammar.for_tool_calls(ToolUse(tools=TOOLS)), answer)
 
 
-def test_required() -> None:
-    """A required call is no text."""
+def test_required_call() -> None:
+    """If a call is required, text is refused."""
     text = grammar.for_tool_calls(ToolUse(tools=TOOLS, is_required=True))
     assert grammar.check(text) is None
     assert accepts(text, f"<tool_call>{GET}</tool_call><tool_call>{ALL}</tool_call>")
@@ -174,7 +174,7 @@ def test_required() -> None:
 
 
 def test_named_function() -> None:
-    """A named function is the only one that may be called."""
+    """If a function is named, only that one may be called."""
     text = grammar.for_tool_calls(ToolUse(tools=TOOLS, function="get-all_2"))
     assert accepts(text, f"<tool_call>{ALL}</tool_call>")
     assert not accepts(text, f"<tool_call>{GET}</tool_call>")
@@ -182,14 +182,14 @@ def test_named_function() -> None:
 
 
 def test_not_parallel() -> None:
-    """One call and then the end."""
+    """Without parallel calls, the answer ends after one call."""
     text = grammar.for_tool_calls(ToolUse(tools=TOOLS, is_parallel=False))
     assert accepts(text, f"<tool_call>{GET}</tool_call>")
     assert not accepts(text, f"<tool_call>{GET}</tool_call><tool_call>{ALL}</tool_call>")
 
 
 def test_calls_or_json() -> None:
-    """With a response format beside tools: calls, or what the format says, and no text."""
+    """With a response format and tools: calls, or the format, but no free text."""
     answer = grammar.for_json_schema({"type": "array", "items": {"type": "integer"}})
     text = grammar.for_tool_calls(ToolUse(tools=TOOLS), answer=answer)
     assert grammar.check(text) is None
@@ -200,7 +200,7 @@ def test_calls_or_json() -> None:
 
 
 def test_references_stay_within_their_function() -> None:
-    """Each function's schema is a document of its own: the same name under $defs means another thing in each."""
+    """Each function's schema is a separate document: the same name under $defs has another meaning in each."""
 
     def tool(name: str, kind: str) -> dict[str, Any]:
         schema = {
@@ -219,7 +219,7 @@ def test_references_stay_within_their_function() -> None:
 
 
 def test_arguments_are_an_object() -> None:
-    """Parameters that forget to say so mean an object all the same."""
+    """Parameters without a type mean an object."""
     tools = [
         {
             "type": "function",
@@ -232,13 +232,13 @@ def test_arguments_are_an_object() -> None:
 
 
 def test_tools_schemas_are_checked() -> None:
-    """A function whose parameters cannot be met is a 400 like any other schema."""
+    """A function whose parameters no value matches is refused like any other schema."""
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"$ref": "#/nowhere"}}}]
     assert "#/nowhere" in (grammar.check(grammar.for_tool_calls(ToolUse(tools=tools))) or "")
 
 
-def test_what_is_rewritten_is_never_laxer() -> None:
-    """What llguidance is given lets nothing through that the client's schema refuses."""
+def test_rewritten_schemas_are_never_laxer() -> None:
+    """The rewritten schema accepts nothing that the client's schema refuses."""
     values = [
         None,
         True,
@@ -299,8 +299,8 @@ def test_what_is_rewritten_is_never_laxer() -> None:
         [{"type": ["string", "null"]}, {"type": ["integer", "null"]}],
     ],
 )
-def test_one_of_that_may_be_both(options: list[Any]) -> None:
-    """Options that some value could match at once are not taken for alternatives."""
+def test_overlapping_options_of_one_of_stay(options: list[Any]) -> None:
+    """Options that one value could match together are not rewritten to anyOf."""
     assert json_schema.rewrite({"oneOf": options}) == {"oneOf": options}
 
 
@@ -320,13 +320,13 @@ def test_one_of_that_may_be_both(options: list[Any]) -> None:
         (")(", 0),
     ],
 )
-def test_steps_of_a_pattern(pattern: str, steps: int) -> None:
-    """Repetitions multiply where they are nested, and only there; what stands in a class or is escaped is none."""
+def test_pattern_steps(pattern: str, steps: int) -> None:
+    """Nested repetitions multiply, others add up; those in a class or escaped do not count."""
     assert abs(schema_limits.pattern_steps(pattern) - steps) <= 1 + (pattern == "a{,5}") * 5
 
 
-def test_texts_are_json() -> None:
-    """A grammar's text is one JSON object, whatever a name holds."""
+def test_grammars_are_json() -> None:
+    """A grammar is one JSON object, whatever characters names contain."""
     schema = {
         "type": "object",
         "properties": {'"\\\n</tool_call>': {"type": "integer"}},
@@ -357,6 +357,6 @@ def test_texts_are_json() -> None:
         ({"type": "number", "minimum": -5, "exclusiveMaximum": 0}, "-4.5", True),
     ],
 )
-def test_what_a_class_or_a_bound_leaves_out(schema: dict[str, Any], answer: str, matches: bool) -> None:
-    """Escapes of characters that a class leaves out, and bounds that are excluded: such answers would not validate."""
+def test_excluded_characters_and_bounds(schema: dict[str, Any], answer: str, matches: bool) -> None:
+    """Escapes of characters that a class excludes, and exclusive bounds, are refused: such answers would not validate."""
     assert accepts(grammar.for_json_schema(schema), answer) == matches

@@ -1,4 +1,4 @@
-"""Schemas made to kill or stall whoever compiles them: each is answered, and none takes much time or memory."""
+"""Schemas made to crash or stall the process that compiles them: each is accepted or refused with little time and memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_BYTES = 3 << 30
 
 
 def nested(keyword: str, levels: int) -> Any:
-    """A schema in a schema in a schema."""
+    """Nested schemas."""
     schema: Any = {"type": "integer"}
     for _ in range(levels):
         wraps = {"properties": {"a": schema}, "items": schema}
@@ -33,14 +33,14 @@ def nested(keyword: str, levels: int) -> Any:
 
 
 def doubling(keyword: str, levels: int) -> Any:
-    """References that lead to 2 ** levels schemas."""
+    """References that expand to 2 ** levels schemas."""
     defs: dict[str, Any] = {f"d{i}": {keyword: [{"$ref": f"#/$defs/d{i + 1}"}] * 2} for i in range(levels)}
     defs[f"d{levels}"] = {"type": "object", "properties": {"x": {"type": "integer"}}}
     return {"$defs": defs, "$ref": "#/$defs/d0"}
 
 
 def shuffled_chain(length: int) -> Any:
-    """References whose end is found last, whichever way one looks."""
+    """A chain of references in random order, whose end is found last from either side."""
     order = [*range(length)]
     random.Random(1).shuffle(order)  # noqa: S311 (a test's)
     defs: dict[str, Any] = {
@@ -232,7 +232,7 @@ attacks.report()
 
 
 def report() -> None:
-    """Let every schema loose on this process; a line each of what came of it: name, what was told, CPU seconds, megabytes."""
+    """Check every schema in this process; print a line for each: name, both verdicts, CPU seconds, peak memory growth."""
     grammar.check(grammar.for_json_object())
     for name, schema in ATTACKS.items():
         before = resource.getrusage(resource.RUSAGE_SELF)
@@ -248,7 +248,7 @@ def report() -> None:
 
 @pytest.fixture(scope="module")
 def reports() -> dict[str, list[Any]]:
-    """What came of each attack, in a process of its own with little CPU time and memory."""
+    """The report of each attack, made in a process with limited CPU time and memory."""
     code = _ATTACK.format(
         root=str(ROOT), here=str(Path(__file__).parent), seconds=CPU_SECONDS, memory=MAX_BYTES
     )
@@ -258,8 +258,8 @@ def reports() -> dict[str, list[Any]]:
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_a_process_lives_on(reports: dict[str, list[Any]], name: str) -> None:
-    """The process that was attacked answers for each schema, in one short line or by taking it."""
+def test_the_process_survives(reports: dict[str, list[Any]], name: str) -> None:
+    """The attacked process accepts each schema or refuses it in one short line."""
     for told in reports[name][:2]:
         assert told is None or (0 < len(told) <= 300 and "\n" not in told)
 
@@ -282,8 +282,8 @@ def test_a_process_lives_on(reports: dict[str, list[Any]], name: str) -> None:
         "multipleOf, primes",
     ],
 )
-def test_the_worst_are_refused(reports: dict[str, list[Any]], name: str) -> None:
-    """What took llguidance seconds or gigabytes, or could only fail later, is refused."""
+def test_the_worst_schemas_are_refused(reports: dict[str, list[Any]], name: str) -> None:
+    """Schemas that cost llguidance seconds or gigabytes, or that could only fail later, are refused."""
     assert reports[name][0] is not None
 
 
