@@ -77,7 +77,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     take_seconds: Annotated[
         float, _about("a client that does not read its response for this long is disconnected", gt=0)
     ] = 120.0
-    max_body_bytes: Annotated[int, _about("largest request body", ge=1024)] = 10 * 1024 * 1024
+    max_body_bytes: Annotated[int, _about("largest request body", ge=1024, le=40 * 1024 * 1024)] = (
+        10 * 1024 * 1024
+    )
 
     sse_comment_seconds: Annotated[
         float, _about("silence in a stream before a comment line is sent", gt=0)
