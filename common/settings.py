@@ -64,7 +64,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         str | None,
         _about(
             "web origins that may call, separated by commas, such as https://app.example or http://localhost:*; * for "
-            "any; unset: any with API keys, without keys those of this machine and of desktop apps (README, API keys)"
+            "any; unset: any with API keys, without keys those of this machine and of desktop apps (docs/operations.md)"
         ),
     ] = None
     default_model: Annotated[
