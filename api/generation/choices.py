@@ -76,23 +76,18 @@ class Choices:
         Must not be called once `is_done`.
         """
         if len(self.jobs) == 1:
-            taken = [(0, await self._subscriptions[0].take())]
-        else:
-            taken = await self._take_any()
-        events_by_choice: ChoiceEvents = []
-        for index, events in taken:
-            if not events:
-                continue
-            # Not the subscription's `terminal`: that may have arrived since these events were taken, with others before it.
-            last = events[-1]
-            if isinstance(last, Failed):
-                self.failed = self.failed or last
-            elif isinstance(last, Finished):
-                self._finished[index] = last
-            events_by_choice.append((index, self._without_started(index, events)))
-        return events_by_choice
+            events = await self._subscriptions[0].take()
+            return [(0, self._record(0, events))] if events else []
+        return [(index, self._record(index, events)) for index, events in await self._take_any() if events]
 
-    def _without_started(self, index: int, events: list[Event]) -> list[AnswerEvent | Failed]:
+    def _record(self, index: int, events: list[Event]) -> list[AnswerEvent | Failed]:
+        """Note what events mean for the request; returns those that belong to the answer."""
+        # Not the subscription's `terminal`: that may have arrived since these events were taken, with others before it.
+        last = events[-1]
+        if isinstance(last, Finished):
+            self._finished[index] = last
+        elif isinstance(last, Failed):
+            self.failed = self.failed or last
         first = events[0]  # `Started` is the first event of a subscription, if it comes at all
         if isinstance(first, Started):
             self.prompt_tokens[index] = first.prompt_tokens

@@ -92,6 +92,9 @@ async def _frames(
 
 
 def _rendered(taken: ChoiceEvents, rendering: Rendering) -> bytes:
+    if len(taken) == 1:  # the usual case, once for each token
+        [(index, events)] = taken
+        return rendering.frames(index, _shown(events))
     return b"".join(rendering.frames(index, _shown(events)) for index, events in taken)
 
 

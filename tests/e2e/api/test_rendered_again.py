@@ -74,9 +74,10 @@ def echoed(job: GenerationJob) -> Iterator[Event | float]:
 
 
 def broken(_job: GenerationJob) -> Iterator[Event | float]:
-    """An error after a token."""
+    """An error after a token, late enough that the stream has begun."""
     yield Started(0, 2)
     yield Delta(1, 7, "a")
+    yield 0.5
     yield Failed(2, "It broke.", code="broken")
 
 
