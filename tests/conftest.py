@@ -16,6 +16,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+import hypothesis
 import pytest
 import redis
 
@@ -31,6 +32,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import_module(
     "worker.mlx"
 )  # loads BLAS before any test module imports MLX, which is five times slower without
+
+
+hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is no reason to fail
+hypothesis.settings.load_profile("no deadline")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
