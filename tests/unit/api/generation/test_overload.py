@@ -9,7 +9,6 @@ from api.generation.request import GenerationRequest
 from api.generation.served_model import ServedModel
 from common import names
 from common.protocol import SamplingParams, TextPrompt, TokenPrompt
-from worker.jobs.heartbeat import BusyRate
 
 
 def served(**fields: float) -> ServedModel:
@@ -60,18 +59,3 @@ def test_retry_after(speed: dict[str, float], seconds: float) -> None:
     error = refusal(served(**speed), 40, is_tokens=False)
     assert (error.status, error.code, error.type) == (429, "rate_limit_exceeded", "requests")
     assert error.retry_after_seconds == seconds
-
-
-def test_rate_while_busy() -> None:
-    """Idle time does not count, one odd second changes little, and a beat that comes early waits for a longer look."""
-    rate = BusyRate()
-    rate.observe(0.0, 0, is_busy=True)
-    rate.observe(0.5, 500, is_busy=True)
-    assert rate.per_second == 0.0
-    rate.observe(2.0, 2000, is_busy=True)
-    assert rate.per_second == 1000.0
-    rate.observe(100.0, 2000, is_busy=False)
-    rate.observe(200.0, 2000, is_busy=True)
-    assert rate.per_second == 1000.0
-    rate.observe(201.0, 2000, is_busy=True)
-    assert rate.per_second == 700.0
