@@ -100,7 +100,7 @@ def test_kinds_of_devices() -> None:
 
 
 def test_device_info() -> None:
-    """On a GPU one of these keys says how much memory there is: it differs between Metal and CUDA. Open worker/mlx/model.py, `_machine_limit_bytes`."""
+    """On a GPU one of these keys says how much memory there is: it differs between Metal and CUDA. Open worker/mlx/memory_share.py, `_machine_limit_bytes`."""
     if not model.has_gpu():
         pytest.skip("a GPU's")
     about = mx.device_info()
@@ -115,7 +115,7 @@ def test_cuda_kernels() -> None:
 
 
 def test_safetensors(tmp_path: Path) -> None:
-    """The demo model is written with metadata, and its types are known by their names. Open worker/mlx/model.py, `save_gguf_weights`."""
+    """The demo model is written with metadata, and its types are known by their names. Open worker/mlx/gguf.py, `save_gguf_weights`."""
     path = tmp_path / "model.safetensors"
     mx.save_safetensors(str(path), {"a.weight": mx.zeros((2,), mx.float16)}, metadata={"format": "mlx"})
     loaded, metadata = mx.load(str(path), return_metadata=True)
@@ -125,7 +125,7 @@ def test_safetensors(tmp_path: Path) -> None:
 
 
 def test_parameters_are_flattened() -> None:
-    """Weights are counted by `tree_flatten(parameters())`, pairs of name and array. Open worker/mlx/model.py, `cache_memory`."""
+    """Weights are counted by `tree_flatten(parameters())`, pairs of name and array. Open worker/mlx/memory.py, `cache_memory`."""
     flat = dict(tree_flatten(nn.Linear(2, 3).parameters()))
     assert {name: weight.nbytes for name, weight in flat.items()} == {"weight": 24, "bias": 12}
 

@@ -124,7 +124,7 @@ def test_connection_sends_before_it_reads() -> None:
 
 
 def test_connection_comes_back_by_itself() -> None:
-    """A journal's connection that was lost connects again with the next command. Open worker/jobs/redis_journal.py, `_lost`."""
+    """A journal's connection that was lost connects again with the next command. Open worker/jobs/redis_journal.py, `_reset`."""
     answers = iter([HANGS_UP, OK])
     with RespServer(lambda _: next(answers)) as server, connections.connect(server.url) as client:
         connection: Any = client.connection_pool.make_connection()

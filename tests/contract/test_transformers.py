@@ -68,12 +68,12 @@ def test_template_arguments(tokenizer: Any) -> None:
 
 
 def test_template_gives_a_list_of_ids(tokenizer: Any) -> None:
-    """Without `tokenize=False` a template's text comes as token ids, not as a dict of tensors. Open worker/text/prompts.py, `_chat`."""
+    """Without `tokenize=False` a template's text comes as token ids, not as a dict of tensors. Open worker/text/prompts.py, `_tokenize_chat`."""
     assert tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True) == [5, 2, 1]
 
 
 def test_template_refuses(tokenizer: Any) -> None:
-    """`raise_exception` in a template reaches the client as a 400 with its words. Open worker/text/prompts.py, `_chat`."""
+    """`raise_exception` in a template reaches the client as a 400 with its words. Open worker/text/prompts.py, `_tokenize_chat`."""
     with pytest.raises(jinja2.TemplateError, match="no tools"):
         tokenizer.apply_chat_template([{"role": "tool", "content": ""}], add_generation_prompt=True)
 
@@ -153,7 +153,7 @@ def test_wrapper_settings(tokenizer: Any) -> None:
 
 
 def test_wrapper_facts(tokenizer: Any) -> None:
-    """How answers are read is made from these. Open worker/text/answer_format.py, `of_model`; worker/sampling/thinking.py."""
+    """How answers are read is made from these. Open worker/text/answer_format.py, `detect_format`; worker/sampling/thinking.py."""
     assert tokenizer.eos_token_ids == {3}
     assert tokenizer.has_thinking is False
     assert tokenizer.has_tool_calling is False
@@ -166,7 +166,7 @@ def test_wrapper_facts(tokenizer: Any) -> None:
 
 
 def test_wrapper_of_a_thinking_model(fast: PreTrainedTokenizerFast) -> None:
-    """Thinking and calls are found by mlx-lm in the vocabulary and by its parsers. Open worker/text/answer_format.py, `of_model`."""
+    """Thinking and calls are found by mlx-lm in the vocabulary and by its parsers. Open worker/text/answer_format.py, `detect_format`."""
     fast.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
     wrapped: Any = TokenizerWrapper(
         fast, tool_call_start="<tool_call>", tool_call_end="</tool_call>", tool_parser=str

@@ -1,4 +1,4 @@
-"""Hooks for what schemathesis cannot know from the description; its command line loads them, see api/test_openapi.py."""
+"""Hooks for what schemathesis cannot know from the description; its command line loads them, see tests/e2e/api/test_openapi.py."""
 
 from __future__ import annotations
 
