@@ -51,7 +51,7 @@ def _decompress(data: bytes) -> bytes:
 
     Raises:
         ForeignJobError: There is more than MAX_JOB_BYTES.
-        zlib.error: `data` is not compressed; RQ then uses it as it is.
+        zlib.error: `data` is not compressed; RQ then uses it unchanged.
     """
     decompressor = zlib.decompressobj()
     text = decompressor.decompress(data, MAX_JOB_BYTES + 1)

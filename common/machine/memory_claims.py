@@ -1,6 +1,6 @@
 """How workers on one machine share its memory: each has a claim, a file that is locked while its process lives.
 
-A worker registers its claim before it loads a model (`worker.mlx.memory_share`) and reads the others' now and then: its limit
+A worker registers its claim before it loads a model (`worker.mlx.memory_share`) and reads the others' periodically: its limit
 follows from all of them, so a worker that starts or ends changes everyone's. `make up` does the same arithmetic before it starts
 any. The kernel drops the lock of a process that was killed, and the next reader removes its file. Independent of MLX.
 """
@@ -28,7 +28,7 @@ GB = 2**30
 
 WORKING_SHARE = 0.05
 WORKING_BYTES = 256 * 2**20
-"""What a step needs besides weights and caches, at least."""
+"""What a step needs at least, in addition to weights and caches."""
 
 MIN_CACHE_BYTES = 64 * 2**20
 """Below this much room for caches, a worker is not worth starting."""
@@ -72,8 +72,8 @@ class Machine(msgspec.Struct, frozen=True):
 def share_bytes(own: Claim, others: Sequence[Claim], machine: Machine) -> int:
     """The memory that a worker may use.
 
-    One that was given a limit has that. The rest is shared by the others: each has its weights, and as much for caches as the
-    next one.
+    One that was given a limit has that. The rest is shared by the others: each has its weights, and an equal amount for
+    caches.
     """
     if own.limit_bytes is not None:
         return own.limit_bytes
@@ -120,7 +120,7 @@ class Registration:
         """The memory that this worker may use, as of READ_SECONDS ago at most."""
         if self._clock() - self._read_mono >= READ_SECONDS:
             self._read_mono = self._clock()
-            others = read(self._path.parent, self._claim.device, besides=self._path)
+            others = read(self._path.parent, self._claim.device, exclude=self._path)
             self._share_bytes = share_bytes(self._claim, others, self._machine)
         return self._share_bytes
 
@@ -140,8 +140,8 @@ def register(
         OSError: The folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (folder / "lock").open("w") as one_at_a_time:
-        fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         others = read(folder, claim.device)
         if complaint := misfit([*others, claim], machine):
             if claim.limit_bytes is not None:
@@ -155,9 +155,9 @@ def register(
         return Registration(claim, machine, *_write(claim, folder), clock)
 
 
-def read(folder: Path, device: str, besides: Path | None = None) -> list[Claim]:
+def read(folder: Path, device: str, exclude: Path | None = None) -> list[Claim]:
     """The claims of the running workers on a device, oldest first; files of ended workers are removed."""
-    claims = [_read_one(path) for path in sorted(folder.glob("*" + _SUFFIX)) if path != besides]
+    claims = [_read_one(path) for path in sorted(folder.glob("*" + _SUFFIX)) if path != exclude]
     return [claim for claim in claims if claim is not None and claim.device == device]
 
 

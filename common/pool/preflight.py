@@ -1,6 +1,6 @@
-"""The checks that `make up` makes before it starts anything: a pool that cannot come up is refused in one sentence.
+"""The checks that `make up` makes before it starts anything: a pool that cannot start is refused in one sentence.
 
-Each process makes its own checks all the same. Those of the API and of MLX run as commands, since `common` imports neither.
+Each process still makes its own checks. Those of the API and of MLX run as commands, since `common` imports neither.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def check(settings: Settings, workers: Sequence[Settings], num_each: int = 1) ->
         num_each: Workers of each model.
 
     Raises:
-        StartupError: The pool would not come up.
+        StartupError: The pool would not start.
     """
     check_api(settings)
     check_port(settings)

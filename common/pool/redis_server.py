@@ -30,14 +30,14 @@ from common.settings import EMBEDDED_REDIS_URL, Settings
 HOST = "127.0.0.1"
 
 # Together less than honcho's 5 seconds from its first signal to SIGKILL.
-CLIENTS_LEAVE_SECONDS = 3.0
-SERVER_ENDS_SECONDS = 1.5
+CLIENT_DISCONNECT_SECONDS = 3.0
+SERVER_EXIT_SECONDS = 1.5
 
 START_SECONDS = 30.0
 """Loading a large append-only file takes a while."""
 
 DIED = 3
-"""The exit status if the server died although it can run here: another start is worth it."""
+"""The exit status if the server died although it can run here: it should be restarted."""
 
 _UNREADABLE = (
     "Can't handle RDB format version",
@@ -196,14 +196,14 @@ def _free_port(url: str, folder: Path, port: int) -> None:
     if _is_free(port):
         return
     try:
-        with connections.connect(url, SERVER_ENDS_SECONDS) as client:
+        with connections.connect(url, SERVER_EXIT_SECONDS) as client:
             config: Any = client.config_get("dir")
             if Path(config["dir"]).samefile(folder):
                 _say("shutting down the server of a `make up` that was killed")
                 client.shutdown()
     except (redis.RedisError, OSError):
         pass
-    deadline = time.monotonic() + SERVER_ENDS_SECONDS
+    deadline = time.monotonic() + SERVER_EXIT_SECONDS
     while not _is_free(port):
         if time.monotonic() > deadline:
             raise StartupError(
@@ -241,7 +241,7 @@ def _wait_until_ready(server: subprocess.Popen[bytes], url: str, signals: list[i
 
 
 def _exit_error(status: int, was_up: bool, binary: str, log: Path) -> Exception:
-    """The error for a server that exited by itself: which one says whether another start is worth it."""
+    """The error for a server that exited by itself: its type says whether it should be restarted."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     if was_up or status < 0:
         how = f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
@@ -253,8 +253,8 @@ def _exit_error(status: int, was_up: bool, binary: str, log: Path) -> Exception:
 
 
 def _wait_until_alone(url: str) -> None:
-    """Wait until no other client is connected, at most CLIENTS_LEAVE_SECONDS."""
-    deadline = time.monotonic() + CLIENTS_LEAVE_SECONDS
+    """Wait until no other client is connected, at most CLIENT_DISCONNECT_SECONDS."""
+    deadline = time.monotonic() + CLIENT_DISCONNECT_SECONDS
     try:
         with connections.connect(url) as client:
             while len(client.client_list()) > 1 and time.monotonic() < deadline:
@@ -267,7 +267,7 @@ def _terminate(server: subprocess.Popen[bytes]) -> None:
     """Terminate the server, with SIGKILL if it takes too long."""
     server.terminate()
     try:
-        server.wait(SERVER_ENDS_SECONDS)
+        server.wait(SERVER_EXIT_SECONDS)
     except subprocess.TimeoutExpired:
         server.kill()
         server.wait()

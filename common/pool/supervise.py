@@ -25,14 +25,14 @@ STARTING_SECONDS = 900.0
 """A first run that exits with that status within this time (it may download and load a model first) was never up."""
 
 FIRST_PAUSE_SECONDS = 1.0
-LAST_PAUSE_SECONDS = 30.0
-WELL_AFTER_SECONDS = 60.0
+MAX_PAUSE_SECONDS = 30.0
+STABLE_SECONDS = 60.0
 """A run this long resets the pauses."""
 
-ORPHAN_SECONDS = 1.0
+PARENT_POLL_SECONDS = 1.0
 """How often the parent process is polled."""
 
-ORPHAN_ENDS_SECONDS = 10.0
+ORPHAN_EXIT_SECONDS = 10.0
 """How long an orphaned command may take to terminate; then it is killed."""
 
 _GUARD = """
@@ -47,17 +47,17 @@ kill -KILL "$1"
 
 
 class Pauses:
-    """How long to wait before each restart: twice as long each time, until a run lasts WELL_AFTER_SECONDS."""
+    """How long to wait before each restart: twice as long each time, until a run lasts STABLE_SECONDS."""
 
     def __init__(self) -> None:
         self._next_seconds = FIRST_PAUSE_SECONDS
 
     def after(self, run_seconds: float) -> float:
         """The pause after a run of so many seconds."""
-        if run_seconds >= WELL_AFTER_SECONDS:
+        if run_seconds >= STABLE_SECONDS:
             self._next_seconds = FIRST_PAUSE_SECONDS
         pause = self._next_seconds
-        self._next_seconds = min(2 * pause, LAST_PAUSE_SECONDS)
+        self._next_seconds = min(2 * pause, MAX_PAUSE_SECONDS)
         return pause
 
 
@@ -92,7 +92,7 @@ class Supervisor:
         if self._process is not None:
             self._process.terminate()
             try:
-                self._process.wait(ORPHAN_ENDS_SECONDS)
+                self._process.wait(ORPHAN_EXIT_SECONDS)
             except subprocess.TimeoutExpired:
                 self._process.kill()
 
@@ -100,9 +100,9 @@ class Supervisor:
         """Run the command until it exits with 0, is stopped, or cannot start; its exit status."""
         pauses, is_first = Pauses(), True
         while True:
-            began_at = time.monotonic()
+            began_mono = time.monotonic()
             status = self._run_once()
-            run_seconds = time.monotonic() - began_at
+            run_seconds = time.monotonic() - began_mono
             never_up = is_first and status == CANNOT_START and run_seconds < STARTING_SECONDS
             if self._is_stopping or status == 0 or never_up:
                 return status
@@ -130,7 +130,7 @@ class Supervisor:
 @contextmanager
 def _guarded(process_id: int) -> Iterator[None]:
     """Have a process terminated if this one is killed meanwhile, on any Unix: the kernel then closes the guard's pipe."""
-    command = ["/bin/sh", "-c", _GUARD, "guard", str(process_id), f"{ORPHAN_ENDS_SECONDS:.0f}"]
+    command = ["/bin/sh", "-c", _GUARD, "guard", str(process_id), f"{ORPHAN_EXIT_SECONDS:.0f}"]
     null = subprocess.DEVNULL
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=null, stderr=null) as guard:
         try:
@@ -144,7 +144,7 @@ def when_gone(process_id: int, act: Callable[[], object]) -> None:
 
     def watch() -> None:
         while _is_alive(process_id):
-            time.sleep(ORPHAN_SECONDS)
+            time.sleep(PARENT_POLL_SECONDS)
         act()
 
     threading.Thread(target=watch, daemon=True).start()

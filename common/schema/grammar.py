@@ -33,7 +33,7 @@ _WHITESPACE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separ
 """At most one space after a comma and a colon, as in most JSON that models were trained on. If more is allowed, small models
 write white space until they run out of tokens."""
 
-_END = 256  # the one token besides the 256 bytes
+_END = 256  # the only token that is not a byte
 
 
 def for_json_object() -> str:
@@ -191,10 +191,10 @@ def _parameters(function: dict[str, Any]) -> Schema:
 
 
 def _json_grammar(name: str, schema: Schema) -> dict[str, Any]:
-    whole = json_schema.rewrite(schema)
-    if isinstance(whole, bool):
-        whole = {} if whole else {"anyOf": []}  # llguidance takes its options from an object
-    return {"name": name, "json_schema": {**whole, "x-guidance": _WHITESPACE}}
+    rewritten = json_schema.rewrite(schema)
+    if isinstance(rewritten, bool):
+        rewritten = {} if rewritten else {"anyOf": []}  # llguidance takes its options from an object
+    return {"name": name, "json_schema": {**rewritten, "x-guidance": _WHITESPACE}}
 
 
 def _named_answer(grammar: str) -> list[dict[str, Any]]:

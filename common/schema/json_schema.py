@@ -37,7 +37,7 @@ _MAX_PASSES = 8
 
 
 def rewrite(schema: Schema) -> Schema:
-    """An equivalent schema, or a stricter one; what cannot be expressed is left as it is, and refused later.
+    """An equivalent schema, or a stricter one; what cannot be expressed is left unchanged, and refused later.
 
     `oneOf` of options that exclude each other becomes `anyOf`; formats that are mere annotations are removed, as are options that
     only infinite values match; `propertyNames` becomes `properties` or `patternProperties`.

@@ -88,12 +88,12 @@ def test_children_have_a_group_each() -> None:
 
 def test_patience_before_a_kill() -> None:
     """The embedded Redis waits for its clients within honcho's time from the first signal to SIGKILL. Open common/pool/redis_server.py."""
-    patience = redis_server.CLIENTS_LEAVE_SECONDS + redis_server.SERVER_ENDS_SECONDS
+    patience = redis_server.CLIENT_DISCONNECT_SECONDS + redis_server.SERVER_EXIT_SECONDS
     assert patience < manager.KILL_WAIT
 
 
 def test_printer() -> None:
-    """`Reasons` reads each line on its way; `_terminal_closed` replaces the output. Open common/pool/up.py."""
+    """`ErrorPrinter` reads each line in `write`; `_terminal_closed` replaces the output. Open common/pool/up.py."""
     assert parameters(Printer.write) == ["message"]
     assert Message._fields == ("type", "data", "time", "name", "colour")
     printer = Printer(io.StringIO())

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from common.pool import supervise
-from common.pool.supervise import LAST_PAUSE_SECONDS, Pauses, Supervisor
+from common.pool.supervise import MAX_PAUSE_SECONDS, Pauses, Supervisor
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -60,7 +60,7 @@ def test_pauses() -> None:
     pauses = Pauses()
     lengths = [pauses.after(1.0) for _ in range(20)]
     assert lengths[:3] == [0.01, 0.02, 0.04]
-    assert lengths[-1] == LAST_PAUSE_SECONDS
+    assert lengths[-1] == MAX_PAUSE_SECONDS
     assert pauses.after(3600.0) == 0.01
 
 
