@@ -1,1 +1,1 @@
-"""HTTP in, events out: the OpenAI-compatible server. Loads no model."""
+"""The OpenAI-compatible HTTP server: turns requests into jobs and their events into responses. Loads no model."""

@@ -1,4 +1,4 @@
-"""The ASGI application: wires stores, middleware, resources and routes, and starts and stops what runs beside requests.
+"""The ASGI application: wires stores, middleware, resources and routes, and starts and stops the background tasks.
 
 Called by `api.asgi` and by tests. docs/architecture.md describes the path of a request.
 """
@@ -38,8 +38,8 @@ from common.settings import Settings
 log = logging.getLogger(__name__)
 
 
-LAST_FRAMES_SECONDS = 0.1
-"""Time for handlers to write the last frames of their streams at shutdown."""
+FINAL_FRAMES_SECONDS = 0.1
+"""Time for handlers to write the final frames of their streams at shutdown."""
 
 
 class Lifespan:
@@ -61,7 +61,7 @@ class Lifespan:
 
     async def process_shutdown(self, _scope: dict[str, Any], _event: dict[str, Any]) -> None:
         self._relay.end_all()
-        await asyncio.sleep(LAST_FRAMES_SECONDS)
+        await asyncio.sleep(FINAL_FRAMES_SECONDS)
         await self._job_queue.close()
         await self._directory.stop()
         await self._relay.stop()

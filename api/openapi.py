@@ -249,7 +249,7 @@ def _headers(names: Sequence[str]) -> Json:
 
 
 def _responses(ok: Json, statuses: Sequence[int]) -> Json:
-    """All responses by status; `ok` are those that belong to the endpoint alone."""
+    """All responses by status; `ok` are those that only this endpoint has."""
     errors = {str(status): {"$ref": f"#/components/responses/{status}"} for status in [*_ALWAYS, *statuses]}
     return dict(sorted((errors | ok).items()))
 

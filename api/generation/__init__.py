@@ -1,1 +1,1 @@
-"""One request's way through Redis: the queue, the relay of its events, overload, live models."""
+"""What all generating endpoints share: parsed requests, the job queue, the relay of events, live models, delivery of responses."""

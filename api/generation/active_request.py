@@ -85,7 +85,7 @@ class ActiveRequest:
         """How the choices ended, once `is_done`.
 
         Raises:
-            RequestError: The answer is not complete and never will be.
+            RequestError: The answer is incomplete: the request failed or was cancelled.
         """
         failed = self._choices.failed
         if failed is not None:
@@ -108,7 +108,7 @@ class ActiveRequest:
         return finished
 
     def release(self) -> None:
-        """Release everything; called exactly once, when the request has ended in whatever way."""
+        """Release everything; called exactly once, however the request has ended."""
         self._deadline.cancel()
         running = self._choices.release()
         for job in running if self._is_submitted else ():

@@ -71,7 +71,7 @@ class Choices:
         return running
 
     async def take(self) -> ChoiceEvents:
-        """Wait for events of any job; a terminal event is the last of its choice. Empty on a tick of the clock.
+        """Wait for events of any job; a terminal event is the last of its choice. Empty on a tick of the relay.
 
         Must not be called once `is_done`.
         """

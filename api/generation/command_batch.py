@@ -1,7 +1,7 @@
 """Redis commands of many requests on one connection: those of the same moment are sent together.
 
-Used by everything in the API that talks to Redis. redis-py's asyncio pool takes a connection for each caller and breaks at a
-hundred; here a burst of any size is one connection and few round trips. Independent of what the commands mean.
+Used by everything in the API that sends commands to Redis. redis-py's asyncio pool takes a connection per caller and fails at
+a hundred; here a burst of any size takes one connection and few round trips. Independent of what the commands mean.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class CommandBatch:
         return replies
 
     async def execute_each(self, commands: Iterable[Command]) -> list[Any]:
-        """Like `execute`, but a command that the server refuses has its error in place of a reply.
+        """Like `execute`, but the reply of a command that the server refuses is the error.
 
         Raises:
             redis.RedisError: The connection failed; they may have been executed or not.
@@ -83,7 +83,7 @@ class CommandBatch:
                     for command in commands:
                         pipe.execute_command(*command)
                 results = await pipe.execute(raise_on_error=False)
-        except Exception as error:  # noqa: BLE001 (whatever it is, the callers get it)
+        except Exception as error:  # noqa: BLE001 (passed on to the callers, whatever it is)
             for _, reply in batch:
                 if not reply.done():
                     reply.set_exception(error)

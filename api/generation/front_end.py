@@ -31,7 +31,7 @@ class Rendering(Protocol):
         """The first bytes of a stream; may be empty."""
 
     def frames(self, index: int, events: list[AnswerEvent]) -> bytes:
-        """The frames of the next events of a choice, each event's after those of the one before; may be empty."""
+        """The frames of the next events of a choice, in the order of the events; may be empty."""
 
     def closing(self, finished: list[Finished]) -> bytes:
         """The last bytes of a stream, once all choices are complete; their ends in the order of their indices."""
@@ -40,7 +40,7 @@ class Rendering(Protocol):
         """The last bytes of a stream that fails."""
 
     def keep_alive(self) -> bytes:
-        """What a stream sends when it has been silent for long. Not a part of the answer."""
+        """Sent when a stream has been silent for long; not part of the answer."""
 
     def add(self, index: int, events: list[AnswerEvent]) -> None:
         """Collect the next events of a choice for `body`."""

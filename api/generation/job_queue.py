@@ -1,4 +1,4 @@
-"""The only file that enqueues RQ jobs, and removes them again when their client leaves.
+"""The only file that enqueues RQ jobs, and removes them when their client disconnects.
 
 RQ's own commands are recorded on a pipeline that is never executed, and are sent with those of other requests of the same
 moment as one MULTI. Used by `ActiveRequest`; that the model has workers was checked before. Must not know HTTP.
@@ -120,7 +120,7 @@ class JobQueue:
         return ("EVAL", _SUBMIT, 0, self._queue(jobs[0].model).key, *limits, *own, *words)
 
     def cancel(self, job_id: str, model: str) -> None:
-        """Cancel a job whose client has left; it may have ended. Sent in the background, and again until Redis accepts it."""
+        """Cancel a job whose client has disconnected; it may have ended already. Sent in the background, and again until Redis accepts it."""
         self._cancels[job_id] = model
         if self._cancel_task is None or self._cancel_task.done():
             self._cancel_task = asyncio.create_task(self._send_cancels())
@@ -159,7 +159,7 @@ class JobQueue:
     def _queue(self, model: str) -> JsonQueue:
         queue = self._queues.get(model)
         if queue is None:
-            if len(self._queues) >= _MAX_QUEUES:  # most are of models that are served no more
+            if len(self._queues) >= _MAX_QUEUES:  # most are of models that are no longer served
                 self._queues.clear()
             queue = self._queues[model] = JsonQueue(model, connection=self._recorder)
             # RQ 3.0 would ask the server, and block. It only selects the commands that dequeue, which are not used here.

@@ -26,7 +26,7 @@ from common.rq import JsonJob
 log = logging.getLogger(__name__)
 
 START_SECONDS = 2.0
-"""How long a starting process waits for its subscription; without Redis it starts all the same and answers 503."""
+"""How long a starting process waits for its subscription; without Redis it starts anyway and answers 503."""
 
 PING_SECONDS = 2.0
 """Silence on the channel before a PING: a half-open socket just stays silent."""

@@ -28,7 +28,7 @@ MAX_COPIES_BYTES = 64 * 2**20
 
 
 class AnswerRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """All that a rendering needs besides the events: with the jobs' journals it determines every byte of the answer.
+    """Everything that a rendering needs in addition to the events: together with the jobs' journals it determines every byte of the answer.
 
     Stored in the request's first job (`GenerationJob.answer`). New fields have defaults, as in `common.protocol`.
 

@@ -1,1 +1,1 @@
-"""HTTP: connections, headers, bodies, origins and hosts, errors, health. Independent of protocols and models."""
+"""HTTP: connections, headers, bodies, origins and hosts, errors, server-sent events. Independent of protocols and models."""

@@ -39,7 +39,7 @@ _MESSAGES = {
     http.HTTPStatus.INTERNAL_SERVER_ERROR: errors.internal().message,
     http.HTTPStatus.NOT_IMPLEMENTED: "The request's Transfer-Encoding is not supported.",
 }
-"""By status, in place of gunicorn's own messages, which quote the request and so perhaps a key."""
+"""By status, in place of gunicorn's own messages, which quote the request and so may contain a key."""
 
 _NOT_HTTP = "The request is not valid HTTP/1.1."
 """For every other status."""

@@ -1,4 +1,4 @@
-"""The types of answers, for the description (`api.openapi`); the renderings write the same as ready bytes.
+"""The types of answers, for the description (`api.openapi`); the renderings write the same objects directly as bytes.
 
 Tests keep both equal: each answer and each chunk must be of one of these types, without a field that is not here.
 https://platform.openai.com/docs/api-reference/chat/object

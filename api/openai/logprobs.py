@@ -59,13 +59,13 @@ class LogprobAligner:
             while self._groups and (length := _length(self._groups[0])) <= self._num_released:
                 self._num_released -= length
                 items += self._groups.popleft()
-        if delta.pieces:  # what was not released is no content, such as the markers of a call
+        if delta.pieces:  # what was not released is not content, such as the markers of a call
             items += self.finish()
             self._num_released = 0
         return items
 
     def _drop_hidden(self, text: str) -> None:
-        """Drop the tokens of markers, and white space around them, which are no part of the text."""
+        """Drop the tokens of markers, and white space around them, which are not part of the text."""
         if self._num_released:
             return
         waiting = "".join(item.text for group in self._groups for item in group)

@@ -87,7 +87,7 @@ class Body(msgspec.Struct, frozen=True, kw_only=True):
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "default"),
 }
-"""Values besides null that have no effect, by field."""
+"""Values other than null that have no effect, by field."""
 
 ONLY_WITH: Mapping[str, str] = {"stream_options": "stream"}
 """Fields that may be given only if another one is true."""

@@ -135,8 +135,8 @@ def _call(call: ToolCall, path: str, called: dict[str, str], inside: str = "func
 
 
 def _arguments(text: str) -> Mapping[str, Any] | str:
-    """Arguments as an object; some models call a function without parameters with an empty string. Text that is no JSON
-    object, such as that of a call that was cut, is kept: any answer can be sent back as it is.
+    """Arguments as an object; some models call a function without parameters with an empty string. Text that is not a
+    JSON object, such as that of a truncated call, is kept: any answer can be sent back unchanged.
     """
     try:
         return msgspec.json.decode(text, type=dict[str, Any]) if text.strip() else {}

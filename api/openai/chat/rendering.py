@@ -1,4 +1,4 @@
-"""A chat completion as OpenAI writes it: chunks of a stream as ready bytes, or one object.
+"""A chat completion as OpenAI writes it: the chunks of a stream, as bytes, or one object.
 
 An `api.generation.front_end.Rendering`: a pure function of the request's record and its jobs' events.
 https://platform.openai.com/docs/api-reference/chat

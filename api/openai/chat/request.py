@@ -71,7 +71,7 @@ _HAS_CONTENT = Meta(
 Metadata = Annotated[
     dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
 ]
-"""OpenAI's limits; it has no effect here."""
+"""Within OpenAI's limits; metadata has no effect here."""
 
 
 class ChatBody(fields.Body, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""Arguments for the model's chat template besides the messages: `reasoning_effort` and `chat_template_kwargs`.
+"""Arguments for the model's chat template other than the messages: `reasoning_effort` and `chat_template_kwargs`.
 
 Only an allowlist of names is accepted: they become keyword arguments of transformers, some of which would replace the
 template or change the type of its result. Used by `api.openai.chat.request`.

@@ -112,7 +112,7 @@ def tool_use(chat: ToolFields) -> ToolUse | None:
         tools=[tool for tool in tools if tool["function"]["name"] in choice.names],
         is_required=choice.is_required,
         function=choice.function,
-        # A named function is called once: a model that can write nothing else would call it again and again.
+        # A named function is called once: otherwise a model that may write nothing else would repeat the call.
         is_parallel=chat.parallel_tool_calls is not False and choice.function is None,
     )
 
