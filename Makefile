@@ -1,6 +1,6 @@
 # Settings are make variables: `make up PORT=9000 MAX_BATCH=8` is MLXPOOL_PORT and MLXPOOL_MAX_BATCH (see README.md).
 
-# Not settings, but variables of this file.
+# Variables of this file that are not settings.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 MLX_BUILDS := cpu cuda12 cuda13
@@ -11,7 +11,7 @@ URL ?= http://127.0.0.1:8080
 KEY ?=
 ONLY ?=
 
-# Before anything is touched: pip only warns of an extra that it does not know, and would leave an environment without MLX.
+# Checked before anything is changed: pip only warns about an unknown extra, and would leave an environment without MLX.
 ifneq ($(filter-out $(MLX_BUILDS),$(MLX))$(words $(MLX)),1)
 $(error MLX is the build of MLX to install: cpu, cuda12 or cuda13, not '$(MLX)')
 endif
@@ -37,19 +37,19 @@ install: $(STAMP) ## put everything into .venv
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "mlx-pool needs Python 3.11 or newer; name one with: make install PYTHON=python3.12" >&2; exit 1; }
 	@echo "Installing into $(VENV); this takes a minute or two the first time."
-	@# A fresh environment where another build of MLX is in it: they overwrite each other's library.
+	@# A fresh environment if another build of MLX is installed: they overwrite each other's library.
 	@$(PYTHON) -m venv $(if $(filter-out $(STAMP),$(wildcard $(VENV)/.installed-*)),--clear) $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(MLX),dev]'
 	@touch $@
 
 up: install ## run Redis, the API and a worker until Ctrl-C
-	@# exec: a shell in between would die of a Ctrl-C, and make would call that an error.
+	@# exec: a shell in between would be killed by Ctrl-C, and make would report an error.
 	@exec $(BIN)/python -m common.pool.up --workers="$(WORKERS)" --parent $$PPID
 
-# Two processes, whole files each: the tests of a file share servers, and more than one model a core would only wait.
+# Two processes, each running complete files: the tests of a file share servers, and more models than cores would only wait.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test: install ## run all tests but the heavy ones, or some of them: make test ARGS=tests/unit
+test: install ## run all tests except the heavy ones, or a selection: make test ARGS=tests/unit
 	@$(PYTEST) -m "not heavy" $(ARGS)
 
 test-all: install ## run every test; only what make test leaves out: make test-all ARGS="-m heavy"
