@@ -342,7 +342,7 @@ def test_commands(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_jobs_are_read_as_rq_wrote_them(client: redis.Redis, queue: JsonQueue) -> None:
-    """`records.restored` reads a job from its hash as intake got it: compressed JSON of four parts. Open worker/jobs/records.py."""
+    """`records.restore_job` reads a job from its hash as intake got it: compressed JSON of four parts. Open worker/jobs/records.py."""
     encode = redis.connection.Encoder("utf-8", "strict", decode_responses=False).encode
     fields = {encode(name): encode(value) for name, value in _job(queue).to_dict().items()}
     assert zlib.decompress(fields[b"data"]) == b'["f", null, [], {"job_id": "j"}]'

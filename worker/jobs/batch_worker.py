@@ -118,7 +118,7 @@ class BatchWorker(BaseWorker):
         self._ready: SimpleQueue[tuple[GenerationLoop, Engine] | BaseException] = SimpleQueue()
         self._threads: list[Thread] = []
 
-    # -- life --------------------------------------------------------------------------------------------------------
+    # -- start and stop ----------------------------------------------------------------------------------------------
 
     def work(self, *_args: Any, **_options: Any) -> bool:  # RQ's options (burst, scheduler, ...) do not apply
         """Load the model, then serve until SIGTERM or SIGINT; True if all threads ended in time."""
@@ -218,8 +218,12 @@ class BatchWorker(BaseWorker):
             return False
         if self._drain_began_mono is None:
             self._drain_began_mono = time.monotonic()
-            log.info("%s takes no more jobs and ends when its %d are done", self.name, len(self._held))
-        if self._intake_thread.is_alive():  # it could take back what we requeue
+            log.info(
+                "%s is draining: it takes no more jobs, and ends when its %d jobs have ended",
+                self.name,
+                len(self._held),
+            )
+        if self._intake_thread.is_alive():  # it could take the jobs that are requeued below
             return False
         if self._stop_waiting_for_redis() or not self._held or not self._threads[0].is_alive():
             return True

@@ -90,7 +90,7 @@ class Executions:
         return execution
 
     def renew(self, execution: Execution, pipe: Pipeline) -> None:
-        """Record on `pipe` that the lease is renewed. The answer is 0 if it has run out already."""
+        """Record on `pipe` that the lease is renewed. The reply is 0 if it has run out already."""
         pipe.pexpire(execution.key, self._lease_ms)  # NOTE: never a command that would create the key again
 
     def forget(self, execution_id: str) -> None:
@@ -139,7 +139,7 @@ class Executions:
             fields: Written to the job's hash, next to RQ's fields.
 
         Returns:
-            False if its lease is gone, and with it the right to do so.
+            False if its lease is gone: nothing was written.
         """
 
         def write(pipe: Pipeline) -> None:

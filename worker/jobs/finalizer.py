@@ -131,7 +131,7 @@ _ENDED = {
     Outcome.STOPPED: "stopped before it started here",
     Outcome.FENCED: "its lease was lost; another worker continues it",
     Outcome.REQUEUED: "requeued for another worker",
-    Outcome.CRASHED: "a step failed with it in the batch; it is tried again",
+    Outcome.CRASHED: "a step of its batch failed; it is tried again",
 }
 """Log text of ends without token counts of their own."""
 

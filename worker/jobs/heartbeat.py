@@ -82,11 +82,11 @@ class Heartbeat:
                 self.remove_card(pipe)
             else:
                 self._show_card(pipe)
-            answers = pipe.execute()
-        if answers[0] == 1:  # HSET created RQ's hash: it had expired while we were away
+            replies = pipe.execute()
+        if replies[0] == 1:  # HSET created RQ's hash: it had expired while we were away
             self._registration.restore()
-        self.num_workers, self.is_suspended = int(answers[num_before - 2]), bool(answers[num_before - 1])
-        is_renewed = dict(zip(executions, answers[num_before : num_before + len(executions)], strict=True))
+        self.num_workers, self.is_suspended = int(replies[num_before - 2]), bool(replies[num_before - 1])
+        is_renewed = dict(zip(executions, replies[num_before : num_before + len(executions)], strict=True))
         if time.monotonic() - self._renewed_mono >= self._renewal_seconds:
             self._renew_backstops([e for e in executions if is_renewed[e]])
         return [e for e in executions if not is_renewed[e] and e in self._executions]

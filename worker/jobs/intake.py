@@ -29,7 +29,7 @@ from worker.jobs.records import (
     read_crash_count,
     read_journal,
     read_min_context,
-    restored,
+    restore_job,
 )
 from worker.jobs.scripts import RETURN_TO_QUEUE
 from worker.loop.messages import Admit
@@ -40,17 +40,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_DEFERENCE_SECONDS = 0.004
-"""A worker with a full batch waits so long before it takes more, so that workers with fewer sequences come first."""
+_MAX_YIELD_SECONDS = 0.004
+"""How long a worker whose batch is almost full waits before it takes more, so that workers with fewer sequences come first."""
 
-# A worker that sleeps (a closed lid) while it blocks would still be given a job: it blocks no longer than this.
 BLOCK_SECONDS = 1
+"""The longest that intake blocks on the queue: Redis gives a job even to a blocked worker that sleeps (a closed lid)."""
+
 _RETRY_SECONDS = 0.5
 _HOLD_OFF_SECONDS = 0.05
 _CANDIDATE_PATIENCE_SECONDS = 5.0
+"""How long poison candidates may find only busy workers, see `Intake._select`."""
 
-# KEYS: queue, intermediate queue, the set of RQ's workers of the queue. ARGV: how many at most; how many jobs of the burst this
-# worker has already. Takes what this worker's share of the burst lacks.
+# KEYS: queue, intermediate queue, the set of RQ's workers of the queue. ARGV: how many to take at most; how many jobs of the burst
+# this worker has already. Takes the rest of this worker's share of the burst.
 TAKE_SHARE = """
 local num_workers = math.max(1, redis.call('SCARD', KEYS[3]))
 local num_waiting = redis.call('LLEN', KEYS[1])
@@ -64,7 +66,7 @@ _TOO_LONG = "context_length_exceeded"
 """Code of the error of a prompt that is longer than the context."""
 
 _CONTEXT_LOST = RequestError(
-    "The worker that began this answer is gone, and the prompt is too long for the workers that are left.",
+    "The worker that began this answer is gone, and the prompt is too long for the remaining workers.",
     status=503,
     type="server_error",
     code="worker_lost",
@@ -72,13 +74,13 @@ _CONTEXT_LOST = RequestError(
 
 
 class TakenJob(NamedTuple):
-    """What was read of a job that was taken from the queue.
+    """What Redis has of a job that was taken from the queue.
 
     Attributes:
         fields: Its hash.
         is_cancelled: Whether its client has left.
         entries: Its journal.
-        position: In the intermediate queue; None: it is not there any more.
+        position: Its index in the intermediate queue; None: it is no longer there.
     """
 
     raw_id: bytes
@@ -99,7 +101,7 @@ class TakenJob(NamedTuple):
 
 
 _NUM_READS = len(TakenJob._fields) - 1
-"""Answers per job, see `Intake._read`."""
+"""Replies per job, see `Intake._read`."""
 
 
 class RegisteredJob(NamedTuple):
@@ -170,7 +172,7 @@ class Intake:
             num_used = 0
             try:
                 if num_slots:
-                    self._defer(num_slots)
+                    self._yield_to_other_workers(num_slots)
                     num_used = self._fill(num_slots)
                     self._last_warning = ""
             except redis.RedisError as error:
@@ -191,7 +193,7 @@ class Intake:
         self._last_warning = str(error)
         log.log(logging.DEBUG if is_logged else logging.WARNING, "no jobs can be taken: %s", error)
 
-    def _defer(self, num_slots: int) -> None:
+    def _yield_to_other_workers(self, num_slots: int) -> None:
         """Let workers with fewer sequences come first: Redis gives a job to the client that has waited longest.
 
         This balances only roughly. A worker that is encoding a long prompt does not compete for the next job meanwhile, so an
@@ -199,7 +201,7 @@ class Intake:
         """
         num_sequences = self._max_batch - num_slots
         if num_sequences and self._num_workers() > 1:
-            time.sleep(_DEFERENCE_SECONDS * (0.5 + 0.5 * num_sequences / self._max_batch))
+            time.sleep(_MAX_YIELD_SECONDS * (0.5 + 0.5 * num_sequences / self._max_batch))
 
     def _hold_slots(self) -> int:
         """Take all free permits, waiting a moment for the first; returns their number."""
@@ -219,7 +221,7 @@ class Intake:
         if first is None:
             return 0
         self.is_taking = True
-        # If the first job will be left to others, it neither takes a slot nor is it our share.
+        # If the first job will be left to other workers, it needs no slot and is no part of this worker's share.
         num_own = 0 if self._is_first_left else 1
         max_more = num_slots - num_own
         with self._redis.pipeline(transaction=False) as pipe:
@@ -228,18 +230,18 @@ class Intake:
                 keys = (self._queue.key, self._queue.intermediate_queue_key, self._workers_key)
                 # Not redis-py's registered script: in a pipeline it first asks, in a round trip, whether Redis has it.
                 pipe.eval(TAKE_SHARE, len(keys), *keys, max_more, num_own)
-            answers = pipe.execute(raise_on_error=False)
-        raise_other_than_wrong_type(answers)
-        more: list[bytes] = answers[_NUM_READS] if max_more else []
+            replies = pipe.execute(raise_on_error=False)
+        ignore_wrong_types(replies)
+        more: list[bytes] = replies[_NUM_READS] if max_more else []
         if more:
             with self._redis.pipeline(transaction=False) as pipe:
                 for raw_id in more:
                     self._read(pipe, raw_id)
-                del answers[_NUM_READS:]
-                answers += pipe.execute(raise_on_error=False)
-            raise_other_than_wrong_type(answers)
+                del replies[_NUM_READS:]
+                replies += pipe.execute(raise_on_error=False)
+            ignore_wrong_types(replies)
         taken = [
-            TakenJob(raw_id, *answers[_NUM_READS * i : _NUM_READS * (i + 1)])
+            TakenJob(raw_id, *replies[_NUM_READS * i : _NUM_READS * (i + 1)])
             for i, raw_id in enumerate([first, *more])
         ]
         return self._register(self._select(taken, num_slots))
@@ -249,8 +251,8 @@ class Intake:
 
         1. Jobs that are known to be too long for this worker's context are left to a worker that has room for them, if one is
            live.
-        2. A poison candidate runs alone, so only an idle worker keeps one: if it kills its worker, every job there gets a crash
-           count. Once candidates have met busy workers for a while, this one takes nothing more until it is idle.
+        2. A poison candidate runs alone, so only an idle worker keeps one: if it crashes its worker, every job there has one more
+           crash counted. If candidates have found only busy workers for a while, this one takes nothing more until it is idle.
         """
         kept = self._without_too_long(taken)
         candidates = [each for each in kept if each.is_poison_candidate]
@@ -324,7 +326,7 @@ class Intake:
     def _begin(self, taken: TakenJob, pipe: Pipeline) -> list[RegisteredJob]:
         """Record on `pipe` what becomes of a job; returns it if it becomes an execution.
 
-        1. A job that another worker has put back is not ours: this worker slept. (If that happens after the read, `LREM` answers
+        1. A job that another worker has put back is not ours: this worker slept. (If that happens after the read, `LREM` returns
            0, and the execution is dropped again.)
         2. A job without a hash expired in the queue, or never was one.
         3. A job whose client has left is deleted.
@@ -340,7 +342,7 @@ class Intake:
         if taken.is_cancelled:
             pipe.delete(JsonJob.key_for(job_id))
             return []
-        job = restored(job_id, taken.fields, self._redis)
+        job = restore_job(job_id, taken.fields, self._redis)
         request, journal = job.request(), read_journal(taken.entries)
         execution = self._executions.start(job, pipe)
         return [RegisteredJob(taken.raw_id, job, execution, request, journal, taken.is_poison_candidate)]
@@ -353,7 +355,7 @@ class Intake:
             log.warning("job %s cannot be marked as failed: %s", job_id, error)
 
     def _hand_over(self, registered: list[RegisteredJob], lost: set[bytes]) -> int:
-        """Encode prompts and pass jobs to the loop, short ones first, since a long prompt takes its time.
+        """Encode prompts and pass jobs to the loop, short ones first, since encoding a long prompt takes long.
 
         Args:
             lost: Jobs that another worker had put back before they were registered here.
@@ -406,8 +408,8 @@ class Intake:
     def _requeue_for_longer_context(self, registered: RegisteredJob) -> bool:
         """Put a job back that is too long for this worker, if a live worker of the model has a longer context.
 
-        The job's hash then says which context it needs at least. That only grows, and workers below it leave the job alone, so
-        it visits each worker at most once.
+        The job's hash then says which context it needs at least. The value only grows, and workers with a shorter context leave
+        the job alone, so it visits each worker at most once.
         """
         job_id, execution = registered.job.id, registered.execution
         try:
@@ -416,7 +418,7 @@ class Intake:
             fields = {MIN_CONTEXT_FIELD: self._context_length + 1}
             self._executions.requeue(registered.job, execution, fields)
         except redis.RedisError as error:
-            # NOTE: must not end the hand-over of the jobs behind this one, whose leases are renewed already.
+            # NOTE: must not end the hand-over of the jobs after this one, whose leases are renewed already.
             log.warning("job %s cannot be requeued (%s): its lease runs out", job_id, error)
         else:
             log.info(
@@ -428,14 +430,14 @@ class Intake:
         return True
 
 
-def raise_other_than_wrong_type(answers: list[Any]) -> None:
-    """Treat a key that another program has given a wrong type as empty; raise any other error.
+def ignore_wrong_types(replies: list[Any]) -> None:
+    """Replace the errors of keys that another program has given a wrong type by empty values; raise any other error.
 
     Raises:
-        redis.RedisError: One of `answers`.
+        redis.RedisError: One of `replies`.
     """
-    for i, answer in enumerate(answers):
-        if isinstance(answer, redis.ResponseError) and "WRONGTYPE" in str(answer):
-            answers[i] = {}
-        elif isinstance(answer, Exception):
-            raise answer
+    for i, reply in enumerate(replies):
+        if isinstance(reply, redis.ResponseError) and "WRONGTYPE" in str(reply):
+            replies[i] = {}
+        elif isinstance(reply, Exception):
+            raise reply

@@ -37,7 +37,7 @@ class CrashCount(NamedTuple):
         return self.num >= POISON_CANDIDATE_CRASHES
 
     def after_death(self, last_n: int) -> CrashCount:
-        """The record after one more death; it starts again if the job has new tokens, since it did not kill its worker at once."""
+        """The record after one more death; it restarts at 1 if the job has new tokens, since it did not crash its worker at once."""
         return CrashCount(1 if last_n > self.last_n else self.num + 1, last_n)
 
 
@@ -59,11 +59,11 @@ def read_min_context(fields: dict[bytes, bytes]) -> int:
         return 0
 
 
-def restored(job_id: str, fields: dict[bytes, bytes], connection: redis.Redis) -> JsonJob:
+def restore_job(job_id: str, fields: dict[bytes, bytes], connection: redis.Redis) -> JsonJob:
     """Restore a job from its hash.
 
     Raises:
-        ForeignJobError: It is not the hash of a job, or its id cannot be one's.
+        ForeignJobError: It is not the hash of a job, or the id is invalid.
     """
     try:
         job = JsonJob(job_id, connection=connection)
@@ -76,7 +76,7 @@ def restored(job_id: str, fields: dict[bytes, bytes], connection: redis.Redis) -
 
 
 def read_journal(entries: list[Any]) -> list[Event]:
-    """Decode the answer of XRANGE or XREVRANGE, in its order.
+    """Decode the reply of XRANGE or XREVRANGE, in its order.
 
     Raises:
         ForeignJobError: An entry is not an event.

@@ -1,7 +1,7 @@
 """`Journal` on Redis: one script call per decode step appends its events and publishes them. The only writer of journals.
 
-The generation loop sends a step's entries without waiting and reads the answer one step later, while the device computes.
-A lost connection is made again here and the unanswered call is repeated; the script recognizes its own writes, so nothing is
+The generation loop sends a step's entries without waiting and reads the reply one step later, while the device computes.
+A lost connection is made again here and the call without a reply is repeated; the script recognizes its own writes, so nothing is
 written twice.
 """
 
@@ -145,7 +145,7 @@ class RedisJournal:
             self._write()
 
     def _reset(self, error: redis.RedisError) -> None:
-        """Start over with a new connection: an answer left on the old one may belong to another call."""
+        """Start over with a new connection: a reply left on the old one may belong to another call."""
         if not self._is_broken:
             log.warning("the journal cannot be written (%s); generation waits for Redis", error)
         self._is_broken = self._was_lost = True

@@ -23,7 +23,7 @@ class Registration:
     """See the module.
 
     Attributes:
-        name: The worker's, unique for all time.
+        name: The worker's; never used again.
     """
 
     def __init__(self, worker: BaseWorker, queue: JsonQueue) -> None:
@@ -33,7 +33,7 @@ class Registration:
         self._members_key = f"{RQ_KEY_PREFIX}:workers:{queue.name}"
 
     def renew(self, pipe: Pipeline) -> None:
-        """Record RQ's heartbeat on `pipe`. Its first answer is 1 if the entry had expired: then `restore` it."""
+        """Record RQ's heartbeat on `pipe`. Its first reply is 1 if the entry had expired: then `restore` it."""
         self._worker.heartbeat(RQ_WORKER_TTL_SECONDS, pipeline=pipe)
 
     def count_workers(self, pipe: Pipeline) -> None:
@@ -41,8 +41,9 @@ class Registration:
         pipe.scard(self._members_key)
 
     def list_queue(self, pipe: Pipeline) -> None:
-        """Record on `pipe` that RQ lists the queue: by itself it does so from the first job on, and `rq info` shows only
-        the workers of listed queues.
+        """Record on `pipe` that the queue is added to RQ's set of queues.
+
+        RQ itself adds it with its first job, and `rq info` shows only the workers of queues in that set.
         """
         pipe.sadd(self._queue.redis_queues_keys, self._queue.key)
 

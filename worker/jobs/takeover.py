@@ -27,7 +27,7 @@ from worker.jobs.records import (
     has_ended,
     read_crash_count,
     read_journal,
-    restored,
+    restore_job,
 )
 from worker.jobs.scripts import RETURN_TO_QUEUE, RUN_RECORDED, record
 from worker.loop.sequence import failed_event
@@ -44,12 +44,13 @@ JOBS_PER_BATCH = 16
 """Jobs that are taken over in two round trips. They are read completely, and a prompt may be megabytes."""
 
 _NO_SUCH_KEY = -2
-"""PTTL's answer."""
+"""PTTL's reply."""
 
 _STATE_FIELDS = ("status", "retries_left", CRASHES_FIELD, LAST_N_FIELD)
 """The fields of a job's hash that a takeover is decided by, as is the length of its journal."""
 
 _GONE, _CHANGED, _RUNS_ELSEWHERE, _DONE = range(4)
+"""Replies of the script."""
 
 # ARGV: the registry, its entry, the execution's key, the job's key, its journal, the key of its executions, the execution's id;
 # the values of _STATE_FIELDS ('': missing) and the journal's length that the decision was made by; then recorded commands.
@@ -106,11 +107,11 @@ class DeadExecution(NamedTuple):
 
 
 _NUM_READS = 4
-"""Answers per job, see `Takeover._read`."""
+"""Replies per job, see `Takeover._read`."""
 
 
 class Plan(NamedTuple):
-    """What becomes of a job: recorded commands, and the log line's end; "" if nothing is logged."""
+    """What becomes of a job: recorded commands, and the end of its log line; "": nothing is logged."""
 
     commands: list[Any]
     outcome: str = ""
@@ -140,8 +141,8 @@ class Takeover:
         """Look once for jobs without a worker and put them back into the queue.
 
         Returns:
-            Seconds until the next lease runs out unless it is renewed: to look again just then loses no time. 0 if some jobs are
-            left for the next call.
+            Seconds until the next lease runs out unless it is renewed: the best time to look again. 0 if some jobs are left for
+            the next call.
         """
         next_seconds = self._take_over_all()
         self._rescue()
@@ -186,18 +187,18 @@ class Takeover:
         with self._redis.pipeline(transaction=False) as pipe:
             for dead, plan in plans:
                 pipe.eval(_TAKE_OVER, 0, *self._script_arguments(dead), *plan.commands)
-            answers = pipe.execute(raise_on_error=False)
-        for (dead, plan), answer in zip(plans, answers, strict=True):
-            if _is_wrong_type(answer):
-                self._drop(dead.entry, answer)
-            elif isinstance(answer, Exception):
-                raise answer
-            elif answer == _DONE and plan.outcome:
+            replies = pipe.execute(raise_on_error=False)
+        for (dead, plan), reply in zip(plans, replies, strict=True):
+            if _is_wrong_type(reply):
+                self._drop(dead.entry, reply)
+            elif isinstance(reply, Exception):
+                raise reply
+            elif reply == _DONE and plan.outcome:
                 log.warning("job %s: its worker died or hung; %s", dead.execution.job_id[:80], plan.outcome)
-        return _CHANGED not in answers
+        return _CHANGED not in replies
 
     def _read(self, entries: list[str]) -> list[DeadExecution]:
-        """Read what Redis has of the jobs of `entries`; entries that are none of RQ's are dropped."""
+        """Read what Redis has of the jobs of `entries`; entries that are not RQ's are dropped."""
         executions: dict[str, Execution] = {}
         for entry in entries:
             try:
@@ -210,11 +211,11 @@ class Takeover:
                 pipe.xlen(names.journal(execution.job_id))
                 pipe.xrevrange(names.journal(execution.job_id), count=1)
                 pipe.exists(names.cancelled(execution.job_id))
-            answers = pipe.execute(raise_on_error=False)
+            replies = pipe.execute(raise_on_error=False)
         dead = []
         for i, (entry, execution) in enumerate(executions.items()):
-            read = answers[_NUM_READS * i : _NUM_READS * (i + 1)]
-            failure = next((answer for answer in read if isinstance(answer, Exception)), None)
+            read = replies[_NUM_READS * i : _NUM_READS * (i + 1)]
+            failure = next((reply for reply in read if isinstance(reply, Exception)), None)
             if failure is None:
                 dead.append(DeadExecution(entry, execution, *read))
             elif _is_wrong_type(failure):
@@ -224,7 +225,7 @@ class Takeover:
         return dead
 
     def _drop(self, entry: str, error: Exception) -> None:
-        """Remove an entry from the registry whose job makes no sense."""
+        """Remove an invalid entry, or that of an invalid job, from the registry."""
         log.error("%s: %s; it is removed from the registry", entry[:80], error)
         self._redis.zrem(self._registry_key, entry)
 
@@ -237,9 +238,9 @@ class Takeover:
     def _plan(self, dead: DeadExecution) -> Plan:
         """Decide what becomes of a job. That it runs under no other execution is checked by the script.
 
-        1. It was deleted, or is not running by RQ's account: only the entry is removed.
+        1. It was deleted, or RQ does not count it as running: only the entry is removed.
         2. Its client has left: it is deleted, as intake would do.
-        3. Its journal has a terminal event: RQ's bookkeeping is all that is missing, and the worker that takes it does that.
+        3. Its journal has a terminal event: only RQ's bookkeeping is missing; the worker that takes it does that.
         4. Else it is tried again, as often in a row as its retries allow. An execution that generated a new token restarts the
            count: this job did not kill its worker.
         5. No tries are left: it fails.
@@ -250,7 +251,7 @@ class Takeover:
         has_answer = has_ended(read_journal(dead.last))
         if not dead.fields:
             return Plan([])
-        job = restored(dead.execution.job_id, dead.fields, self._redis)
+        job = restore_job(dead.execution.job_id, dead.fields, self._redis)
         if job.get_status(refresh=False) != JobStatus.STARTED:
             return Plan([])
         if dead.is_cancelled:
@@ -290,7 +291,7 @@ class Takeover:
         pipe.publish(request.channel, b'[["' + job.id.encode() + b'",' + event + b"]]")
 
     def _rescue(self) -> None:
-        """Put back what a worker took from the queue and never registered: it died in between, or sleeps."""
+        """Put back what a worker took from the queue and never registered: it died in between, or its machine sleeps."""
         intermediate = self._queue.intermediate_queue
         ids: Any = self._redis.lrange(intermediate.key, 0, -1)
         now_mono = time.monotonic()
@@ -312,9 +313,9 @@ class Takeover:
                     )
 
 
-def _is_wrong_type(answer: Any) -> bool:
+def _is_wrong_type(reply: Any) -> bool:
     """Whether a key has a type that only another program can have given it."""
-    return isinstance(answer, redis.ResponseError) and "WRONGTYPE" in str(answer)
+    return isinstance(reply, redis.ResponseError) and "WRONGTYPE" in str(reply)
 
 
 def _execution_key(entry: str) -> str:

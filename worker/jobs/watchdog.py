@@ -1,4 +1,4 @@
-"""Ends a worker that is of no more use, so that others take its jobs over: a thread failed, or its work does not come back.
+"""Ends a worker that can no longer serve, so that others take its jobs over: one of its threads failed or hangs.
 
 Progress counts, not heartbeats: a worker with a hanging step still sends them, and would keep its leases for ever. Called by
 the main thread.
@@ -49,10 +49,10 @@ def find_stalled(
 
 
 def end_if_stalled(progresses: Iterable[Progress], stall_seconds: float) -> None:
-    """End this process if a thread's work does not come back: what hangs in a driver cannot be stopped otherwise.
+    """End this process if one of its threads hangs: a call that hangs in a driver cannot be interrupted.
 
     Each job that is held here gets one more crash unless it has a new token, so a job that stalls each of its workers fails in
-    the end. Prefilling a long prompt comes back about every second, and waiting for Redis is not work.
+    the end. Prefilling a long prompt returns about every second, and waiting for Redis is not work.
     """
     stalled = find_stalled(progresses, stall_seconds, time.monotonic())
     if stalled is None:

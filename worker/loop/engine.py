@@ -131,7 +131,7 @@ class Engine(Protocol):
         """Whether the sequences' KV caches have outgrown their memory budget."""
 
     def has_room(self, job: GenerationJob, num_prompt: int, num_done: int) -> bool:
-        """Whether the job's expected KV cache fits into the memory budget next to the present sequences.
+        """Whether the job's expected KV cache fits into the memory budget next to those of the current sequences.
 
         Args:
             num_prompt: Tokens of its prompt.

@@ -1,7 +1,7 @@
 """The generation loop: which sequences run, what each step's tokens become, and when a job has ended.
 
 Runs on one thread and owns every `Sequence`. Other threads send messages to its inbox; it reports the end of each job through
-`on_job_end`. It never waits for Redis between two steps: a step's events are sent, and the answer is read after the next step.
+`on_job_end`. It never waits for Redis between two steps: a step's events are sent, and the journal's reply is read after the next step.
 Depends on the `Engine` and `Journal` protocols next to it; independent of MLX, RQ and Redis.
 """
 
@@ -66,7 +66,7 @@ class GenerationLoop:
         live_ttl_seconds: The journal's time to live while its job is generated.
         final_ttl_seconds: The journal's time to live after its terminal event.
         orphan_seconds: Jobs whose channel has had no subscriber for this long are cancelled.
-        is_intake_busy: Whether intake is just taking jobs from the queue. Called on the loop's thread.
+        is_intake_busy: Whether intake is currently taking jobs from the queue. Called on the loop's thread.
         clock: Monotonic seconds.
     """
 
@@ -96,7 +96,7 @@ class GenerationLoop:
         self._running: dict[str, Sequence] = {}  # by job id, oldest first
         self._unsent_entries: list[JournalEntry] = []
         self._unsent_job_ends: list[JobEnd] = []  # their terminal events are in `_unsent_entries`
-        self._in_flight_job_ends: list[JobEnd] = []  # their terminal events were sent; no answer yet
+        self._in_flight_job_ends: list[JobEnd] = []  # their terminal events were sent; no reply yet
         self._is_in_flight = False
         self._early_aborts: dict[str, tuple[AbortReason, float]] = {}  # with monotonic seconds, oldest first
         self._no_listeners_since_mono: dict[str, float] = {}  # by channel
@@ -117,7 +117,7 @@ class GenerationLoop:
             self.run_once()
 
     def run_once(self) -> None:
-        """Handle the inbox, run one engine step, read the answer to the previous step's events, send this step's.
+        """Handle the inbox, run one engine step, read the reply to the previous step's events, send this step's.
 
         Blocks on the inbox only while nothing runs, waits, or is in flight.
         """
@@ -323,7 +323,7 @@ class GenerationLoop:
             self._end(sequence, Outcome.FINISHED, sequence.make_finished("length"))
 
     def _end(self, sequence: Sequence, outcome: Outcome, terminal: Finished | Failed | None) -> None:
-        """Release a job's sequence; its end is reported when the journal has answered for all of its events."""
+        """Release a job's sequence; its end is reported when the journal has confirmed all of its events."""
         job_id = sequence.job.job_id
         if self._running.pop(job_id, None) is not None:
             with self.progress.on("remove", job_id):
@@ -347,7 +347,7 @@ class GenerationLoop:
         return JournalEntry(job.channel, job.job_id, execution_id, event.n, encode(event), ttl_seconds)
 
     def _flush(self) -> None:
-        """Read the answer to the previous entries, then send the new ones. If there are none, report the ends of jobs now."""
+        """Read the reply to the previous entries, then send the new ones. If there are none, report the ends of jobs now."""
         self._collect()
         if self._unsent_entries:
             self._journal.send(self._unsent_entries)
@@ -359,7 +359,7 @@ class GenerationLoop:
             self._unsent_job_ends = []
 
     def _collect(self) -> None:
-        """Read the journal's answer, if one is due: report ends of jobs, fence refused executions, cancel orphans."""
+        """Read the journal's reply, if one is due: report ends of jobs, fence refused executions, cancel orphans."""
         if not self._is_in_flight:
             return
         result = self._journal.collect()

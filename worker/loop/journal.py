@@ -1,4 +1,4 @@
-"""The journal as the generation loop sees it: what it writes for each step, and what it learns from the answer.
+"""The journal as the generation loop sees it: what it writes for each step, and what it learns from the reply.
 
 `worker.jobs.redis_journal` implements it on Redis, tests in memory. Independent of Redis and RQ.
 """
@@ -32,7 +32,7 @@ class JournalEntry(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class AppendResult:
-    """The answer to one `Journal.send`.
+    """The reply to one `Journal.send`.
 
     Attributes:
         refused: Executions whose lease is lost, or whose journal another worker has continued.
@@ -44,10 +44,10 @@ class AppendResult:
 
 
 class Journal(Protocol):
-    """Appends and publishes without blocking: a step's entries are sent, the answer is collected one step later."""
+    """Appends and publishes without blocking: a step's entries are sent, the reply is collected one step later."""
 
     def send(self, entries: Sequence[JournalEntry]) -> None:
         """Send one step's entries; the previous call must have been collected."""
 
     def collect(self) -> AppendResult:
-        """Wait for the answer to the last `send`; called exactly once for each."""
+        """Wait for the reply to the last `send`; called exactly once for each."""
