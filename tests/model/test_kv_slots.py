@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
-from worker.mlx.decode import filled_gaps
+from worker.mlx.decode import fill_gaps
 from worker.mlx.kv_slots import Move, SlotKVCache, moves_to
 
 HEADS, SIZE, VALUE_SIZE = 2, 4, 6
@@ -41,7 +41,7 @@ class Slots:
             self.cache._rebuild = counted  # type: ignore[method-assign]
         else:
             self.cache.extend(prefilled)
-        self.cache.count()
+        self.cache.update_positions()
         self.histories += histories
 
     def step(self) -> None:
@@ -57,11 +57,11 @@ class Slots:
         """Some leave."""
         assert self.cache is not None
         keep = [index for index in range(len(self.histories)) if index not in indices]
-        order = filled_gaps(keep) if is_lifted else keep
+        order = fill_gaps(keep) if is_lifted else keep
         if is_lifted and not self.cache.is_wasteful(order):
             mx.async_eval(self.cache.lift(moves_to(order)))
         self.cache.filter(order)
-        self.cache.count()
+        self.cache.update_positions()
         self.histories = [self.histories[index] for index in order]
 
     def check(self) -> None:
@@ -183,7 +183,7 @@ def test_buffers_are_written_in_place() -> None:
     """When a sequence leaves and another joins: MLX copies a buffer that is written while something else holds on to it."""
     cache = SlotKVCache(BatchKVCache.merge([_kept([1.0] * 9) for _ in range(8)]), 8, None)
     newcomer = BatchKVCache.merge([_kept([2.0] * 5)])
-    cache.count()
+    cache.update_positions()
     column, value = mx.ones((8, HEADS, 1, SIZE)), mx.ones((8, HEADS, 1, VALUE_SIZE))
     for _ in range(3):
         cache.update_and_fetch(column, value)
@@ -205,10 +205,10 @@ def test_buffers_are_written_in_place() -> None:
     assert cache.nbytes > 90 * 2**20
     mx.eval(cache.lift(moves_to([7, 1, 2, 3, 4, 5, 6])))
     cache.filter([7, 1, 2, 3, 4, 5, 6])
-    cache.count()
+    cache.update_positions()
     step()
     cache.extend(newcomer)
-    cache.count()
+    cache.update_positions()
     step()
     mx.synchronize()
     assert mx.get_peak_memory() - before < cache.nbytes / 4
@@ -228,18 +228,18 @@ def test_empty_prompts() -> None:
 def test_layers_share_their_counts() -> None:
     """If they have the same sequences."""
     one, other = (SlotKVCache(BatchKVCache.merge([_kept([1.0, 2.0]), _kept([3.0])]), 4, None) for _ in "ab")
-    one.count()
-    other.count(one)
+    one.update_positions()
+    other.update_positions(one)
     assert other.offset is one.offset
     assert other.left_padding is one.left_padding
     other.filter([0])
-    other.count(one)
+    other.update_positions(one)
     assert other.offset.tolist() == [2]
 
 
 def test_moves() -> None:
     """Neighbours move together; a sequence whose slot stays is not moved."""
-    assert filled_gaps([0, 1, 2]) == [0, 1, 2]
-    assert filled_gaps([1, 2, 4, 5]) == [4, 1, 2, 5]
+    assert fill_gaps([0, 1, 2]) == [0, 1, 2]
+    assert fill_gaps([1, 2, 4, 5]) == [4, 1, 2, 5]
     assert moves_to([0, 1, 2]) == []
     assert moves_to([6, 7, 2, 3, 8]) == [Move(0, 6, 2), Move(4, 8, 1)]

@@ -1,8 +1,7 @@
 """Continuous batching: which sequences wait, prefill and decode, and what the next step does for each.
 
-Made and called by `worker.mlx.engine`, between two steps and on one thread. Decides when to prefill how much; `PromptBatch`
-and `DecodeBatch` compute. Built on what mlx-lm's models and caches offer, not on its `BatchGenerator`; independent of jobs,
-text and prefixes.
+Created and called by `worker.mlx.engine`, on one thread. Decides when to prefill and how much; `PromptBatch` and `DecodeBatch`
+compute. Built on mlx-lm's models and caches, not on its `BatchGenerator`; independent of jobs, text and cached prefixes.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from worker.mlx import caches as kv
 from worker.mlx.backends.cpu_ops import FusedCpuOps
 from worker.mlx.backends.cuda_attention import PaddedAttention, cuda_kernel
 from worker.mlx.decode import BatchSequence, BatchToken, DecodeBatch
-from worker.mlx.prefill import PrefillBudget, PromptBatch, taken_caches
+from worker.mlx.prefill import PrefillBudget, PromptBatch, merge_own_caches
 from worker.sampling.sampler import BatchSampler
 
 OfferCaches = Callable[[list[int], Callable[[], kv.Caches]], None]
-"""Called with token ids and with what cuts their caches out of the batch's, which costs something."""
+"""Offers a sequence's caches to the prefix cache: its token ids, and a function that extracts the caches from the batch's, at a cost."""
 
-_STEPS_PER_CLEARING = 512
+_STEPS_PER_CACHE_CLEAR = 512
 
 
 class Batch:
@@ -33,7 +32,7 @@ class Batch:
         decoding: The sequences that have been prefilled.
 
     Args:
-        max_sequences: At a time; 1 for a model whose caches cannot batch.
+        max_sequences: How many are in the batch at most; 1 for a model whose caches cannot batch.
         step_tokens: Prompt tokens to prefill between two decode steps, at most.
         xtc_special_token_ids: See `BatchSampler`.
         on_cpu: Whether MLX computes on a CPU: tokens are chosen with NumPy then, see `worker.sampling.sampler`.
@@ -85,20 +84,20 @@ class Batch:
 
     @property
     def cache_bytes(self) -> int:
-        """What the caches of decoding sequences take."""
+        """Memory that the caches of decoding sequences take."""
         return kv.num_bytes(self.decoding.caches)
 
     @property
     def prefilling(self) -> list[BatchSequence]:
-        """The sequences whose prompts are not prefilled yet, those that wait to begin included."""
+        """The sequences whose prompts are not completely prefilled, including those that have not begun."""
         return [*self._prompts.sequences, *self._waiting]
 
     def insert(self, sequence: BatchSequence) -> None:
-        """Take a sequence; at most `max_sequences` at a time."""
+        """Add a sequence; there may be `max_sequences` at most."""
         self._waiting.append(sequence)
 
     def remove(self, sequence: BatchSequence) -> None:
-        """Drop a sequence, wherever it is; one that is not in the batch is fine."""
+        """Remove a sequence in any state; does nothing if it is not in the batch."""
         if sequence in self._waiting:
             self._waiting.remove(sequence)
         elif sequence in self._prompts.sequences:
@@ -107,18 +106,18 @@ class Batch:
             self.decoding.remove(sequence)
 
     def step(self) -> list[BatchToken]:
-        """A token of each sequence that decodes, then some more of the prompts."""
+        """Run one decode step, then prefill some more of the prompts; returns the decoded tokens."""
         tokens = self.decoding.step()
         self._num_steps += 1
-        if self._num_steps % _STEPS_PER_CLEARING == 0:
+        if self._num_steps % _STEPS_PER_CACHE_CLEAR == 0:
             mx.clear_cache()
-        if self._prompts.sequences or (self._waiting and not self._may_rest()):
+        if self._prompts.sequences or (self._waiting and not self._may_pause()):
             self._prefill()
         return tokens
 
-    def _may_rest(self) -> bool:
+    def _may_pause(self) -> bool:
         since_seconds = time.monotonic() - self._prefilled_mono
-        return self._budget.may_rest(len(self._waiting), len(self.decoding.sequences), since_seconds)
+        return self._budget.may_pause(len(self._waiting), len(self.decoding.sequences), since_seconds)
 
     def _prefill(self) -> None:
         plan = self._budget.plan(
@@ -129,7 +128,7 @@ class Batch:
         self._waiting = [each for index, each in enumerate(self._waiting) if index not in plan.joining]
         self._prompts.join([sequence for sequence in joining if sequence.num_left])
         if cached := [sequence for sequence in joining if not sequence.num_left]:
-            self._join(cached, taken_caches(self._model, cached))
+            self._join(cached, merge_own_caches(self._model, cached))
         if not self._prompts.sequences:
             return
         began = time.perf_counter()

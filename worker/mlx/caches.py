@@ -1,7 +1,7 @@
-"""What the kinds of caches that mlx-lm's models keep can do, and what a batch does with each.
+"""The kinds of caches that mlx-lm's models have: what each can do, and how a batch uses it.
 
-Called by the batch, which treats a model's caches as a list with one cache a layer. A new kind of cache in mlx-lm is a change of
-this file alone.
+Called by the batch, which treats a model's caches as a list with one cache per layer. To support a new
+kind of cache of mlx-lm, change this file only.
 
 | mlx-lm's cache of a sequence | in a batch | newcomers | cached prefix serves |
 | --- | --- | --- | --- |
@@ -26,7 +26,7 @@ from worker.mlx.kv_slots import SlotKVCache
 from worker.mlx.memory import CacheCost
 
 Caches = list[Any]
-"""One a layer: of one sequence, or of all sequences of a batch."""
+"""One per layer: of one sequence, or of all sequences of a batch."""
 
 
 def new(model: Any) -> Caches:
@@ -44,11 +44,11 @@ def _can_merge(caches: Caches) -> bool:
     return all(hasattr(cache, "merge") for cache in caches)
 
 
-def merged(sequences: Sequence[Caches]) -> Caches:
-    """One batch's caches of those of its sequences; a single sequence of a kind that cannot batch keeps its own.
+def merge(sequences: Sequence[Caches]) -> Caches:
+    """Merge sequences' caches into a batch's; a single sequence of a kind that cannot batch keeps its own.
 
     Raises:
-        ValueError: There are several sequences of such a kind.
+        ValueError: There are several sequences of a kind that cannot batch.
     """
     if not _can_merge(sequences[0]):
         (own,) = sequences
@@ -57,14 +57,14 @@ def merged(sequences: Sequence[Caches]) -> Caches:
 
 
 def extend(caches: Caches, newcomers: Caches) -> None:
-    """Sequences join behind those that are in `caches`."""
+    """Append the sequences of `newcomers` to those of `caches`."""
     for cache, other in zip(caches, newcomers, strict=True):
         cache.extend(other)
 
 
 def split(caches: Caches, leaving: list[int], staying: list[int]) -> Caches:
     """The caches of some sequences of a batch, in the order of their indices; those of the others stay in `caches`."""
-    taken = copy.deepcopy(caches)  # new names for the same numbers
+    taken = copy.deepcopy(caches)  # new objects that share the arrays
     for cache, other in zip(caches, taken, strict=True):
         cache.filter(staying)
         other.filter(leaving)
@@ -72,17 +72,17 @@ def split(caches: Caches, leaving: list[int], staying: list[int]) -> Caches:
 
 
 def can_extract(caches: Caches) -> bool:
-    """Whether one sequence's caches can be cut out."""
+    """Whether one sequence's caches can be extracted from a batch's."""
     return all(hasattr(cache, "extract") for cache in caches)
 
 
 def extract(caches: Caches, index: int) -> Caches:
-    """One sequence's caches, cut out of a batch's; not computed yet."""
+    """One sequence's caches, extracted from a batch's; not evaluated yet."""
     return [cache.extract(index) for cache in caches]
 
 
 def keep_every_token(caches: Caches) -> bool:
-    """Whether all of a batch's layers do: then its sequences join others at any time, also without a token in their caches."""
+    """Whether all layers do: then sequences can join others at any time, even with no token in their caches."""
     return all(type(cache) is BatchKVCache for cache in caches)
 
 
@@ -95,17 +95,17 @@ def with_slots(caches: Caches, max_sequences: int, attention: PaddedAttention | 
 
 
 def num_bytes(caches: Caches) -> int:
-    """What a batch's caches take."""
+    """The memory that a batch's caches take."""
     return sum(cache.nbytes for cache in caches)
 
 
 def states(caches: Caches) -> list[Any]:
-    """Their arrays, to be computed."""
+    """The arrays of the caches, to be evaluated."""
     return [cache.state for cache in caches]
 
 
 def measured_cost(model: Any) -> CacheCost:
-    """What a sequence's caches take, measured with one token: models differ in what their layers keep."""
+    """What a sequence's caches cost, measured with one token: models differ in what their layers keep."""
     caches = new(model)
     model(mx.array([[0]]), cache=caches)
     mx.eval(states(caches))

@@ -1,8 +1,8 @@
 """The sequences that are decoding: one step computes the next token of each.
 
-Made and called by `worker.mlx.batch`. A sequence's index in `DecodeBatch.sequences` is its row in every array of a step and its
+Created and called by `worker.mlx.batch`. A sequence's index in `DecodeBatch.sequences` is its row in every array of a step and its
 slot in the caches; nothing else knows that order. On a GPU a decode step of a small model takes as long as the CPU
-needs to feed it, some ten microseconds an operation, so a step is built of as few operations as possible.
+needs to launch it, about ten microseconds per operation, so a step is built of as few operations as possible.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LogitsProcessor = Callable[[Any, Any], Any]
 """As mlx-lm's: (token ids so far, logits (1, vocab)) to logits."""
 
 _MAX_MOVES = 8
-"""Copies of neighbouring sequences into slots of others; instead of more there are new buffers."""
+"""How many groups of adjacent sequences are copied into freed slots; if more would move, new buffers are made instead."""
 
 
 @dataclass(slots=True, eq=False)
@@ -37,10 +37,10 @@ class BatchSequence:
 
     Attributes:
         token_ids: The prompt, at least one token, then each token that was generated.
-        max_tokens: To be generated, at least 1.
-        num_cached: How many of `token_ids` are in the caches, those of the step under way included.
+        max_tokens: How many to generate, at least 1.
+        num_cached: How many of `token_ids` are in the caches, including those of the step under way.
         caches: The sequence's own, with `num_cached` tokens, until it is prefilled; None: there are none yet.
-        context: What the processors are given, on the device; made with the first step.
+        context: The token ids that the processors receive, on the device; created in the first step.
     """
 
     job_id: str
@@ -63,8 +63,8 @@ class BatchToken(NamedTuple):
     """A sequence's next token.
 
     Attributes:
-        logprobs: mx.array (vocab,), natural log, for those who asked.
-        finish_reason: With the last token; the sequence has left the batch then.
+        logprobs: mx.array (vocab,), natural log; None unless the job asks for log-probabilities.
+        finish_reason: Set on the last token; the sequence has left the batch by then.
     """
 
     job_id: str
@@ -77,8 +77,8 @@ class DecodeBatch:
     """See the module.
 
     Args:
-        offer: Called with a sequence's index when it is finished, before it leaves: its caches are still in the batch.
-        attention: Of padded sequences, on CUDA; None: MLX's own.
+        offer: Called with a sequence's index when it is finished and its caches are still in the batch.
+        attention: Computes the attention of padded sequences on CUDA; None: MLX does.
         fused_ops: For MLX's CPU back-end; None elsewhere.
     """
 
@@ -102,15 +102,15 @@ class DecodeBatch:
         self._max_sequences = max_sequences
         self._offer = offer
         self._fused_ops = fused_ops
-        # By index: the token that the next step computes, sampled or a prompt's last, and the log-probabilities that it was sampled by.
+        # By index: the next step's input token, sampled or a prompt's last, and the log-probabilities from which it was sampled.
         self._inputs: Any = None
         self._logprobs: list[Any] = []
 
     def join(self, sequences: list[BatchSequence], caches: kv.Caches) -> None:
-        """Take sequences that are prefilled.
+        """Add sequences that are prefilled.
 
-        Those of layers that keep every token take part in the next step. Other kinds of caches may not join with no token in them:
-        their sequences take a first step of their own now.
+        If all layers keep every token, they take part in the next step. Other kinds of caches may not be merged while they are
+        empty, so their sequences take a first decode step of their own, now.
 
         Args:
             caches: Of these sequences, in their order.
@@ -129,14 +129,14 @@ class DecodeBatch:
         self._inputs = inputs
         self.sequences += sequences
         self._logprobs += logprobs
-        self._count()
+        self._update_positions()
 
     def remove(self, sequence: BatchSequence) -> None:
-        """Drop a sequence."""
+        """Remove a sequence."""
         self._keep([index for index, each in enumerate(self.sequences) if each is not sequence])
 
     def step(self) -> list[BatchToken]:
-        """Start the next step, and return what the one before has sampled; those who have just joined have no token yet."""
+        """Start computing the next step, and return the tokens of the previous one; sequences that have just joined have none yet."""
         if not self.sequences:
             return []
         inputs, logprobs = self._inputs, self._logprobs
@@ -168,7 +168,7 @@ class DecodeBatch:
     # -- sequences leave ---------------------------------------------------------------------------------------------
 
     def _keep(self, indices: list[int]) -> None:
-        """The others leave. Those that stay may change places: the last ones go where others have left."""
+        """Remove all other sequences. Those that stay may change their indices: the last ones fill the gaps."""
         order = self._order(indices) if indices else []
         self.sequences = [self.sequences[index] for index in order]
         self._logprobs = [self._logprobs[index] for index in order]
@@ -178,11 +178,12 @@ class DecodeBatch:
         for cache in self.caches:
             cache.filter(order)
         self._inputs = self._inputs[mx.array(order)]
-        self._count()
+        self._update_positions()
 
     def _order(self, indices: list[int]) -> list[int]:
+        """The order in which sequences stay: with gaps filled by copies, or unchanged if new buffers are the better choice."""
         slots = self._slots(self.caches)
-        order = filled_gaps(indices)
+        order = fill_gaps(indices)
         moves = moves_to(order)
         if len(moves) > _MAX_MOVES or any(cache.is_wasteful(indices) for cache in slots):
             return indices
@@ -190,11 +191,11 @@ class DecodeBatch:
             mx.async_eval([copied for cache in slots for copied in cache.lift(moves)])
         return order
 
-    def _count(self) -> None:
+    def _update_positions(self) -> None:
         slots = self._slots(self.caches)
         for cache in slots:
-            cache.count(None if cache is slots[0] else slots[0])
-        # Else they were computed as a part of the next step, and known only when that has ended.
+            cache.update_positions(None if cache is slots[0] else slots[0])
+        # Now: as part of the next step they would be known only at its end.
         mx.async_eval(self._inputs)
 
     # -- a step ------------------------------------------------------------------------------------------------------
@@ -202,7 +203,7 @@ class DecodeBatch:
     def _compute(
         self, sequences: list[BatchSequence], caches: kv.Caches, inputs: Any
     ) -> tuple[Any, list[Any]]:
-        """Start to compute a token of each sequence: token ids (sequences,), and log-probabilities for those who want them."""
+        """Start computing one token per sequence: token ids (sequences,), and the log-probabilities of those that report them, else None."""
         slots = self._slots(caches)
         with self._operations(slots):
             logits = self._model(inputs[:, None], cache=caches)[:, -1, :]
@@ -218,7 +219,7 @@ class DecodeBatch:
 
     @contextmanager
     def _operations(self, slots: list[SlotKVCache]) -> Iterator[None]:
-        """What the model is computed with."""
+        """Replace some of MLX's functions while the graph of a step is built."""
         if self._fused_ops is not None and slots:
             self._fused_ops.expect(slots[0].offset)
         with self._fused_ops or nullcontext(), self.attention or nullcontext():
@@ -229,15 +230,15 @@ class DecodeBatch:
         return [cache for cache in caches if isinstance(cache, SlotKVCache)]
 
 
-def filled_gaps(indices: Sequence[int]) -> list[int]:
-    """The same indices, as few as possible at another place of the list than their own: the last ones fill the gaps."""
+def fill_gaps(indices: Sequence[int]) -> list[int]:
+    """The same indices, in an order in which as few as possible move: the last ones fill the gaps."""
     stay = {index for index in indices if index < len(indices)}
     last = (index for index in indices if index >= len(indices))
     return [index if index in stay else next(last) for index in range(len(indices))]
 
 
 def _processed(sequences: list[BatchSequence], inputs: Any, logits: Any) -> Any:
-    """Logits (sequences, vocab) as the sequences' processors change them."""
+    """Logits (sequences, vocab) after the sequences' processors were applied."""
     rows = []
     for index, sequence in enumerate(sequences):
         row = logits[index : index + 1]
@@ -252,7 +253,7 @@ def _processed(sequences: list[BatchSequence], inputs: Any, logits: Any) -> Any:
 
 
 def logits_processors(sampling: SamplingParams, sampler: SequenceSampler) -> list[LogitsProcessor]:
-    """What needs the logits themselves; everything else is the sampler's."""
+    """Processors for the parameters that need the model's logits; `BatchSampler` handles all others."""
     if sampling.repetition_penalty == 1.0:
         return []
     made = make_logits_processors(
@@ -263,7 +264,7 @@ def logits_processors(sampling: SamplingParams, sampler: SequenceSampler) -> lis
 
 
 def guarded(sampler: SequenceSampler, processor: LogitsProcessor) -> LogitsProcessor:
-    """A logits processor whose error ends its own sequence and no other."""
+    """A logits processor whose error ends only its own sequence."""
 
     def process(token_ids: Any, logits: Any) -> Any:
         if sampler.error is None:

@@ -1,7 +1,7 @@
-"""The `Engine` of the generation loop on MLX: one model, its batch, its cached prefixes and what a job needs of them.
+"""The `Engine` of the generation loop on MLX: one model, its batch and its cached prefixes.
 
-The generation loop makes it on its thread and uses it there, the model's load included: MLX's streams and lazy arrays do not
-cross threads. `encode` alone is called on another thread. Must not know RQ or Redis.
+Created and used on the generation thread, which also loads the model: MLX's streams and lazy arrays do not cross threads. Only
+`encode` is called on another thread. Independent of RQ and Redis.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PROMPT_CACHE_SHARE = 1 / 8
+"""Of the sequences' memory, by default: they get it back when they need it, but other processes would not."""
 
 
 class MLXEngine:
@@ -60,14 +61,14 @@ class MLXEngine:
         self._builder = GenerationBuilder(self._tokenizer, self._token_bytes, self._info)
         self._start_empty()
         warm_up(self, on_gpu=mlx_model.has_gpu())
-        self._start_empty()  # how fast the first run was is nothing to learn from
+        self._start_empty()  # the slow first steps must not influence the prefill budget
 
     def _start_empty(self) -> None:
         self._prefixes = PrefixCache(_prompt_cache_bytes(self._settings, self._memory))
         self._reset()
 
     def _reset(self) -> None:
-        """Without sequences: what a failed step left half-done is not to be built upon."""
+        """Start with an empty batch: a failed step may have left the old one in an inconsistent state."""
         self._running: dict[str, Generation] = {}
         self._batch = Batch(
             self._model,
@@ -94,28 +95,28 @@ class MLXEngine:
     def burst_wait_seconds(self) -> float:
         return self._batch.burst_wait_seconds
 
-    # -- jobs come and go --------------------------------------------------------------------------------------------
+    # -- insert and remove -------------------------------------------------------------------------------------------
 
     def encode(self, job: GenerationJob) -> list[int]:
         return self._builder.encode(job)
 
-    def _follow_share(self) -> None:
-        """Take account of workers that started or ended on this machine."""
+    def _update_memory_limit(self) -> None:
+        """Follow this worker's share of the memory: it changes when other workers on this machine start or end."""
         limit_bytes = self._share.limit_bytes()
         if limit_bytes != self._limit_bytes:
-            log.info("this worker may use %.1f GB of memory now", limit_bytes / 2**30)
+            log.info("this worker may now use %.1f GB of memory", limit_bytes / 2**30)
             self._limit_bytes = limit_bytes
             self._memory = self._memory.with_limit(limit_bytes)
             self._make_room()
 
     def has_room(self, job: GenerationJob, num_prompt: int, num_done: int) -> bool:
-        self._follow_share()
+        self._update_memory_limit()
         new = expected_tokens(num_prompt, num_done, self._max_tokens(job, num_prompt))
         return self._memory.fits([new, *(each.expected_tokens for each in self._running.values())])
 
     @property
     def is_over_memory(self) -> bool:
-        self._follow_share()
+        self._update_memory_limit()
         return not self._memory.fits([each.num_prompt + each.num_done for each in self._running.values()])
 
     def _max_tokens(self, job: GenerationJob, num_prompt: int) -> int:
@@ -134,14 +135,14 @@ class MLXEngine:
         if job.echo or has_tokens:
             self._running[job.job_id] = new
             self._make_room()
-        return new.inserted
+        return new.insert_result
 
     def remove(self, job_id: str) -> None:
         if (removed := self._running.pop(job_id, None)) is not None:
             self._batch.remove(removed.sequence)
 
     def _make_room(self) -> None:
-        """Sequences come before cached prefixes."""
+        """Evict cached prefixes if the sequences need their memory."""
         if self._prefixes.num_bytes:
             num_tokens = [each.expected_tokens for each in self._running.values()]
             self._prefixes.shrink_to(self._memory.left_bytes(num_tokens, self._batch.cache_bytes))
@@ -153,7 +154,7 @@ class MLXEngine:
             self._begin_waiting()
             echoes = self._echo()
             tokens = self._batch.step()
-            self._prefixes.expect(self._batch.copy_tokens)
+            self._prefixes.set_copy_tokens(self._batch.copy_tokens)
         except Exception:
             self._reset()
             raise
@@ -168,7 +169,7 @@ class MLXEngine:
                 self._begin(each)
 
     def _begin(self, new: Generation) -> None:
-        """Start behind a cached prefix, or wait for a sequence that is prefilling one."""
+        """Start a sequence after its longest cached prefix, or let it wait for another one that is prefilling a longer prefix."""
         sequence = new.sequence
         found = self._prefixes.find(sequence.token_ids)
         if new.scoring is not None:
@@ -184,12 +185,12 @@ class MLXEngine:
             new.waits_for = prefilling[index]
             return
         new.waits_for = None
-        new.inserted.cached_tokens = 0 if new.scoring else min(found.num_tokens, new.num_prompt)
+        new.insert_result.cached_tokens = 0 if new.scoring else min(found.num_tokens, new.num_prompt)
         sequence.caches, sequence.num_cached = found.caches, found.num_tokens
         self._batch.insert(sequence)
 
     def _echo(self) -> list[PromptEcho]:
-        """Go on with the first of the prompts that are echoed; its echo, once it is done."""
+        """Continue scoring the first prompt that is to be echoed; returns its echo once it is complete."""
         first = next((each for each in self._running.values() if not each.is_echoed), None)
         if first is None:
             return []
@@ -208,7 +209,7 @@ class MLXEngine:
 
     def _events(self, tokens: list[BatchToken]) -> list[StepEvent]:
         events: list[StepEvent] = [self._event(token) for token in tokens]
-        # What was sampled for a sequence that failed is worth nothing.
+        # Tokens that were sampled for a failed sequence are dropped.
         failed = {k: error for k, each in self._running.items() if (error := each.sequence.sampler.error)}
         if not failed:
             return events
@@ -221,7 +222,7 @@ class MLXEngine:
         job_id, token_id, logprobs, reason = token
         running = self._running[job_id]
         running.num_done += 1
-        # A grammar, a bias or a penalty has changed the model's own.
+        # A grammar, a bias or a penalty has changed the model's own log-probabilities.
         if adjusted := running.sequence.sampler.logprobs:
             logprobs = adjusted.popleft()
         text = (
@@ -238,7 +239,6 @@ class MLXEngine:
 
 
 def _prompt_cache_bytes(settings: Settings, memory: CacheMemory) -> int:
-    """A part of the room for sequences by default: they get it back when they need it, other processes do not."""
     if settings.prompt_cache_gb is not None:
         return int(settings.prompt_cache_gb * 2**30)
     return int(memory.room_bytes * _PROMPT_CACHE_SHARE)

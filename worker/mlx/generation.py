@@ -26,12 +26,12 @@ class Generation:
     """One job's generation.
 
     Attributes:
-        sequence: Its way through the batch.
+        sequence: Its state in the batch.
         num_prompt: Tokens of the prompt.
-        num_done: Tokens of the answer, those that other workers generated included.
-        max_tokens: Of the answer.
-        waits_for: A sequence that is prefilling the same prefix.
-        scoring: If the prompt is echoed with log-probabilities.
+        num_done: Tokens of the answer so far, including those that other workers generated.
+        max_tokens: Limit of the answer's length.
+        waits_for: The sequence that is prefilling a prefix of this one; None: it need not wait.
+        scoring: Of a prompt that is echoed with log-probabilities; None otherwise.
         is_echoed: Whether the echo is done, or none was asked for.
     """
 
@@ -41,7 +41,7 @@ class Generation:
     num_prompt: int
     num_done: int
     max_tokens: int
-    inserted: InsertResult
+    insert_result: InsertResult
     waits_for: BatchSequence | None = None
     scoring: PromptScoring | None = None
     is_echoed: bool = True
@@ -69,20 +69,20 @@ class GenerationBuilder:
         Raises:
             RequestError: There are none, or too many for the context; or the answer's grammar cannot be compiled.
         """
-        # Rust's tokenizers let go of the interpreter meanwhile (tokenizers 0.23), and so does llguidance (1.9).
-        self._compiled(job)  # which is kept for `build`
+        # The Rust tokenizers (tokenizers 0.23) and llguidance (1.9) release the GIL while they work.
+        self._compiled(job)  # cached for `build`
         return prompts.tokenize(
             job, self._tokenizer, self._context_length, self._format, self._max_prompt_chars
         )
 
     def build(self, job: GenerationJob, prompt: list[int], replay: list[int], max_tokens: int) -> Generation:
-        """Continue a job's answer behind the tokens that other workers generated.
+        """Create the state of a job's generation, which continues after the tokens that other workers generated.
 
         Raises:
             RequestError: 400; its grammar cannot be compiled.
         """
         detokenizer = self._token_bytes.new_detokenizer(after_template=isinstance(job.prompt, ChatPrompt))
-        inserted = InsertResult(
+        insert_result = InsertResult(
             len(prompt),
             max_tokens,
             replayed_texts=[detokenizer.add(token_id) for token_id in replay],
@@ -91,7 +91,7 @@ class GenerationBuilder:
         sampler = SequenceSampler(
             job.sampling,
             num_sampled=len(replay),
-            matcher=self._matcher(job, inserted),
+            matcher=self._matcher(job, insert_result),
             wants_logprobs=job.top_logprobs is not None,
         )
         sampler.observe(replay)
@@ -102,21 +102,21 @@ class GenerationBuilder:
             sampler,
             processors=logits_processors(job.sampling, sampler),
         )
-        return Generation(job, sequence, detokenizer, len(prompt), len(replay), max_tokens, inserted)
+        return Generation(job, sequence, detokenizer, len(prompt), len(replay), max_tokens, insert_result)
 
     def _compiled(self, job: GenerationJob) -> CompiledGrammar | None:
-        """What constrains the answer, if anything does."""
+        """The compiled grammar of the answer; None: it is unconstrained."""
         text = answer_format.answer_grammar(job, self._format)
         if text is None:
             return None
         param = "response_format" if job.tool_use is None else "tools"
         if self._grammars is None:
-            raise invalid("This model has no end-of-text token, without which no answer has a form.", param)
+            raise invalid("This model has no end-of-text token, so its answers cannot be constrained.", param)
         return self._grammars.compile(text, param)
 
-    def _matcher(self, job: GenerationJob, inserted: InsertResult) -> Any:
+    def _matcher(self, job: GenerationJob, insert_result: InsertResult) -> Any:
         compiled = self._compiled(job)
         if compiled is None:
             return None
-        is_thinking = inserted.parser is not None and inserted.parser.is_reasoning
+        is_thinking = insert_result.parser is not None and insert_result.parser.is_reasoning
         return wrap_for_thinking(GrammarMatcher(compiled), self._tokenizer, is_thinking=is_thinking)

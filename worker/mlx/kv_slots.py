@@ -1,8 +1,8 @@
 """Keys and values of decoding sequences, in buffers with a slot for each, so that sequences come and go one by one.
 
-mlx-lm 0.32 makes new arrays of all sequences whenever one joins a batch or leaves it: with many short answers a batch does hardly
-anything else. Here each sequence has a slot of a buffer that is written in place. A newcomer is written into the next free slot;
-if one leaves, the last one is copied into its slot. New buffers are made only when slots or columns are short. Made by
+mlx-lm 0.32 makes new arrays of all sequences whenever one joins a batch or leaves it: with many short answers a batch spends most of
+its time on that. Here each sequence has a slot of a buffer that is written in place. A newcomer is written into the next free slot;
+if one leaves, the last one is copied into its slot. New buffers are made only when slots or columns are short. Created by
 `worker.mlx.caches`; `worker.mlx.decode` owns the order of the sequences.
 """
 
@@ -19,7 +19,7 @@ from worker.mlx.memory import columns, slots
 
 
 class Move(NamedTuple):
-    """Neighbouring sequences that move to other slots, and stay neighbours.
+    """Adjacent sequences that move to other slots, and stay adjacent.
 
     Attributes:
         target: The first one's slot afterwards.
@@ -34,18 +34,18 @@ class Move(NamedTuple):
 class SlotKVCache(BatchKVCache):
     """One layer's keys and values.
 
-    Sequence i is in slot i. All sequences end at the same column and each begins at its own. What a slot has between the first
-    column that attention sees, `_first`, and its sequence's own is zero, or what was computed for the padding of its prompt.
-    `offset`, `left_padding` and `_idx` are mlx-lm's, counted from `_first`; after `extend` and `filter` `count` makes them.
+    Sequence i is in slot i. All sequences end at the same column and each begins at its own. Between the first column that
+    attention sees, `_first`, and its sequence's own first column, a slot holds zeros, or values computed for the prompt's padding.
+    `offset`, `left_padding` and `_idx` are mlx-lm's, counted from `_first`; call `update_positions` after `extend` and `filter`.
 
     Args:
-        cache: Sequences that are prefilled; its arrays are taken over.
-        max_sequences: There will be.
-        attention: Of sequences that begin at different columns; None: MLX's own.
+        cache: Prefilled sequences; its arrays are taken over.
+        max_sequences: How many sequences there will be at most.
+        attention: Computes the attention of sequences that begin at different columns; None: MLX does.
 
     Attributes:
         keys: (slots, heads, columns, size), as `values`; None if a layer keeps nothing.
-        starts: By slot, its sequence's first column.
+        starts: By slot: the first column of its sequence.
     """
 
     def __init__(self, cache: BatchKVCache, max_sequences: int, attention: PaddedAttention | None) -> None:
@@ -62,7 +62,7 @@ class SlotKVCache(BatchKVCache):
 
     @property
     def num_slots(self) -> int:
-        """Sequences for which there is room."""
+        """How many sequences the buffers have room for."""
         return len(self.starts) if self.keys is None else int(self.keys.shape[0])
 
     def is_wasteful(self, indices: Sequence[int]) -> bool:
@@ -72,8 +72,8 @@ class SlotKVCache(BatchKVCache):
         num_tokens = self._end - min(self.starts[index] for index in indices)
         return 2 * slots(len(indices)) < self.num_slots or 2 * columns(num_tokens) < self.keys.shape[2]
 
-    def count(self, like: SlotKVCache | None = None) -> None:
-        """Make the arrays of where each sequence begins, or share those of a layer with the same sequences."""
+    def update_positions(self, like: SlotKVCache | None = None) -> None:
+        """Compute where each sequence begins, or share the arrays of `like`, a layer, if it has the same sequences."""
         self._idx = self._end - self._first
         if like is not None and (like.starts, like._end) == (self.starts, self._end):  # noqa: SLF001 (another of its kind)
             self.offset, self.left_padding = like.offset, like.left_padding
@@ -82,14 +82,14 @@ class SlotKVCache(BatchKVCache):
         self.left_padding = mx.array([start - self._first for start in self.starts], mx.int32)
 
     def share_offset(self, like: SlotKVCache) -> None:
-        """After a step: take the sum of a layer with as many tokens. The own one is never needed then, and so never computed."""
+        """After a step: share the new offset of a layer with as many tokens, so that this layer's own is never computed."""
         if self._idx == like._idx:
             self.offset = like.offset
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Write the next columns of all sequences; what attention sees now, theirs included."""
+        """Write the next columns of all sequences; returns the keys and values that attention sees, including the new ones."""
         num_sequences, num_new = keys.shape[0], keys.shape[2]
         if self.keys is None:
             self.keys, self.values = (_empty(each, num_sequences) for each in (keys, values))
@@ -103,12 +103,12 @@ class SlotKVCache(BatchKVCache):
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """Of all sequences, from the first column that attention sees."""
+        """Keys and values of all sequences, from the first column that attention sees."""
         used, visible = slice(len(self.starts)), slice(self._first, self._end)
         return self.keys[used, :, visible], self.values[used, :, visible]
 
     def make_mask(self, N: int, return_array: bool = False, **options: Any) -> Any:  # noqa: N803 (as mlx-lm calls it)
-        """None if each sequence's next token may attend to everything: MLX's CUDA back-end has one kernel for that, with a mask many."""
+        """None if each sequence's next token may attend to everything: MLX's CUDA back-end has one kernel for that, and launches several with a mask."""
         is_decoding = N == 1 and options.get("window_size") is None
         is_padded = any(start != self._first for start in self.starts)
         if is_decoding and not return_array and not is_padded:
@@ -118,10 +118,10 @@ class SlotKVCache(BatchKVCache):
             self.attention.expect(mask, self.left_padding)
         return mask
 
-    # -- sequences come and go ----------------------------------------------------------------------------------------------
+    # -- sequences join and leave -------------------------------------------------------------------------------------------
 
     def extend(self, other: Any) -> None:
-        """Prefilled sequences, in a `BatchKVCache`, join behind the others."""
+        """Append prefilled sequences, from a `BatchKVCache`."""
         padding: Any = other.left_padding.tolist()
         left = self._end - other.size()  # the column where theirs begin
         first = min(self._first, left + min(padding))
@@ -162,7 +162,7 @@ class SlotKVCache(BatchKVCache):
     def filter(self, order: Sequence[int]) -> None:
         """Keep these sequences, in this order; the others leave.
 
-        If sequences move that were not lifted, or half of the buffers would be empty, there are new ones.
+        New buffers are made if sequences move that were not lifted, or if half of the buffers would be empty.
         """
         moves, first = moves_to(order), min(self.starts[index] for index in order)
         if self._lifted:
@@ -188,7 +188,7 @@ class SlotKVCache(BatchKVCache):
         return cache
 
     def _rebuild(self, indices: Sequence[int], first: int, num_sequences: int, num_more: int = 0) -> None:
-        """New buffers for `num_sequences`, these in front, and for `num_more` columns, with some of both to spare.
+        """Make new buffers with room for `num_sequences`, the given ones first, and `num_more` columns; some of both are spare.
 
         Args:
             first: The column that becomes column 0; what is before it is dropped. It may be negative.
@@ -216,7 +216,7 @@ def _empty(like: mx.array, num_slots: int) -> mx.array:
 
 
 def moves_to(order: Sequence[int]) -> list[Move]:
-    """Which sequences move so that they come to be in this order."""
+    """The moves that bring sequences into this order."""
     moves: list[Move] = []
     for target, source in enumerate(order):
         if target == source:

@@ -17,10 +17,10 @@ from common.machine.memory_claims import WORKING_BYTES, WORKING_SHARE
 _MIN_CONTEXT_TOKENS = 512
 
 _GROWS_BY_TOKENS = 256
-"""Caches grow in steps of this, mlx-lm's (0.32, `KVCache.step`) and those in slots."""
+"""Caches grow in steps of so many tokens: mlx-lm's (0.32, `KVCache.step`), and those in slots."""
 
 _MIN_SPARE_TOKENS = 128
-"""Else arrays that were just made would soon be too short again."""
+"""Free columns of new buffers, so that they are not too short again soon."""
 
 EXPECTED_TOKENS = 512
 """What is reserved for an answer without a limit, or with a larger one: few are longer, and to reserve a full context for each
@@ -29,7 +29,7 @@ would leave most of the memory unused. A batch that outgrows its room has a sequ
 
 @dataclass(frozen=True, slots=True)
 class CacheCost:
-    """What one sequence's caches take.
+    """What one sequence's caches cost.
 
     Attributes:
         bytes_per_token: Of layers that keep every token.
@@ -42,7 +42,7 @@ class CacheCost:
     windows: tuple[tuple[float, int], ...] = ()
 
     def total_bytes(self, num_sequences: int, num_tokens: int) -> float:
-        """For so many sequences, the longest of which has so many tokens, prompt and answer together."""
+        """The memory of `num_sequences`, the longest of which has `num_tokens`, prompt and answer together."""
         num_columns = columns(num_tokens + 1)
         windows = sum(each * min(num_columns, max_tokens) for each, max_tokens in self.windows)
         return (
@@ -65,19 +65,19 @@ class CacheMemory:
     weight_bytes: int = 0
 
     def with_limit(self, limit_bytes: float) -> CacheMemory:
-        """The same with the room that a process has which may use so much memory."""
+        """A copy with the room that is left in a process that may use `limit_bytes`."""
         working_bytes = max(WORKING_BYTES, WORKING_SHARE * limit_bytes)
         return replace(self, room_bytes=limit_bytes - self.weight_bytes - working_bytes)
 
     def fits(self, num_tokens_each: list[int]) -> bool:
-        """Whether sequences of so many tokens each have room together."""
+        """Whether sequences of these lengths have room together."""
         return self.left_bytes(num_tokens_each) >= 0
 
     def left_bytes(self, num_tokens_each: list[int], held_bytes: float = 0.0) -> float:
         """What these sequences leave of the room; below 0 if it is too small for them.
 
         Args:
-            held_bytes: By the caches that exist, which may be larger than these sequences need: others have left.
+            held_bytes: What the caches take now; it may be more than these sequences need, since others have left.
         """
         if not num_tokens_each:
             return self.room_bytes - held_bytes
@@ -85,7 +85,7 @@ class CacheMemory:
         return self.room_bytes - max(needed_bytes, held_bytes)
 
     def longest_sequence(self, max_tokens: int) -> int:
-        """The longest sequence that has room alone, up to `max_tokens`."""
+        """The length of the longest sequence that has room by itself, up to `max_tokens`."""
         low, high = 0, max_tokens
         while low < high:
             middle = (low + high + 1) // 2

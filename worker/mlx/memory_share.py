@@ -1,7 +1,7 @@
-"""This worker's share of the machine's memory, which it has to share with the other workers there.
+"""This worker's share of the machine's memory, next to the other workers on the machine.
 
-Made by `worker.mlx.engine` before it loads a model; it alone sets limits of MLX's. `python -m worker.mlx.memory_share` prints what there is to share, for
-`make up`, which must not import MLX. The arithmetic is in `common.machine.memory_claims`.
+Created by `worker.mlx.engine` before it loads a model; sets MLX's memory limit and wired limit. `python -m
+worker.mlx.memory_share` prints the machine's memory for `make up`, which must not import MLX. The arithmetic is in `common.machine.memory_claims`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class MemoryShare:
         try:
             self._registration = memory_claims.register(claim, self._machine, folder)
         except OSError as error:
-            log.warning("other workers on this machine do not see what memory this one takes: %s", error)
+            log.warning("other workers on this machine cannot see how much memory this one takes: %s", error)
 
     def limit_bytes(self) -> int:
         """The memory that this worker may use now, its model's weights included. Cheap enough to call often."""
@@ -85,7 +85,7 @@ def _device_name() -> str:
 
 
 def _machine_limit_bytes() -> float:
-    """What MLX recommends for a Mac's GPU; elsewhere a part of the memory that computes."""
+    """What MLX recommends for a Mac's GPU; elsewhere a share of the device's memory."""
     if recommended := _recommended_bytes():
         return recommended
     about = _device_info()
@@ -98,7 +98,7 @@ def _recommended_bytes() -> int:
 
 
 def _device_info() -> dict[str, Any]:
-    """Of a GPU, with keys that differ between Metal and CUDA (MLX 0.32); empty for a CPU."""
+    """Properties of the GPU, with keys that differ between Metal and CUDA (MLX 0.32); empty for a CPU."""
     mx = _mlx()
     if mx.default_device().type != mx.DeviceType.gpu:
         return {}
@@ -119,7 +119,7 @@ def _mlx() -> ModuleType:
 
 
 def main() -> int:
-    """Print the machine as a line of JSON; the exit status."""
+    """Print the machine as a line of JSON; returns the exit status."""
     try:
         line = msgspec.json.encode(machine()).decode()
     except StartupError as error:

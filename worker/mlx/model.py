@@ -35,9 +35,9 @@ _CONTEXT_KEYS = (
     "n_ctx",
 )
 _UNKNOWN_CONTEXT_TOKENS = 32_768
-"""For a model that names no limit, such as one with a recurrent state instead of a cache."""
+"""Of a model that names no limit, such as one with a recurrent state instead of a cache."""
 
-_LARGEST_BELIEVED_CONTEXT = 10**9
+_MAX_PLAUSIBLE_CONTEXT = 10**9
 """transformers writes 10**30 where a tokenizer knows no limit."""
 
 
@@ -75,7 +75,7 @@ def load_model(
         before_loading(folder)
     if settings.cache_limit_gb is not None:
         mx.set_cache_limit(int(settings.cache_limit_gb * 2**30))
-    # False, not None: transformers 5.24 asks on standard input when it is None and the model brings code.
+    # False, not None: transformers 5.24 asks on standard input when it is None and the model contains code.
     tokenizer_config: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     if settings.chat_template is not None:
         tokenizer_config["chat_template"] = _chat_template(settings.chat_template)
@@ -87,7 +87,7 @@ def load_model(
             return_config=True,
             trust_remote_code=settings.trust_remote_code,
         )
-    except Exception as error:  # mlx-lm and transformers raise whatever a bad file made them trip over
+    except Exception as error:  # mlx-lm and transformers raise any exception for a bad file
         logger.debug("loading %s failed", folder, exc_info=True)
         raise StartupError(f"the model in {folder} cannot be loaded: {one_line(error)}") from None
     model, tokenizer, config = loaded
@@ -114,7 +114,7 @@ def context_length(config: Mapping[str, Any], tokenizer_limit: int | None = None
     for key in _CONTEXT_KEYS:
         if isinstance(text_config.get(key), int) and text_config[key] > 0:
             return int(text_config[key])
-    if tokenizer_limit and tokenizer_limit < _LARGEST_BELIEVED_CONTEXT:
+    if tokenizer_limit and tokenizer_limit < _MAX_PLAUSIBLE_CONTEXT:
         return int(tokenizer_limit)
     return _UNKNOWN_CONTEXT_TOKENS
 
@@ -147,13 +147,13 @@ def weight_type(model: Any) -> str:
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a config that is about text: the whole, or one key of a multimodal model's."""
+    """The part of a config that is about text: all of it, or the value of one key in a multimodal model's."""
     inner = config.get("text_config")
     return inner if isinstance(inner, dict) else config
 
 
 def _chat_template(text_or_path: str) -> str:
-    """The template itself, where `--chat-template` names a file that holds it.
+    """The chat template: the setting itself, or the content of the file that it names.
 
     Raises:
         StartupError: It names a file that is not there or cannot be read.
@@ -169,7 +169,7 @@ def _chat_template(text_or_path: str) -> str:
 
 
 def _use_default_chat_template(tokenizer: Any) -> None:
-    """As mlx_lm.server's flag: a template of the tokenizer's class, for a model that brings none."""
+    """As mlx_lm.server's flag: a template of the tokenizer's class, for a model without a template."""
     if tokenizer.has_chat_template:
         return
     template = getattr(tokenizer, "default_chat_template", None)

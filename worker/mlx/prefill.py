@@ -1,7 +1,7 @@
-"""Prompts: how much of them is prefilled between two decode steps (`PrefillBudget`), and their batch (`PromptBatch`).
+"""Prefill: how much to prefill between two decode steps (`PrefillBudget`), and the batch of prompts (`PromptBatch`).
 
-Called by `worker.mlx.batch` before and after each decode step. A GPU prefills thousands of tokens in the time in which a CPU
-prefills a hundred, and a decode step waits for what is prefilled beside it: the budget learns from what prefilling took.
+Called by `worker.mlx.batch` after each decode step. A GPU prefills thousands of tokens in the time in which a CPU prefills a
+hundred, and the next decode step has to wait, so the budget adapts to how long prefilling takes.
 """
 
 from __future__ import annotations
@@ -15,32 +15,34 @@ from worker.mlx import caches as kv
 from worker.mlx.decode import BatchSequence
 
 TARGET_SECONDS = 1.0
-"""How long prefilling complete prompts may hold up the streams beside it, and sequences that come or leave meanwhile. Less costs
+"""How long a prefill of complete prompts may delay decoding sequences, and those that join or leave. A smaller value costs
 throughput: a decode step takes as long for the first sequences of a burst as for all of them."""
 
 PIECE_SECONDS = 0.25
-"""The same for a piece of a prompt that is longer than that: it holds them up again and again."""
+"""The same for one piece of a longer prompt, which delays them again and again."""
 
 MIN_TOKENS = 32
 MAX_PROMPTS = 64
+"""How many prompts prefill together, at most."""
+
 MAX_IN_PIECES = 8
-"""Beside a long prompt: each of its pieces is divided among them."""
+"""The same while a long prompt prefills in pieces, which are divided among them."""
 
 _MAX_FREE_BYTES = 256 * 2**20
-"""Of freed buffers that MLX keeps for later."""
+"""How much freed memory MLX may keep for reuse."""
 
 _COPY_SECONDS = 0.004
-"""What it takes to keep the caches of a prefix, to find and copy them, and to merge them into a batch: 32 arrays on an H200, where
-it does not depend on their lengths."""
+"""How long it takes to keep the caches of a prefix, to find and copy them, and to merge them into a batch. Measured with 32 arrays
+on an H200, where it does not depend on their lengths."""
 
-_FIRST_TOKENS = 512
-_FIRST_PIECE_TOKENS = 64  # doubled while a piece takes less than `PIECE_SECONDS`
+_INITIAL_TOKENS = 512
+_INITIAL_PIECE_TOKENS = 64  # doubled while a piece takes less than `PIECE_SECONDS`
 
-_BURST_WAIT_SECONDS = 0.02
-_BURST_WAIT_SHARE = 0.05
+_MAX_BURST_WAIT_SECONDS = 0.02
+_BURST_WAIT_SHARE = 0.05  # of the latest prefill's duration
 
-_REST_SECONDS = 0.02
-_FEW_SHARE = 1 / 8
+_MAX_PAUSE_SECONDS = 0.02
+_MAX_PAUSE_SHARE = 1 / 8  # of waiting sequences to decoding ones
 
 
 class PrefillPlan(NamedTuple):
@@ -48,7 +50,7 @@ class PrefillPlan(NamedTuple):
 
     Attributes:
         joining: Indices of the waiting prompts that begin, ascending.
-        num_tokens: Of each prompt, at most.
+        num_tokens: How many tokens of each prompt, at most.
     """
 
     joining: list[int]
@@ -59,20 +61,23 @@ class PrefillBudget:
     """How much to prefill between two decode steps, and of which prompts. Pure arithmetic.
 
     Attributes:
-        num_tokens: Of complete prompts together, padding included; at most what the setting says.
-        piece_tokens: Of prompts that are prefilled in pieces.
-        burst_wait_seconds: A small part of what a prefill takes, in which the rest of a burst arrives.
-        rest_seconds: How long nothing is prefilled after a prefill if few wait beside many that decode: to prefill a few short
-            prompts takes a GPU as long as to prefill one.
-        copy_tokens: As many are prefilled in the time in which a cached prefix is copied.
+        num_tokens: Budget for complete prompts, all together and padding included; at most `max_tokens`.
+        piece_tokens: Budget for prompts that are prefilled in pieces.
+        burst_wait_seconds: How long to wait for the rest of a burst: a small part of what a prefill takes.
+        pause_seconds: How long no prefill begins after a prefill if few sequences wait and many decode: a GPU prefills a few
+            short prompts in the same time as one.
+        copy_tokens: How many tokens are prefilled in the time that it takes to copy a cached prefix.
+
+    Args:
+        max_tokens: The largest budget, as set by the operator.
     """
 
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
-        self.num_tokens = min(max_tokens, _FIRST_TOKENS)
-        self.piece_tokens = min(max_tokens, _FIRST_PIECE_TOKENS)
+        self.num_tokens = min(max_tokens, _INITIAL_TOKENS)
+        self.piece_tokens = min(max_tokens, _INITIAL_PIECE_TOKENS)
         self.burst_wait_seconds = 0.0
-        self.rest_seconds = 0.0
+        self.pause_seconds = 0.0
         self._best_per_second = 0.0
 
     @property
@@ -82,16 +87,16 @@ class PrefillBudget:
     def plan(self, begun: list[int], waiting: list[int]) -> PrefillPlan:
         """Decide what to prefill next.
 
-        1. As many complete prompts as the budget has room for, first come, first served: a decode step of half a batch, because the
-           other half prefills in pieces, is a waste.
-        2. A prompt that is longer than the budget is prefilled in pieces, smaller ones: they hold up others again and again.
-        3. While one is, prompts at most half as long do not wait for it: they share the pieces, even if long ones are before them
-           in the queue.
+        1. As many complete prompts as the budget has room for, first come, first served. Not pieces of more prompts: decode
+           steps with half of a batch, while the other half still prefills, waste time.
+        2. A prompt that is longer than the budget is prefilled in pieces. These are smaller, since they delay others repeatedly.
+        3. Meanwhile, prompts at most half as long as the longest do not wait for it: they share the pieces, even if long prompts
+           are before them in the queue.
         4. Something is always prefilled.
 
         Args:
-            begun: Tokens left of the prompts that are prefilling.
-            waiting: Tokens of the others, in the order of arrival.
+            begun: For each prompt that is prefilling, the tokens that are left.
+            waiting: The same for the prompts that have not begun, in the order of arrival.
         """
         chosen, joining = list(begun), []
         for index, num_left in enumerate(waiting):
@@ -108,13 +113,13 @@ class PrefillBudget:
         num_tokens = self.piece_tokens if self._is_in_pieces(chosen) else self.num_tokens
         return PrefillPlan(joining, max(1, num_tokens // max(1, len(chosen))))
 
-    def may_rest(self, num_waiting: int, num_decoding: int, since_seconds: float) -> bool:
-        """Whether the waiting prompts may wait for one step more.
+    def may_pause(self, num_waiting: int, num_decoding: int, since_seconds: float) -> bool:
+        """Whether the waiting prompts may wait for one more step.
 
         Args:
             since_seconds: Since the last prefill.
         """
-        return since_seconds < self.rest_seconds and num_waiting <= _FEW_SHARE * num_decoding
+        return since_seconds < self.pause_seconds and num_waiting <= _MAX_PAUSE_SHARE * num_decoding
 
     def _is_in_pieces(self, chosen: list[int]) -> bool:
         return bool(chosen) and max(chosen) > self.num_tokens // len(chosen)
@@ -123,29 +128,29 @@ class PrefillBudget:
         return max(*chosen, num_left) <= self.num_tokens // (len(chosen) + 1)
 
     def observe(self, num_tokens: int, seconds: float) -> None:
-        """Learn from a prefill of `num_tokens`, padding included."""
-        self.burst_wait_seconds = min(_BURST_WAIT_SECONDS, _BURST_WAIT_SHARE * seconds)
-        self.rest_seconds = min(_REST_SECONDS, seconds)
+        """Adapt to the duration of a prefill of `num_tokens`, padding included."""
+        self.burst_wait_seconds = min(_MAX_BURST_WAIT_SECONDS, _BURST_WAIT_SHARE * seconds)
+        self.pause_seconds = min(_MAX_PAUSE_SECONDS, seconds)
         per_second = num_tokens / max(seconds, 1e-6)
         if num_tokens >= MIN_TOKENS:
-            # Of many steps the best: a few tokens, and the first of a shape, take longer than what they add.
+            # The best of many steps: the time of a few tokens, or of the first step of a shape, is mostly overhead.
             self._best_per_second = max(per_second, 0.98 * self._best_per_second)
-        self.num_tokens = self._learned(self.num_tokens, num_tokens, seconds, per_second, TARGET_SECONDS)
-        self.piece_tokens = self._learned(self.piece_tokens, num_tokens, seconds, per_second, PIECE_SECONDS)
+        self.num_tokens = self._adapted(self.num_tokens, num_tokens, seconds, per_second, TARGET_SECONDS)
+        self.piece_tokens = self._adapted(self.piece_tokens, num_tokens, seconds, per_second, PIECE_SECONDS)
 
-    def _learned(
+    def _adapted(
         self, before: int, num_tokens: int, seconds: float, per_second: float, target_seconds: float
     ) -> int:
         affordable = min(int(per_second * target_seconds), 2 * before)
         if num_tokens < before and seconds <= target_seconds:
-            # A few tokens cost more apiece than many: only the best of many steps lowers the budget.
+            # A few tokens take longer per token than many: only the best of many steps lowers the budget.
             best = int(self._best_per_second * target_seconds) or before
             affordable = max(affordable, min(before, best))
         return max(min(MIN_TOKENS, self._max_tokens), min(self._max_tokens, affordable))
 
 
 class PromptBatch:
-    """Prompts that prefill together, each from where it is. Index i is row i of the caches."""
+    """Prompts that prefill together, each from its own position. Sequence i is row i of the caches."""
 
     def __init__(self, model: object) -> None:
         self.sequences: list[BatchSequence] = []
@@ -153,10 +158,10 @@ class PromptBatch:
         self._caches: kv.Caches = []
 
     def join(self, sequences: Sequence[BatchSequence]) -> None:
-        """Take sequences with what their caches have."""
+        """Add sequences, each with the tokens in its caches."""
         if not sequences:
             return
-        caches = taken_caches(self._model, sequences)
+        caches = merge_own_caches(self._model, sequences)
         if self.sequences:
             kv.extend(self._caches, caches)
         else:
@@ -164,7 +169,7 @@ class PromptBatch:
         self.sequences += sequences
 
     def prefill(self, max_tokens: int) -> int:
-        """Compute the next tokens of each prompt, `max_tokens` at most; how many that were, padding included."""
+        """Prefill the next tokens of each prompt, `max_tokens` at most; returns their number, padding included."""
         pieces = [
             each.token_ids[each.num_cached : each.num_cached + min(each.num_left, max_tokens)]
             for each in self.sequences
@@ -190,11 +195,11 @@ class PromptBatch:
         return longest * len(lengths)
 
     def take_prefilled(self) -> tuple[list[BatchSequence], kv.Caches]:
-        """Sequences that have all but the last token of their prompts in their caches leave; they and their batch's caches."""
+        """Remove the sequences with all but the last token of their prompts in their caches; returns them and their batch's caches."""
         return self._take([index for index, each in enumerate(self.sequences) if not each.num_left])
 
     def remove(self, sequence: BatchSequence) -> None:
-        """Drop a sequence."""
+        """Remove a sequence."""
         self._take([index for index, each in enumerate(self.sequences) if each is sequence])
 
     def _take(self, leaving: list[int]) -> tuple[list[BatchSequence], kv.Caches]:
@@ -210,9 +215,9 @@ class PromptBatch:
         return sequences, caches
 
 
-def taken_caches(model: Any, sequences: Sequence[BatchSequence]) -> kv.Caches:
-    """A batch's caches of what the sequences bring, which they do not keep."""
+def merge_own_caches(model: Any, sequences: Sequence[BatchSequence]) -> kv.Caches:
+    """Merge the sequences' own caches into a batch's; the sequences give theirs up."""
     own = [kv.new(model) if each.caches is None else each.caches for each in sequences]
     for sequence in sequences:
         sequence.caches = None
-    return kv.merged(own)
+    return kv.merge(own)

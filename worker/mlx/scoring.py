@@ -1,7 +1,7 @@
 """Log-probabilities as clients see them: of sampled tokens, and of a prompt's own tokens for completions that echo it.
 
-Called by `worker.mlx.engine`, which scores one piece of a prompt between two decode steps. Unlike in a prefill each
-position's logits are needed: pieces are small, since a vocabulary is wide.
+Called by `worker.mlx.engine`, which scores one piece of a prompt between two decode steps. Unlike a prefill it needs
+the logits of each position: pieces are small, since a vocabulary is large.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from worker.mlx import caches as kv
 from worker.text.detokenizer import TokenBytes
 
 _PIECE_BYTES = 32 * 2**20
-"""Of logits at a time."""
+"""Memory of the logits that are computed at a time."""
 
 _MIN_LOGPROB = -9999.0
 
@@ -38,8 +38,8 @@ class PromptScoring:
     """Scores a prompt from its start; see the module.
 
     Attributes:
-        scores: Of the tokens so far; the first one has none, since nothing comes before it.
-        caches: Of what was scored, all but the last token once `is_done`.
+        scores: Of the tokens so far, from the second one on: nothing comes before the first.
+        caches: Of the tokens so far; of all but the last one once `is_done`.
     """
 
     def __init__(self, model: Any, token_ids: list[int], num_top: int, vocab_size: int) -> None:
@@ -68,7 +68,7 @@ class PromptScoring:
 
 
 class LogprobReport:
-    """Makes what clients get of log-probabilities."""
+    """Converts log-probabilities to what clients receive."""
 
     def __init__(self, tokenizer: Any, token_bytes: TokenBytes) -> None:
         self._tokenizer = tokenizer

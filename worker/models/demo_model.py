@@ -65,7 +65,7 @@ def ensure_demo_model(cache_dir: str | Path | None = None) -> Path:
     """
     from worker.mlx.model import has_gpu
 
-    # float32 on a CPU: bfloat16 answers in broken French there, and packed 4-bit weights run at 0.25 tokens/s (MLX 0.32, 2 cores).
+    # float32 on a CPU: in bfloat16 its answers are wrong there, and packed 4-bit weights run at 0.25 tokens/s (MLX 0.32, 2 cores).
     dtype = "float16" if has_gpu() else "float32"
     cache = Path(cache_dir).expanduser() if cache_dir else _user_cache()
     folder = cache / f"{NAME}-{dtype}"

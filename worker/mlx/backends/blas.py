@@ -1,4 +1,4 @@
-"""OpenBLAS, for MLX's CPU build on Linux: it has to be in the process before MLX is.
+"""OpenBLAS, for MLX's CPU build on Linux: it must be loaded before MLX.
 
 Called when `worker.mlx` is imported, and by `worker.mlx.model` for what to log. Must not import MLX.
 """

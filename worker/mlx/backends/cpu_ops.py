@@ -38,7 +38,7 @@ class FusedCpuOps:
         self._angles: dict[tuple[Any, ...], tuple[mx.array | None, mx.array, mx.array]] = {}
 
     def expect(self, offset: mx.array) -> None:
-        """Compute the rotation angles at these positions once, until the context ends: all layers use them, and none modifies the array.
+        """Compute the rotation angles at these positions once, until the context ends: all layers use them, and no layer modifies the array.
 
         Args:
             offset: (batch,) integers, the position of each row's token.

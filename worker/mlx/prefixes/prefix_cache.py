@@ -1,7 +1,7 @@
 """Cached prefixes: the caches of prefilled prompts and of finished sequences, by their token ids.
 
-Owned by `worker.mlx.engine`. `prefix_index` finds the nearest one and evicts the oldest; here is decided what is kept, how a
-sequence gets caches of its own from it, and which sequences had better wait for one that is prefilling the same prefix.
+Owned by `worker.mlx.engine`. `prefix_index` finds the nearest one and evicts the least recently used; this file decides
+what is kept, how a sequence gets its own caches from it, and which sequences wait for one that is prefilling the same prefix.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class CachedPrefix(NamedTuple):
     """Where a sequence can begin.
 
     Attributes:
-        caches: The sequence's own; None: from the start.
-        num_tokens: That are in them.
+        caches: The sequence's own copy; None: it begins at the start.
+        num_tokens: How many of its tokens are in them.
     """
 
     caches: kv.Caches | None
@@ -55,11 +55,11 @@ class PrefixCache:
 
     @property
     def num_bytes(self) -> int:
-        """Kept now."""
+        """The memory of all kept caches."""
         return self._index.num_bytes
 
-    def expect(self, copy_tokens: int) -> None:
-        """Go by how many tokens are prefilled in the time of a copy."""
+    def set_copy_tokens(self, copy_tokens: int) -> None:
+        """Adapt `min_tokens` to how many tokens are prefilled in the time of a copy."""
         self.min_tokens = max(_MIN_CACHED_TOKENS, copy_tokens)
 
     def find(self, token_ids: list[int]) -> CachedPrefix:
@@ -69,29 +69,29 @@ class PrefixCache:
         nearest = self._index.nearest(token_ids[:-1])
         if nearest is None or nearest.num_shared < self.min_tokens:
             return CachedPrefix(None, 0)
-        # New names for the same numbers: what is kept stays as it is.
+        # New objects that share the arrays: the kept caches do not change.
         caches = copy.deepcopy(nearest.entry.value)
-        if num_behind := len(nearest.entry.token_ids) - nearest.num_shared:
-            trim_prompt_cache(caches, num_behind)
+        if num_after := len(nearest.entry.token_ids) - nearest.num_shared:
+            trim_prompt_cache(caches, num_after)
         return CachedPrefix(caches, nearest.num_shared)
 
     def offer(self, token_ids: list[int], extract: Callable[[], kv.Caches]) -> None:
         """Keep a sequence's caches if that is worth it.
 
         Args:
-            token_ids: That are in them.
-            extract: Cuts them out of a batch's, not computed yet.
+            token_ids: The tokens in the caches.
+            extract: Returns them, extracted from a batch's and not evaluated yet.
         """
         if not self.is_enabled or len(token_ids) < self.min_tokens:
             return
         caches = extract()
-        # Until it is computed, a part holds on to all of the batch's arrays. Nothing waits for it.
+        # Until they are evaluated, they keep all of the batch's arrays alive. Nothing waits for the evaluation.
         mx.async_eval(kv.states(caches))
         is_divisible = can_trim_prompt_cache(caches)
         self._index.add(token_ids, caches, kv.num_bytes(caches), is_divisible=is_divisible)
 
     def shrink_to(self, num_bytes: float) -> None:
-        """Make room for sequences: the oldest go first."""
+        """Make room for sequences: the least recently used caches are evicted."""
         self._index.shrink_to(int(num_bytes))
 
 
@@ -109,7 +109,7 @@ def should_wait_for(
     """
     best, best_shared = None, num_cached + max(_MIN_SHARED_TOKENS, min_tokens)
     for index, other in enumerate(prefilling):
-        # A slice of both first: most have nothing in common, and a burst asks this of each with each.
+        # Slices are compared first: most prompts have nothing in common, and a burst compares each with each.
         if len(token_ids) >= best_shared and token_ids[:best_shared] == other[:best_shared]:
             best, best_shared = index, num_common(token_ids, other) + 1
     return best

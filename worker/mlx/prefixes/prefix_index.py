@@ -40,11 +40,11 @@ class PrefixIndex(Generic[T]):
     """See the module.
 
     Attributes:
-        num_bytes: Of all values.
+        num_bytes: The size of all values.
 
     Args:
-        max_bytes: What they may have together.
-        max_entries: How many there may be.
+        max_bytes: Limit of `num_bytes`.
+        max_entries: Limit of the number of entries.
     """
 
     def __init__(self, max_bytes: int, max_entries: int) -> None:
@@ -74,7 +74,7 @@ class PrefixIndex(Generic[T]):
         return Nearest(entry, num_shared)
 
     def add(self, token_ids: list[int], value: T, num_bytes: int, *, is_divisible: bool) -> None:
-        """Keep a value; entries that it replaces are dropped, and the oldest are evicted if there is too much."""
+        """Keep a value; entries that it replaces are dropped, and the least recently used are evicted if there is too much."""
         served = _prefixes(self._indivisible, token_ids)
         if is_divisible:
             served += _prefixes(self._divisible, token_ids)
@@ -91,7 +91,7 @@ class PrefixIndex(Generic[T]):
             self._evict_oldest()
 
     def shrink_to(self, num_bytes: int) -> None:
-        """Evict the oldest until no more is kept."""
+        """Evict the least recently used until at most `num_bytes` are kept."""
         while self.num_bytes > max(0, num_bytes):
             self._evict_oldest()
 
