@@ -1,4 +1,4 @@
-"""A server that speaks as much of Redis's protocol as contract tests of redis-py need; one script of answers a test."""
+"""A server with the part of Redis's protocol that contract tests of redis-py need; each test scripts its replies."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from types import TracebackType
 from typing import Self
 
 HANGS_UP = b""
-"""Instead of an answer."""
+"""In place of a reply: close the connection."""
 
 _GREETINGS = {"HELLO": b"%1\r\n$5\r\nproto\r\n:3\r\n", "CLIENT": b"+OK\r\n"}
-"""redis-py 8 asks for the third version of the protocol, in which messages are pushes."""
+"""redis-py 8 requests RESP 3, in which pub/sub messages are pushes."""
 
 
 class RespServer:
-    """Answers each command with what `answer` returns for it, and remembers them, but for those of a handshake.
+    """Replies to each command with what `answer` returns for it, and records all commands except those of a handshake.
 
     Attributes:
-        commands: Received, but for those of handshakes.
+        commands: Received, except those of handshakes.
     """
 
     def __init__(self, answer: Callable[[list[str]], bytes]) -> None:

@@ -1,4 +1,4 @@
-"""What contract tests share: the parameters of a library's function, as this project passes them."""
+"""Shared by contract tests: whether a library's function has the parameters that this project passes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def parameters(function: Callable[..., Any]) -> list[str]:
 
 
 def accepts(function: Callable[..., Any], *arguments: Any, **options: Any) -> bool:
-    """Whether a function can be called like this."""
+    """Whether a function can be called with these arguments."""
     try:
         inspect.signature(function).bind(*arguments, **options)
     except TypeError:

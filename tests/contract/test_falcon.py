@@ -1,4 +1,4 @@
-"""falcon 4.4: what `api/app.py` and `api/http/` rely on, and the shortcomings that they mend. The app is called directly."""
+"""falcon 4.4: what `api/app.py` and `api/http/` rely on, and the shortcomings that they work around. The app is called directly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Event = dict[str, Any]
 
 
 class Resource:
-    """Answers with what it is made of."""
+    """Responds with the given attributes."""
 
     def __init__(self, **attributes: Any) -> None:
         self._attributes = attributes
@@ -25,7 +25,7 @@ class Resource:
 
 
 class Failing:
-    """Raises what it is made of."""
+    """Raises the given error."""
 
     def __init__(self, error: Exception) -> None:
         self._error = error
@@ -51,7 +51,7 @@ def _scope(method: str = "GET", path: str = "/", query: bytes = b"") -> Event:
 
 
 def _ask(app: Any, scope: Event | None = None, received: list[Event] | None = None) -> tuple[int, bytes]:
-    """Status and body; `received` is left with the events that the app did not ask for."""
+    """Status and body; afterwards, `received` has the events that the app did not receive."""
     events = [{"type": "http.request", "body": b"", "more_body": False}] if received is None else received
     sent: list[Event] = []
 
@@ -87,7 +87,7 @@ def test_bytes_are_sent_as_they_are() -> None:
 
 
 def test_most_special_handler_wins() -> None:
-    """A handler of `Exception` does not take what has one of its own, whatever their order. Open api/http/errors.py, `install`."""
+    """A handler for `Exception` does not handle errors that have a handler of their own, whatever their order. Open api/http/errors.py, `install`."""
 
     async def render(_req: Any, resp: falcon.asgi.Response, error: Exception, _params: Any) -> None:
         resp.status = falcon.HTTP_418
@@ -103,7 +103,7 @@ def test_most_special_handler_wins() -> None:
 
 
 def test_errors_of_falcon() -> None:
-    """What falcon finds itself is an `HTTPError` with a status, a title and headers. Open api/http/errors.py, `_on_http_error`."""
+    """falcon's own errors are `HTTPError`s with a status, a title and headers. Open api/http/errors.py, `_on_http_error`."""
     seen: list[falcon.HTTPError] = []
 
     async def note(_req: Any, resp: falcon.asgi.Response, error: falcon.HTTPError, _params: Any) -> None:
@@ -140,7 +140,7 @@ def test_middleware_hooks() -> None:
 
 
 def test_middleware_ends_a_request() -> None:
-    """`resp.complete` skips the resource: a preflight is answered before routes are looked at. Open api/http/origins.py, `CrossOrigin`."""
+    """`resp.complete` skips the resource: a preflight is answered before routing. Open api/http/origins.py, `CrossOrigin`."""
 
     class Complete:
         async def process_request(self, _req: Any, resp: falcon.asgi.Response) -> None:
@@ -176,9 +176,9 @@ def test_lifespan_hooks() -> None:
 
 
 def test_body_is_awaited_before_the_route() -> None:
-    """falcon asks for the first piece of a body before it routes, which sends `100 Continue` for a body that is refused.
+    """falcon receives the first chunk of a body before it routes, which sends `100 Continue` for a body that is refused.
 
-    If this fails, the empty first piece can go. Open api/http/disconnect.py, `with_disconnects`.
+    If this fails, the empty first chunk can go. Open api/http/disconnect.py, `with_disconnects`.
     """
     received: list[Event] = [{"type": "http.request", "body": b"", "more_body": True}]
     assert _ask(_app(Resource()), _scope(path="/nowhere"), received)[0] == 404
@@ -186,7 +186,7 @@ def test_body_is_awaited_before_the_route() -> None:
 
 
 def test_query_that_is_not_utf8() -> None:
-    """A query that is not UTF-8 fails outside of error handlers, so it is taken away. If this fails, it need not be.
+    """A query string that is not UTF-8 fails outside of error handlers, so it is removed. If this fails, it need not be.
 
     Open api/http/disconnect.py, `with_disconnects`.
     """
@@ -195,14 +195,14 @@ def test_query_that_is_not_utf8() -> None:
 
 
 def test_unknown_methods() -> None:
-    """A method that HTTP does not have is a 400, which `UnknownMethods` makes a 405. If this fails, it can go. Open api/http/methods.py."""
+    """A method that HTTP does not define is a 400, which `UnknownMethods` turns into a 405. If this fails, it can go. Open api/http/methods.py."""
     assert _ask(_app(Resource()), _scope("BREW"))[0] == 400
     assert "GET" in falcon.HTTP_METHODS
     assert set(falcon.HTTP_METHODS) <= set(falcon.COMBINED_METHODS)
 
 
 def test_suffixes_and_paths() -> None:
-    """Health has three routes on one resource, and a model's id may hold slashes. Open api/app.py, `create_app`."""
+    """Health has three routes on one resource, and a model's id may contain slashes. Open api/app.py, `create_app`."""
 
     class Suffixed:
         async def on_get_live(self, _req: Any, resp: falcon.asgi.Response) -> None:

@@ -1,4 +1,4 @@
-"""gunicorn 27: what `api/http/connection.py` and `api/server.py` know of its insides. A connection is served on loopback."""
+"""gunicorn 27: what `api/http/connection.py` and `api/server.py` rely on in its internals. A connection is served on loopback."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _worker(loop: asyncio.AbstractEventLoop) -> Any:
 
 
 def _exchange(*requests: bytes) -> tuple[bytes, Counter[str], Any]:
-    """What a connection answers until it is closed, which methods were called, and the protocol afterwards."""
+    """The response bytes of a connection until it is closed, the methods that were called, and the protocol object."""
     made: list[Spy] = []
 
     async def run() -> bytes:
@@ -111,24 +111,24 @@ def _exchange(*requests: bytes) -> tuple[bytes, Counter[str], Any]:
 
 
 def test_worker_makes_the_rebound_protocol() -> None:
-    """`install` rebinds `gasgi.ASGIProtocol`, which the worker looks up for each connection: all limits would be off.
+    """`install` rebinds `gasgi.ASGIProtocol`, which the worker looks up for each connection. Otherwise no limit would apply.
 
     Open api/http/connection.py, `install`.
     """
     makers = [const for const in gasgi.ASGIWorker._serve.__code__.co_consts if inspect.iscode(const)]
     assert any("ASGIProtocol" in maker.co_names for maker in makers)
-    assert hasattr(gasgi, "ASGIProtocol"), "the worker makes connections of a global of its module"
+    assert hasattr(gasgi, "ASGIProtocol"), "the worker creates connections through a global of its module"
     assert parameters(ASGIProtocol.__init__) == ["worker"]
 
 
 @pytest.mark.parametrize(("name", "expected"), METHODS)
 def test_methods_of_a_connection(name: str, expected: list[str]) -> None:
-    """`Connection` overrides or calls this method of gunicorn's with these parameters. Open api/http/connection.py."""
+    """`Connection` overrides or calls this method of gunicorn with these parameters. Open api/http/connection.py."""
     assert parameters(getattr(ASGIProtocol, name)) == expected
 
 
 def test_methods_are_called_for_a_request() -> None:
-    """gunicorn passes each request through the methods that `Connection` overrides: its timers hang on them.
+    """gunicorn passes each request through the methods that `Connection` overrides: its timers depend on them.
 
     Open api/http/connection.py.
     """
@@ -150,7 +150,7 @@ def test_methods_are_called_for_a_request() -> None:
 
 
 def test_errors_pass_one_method() -> None:
-    """What is not HTTP is answered by `_send_error_response`, then `_close_transport`: ours answers JSON and lingers.
+    """Malformed HTTP is answered by `_send_error_response`, then `_close_transport`: ours sends JSON and lingers.
 
     Open api/http/connection.py, `_send_error_response`.
     """
@@ -186,7 +186,7 @@ def test_connection_attributes() -> None:
 
 
 def test_body_receiver() -> None:
-    """A body that was not read to its end is one whose receiver is not `_complete`. Open api/http/connection.py, `_close_transport`."""
+    """The receiver of a body that was not read completely is not `_complete`. Open api/http/connection.py, `_close_transport`."""
     receiver = inspect.signature(_receiver_class().__init__)
     assert list(receiver.parameters) == ["self", "request", "protocol"]
     made = _receiver_class()(SimpleNamespace(content_length=3, chunked=False), SimpleNamespace())
@@ -204,7 +204,7 @@ def _receiver_class() -> Any:
 
 
 def test_close_of_the_application_is_ignored() -> None:
-    """gunicorn goes by the request alone: `Connection: close` from the app keeps the connection, which `Connection` mends.
+    """gunicorn only looks at the request: `Connection: close` from the app does not close the connection. `Connection` does.
 
     If this fails, `_closes_after_response` can go. Open api/http/connection.py, `_serve_http_request`.
     """
@@ -221,7 +221,7 @@ def test_headers_reach_the_start_of_a_response_as_bytes() -> None:
 
 
 def test_backlog_is_left_out() -> None:
-    """The worker listens without its backlog, which `post_worker_init` adds by wrapping `worker.loop.create_server`.
+    """The worker calls `create_server` without its backlog, which `post_worker_init` adds by wrapping `worker.loop.create_server`.
 
     If the call has a backlog now, the wrapper can go. Open api/server.py.
     """
@@ -232,7 +232,7 @@ def test_backlog_is_left_out() -> None:
 
 
 def test_quick_shutdown() -> None:
-    """SIGINT skips the lifespan's end by `_quick_shutdown`, set before the hook `worker_int`, which clears it.
+    """SIGINT sets `_quick_shutdown`, which skips the lifespan shutdown, before it calls the hook `worker_int`, which clears it.
 
     Otherwise running requests are not cancelled when the API ends. Open api/server.py, `worker_int`.
     """
@@ -250,12 +250,12 @@ def test_quick_shutdown() -> None:
     shutdown = inspect.getsource(gasgi.ASGIWorker._shutdown)
     assert "if self.lifespan and not self._quick_shutdown" in shutdown
     assert "graceful_timeout = self.cfg.graceful_timeout" in shutdown, (
-        "it is read then, so that it can be changed"
+        "it is read after the hook, so that the hook can change it"
     )
 
 
 def test_worker_is_ready_in_its_hook() -> None:
-    """`post_worker_init` is called with the loop made and nothing served yet: it replaces the protocol. Open api/server.py."""
+    """`post_worker_init` is called when the loop exists and nothing is served yet: it replaces the protocol. Open api/server.py."""
     start = inspect.getsource(Worker.init_process)
     assert start.index("self.load_wsgi()") < start.index("post_worker_init(self)") < start.index("self.run()")
     made = inspect.getsource(gasgi.ASGIWorker.init_process)
@@ -263,7 +263,7 @@ def test_worker_is_ready_in_its_hook() -> None:
 
 
 def test_settings_are_known() -> None:
-    """gunicorn ignores what it does not know in a configuration file: each of ours has to be one of its settings. Open api/server.py."""
+    """gunicorn ignores unknown names in a configuration file: each of ours has to be one of its settings. Open api/server.py."""
     known = Config().settings
     assert options(Settings()).keys() <= known.keys()
     config = Config()

@@ -1,4 +1,4 @@
-"""honcho 2.0: what `common/pool/up.py` and the times of `common/pool/redis_server.py` rely on."""
+"""honcho 2.0: what `common/pool/up.py` and the timeouts of `common/pool/redis_server.py` rely on."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from tests.contract.signatures import accepts, parameters
 
 
 class Started(Exception):  # noqa: N818 (not an error)
-    """Ends `Manager.loop` where it would start its processes."""
+    """Raised to end `Manager.loop` where it would start its processes."""
 
 
 def test_handlers_come_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`Pool._start` takes honcho's own handler from `signal.signal`: a Ctrl-C would end nothing otherwise. Open common/pool/up.py."""
+    """`Pool._start` takes honcho's own handler from `signal.signal`. Otherwise Ctrl-C would end nothing. Open common/pool/up.py."""
     pool = Manager(Printer(io.StringIO()))
     installed: dict[int, Any] = {}
     monkeypatch.setattr(signal, "signal", installed.__setitem__)
@@ -44,7 +44,7 @@ def test_handlers_come_before_the_start(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_names_of_the_manager() -> None:
-    """`Pool` overrides or reads these. Open common/pool/up.py."""
+    """`Pool` overrides or reads these attributes. Open common/pool/up.py."""
     pool = Manager(Printer(io.StringIO()))
     assert pool._processes == {}
     assert isinstance(pool._printer, Printer)
@@ -55,7 +55,7 @@ def test_names_of_the_manager() -> None:
 
 
 def test_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that has ended has its status in `_processes[name]["returncode"]`: `Pool.error` reads it. Open common/pool/up.py."""
+    """The status of a process that has ended is in `_processes[name]["returncode"]`: `Pool.error` reads it. Open common/pool/up.py."""
     output = io.StringIO()
     pool = Manager(Printer(output))
     monkeypatch.setattr(pool, "_start", lambda: None)

@@ -1,6 +1,6 @@
-"""llguidance 1.9: what `common/schema/` and `worker/sampling/grammar.py` rely on, and the shortcomings that they mend.
+"""llguidance 1.9: what `common/schema/` and `worker/sampling/grammar.py` rely on, and the shortcomings that they work around.
 
-The vocabulary is the 256 bytes and an end, as in `common/schema/grammar.py`.
+The vocabulary is the 256 bytes and an end token, as in `common/schema/grammar.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ END = 256
 
 
 class Bytes:
-    """What `TokenizerWrapper` asks of a tokenizer."""
+    """The attributes that `TokenizerWrapper` reads."""
 
     eos_token_id = END
     bos_token_id = None
@@ -58,7 +58,7 @@ def test_limits(tokenizer: LLTokenizer) -> None:
 
 
 def test_matcher(tokenizer: LLTokenizer) -> None:
-    """What a row asks of its matcher, step by step. Open worker/sampling/grammar.py, `Matcher`."""
+    """The calls that a sequence's matcher has to support, step by step. Open worker/sampling/grammar.py, `Matcher`."""
     start = _matcher(tokenizer, {"enum": ["a"]})
     matcher = start.deep_copy()
     assert not matcher.is_stopped()
@@ -72,12 +72,12 @@ def test_matcher(tokenizer: LLTokenizer) -> None:
     assert allowed == [ord('"')]
     assert matcher.consume_token(ord('"'))
     assert matcher.is_accepting()
-    assert not start.is_accepting(), "the one that was copied has not moved"
+    assert not start.is_accepting(), "the original of the copy has not advanced"
     assert any(start.compute_bitmask())
 
 
 def test_end_of_text_only_without_choice(tokenizer: LLTokenizer) -> None:
-    """Of the tokens that end an answer one is allowed, and only where nothing else may come. Open worker/sampling/grammar.py, `fill`."""
+    """Only one of the end-of-text tokens is allowed, and only if nothing else may follow. Open worker/sampling/grammar.py, `fill`."""
     matcher = _matcher(tokenizer, {"enum": ["a"]})
     for byte in b'"a"':
         matcher.consume_token(byte)
@@ -93,7 +93,7 @@ def test_end_of_text_only_without_choice(tokenizer: LLTokenizer) -> None:
     ],
 )
 def test_messages(tokenizer: LLTokenizer, schema: Any, beginning: str) -> None:
-    """Refusals that are said in other words to a client, by how they begin. Open common/schema/grammar.py, `_explained`."""
+    """The beginnings of the messages that are reworded for clients. Open common/schema/grammar.py, `_explained`."""
     limits = LLParserLimits(verbose_errors=False)
     matcher = _matcher(tokenizer, schema, limits=limits)
     assert matcher.is_error()
@@ -101,7 +101,7 @@ def test_messages(tokenizer: LLTokenizer, schema: Any, beginning: str) -> None:
 
 
 def test_white_space_is_an_option_of_a_schema(tokenizer: LLTokenizer) -> None:
-    """`x-guidance` in a schema bounds white space: small models write nothing else otherwise. Open common/schema/grammar.py, `_WHITESPACE`."""
+    """`x-guidance` in a schema bounds white space: otherwise small models would write nothing else. Open common/schema/grammar.py, `_WHITESPACE`."""
     options = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
     schema = {"type": "array", "items": {"type": "integer"}, "x-guidance": options}
     assert _accepts(tokenizer, schema, "[1, 2,3]")
@@ -109,7 +109,7 @@ def test_white_space_is_an_option_of_a_schema(tokenizer: LLTokenizer) -> None:
 
 
 def test_excluded_bounds(tokenizer: LLTokenizer) -> None:
-    """An excluded bound lets itself through if the range is narrow, which is mended. If this fails, the mend can go.
+    """An exclusive bound is allowed if the range is narrow; `_replace_exclusive_bounds` works around it. If this fails, it can go.
 
     Open common/schema/json_schema.py.
     """
@@ -120,7 +120,7 @@ def test_excluded_bounds(tokenizer: LLTokenizer) -> None:
 
 @pytest.mark.parametrize(("pattern", "text"), [('^[^"]*$', r'"\""'), (r"^[^\\]*$", r'"\\"')])
 def test_negated_classes(tokenizer: LLTokenizer, pattern: str, text: str) -> None:
-    """A negated class lets an escaped quote or backslash through that it excludes. If this fails, `_without_controls` can go.
+    """A negated class allows an escaped quote or backslash that it excludes. If this fails, `_without_controls` can go.
 
     Open common/schema/json_schema.py.
     """
@@ -128,7 +128,7 @@ def test_negated_classes(tokenizer: LLTokenizer, pattern: str, text: str) -> Non
 
 
 def test_lark(tokenizer: LLTokenizer) -> None:
-    """Calls of functions are a Lark grammar with lazy text, terminals that exclude one, and other grammars by `@name`.
+    """Function calls are a Lark grammar with lazy text, negated terminals, and references to other grammars by `@name`.
 
     Open common/schema/grammar.py, `for_tool_calls`.
     """

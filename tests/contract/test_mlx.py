@@ -1,4 +1,4 @@
-"""MLX 0.32: what `worker/mlx/` relies on beside its documented interface, on the device that is there."""
+"""MLX 0.32: what `worker/mlx/` relies on beyond its documented interface, on this machine's device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from worker.mlx import model
 
 
 class Calls:
-    """Stands for a function of `mx.fast`, and remembers how it was called."""
+    """Replaces a function of `mx.fast` and records its calls."""
 
     def __init__(self) -> None:
         self.arguments: list[tuple[Any, ...]] = []
@@ -29,7 +29,7 @@ class Calls:
 def test_rope_is_called_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """`nn.RoPE` calls `mx.fast.rope` with these options; the CPU back-end replaces it during a step.
 
-    With others the fused rotation is never used, and a decode step on a CPU is slow. Open worker/mlx/backends/cpu_ops.py.
+    With other options the fused rotation would never be used, and decode steps on a CPU would be slow. Open worker/mlx/backends/cpu_ops.py.
     """
     calls = Calls()
     monkeypatch.setattr(mx.fast, "rope", calls)
@@ -49,7 +49,7 @@ def test_rms_norm_is_called_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_compiled_norm_checks_no_shapes() -> None:
-    """A function that is compiled without shapes takes any number of rows: one compilation serves all. Open worker/mlx/backends/cpu_ops.py."""
+    """A function that is compiled without shapes accepts any number of rows: it is compiled once. Open worker/mlx/backends/cpu_ops.py."""
     num_traced = 0
 
     def traced(x: mx.array) -> mx.array:
@@ -63,7 +63,7 @@ def test_compiled_norm_checks_no_shapes() -> None:
 
 
 def test_slices_are_written_in_place() -> None:
-    """Slots are written by assignment to a slice of a buffer; a copy that was taken before keeps its numbers.
+    """Slots are written by assignment to a slice of a buffer; a copy that was taken before keeps its values.
 
     Open worker/mlx/kv_slots.py.
     """
@@ -88,34 +88,34 @@ def test_slices_are_written_in_place() -> None:
     ],
 )
 def test_functions(name: str) -> None:
-    """The worker calls this to overlap steps or to bound memory. Open worker/mlx/model.py and the batch."""
+    """The worker calls this to overlap steps or to bound memory. Open worker/mlx/model.py, then worker/mlx/batch.py."""
     assert callable(getattr(mx, name))
 
 
 def test_kinds_of_devices() -> None:
-    """`has_gpu` compares these; on CUDA `mx.cuda.is_available` says so. Open worker/mlx/model.py."""
+    """`has_gpu` compares these; `mx.cuda.is_available` tells whether the GPU is CUDA's. Open worker/mlx/model.py."""
     assert mx.default_device().type in (mx.DeviceType.cpu, mx.DeviceType.gpu)
     assert mx.Device(mx.gpu).type == mx.DeviceType.gpu
     assert mx.cuda.is_available() in (True, False)
 
 
 def test_device_info() -> None:
-    """On a GPU one of these keys says how much memory there is: it differs between Metal and CUDA. Open worker/mlx/memory_share.py, `_machine_limit_bytes`."""
+    """On a GPU one of these keys has the size of its memory; which one differs between Metal and CUDA. Open worker/mlx/memory_share.py, `_machine_limit_bytes`."""
     if not model.has_gpu():
-        pytest.skip("a GPU's")
+        pytest.skip("this machine has no GPU")
     about = mx.device_info()
     assert about.keys() & {"max_recommended_working_set_size", "memory_size", "total_memory"}
 
 
 def test_cuda_kernels() -> None:
-    """Kernels of our own are made with these options, CUDA or not. Open worker/mlx/backends/cuda_attention.py."""
+    """Our kernels are built with these options, which are documented with and without CUDA. Open worker/mlx/backends/cuda_attention.py."""
     options = {"name", "input_names", "output_names", "source", "header", "ensure_row_contiguous"}
     written = str(mx.fast.cuda_kernel.__doc__)
     assert all(f"{option}:" in written for option in options), written[:500]
 
 
 def test_safetensors(tmp_path: Path) -> None:
-    """The demo model is written with metadata, and its types are known by their names. Open worker/mlx/gguf.py, `save_gguf_weights`."""
+    """The demo model is written with metadata, and types are looked up by name. Open worker/mlx/gguf.py, `save_gguf_weights`."""
     path = tmp_path / "model.safetensors"
     mx.save_safetensors(str(path), {"a.weight": mx.zeros((2,), mx.float16)}, metadata={"format": "mlx"})
     loaded, metadata = mx.load(str(path), return_metadata=True)
@@ -125,7 +125,7 @@ def test_safetensors(tmp_path: Path) -> None:
 
 
 def test_parameters_are_flattened() -> None:
-    """Weights are counted by `tree_flatten(parameters())`, pairs of name and array. Open worker/mlx/memory.py, `cache_memory`."""
+    """Weights are measured through `tree_flatten(parameters())`, which gives pairs of name and array. Open worker/mlx/memory.py, `cache_memory`."""
     flat = dict(tree_flatten(nn.Linear(2, 3).parameters()))
     assert {name: weight.nbytes for name, weight in flat.items()} == {"weight": 24, "bias": 12}
 
@@ -140,6 +140,6 @@ def test_arrays_share_with_numpy() -> None:
 
 
 def test_precise_softmax() -> None:
-    """The CPU back-end's attention asks for a softmax that sums in float32. Open worker/mlx/backends/cpu_ops.py."""
+    """The CPU back-end's attention requests a softmax that sums in float32. Open worker/mlx/backends/cpu_ops.py."""
     assert "precise" in str(mx.softmax.__doc__)
     assert mx.finfo(mx.float32).min < -1e38

@@ -22,7 +22,7 @@ from tests.contract.signatures import accepts, parameters
 from worker.models import model_folder
 
 BATCHABLE = (cache.KVCache, cache.RotatingKVCache, cache.ArraysCache, cache.CacheList)
-"""Kinds of a single sequence's caches that have `merge`."""
+"""Classes of a single sequence's cache that have `merge`."""
 
 BATCHED = (cache.BatchKVCache, cache.BatchRotatingKVCache, cache.ArraysCache, cache.CacheList)
 
@@ -60,7 +60,7 @@ def test_make_prompt_cache() -> None:
 
 @pytest.mark.parametrize("kind", BATCHABLE)
 def test_single_caches(kind: type) -> None:
-    """A sequence's cache can be merged, measured and kept: `can_batch`, the memory's cost and the prefix cache rely on it.
+    """A sequence's cache can be merged, measured and copied: `can_batch`, the estimate of memory and the prefix cache rely on it.
 
     Open worker/mlx/caches.py, worker/mlx/prefixes/prefix_cache.py.
     """
@@ -73,7 +73,7 @@ def test_single_caches(kind: type) -> None:
 def test_caches_that_cannot_batch(kind: type) -> None:
     """Caches without `merge` are those that cannot be batched: their models decode one sequence at a time.
 
-    If one has it now, its models can be batched, once tests/model shows it. Open worker/mlx/caches.py.
+    If one has it now, its models can be batched, once tests/model covers them. Open worker/mlx/caches.py.
     """
     assert not hasattr(kind, "merge")
 
@@ -91,9 +91,9 @@ def test_batched_caches(kind: type) -> None:
 
 
 def test_merge_pads_on_the_left() -> None:
-    """`merge` puts shorter sequences behind padding on the left, and says so in `left_padding` and `offset`.
+    """`merge` pads shorter sequences on the left and records it in `left_padding` and `offset`.
 
-    Slots are made from these numbers. Open worker/mlx/kv_slots.py.
+    Slots are built from these numbers. Open worker/mlx/kv_slots.py.
     """
     merged = cache.KVCache.merge([_filled([1, 2, 3]), _filled([4])])
     assert type(merged) is cache.BatchKVCache
@@ -104,7 +104,7 @@ def test_merge_pads_on_the_left() -> None:
 
 
 def test_merge_of_empty_caches() -> None:
-    """Caches of which nothing was prefilled can be merged, and filled afterwards. Open worker/mlx/caches.py."""
+    """Empty caches can be merged, and filled afterwards. Open worker/mlx/caches.py."""
     merged = cache.KVCache.merge([cache.KVCache(), cache.KVCache()])
     assert merged.keys is None
     assert merged.empty()
@@ -116,7 +116,7 @@ def test_merge_of_empty_caches() -> None:
 def test_right_padding_moves_to_the_left() -> None:
     """Prompts of different lengths are prefilled with padding on the right, which `finalize` turns into padding on the left.
 
-    Otherwise the padding is attended to, or the prompt is not. Open worker/mlx/prefill.py.
+    Otherwise padding would be attended to, or part of the prompt would not. Open worker/mlx/prefill.py.
     """
     batch = cache.KVCache.merge([cache.KVCache(), cache.KVCache()])
     batch.prepare(lengths=[3, 1], right_padding=[0, 2])
@@ -130,7 +130,7 @@ def test_right_padding_moves_to_the_left() -> None:
 
 
 def test_extract_is_a_cache_of_its_own() -> None:
-    """`extract` cuts a sequence out without its padding: what the prefix cache keeps. Open worker/mlx/prefixes/prefix_cache.py."""
+    """`extract` copies a sequence without its padding: the prefix cache keeps that. Open worker/mlx/prefixes/prefix_cache.py."""
     merged = cache.KVCache.merge([_filled([1, 2, 3]), _filled([4])])
     single = merged.extract(1)
     assert type(single) is cache.KVCache
@@ -139,7 +139,7 @@ def test_extract_is_a_cache_of_its_own() -> None:
 
 
 def test_extend_and_filter_keep_order() -> None:
-    """Newcomers stand behind those that are there, and `filter` takes any order. Open worker/mlx/caches.py."""
+    """`extend` appends new sequences after the present ones, and `filter` accepts any order. Open worker/mlx/caches.py."""
     batch = cache.KVCache.merge([_filled([1, 2])])
     batch.extend(cache.KVCache.merge([_filled([3, 4, 5])]))
     assert _numbers(batch.keys_and_values()[0]) == [[0, 1, 2], [3, 4, 5]]
@@ -147,7 +147,7 @@ def test_extend_and_filter_keep_order() -> None:
     batch.filter([1, 0])
     assert _numbers(batch.keys_and_values()[0]) == [[3, 4, 5], [0, 1, 2]]
     batch.filter(mx.array([1]))
-    assert _numbers(batch.keys_and_values()[0]) == [[1, 2]], "padding that all have is dropped"
+    assert _numbers(batch.keys_and_values()[0]) == [[1, 2]], "padding common to all is dropped"
     assert batch.offset.tolist() == [2]
 
 
@@ -174,14 +174,14 @@ def test_masks() -> None:
 
 
 def test_models_ask_caches_for_masks() -> None:
-    """Models ask the first cache for a mask with `return_array` and `window_size`. Open worker/mlx/kv_slots.py, `make_mask`."""
+    """Models request a mask from the first cache with `return_array` and `window_size`. Open worker/mlx/kv_slots.py, `make_mask`."""
     assert accepts(base.create_attention_mask, "h", "cache", window_size=None, return_array=False)
     source = inspect.getsource(base.create_attention_mask)
     assert "cache.make_mask(N, return_array=return_array, window_size=window_size)" in source
 
 
 def test_trimming() -> None:
-    """The prefix cache serves a shorter beginning by trimming a copy's end. Open worker/mlx/prefixes/prefix_cache.py, `find`."""
+    """The prefix cache provides a shorter prefix by trimming the end of a copy. Open worker/mlx/prefixes/prefix_cache.py, `find`."""
     kept = [_filled([1, 2, 3]), _filled([4, 5, 6])]
     assert cache.can_trim_prompt_cache(kept)
     copied = copy.deepcopy(kept)
@@ -193,7 +193,7 @@ def test_trimming() -> None:
 
 
 def test_rotating_caches_have_a_window() -> None:
-    """`max_size` is a window: the memory's cost is bounded by it. Open worker/mlx/caches.py, `measured_cost`."""
+    """`max_size` is a window, which bounds the memory of a sequence. Open worker/mlx/caches.py, `measured_cost`."""
     assert cache.RotatingKVCache(max_size=4).max_size == 4
     merged = cache.RotatingKVCache.merge([cache.RotatingKVCache(max_size=4)])
     assert type(merged) is cache.BatchRotatingKVCache
@@ -201,7 +201,7 @@ def test_rotating_caches_have_a_window() -> None:
 
 
 def test_recurrent_states() -> None:
-    """`ArraysCache` is its own batched kind, without keys. Open worker/mlx/caches.py, `measured_cost`."""
+    """`ArraysCache` is also its own batched class, and has no keys. Open worker/mlx/caches.py, `measured_cost`."""
     one, other = cache.ArraysCache(1), cache.ArraysCache(1)
     one[0], other[0] = mx.array([[1.0]]), mx.array([[2.0]])
     merged = cache.ArraysCache.merge([one, other])
@@ -214,7 +214,7 @@ def test_recurrent_states() -> None:
 
 
 def test_lists_of_caches() -> None:
-    """A `CacheList` has its caches in `caches`, and does with each what is done with it. Open worker/mlx/caches.py, `_flat`."""
+    """A `CacheList` has its caches in `caches`, and applies each operation to all of them. Open worker/mlx/caches.py, `_flat`."""
     listed = cache.CacheList(_filled([1]), _filled([2]))
     assert [type(each) for each in listed.caches] == [cache.KVCache] * 2
     merged = cache.CacheList.merge([listed, cache.CacheList(_filled([3]), _filled([4]))])
@@ -223,7 +223,7 @@ def test_lists_of_caches() -> None:
 
 
 def test_caches_grow_in_steps() -> None:
-    """Caches of single sequences grow by 256 tokens: the memory's arithmetic counts so. Open worker/mlx/memory.py, `columns`."""
+    """Caches of single sequences grow by 256 tokens: memory is estimated in these steps. Open worker/mlx/memory.py, `columns`."""
     assert cache.KVCache.step == cache.BatchKVCache.step == 256
     assert _filled([1]).keys.shape[2] == 256
     assert _filled([1]).nbytes == 2 * 256 * 4
@@ -241,12 +241,12 @@ def test_load() -> None:
 
 
 def test_download_patterns() -> None:
-    """We download the files of a repository that mlx-lm would. Open worker/models/model_folder.py, `HUB_PATTERNS`."""
+    """We download the same files of a repository as mlx-lm. Open worker/models/model_folder.py, `HUB_PATTERNS`."""
     assert list(model_folder.HUB_PATTERNS) == DEFAULT_ALLOW_PATTERNS
 
 
 def test_processors_context() -> None:
-    """`TokenBuffer` gives a processor all token ids so far, on the device. Open worker/mlx/decode.py."""
+    """`TokenBuffer` passes all token ids so far to a logits processor, on the device. Open worker/mlx/decode.py."""
     context = cache.TokenBuffer([1, 2])
     assert context.update_and_fetch(mx.array([3], mx.uint32)).tolist() == [1, 2, 3]
     assert context.update_and_fetch(mx.array([4], mx.uint32)).tolist() == [1, 2, 3, 4]

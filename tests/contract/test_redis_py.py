@@ -1,4 +1,4 @@
-"""redis-py 8.1: what `common/connections.py`, the journal, the relay and the command batch rely on. The server is a script."""
+"""redis-py 8.1: what `common/connections.py`, the journal, the relay and the command batch rely on. The server is scripted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OK = b"+OK\r\n"
 
 
 def test_nothing_is_sent_twice() -> None:
-    """A command whose answer was lost may have been carried out: with our options it is never repeated.
+    """A command whose reply was lost may have been executed: with our options it is never sent again.
 
     redis-py repeats by default: a MULTI that enqueues would run twice. Open common/connections.py.
     """
@@ -26,7 +26,9 @@ def test_nothing_is_sent_twice() -> None:
             client.rpush("k", "v")
         with pytest.raises(redis.ConnectionError):
             client.pipeline(transaction=False).rpush("k", "v").rpush("k", "v").execute()
-    assert [command[0] for command in server.commands].count("RPUSH") == 2  # the server hangs up at the first
+    assert [command[0] for command in server.commands].count(
+        "RPUSH"
+    ) == 2  # the server closes the connection at the first command
 
 
 def test_nothing_is_sent_twice_by_asyncio() -> None:
@@ -46,13 +48,13 @@ def test_nothing_is_sent_twice_by_asyncio() -> None:
 
 
 def test_default_repeats() -> None:
-    """Why `retry` is given at all: if the default is no repetition, it need not be. Open common/connections.py."""
+    """Why `retry` is passed: redis-py's default repeats commands. If this fails, it need not be passed. Open common/connections.py."""
     with redis.Redis() as client:
         assert client.get_retry().get_retries() > 0
 
 
 def test_unix_sockets_take_no_keep_alive() -> None:
-    """`socket_keepalive` is left out for them; if they take it now, so can `_options`. Open common/connections.py."""
+    """`socket_keepalive` is omitted for Unix sockets. If this fails, `_options` can always pass it. Open common/connections.py."""
     with pytest.raises(TypeError, match="socket_keepalive"):
         UnixDomainSocketConnection(path="/nowhere", socket_keepalive=True)
     with connections.connect("unix:///nowhere") as client:
@@ -84,7 +86,7 @@ def test_bad_urls_are_value_errors(url: str) -> None:
 
 
 def test_errors_are_a_family() -> None:
-    """Who catches RedisError catches all; an AuthenticationError is a ConnectionError. Open common/connections.py, `check`."""
+    """`except RedisError` catches all of them; an AuthenticationError is a ConnectionError. Open common/connections.py, `check`."""
     for error in (
         redis.ConnectionError,
         redis.TimeoutError,
@@ -98,9 +100,9 @@ def test_errors_are_a_family() -> None:
 
 
 def test_connection_sends_before_it_reads() -> None:
-    """The journal sends a step's script and reads its answer after the next step, on a connection of its own.
+    """The journal sends a step's script and reads its reply after the next step, on a connection of its own.
 
-    An answer that is an error leaves the connection usable, NOSCRIPT is an error of its own. Open worker/jobs/redis_journal.py.
+    An error reply leaves the connection usable, and NOSCRIPT has its own exception. Open worker/jobs/redis_journal.py.
     """
     answers = {
         "SCRIPT": b"$3\r\nabc\r\n",
@@ -124,7 +126,7 @@ def test_connection_sends_before_it_reads() -> None:
 
 
 def test_connection_comes_back_by_itself() -> None:
-    """A journal's connection that was lost connects again with the next command. Open worker/jobs/redis_journal.py, `_reset`."""
+    """A lost journal connection reconnects with the next command. Open worker/jobs/redis_journal.py, `_reset`."""
     answers = iter([HANGS_UP, OK])
     with RespServer(lambda _: next(answers)) as server, connections.connect(server.url) as client:
         connection: Any = client.connection_pool.make_connection()
@@ -141,7 +143,7 @@ def test_connection_comes_back_by_itself() -> None:
 def test_pipelines_record() -> None:
     """A recorded pipeline has its commands in `command_stack`, as (arguments, options), and a length.
 
-    The API takes them from there; the heartbeat counts them. Open api/generation/job_queue.py, worker/jobs/heartbeat.py.
+    The API reads them there; the heartbeat counts them. Open api/generation/job_queue.py, worker/jobs/heartbeat.py.
     """
     with redis.Redis() as client, client.pipeline() as pipe:
         pipe.hset("k", "f", 1)
@@ -154,7 +156,7 @@ def test_pipelines_record() -> None:
 
 
 def test_errors_in_place_of_answers() -> None:
-    """`execute(raise_on_error=False)` has each command's error in its place: a key of a wrong type spoils no other.
+    """`execute(raise_on_error=False)` returns each command's error in its position: a key of the wrong type does not affect other commands.
 
     Open api/generation/command_batch.py, worker/jobs/intake.py.
     """
@@ -183,7 +185,7 @@ def test_errors_in_place_of_answers() -> None:
 
 
 def test_messages_of_a_subscription() -> None:
-    """The relay tells kinds of messages apart by `type`, and pings a silent channel. Open api/generation/relay.py, `_listen_on`."""
+    """The relay distinguishes messages by `type`, and pings a silent channel. Open api/generation/relay.py, `_listen_on`."""
     answers = {
         "SUBSCRIBE": b">3\r\n$9\r\nsubscribe\r\n$1\r\nc\r\n:1\r\n>3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$2\r\nhi\r\n",
         "PING": b"+PONG\r\n",
@@ -212,7 +214,7 @@ def test_messages_of_a_subscription() -> None:
 
 
 def test_subscriptions_in_a_thread() -> None:
-    """A worker's commands come by handlers on RQ's thread, and its errors by `exception_handler(error, ...)`.
+    """A worker's commands arrive through handlers on RQ's thread, and errors through `exception_handler(error, ...)`.
 
     Open worker/jobs/batch_worker.py, `subscribe`.
     """
@@ -239,7 +241,7 @@ def test_subscriptions_in_a_thread() -> None:
         pubsub.subscribe(c=handle)
         thread = pubsub.run_in_thread(sleep_time=0.05, daemon=True, exception_handler=on_error)
         assert failed.wait(5)
-        assert thread.is_alive(), "an error that the handler takes does not end the thread"
+        assert thread.is_alive(), "an error that the handler accepts does not end the thread"
         thread.stop()
         thread.join(5)
     assert received == [b"hi"]
@@ -247,7 +249,7 @@ def test_subscriptions_in_a_thread() -> None:
 
 
 def test_scripts_ask_first_in_a_pipeline() -> None:
-    """A registered script in a pipeline costs a trip of its own (SCRIPT EXISTS), so intake sends EVAL. Open worker/jobs/intake.py."""
+    """A registered script in a pipeline costs an extra round trip (SCRIPT EXISTS), so intake sends EVAL. Open worker/jobs/intake.py."""
     answers = {"SCRIPT": b"*1\r\n:1\r\n", "EVALSHA": b":1\r\n"}
     with RespServer(lambda command: answers[command[0]]) as server, connections.connect(server.url) as client:
         script = client.register_script("return 1")

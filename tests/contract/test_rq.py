@@ -40,7 +40,7 @@ READS = {"GET", "EXISTS", "HGETALL", "HGET", "INFO", "WATCH", "SMEMBERS", "ZRANG
 
 
 class UnreachableError(Exception):
-    """Something was sent, although it was only to be recorded."""
+    """A command was sent that should only be recorded."""
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def queue(client: redis.Redis) -> JsonQueue:
 
 @pytest.fixture
 def worker(queue: JsonQueue) -> BaseWorker:
-    """A worker without a connection; its constructor asks for the server's version, which is not what is tested."""
+    """A worker without a connection; its constructor would ask for the server's version."""
     created: BaseWorker = object.__new__(SimpleWorker)
     vars(created).update(
         name="w",
@@ -88,16 +88,16 @@ def _commands(pipe: Any) -> list[tuple[Any, ...]]:
 
 
 def _recorded(client: redis.Redis, record: Callable[[Any], object]) -> list[tuple[Any, ...]]:
-    """The commands that a call records on a pipeline; it fails if the call sends one of its own."""
+    """The commands that a call records on a pipeline; fails if the call sends any itself."""
     pipe = client.pipeline()
     record(pipe)
     return _commands(pipe)
 
 
 def test_heartbeat_begins_with_hset(client: redis.Redis, worker: BaseWorker) -> None:
-    """`Heartbeat.beat` takes the first answer for HSET's: 1 means that RQ's worker hash had expired and was made anew.
+    """`Heartbeat.beat` relies on HSET's reply being first: 1 means that RQ's worker hash had expired and was created again.
 
-    Otherwise a worker that was away from Redis is missing in `rq info`. Open worker/jobs/heartbeat.py.
+    Otherwise a worker that lost its connection for long would be missing in `rq info`. Open worker/jobs/heartbeat.py.
     """
     commands = _recorded(client, lambda pipe: worker.heartbeat(10, pipeline=pipe))
     assert commands[0][:3] == ("HSET", "rq:worker:w", "last_heartbeat")
@@ -105,7 +105,7 @@ def test_heartbeat_begins_with_hset(client: redis.Redis, worker: BaseWorker) -> 
 
 
 def test_enqueueing_only_writes(client: redis.Redis, queue: JsonQueue) -> None:
-    """`JobQueue` records `enqueue_job` and sends it as one script: a read in between would block the API, or have no answer.
+    """`JobQueue` records `enqueue_job` and sends it as one script: a read in between would block the API, or have no reply.
 
     Open api/generation/job_queue.py.
     """
@@ -116,7 +116,7 @@ def test_enqueueing_only_writes(client: redis.Redis, queue: JsonQueue) -> None:
 
 
 def test_requeueing_only_writes(client: redis.Redis, queue: JsonQueue) -> None:
-    """`JsonQueue.put_back` calls `Queue._enqueue_job` with a pipeline: takeover puts jobs in front with it. Open common/rq.py."""
+    """`JsonQueue.put_back` calls `Queue._enqueue_job` with a pipeline: takeover puts jobs at the front with it. Open common/rq.py."""
     commands = _recorded(client, lambda pipe: queue.put_back(_job(queue), pipe, 60))
     assert ("LPUSH", "rq:queue:m", "j") in commands
     assert not READS & {command[0] for command in commands}
@@ -159,7 +159,7 @@ def test_execution_is_recorded(client: redis.Redis, queue: JsonQueue) -> None:
 
 
 def test_execution_from_its_composite_key(client: redis.Redis) -> None:
-    """Takeover makes an execution from an entry of RQ's registry; ValueError for an entry that is none. Open worker/jobs/takeover.py."""
+    """Takeover creates an execution from an entry of RQ's registry; a malformed entry is a ValueError. Open worker/jobs/takeover.py."""
     assert Execution.from_composite_key("j:e", client).job_id == "j"
     assert Execution.from_composite_key("j:e", client).id == "e"
     with pytest.raises(ValueError, match="unpack"):
@@ -195,7 +195,7 @@ def test_execution_deletion_is_recorded(client: redis.Redis, queue: JsonQueue, w
 
 
 def test_preparation_is_recorded(client: redis.Redis, queue: JsonQueue) -> None:
-    """`prepare_for_execution` writes the status by which takeover knows a job that was begun. Open worker/jobs/executions.py."""
+    """`prepare_for_execution` writes the status by which takeover recognizes a started job. Open worker/jobs/executions.py."""
     job = _job(queue)
     (command,) = _recorded(client, lambda pipe: job.prepare_for_execution("w", pipeline=pipe))
     assert command[:2] == ("HSET", "rq:job:j")
@@ -220,7 +220,7 @@ def test_failure_is_recorded(client: redis.Redis, queue: JsonQueue) -> None:
 
 
 def test_result_comes_from_a_private_attribute(client: redis.Redis, queue: JsonQueue) -> None:
-    """`Executions.finish` sets `Job._result`; RQ's tools show nothing of a finished request otherwise. Open worker/jobs/executions.py."""
+    """`Executions.finish` sets `Job._result`; otherwise RQ's tools would show no result of a finished request. Open worker/jobs/executions.py."""
     job = _job(queue)
     job.ended_at = now()
     job._result = {"finish_reason": "stop"}
@@ -272,7 +272,7 @@ def test_worker_has(name: str) -> None:
 
 
 def test_worker_attributes() -> None:
-    """`BatchWorker` sets or reads these; a renamed one would be set in vain. Open worker/jobs/batch_worker.py."""
+    """`BatchWorker` sets or reads these; setting a renamed one would have no effect. Open worker/jobs/batch_worker.py."""
     source = inspect.getsource(BaseWorker)
     for name in (
         "_shutdown_requested_date",
@@ -303,7 +303,7 @@ def test_worker_attributes() -> None:
 
 
 def test_worker_keys(worker: BaseWorker) -> None:
-    """The heartbeat builds these keys by itself: workers of a queue, and whether `rq suspend` is in force. Open worker/jobs/heartbeat.py."""
+    """The heartbeat builds these keys itself: workers of a queue, and whether `rq suspend` is in force. Open worker/jobs/heartbeat.py."""
     assert f"{RQ_KEY_PREFIX}:workers:m" == WORKERS_BY_QUEUE_KEY % "m"
     assert f"{RQ_KEY_PREFIX}:suspended" == WORKERS_SUSPENDED
     assert worker.executions_key == Execution("e", "j", worker.connection, "w").worker_executions_key
@@ -311,7 +311,7 @@ def test_worker_keys(worker: BaseWorker) -> None:
 
 
 def test_bootstrap_subscribes() -> None:
-    """`BatchWorker.subscribe` is called by RQ's `bootstrap`; stop commands and cancellations would reach no worker. Open worker/jobs/batch_worker.py."""
+    """RQ's `bootstrap` calls `BatchWorker.subscribe`. Otherwise stop commands and cancellations would reach no worker. Open worker/jobs/batch_worker.py."""
     assert "self.subscribe()" in inspect.getsource(BaseWorker.bootstrap)
     assert "self._pubsub_exception_handler" in inspect.getsource(BaseWorker.subscribe)
 
@@ -353,7 +353,7 @@ def test_jobs_are_read_as_rq_wrote_them(client: redis.Redis, queue: JsonQueue) -
 
 
 def test_pickle_is_closed_by_rebinding() -> None:
-    """`common.rq` rebinds `DefaultSerializer.loads`; RQ would unpickle what it finds in Redis otherwise. Open common/rq.py."""
+    """`common.rq` rebinds `DefaultSerializer.loads`. Otherwise RQ would unpickle what it finds in Redis. Open common/rq.py."""
     default = rq.serializers.resolve_serializer(None)
     assert default is rq.serializers.DefaultSerializer
     with pytest.raises(ValueError, match="reads JSON only"):
@@ -362,7 +362,7 @@ def test_pickle_is_closed_by_rebinding() -> None:
 
 @pytest.mark.parametrize("name", ["success_callback", "failure_callback", "stopped_callback"])
 def test_callbacks_are_properties(name: str) -> None:
-    """`JsonJob` overrides each property through which RQ imports a callback by its name. Open common/rq.py."""
+    """`JsonJob` overrides each property through which RQ imports a callback by name. Open common/rq.py."""
     assert isinstance(inspect.getattr_static(Job, name), property)
     others = {each for each in vars(Job) if each.endswith("_callback")}
     assert others == {"success_callback", "failure_callback", "stopped_callback"}, (
@@ -378,7 +378,7 @@ def test_job_is_constructed_with_a_serializer() -> None:
 
 
 def test_intermediate_queue_is_a_property(queue: JsonQueue) -> None:
-    """`JsonQueue` gives RQ's maintenance an intermediate queue that it does not clean: it would fail jobs of a minute. Open common/rq.py."""
+    """`JsonQueue` gives RQ's maintenance an intermediate queue without cleanup, which would fail jobs after a minute. Open common/rq.py."""
     assert isinstance(inspect.getattr_static(Queue, "intermediate_queue"), property)
     assert parameters(IntermediateQueue.cleanup) == ["worker", "queue"]
     assert "queue.intermediate_queue.cleanup(self, queue)" in inspect.getsource(BaseWorker.clean_registries)
@@ -392,7 +392,7 @@ def test_maintenance_takes_a_lock() -> None:
 
 
 def test_registry_entries_are_composite_keys() -> None:
-    """Takeover reads `StartedJobRegistry` by itself and takes its members for `job_id:execution_id`. Open worker/jobs/takeover.py."""
+    """Takeover reads `StartedJobRegistry` itself and parses its members as `job_id:execution_id`. Open worker/jobs/takeover.py."""
     recorded: list[Any] = []
     pipe: Any = SimpleNamespace(zadd=lambda key, members, **_: recorded.append((key, members)))
     execution = Execution("e", "j", redis.Redis())
@@ -412,7 +412,7 @@ def test_dashboard_takes_the_worker_class_from_rq(monkeypatch: pytest.MonkeyPatc
 
 
 def test_command_line_takes_classes_from_the_environment() -> None:
-    """`python -m common.rq` gives RQ its classes by RQ_JOB_CLASS and others; it would unpickle without. Open common/rq.py."""
+    """`python -m common.rq` passes its classes to RQ through RQ_JOB_CLASS and others. Otherwise RQ would unpickle. Open common/rq.py."""
     from rq.cli import cli
 
     options = {option.envvar for option in cli.info.params}
@@ -422,7 +422,7 @@ def test_command_line_takes_classes_from_the_environment() -> None:
 def test_decompression_is_bounded_by_rebinding() -> None:
     """Only two modules of RQ decompress, through the name `zlib` that `common.rq` rebinds. Open common/rq.py.
 
-    Elsewhere, or by another name, a small job could fill a worker's memory.
+    Decompressed elsewhere, or through another name, a small job could fill a worker's memory.
     """
     folder = Path(rq.__file__).parent
     users = {path.name for path in folder.rglob("*.py") if "decompress" in path.read_text()}

