@@ -1,4 +1,4 @@
-"""What an OpenAI-compatible server has to show, as data, and what judges a server by it.
+"""The behaviors of an OpenAI-compatible server, as data, and a runner that checks any server for them.
 
-`python -m tests.conformance --url URL --model MODEL`; knows HTTP and no server in particular.
+`python -m tests.conformance --url URL --model MODEL`; uses HTTP only and depends on no particular server.
 """

@@ -1,4 +1,4 @@
-"""What is seen against what has to be seen: error objects, and values at places of an answer.
+"""Compares answers with expectations: error objects, and values at paths of an answer.
 
 Pure; used for the declared behaviors of the catalogue and by the checks in code.
 """

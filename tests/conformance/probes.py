@@ -1,6 +1,6 @@
 """What the checks need to know about a model's tokens: a few ids and their text.
 
-Asked once and kept; found with `logit_bias` alone, so that they are there on any server that has it.
+Requested once and cached; found through `logit_bias`, so that they work with any server that supports it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def letters(server: Server) -> dict[int, str]:
                 break
             require(
                 found or token_id < _LETTER_IDS[5],
-                "logit_bias forces no token, so that nothing can be decided",
+                "logit_bias forces no token, so this cannot be checked",
             )
         server.probed["letters"] = found
     return _enough(server.probed["letters"], _NUM_LETTERS)
@@ -74,7 +74,7 @@ def non_ascii(server: Server) -> dict[str, Any]:
     """Request fields of a greedy completion whose text has non-ASCII characters.
 
     Raises:
-        NotShown: The model says none.
+        NotShown: The model generates none.
     """
     return _that_says(server, "non_ascii", ("é é é é é é é é é é", "ü, ü, ü, ü, ü, ü, ü, ü,"))
 
@@ -96,7 +96,7 @@ def _that_says(server: Server, name: str, prompts: tuple[str, ...]) -> dict[str,
                 server.probed[name] = fields
                 break
         else:
-            raise NotShown(f"the model does not go on with {prompts[0][0]}")
+            raise NotShown(f"the model does not continue with {prompts[0][0]}")
     found: dict[str, Any] = server.probed[name]
     return found
 

@@ -27,7 +27,7 @@ def _still_answers(server: Server) -> None:
 
 def forty(server: Server) -> None:
     statuses = [answer.status for answer in server.concurrently([(CHAT, {})] * 40)]
-    require(set(statuses) == {_OK}, f"{len(statuses) - statuses.count(_OK)} of 40 are answered otherwise")
+    require(set(statuses) == {_OK}, f"{len(statuses) - statuses.count(_OK)} of 40 are not answered 200")
 
 
 def streams_at_once(server: Server) -> None:
@@ -37,7 +37,7 @@ def streams_at_once(server: Server) -> None:
     ]
     alone = ["".join(server.post(*each).texts()) for each in asked]
     together = ["".join(answer.texts()) for answer in server.concurrently(asked)]
-    require(alone == together, "some have another text")
+    require(alone == together, "some texts differ")
 
 
 def half_sent(server: Server) -> None:
@@ -159,7 +159,7 @@ def short_beside_long(server: Server) -> None:
         ended.append("short")
         statuses = (short, running.result())
     require(statuses == (_OK, _OK), f"they are answered {statuses}")
-    require(ended[0] == "short", "the short one had to wait for the long one")
+    require(ended[0] == "short", "the short request waited for the long one")
 
 
 def health_under_load(server: Server) -> None:
@@ -186,7 +186,7 @@ def bad_beside_good(server: Server) -> None:
         if i % 2:
             judge.check_error(answer, 400, param=next(iter(bad[i // 2])))
         elif answer.text() != alone:
-            raise NotShown(f"a good one is answered {answer.text()!r}, not {alone!r}")
+            raise NotShown(f"a valid request is answered {answer.text()!r}, not {alone!r}")
 
 
 def slow_body(server: Server) -> None:

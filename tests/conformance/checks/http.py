@@ -141,16 +141,16 @@ def not_http(server: Server) -> None:
             try:
                 status, _ = connection.read_status()
             except Broken:
-                continue  # it hung up, which is an answer
+                continue  # closing the connection counts as a refusal
             require(400 <= status < 500, f"{sent[:10]!r} is answered {status}")
     require(server.chat().status == _OK, "the next request is not answered")
 
 
-def no_vain_repeats(server: Server) -> None:
+def no_useless_retries(server: Server) -> None:
     answer = server.chat(temperature=9)
     judge.check_error(answer, 400, param="temperature")
     require("retry-after" not in answer.headers, "a 400 has Retry-After")
-    require(answer.headers.get("x-should-retry") in (None, "false"), "a 400 asks for a repeat")
+    require(answer.headers.get("x-should-retry") in (None, "false"), "a 400 asks for a retry")
 
 
 def _sdk_completes(client: openai.OpenAI, model: str) -> None:
@@ -168,7 +168,7 @@ def _sdk_chats(client: openai.OpenAI, model: str) -> None:
         model=model, messages=[{"role": "user", "content": "Hi"}], max_tokens=3, temperature=0
     ) as stream:
         text = "".join(event.delta for event in stream if event.type == "content.delta")
-    require(text == plain.choices[0].message.content, "the stream is another text")
+    require(text == plain.choices[0].message.content, "the streamed text differs")
 
 
 def sdk(server: Server) -> None:
@@ -190,7 +190,7 @@ def sdk(server: Server) -> None:
             raise NotShown("no messages are answered")
 
 
-def all_is_typed(server: Server) -> None:
+def every_answer_validates(server: Server) -> None:
     """Runs last, and requests one answer of each kind itself."""
     asked: Mapping[str, list[dict[str, object]]] = {
         CHAT: [{}, {"stream": True, "logprobs": True, "stream_options": {"include_usage": True}}],

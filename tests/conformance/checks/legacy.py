@@ -19,7 +19,7 @@ def sixteen(server: Server) -> None:
     letter_id = next(iter(letters(server)))
     body = server.complete(max_tokens=None, **biased(letter_id)).json
     counted = body["usage"]["completion_tokens"]
-    require(counted == 16, f"{counted} tokens came")
+    require(counted == 16, f"{counted} tokens were generated")
 
 
 def several_prompts(server: Server) -> None:
@@ -47,7 +47,7 @@ def lists_of_token_ids(server: Server) -> None:
     ids = [*letters(server)]
     alone = [server.complete(prompt=part, max_tokens=2).text() for part in (ids[:3], ids[3:])]
     together = server.complete(prompt=[ids[:3], ids[3:]], max_tokens=2)
-    require([together.text(0), together.text(1)] == alone, "the texts are not those of each alone")
+    require([together.text(0), together.text(1)] == alone, "the texts differ from those of separate requests")
 
 
 def prompts_times_n(server: Server) -> None:
@@ -60,7 +60,7 @@ def prompts_times_n(server: Server) -> None:
 
 
 def best_of(server: Server) -> None:
-    """best_of returns the likeliest of the choices that the same seed gives with n."""
+    """best_of returns the choice with the highest mean logprob of those that the same seed gives with n."""
     asked = {"max_tokens": 4, "temperature": 2, "seed": 9, "logprobs": 0} | biased(*letters(server))
     three = server.complete(n=3, **asked)
     means = {}
@@ -69,8 +69,8 @@ def best_of(server: Server) -> None:
         means[three.text(index)] = sum(chosen) / len(chosen)
     answer = server.complete(best_of=3, n=1, **asked)
     require(len(answer.json["choices"]) == 1, "there is more than one choice")
-    require(answer.text() in means, "it is none of the three that n gives")
-    require(means[answer.text()] >= max(means.values()) - 1e-4, "another of the three is likelier")
+    require(answer.text() in means, "it is not one of the three choices that n: 3 gives")
+    require(means[answer.text()] >= max(means.values()) - 1e-4, "one of the three has a higher mean logprob")
 
 
 def best_of_counts(server: Server) -> None:
@@ -101,7 +101,7 @@ def echo_logprobs(server: Server, max_tokens: int) -> None:
     tokens, scores = found["tokens"], found["token_logprobs"]
     usage = answer.json["usage"]
     require(len(tokens) == usage["prompt_tokens"] + max_tokens, f"there are {len(tokens)} tokens")
-    require("".join(tokens) == answer.text(), "the tokens are not the text")
+    require("".join(tokens) == answer.text(), "the concatenated tokens differ from the text")
     require(scores[0] is None, f"the first is {scores[0]}, not null")
     require(
         all(isinstance(score, float | int) and score <= 0 for score in scores[1:]), "others are no logprobs"
@@ -111,12 +111,12 @@ def echo_logprobs(server: Server, max_tokens: int) -> None:
 def stream(server: Server) -> None:
     answer = server.complete(max_tokens=5, stream=True)
     chunks = answer.chunks
-    require({chunk["object"] for chunk in chunks} == {"text_completion"}, "chunks are of another object")
+    require({chunk["object"] for chunk in chunks} == {"text_completion"}, "chunks have another object type")
     ids = {chunk["id"] for chunk in chunks}
-    require(len(ids) == 1 and ids.pop().startswith("cmpl-"), "they have not one id, cmpl-…")
+    require(len(ids) == 1 and ids.pop().startswith("cmpl-"), "they do not share one id, cmpl-…")
     require(
         answer.frames[-1] == "[DONE]" and answer.frames.count("[DONE]") == 1,
-        "[DONE] is not there, once, at the end",
+        "[DONE] does not come exactly once, at the end",
     )
     reasons = [choice["finish_reason"] for chunk in chunks for choice in chunk["choices"]]
     require(reasons[-1] is not None and set(reasons[:-1]) <= {None}, f"finish_reason: {reasons}")

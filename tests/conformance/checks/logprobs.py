@@ -57,8 +57,10 @@ def are_sorted(server: Server) -> None:
 def greedy_is_first(server: Server) -> None:
     for item in _items(_asked(server)):
         first = item["top_logprobs"][0]
-        require(item["token"] == first["token"], f"{item['token']!r} was taken, not {first['token']!r}")
-        require(abs(item["logprob"] - first["logprob"]) < _CLOSE, "its logprob is another there")
+        require(item["token"] == first["token"], f"{item['token']!r} was sampled, not {first['token']!r}")
+        require(
+            abs(item["logprob"] - first["logprob"]) < _CLOSE, "its logprob differs from that in top_logprobs"
+        )
 
 
 def add_up(server: Server) -> None:
@@ -100,7 +102,8 @@ def in_a_stream(server: Server) -> None:
         for item in (choice.get("logprobs") or {}).get("content") or []
     ]
     require(
-        [item["token"] for item in found] == [item["token"] for item in plain], f"{len(found)} items came"
+        [item["token"] for item in found] == [item["token"] for item in plain],
+        f"{len(found)} items were streamed",
     )
     for one, other in zip(found, plain, strict=True):
         require(abs(one["logprob"] - other["logprob"]) < _CLOSE, "logprobs differ")
@@ -130,12 +133,12 @@ def legacy(server: Server, number: int) -> None:
     names = ("tokens", "token_logprobs", "text_offset")
     lengths = [len(found[name]) for name in names]
     require(set(lengths) == {answer.json["usage"]["completion_tokens"]}, f"the lengths are {lengths}")
-    require("".join(found["tokens"]) == answer.text(), "the tokens are not the text")
+    require("".join(found["tokens"]) == answer.text(), "the concatenated tokens differ from the text")
     require(all(value <= 0 for value in found["token_logprobs"]), "a logprob is above 0")
     if number:
         tops = found["top_logprobs"]
         require(len(tops) == lengths[0], f"top_logprobs has {len(tops)} items")
-        # OpenAI adds the chosen token where it is none of the likeliest.
+        # OpenAI adds the sampled token if it is not among the most likely.
         require(
             all(number <= len(top) <= number + 1 for top in tops), f"they have {[len(top) for top in tops]}"
         )
@@ -145,6 +148,6 @@ def text_offsets(server: Server) -> None:
     fields = {"max_tokens": 4, "temperature": 2, "seed": 3, "logprobs": 1}
     answer = server.complete(**fields, **probes.biased(*probes.letters(server)))
     offsets = answer.choice()["logprobs"]["text_offset"]
-    first = offsets[0]  # 0, or behind the prompt, as OpenAI has it
+    first = offsets[0]  # from 0, or from the end of the prompt, as OpenAI has it
     require([offset - first for offset in offsets] == [0, 1, 2, 3], f"they are {offsets}")
     require(first in (0, len(server.fields("/v1/completions")["prompt"])), f"the first is {first}")

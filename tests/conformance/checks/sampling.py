@@ -30,7 +30,7 @@ def at_once_as_alone(server: Server, fields: dict[str, Any]) -> None:
     together = [answer.text() for answer in server.concurrently(asked)]
     wrong = [i for i in range(_NUM_AT_ONCE) if alone[i] != together[i]]
     require(
-        not wrong, f"{len(wrong)} of {_NUM_AT_ONCE} are others, as {together[wrong[0]]!r}" if wrong else ""
+        not wrong, f"{len(wrong)} of {_NUM_AT_ONCE} differ, such as {together[wrong[0]]!r}" if wrong else ""
     )
 
 
@@ -48,7 +48,7 @@ def mixed_as_alone(server: Server) -> None:
     alone = [server.post(*each).text() for each in asked]
     together = [answer.text() for answer in server.concurrently(asked)]
     wrong = [str(kinds[i]) for i in range(len(kinds)) if alone[i] != together[i]]
-    require(not wrong, f"another text beside others: {', '.join(wrong)}")
+    require(not wrong, f"the text differs next to other requests: {', '.join(wrong)}")
 
 
 def seeds_differ(server: Server) -> None:
@@ -72,7 +72,7 @@ def choices_differ(server: Server) -> None:
 def choices_repeat(server: Server) -> None:
     one, other = (server.chat(**_draw(server, n=3, seed=21)) for _ in range(2))
     for index in range(3):
-        require(one.text(index) == other.text(index), f"choice {index} is another")
+        require(one.text(index) == other.text(index), f"choice {index} differs")
 
 
 def eight(server: Server) -> None:
@@ -91,7 +91,7 @@ def bias_bans(server: Server) -> None:
     """Of two forced tokens, the one that would be sampled is banned."""
     found = dict([*probes.letters(server).items()][:2])
     taken = server.chat(**probes.biased(*found)).text()
-    require(taken in found.values(), f"{taken!r} is none of those that are forced")
+    require(taken in found.values(), f"{taken!r} is not one of the forced tokens")
     banned = next(token_id for token_id, letter in found.items() if letter == taken)
     bias = probes.biased(*found)["logit_bias"] | {str(banned): -100}
     other = server.chat(logit_bias=bias).text()
@@ -115,7 +115,7 @@ def xtc(server: Server) -> None:
         for answer in server.concurrent_chats([asked | limits | {"seed": seed} for seed in range(4)])
     }
     free = server.chat(**asked | {"temperature": 0}).text()
-    require(drawn and free not in drawn, f"{free!r} was drawn all the same")
+    require(drawn and free not in drawn, f"{free!r} was drawn nevertheless")
 
 
 def hot(server: Server) -> None:

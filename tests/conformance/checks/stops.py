@@ -58,7 +58,7 @@ def ends_before(server: Server, kind: str, *, stream: bool) -> None:
     path, fields, stop, first = _case(server, kind)
     whole = server.once(path, **fields).text()
     if first not in whole:
-        raise NotShown(f"the model did not say {first!r}, so that nothing can be decided")
+        raise NotShown(f"the model did not say {first!r}, so this cannot be checked")
     wanted = whole[: whole.index(first)]
     text, reason = _said(server, path, fields | {"stop": stop}, stream=stream)
     require(text == wanted, f"the text is {text!r}, not {wanted!r}")
@@ -69,7 +69,7 @@ def comes_out(server: Server, kind: str, *, stream: bool) -> None:
     letter_id, letter = next(iter(probes.letters(server).items()))
     fields = {"max_tokens": _NUM_TOKENS} | probes.biased(letter_id)
     stop: Any = letter * _NUM_TOKENS + _NEVER
-    if kind == "detour":  # it begins anew at each token, and never goes on
+    if kind == "detour":  # a match begins at each token and is never completed
         stop = [letter * 2 + _NEVER, letter + "\n" + _NEVER]
     text, reason = _said(server, CHAT, fields | {"stop": stop}, stream=stream)
     require(text == letter * _NUM_TOKENS, f"the text is {text!r}, not {letter * _NUM_TOKENS!r}")

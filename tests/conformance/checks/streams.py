@@ -33,13 +33,13 @@ def frames(server: Server) -> None:
 def done_once(server: Server) -> None:
     found = _stream(server).frames
     require(found and found[-1] == "[DONE]", f"the last frame is {found[-1:]}")
-    require(found.count("[DONE]") == 1, "it comes more than once")
+    require(found.count("[DONE]") == 1, "[DONE] comes more than once")
 
 
 def one_of(server: Server, name: str) -> None:
     """The field is the same in all chunks and has the expected value."""
     values = {chunk.get(name) for chunk in _stream(server, stream_options={"include_usage": True}).chunks}
-    require(len(values) == 1, f"they have {len(values)} kinds of {name}")
+    require(len(values) == 1, f"they have {len(values)} different values of {name}")
     value = values.pop()
     right: dict[str, Callable[[], bool]] = {
         "id": lambda: value.startswith("chatcmpl-"),
@@ -72,7 +72,7 @@ def finish_last(server: Server) -> None:
 
 def in_pieces(server: Server) -> None:
     answer = _stream(server, **probes.biased(next(iter(probes.letters(server)))))
-    require(len(answer.texts()) > 2, f"5 tokens came in {len(answer.texts())} pieces")
+    require(len(answer.texts()) > 2, f"5 tokens arrived in {len(answer.texts())} pieces")
 
 
 def whole_characters(server: Server) -> None:
@@ -89,7 +89,9 @@ def usage_last(server: Server, path: str) -> None:
     usage = chunks[-1].get("usage")
     require(isinstance(usage, dict) and type(usage.get("total_tokens")) is int, f"the last usage is {usage}")
     require(usage["completion_tokens"] <= 3, f"usage is {usage}")
-    require(all("usage" in c and c["usage"] is None for c in chunks[:-1]), "usage is not null in the others")
+    require(
+        all("usage" in c and c["usage"] is None for c in chunks[:-1]), "usage is not null in the other chunks"
+    )
     require(all(chunk["choices"] for chunk in chunks[:-1]), "others have no choices")
 
 
@@ -124,7 +126,7 @@ def each_choice_ends(server: Server) -> None:
         )
         ends = [c["finish_reason"] for c in mine if c["finish_reason"]]
         require(len(ends) == 1, f"choice {index} has the finish_reasons {ends}")
-        require(mine[-1]["finish_reason"], f"choice {index} goes on after its end")
+        require(mine[-1]["finish_reason"], f"choice {index} continues after its end")
 
 
 def refused_before(server: Server) -> None:

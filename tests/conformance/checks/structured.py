@@ -49,7 +49,7 @@ def json_object(server: Server, *, stream: bool) -> None:
     decoder = json.JSONDecoder()
     try:
         _, end = decoder.raw_decode(text.lstrip())
-        require(not text.lstrip()[end:].strip(), f"something comes behind it: {text[-20:]!r}")
+        require(not text.lstrip()[end:].strip(), f"something follows it: {text[-20:]!r}")
     except json.JSONDecodeError as error:
         require("Unterminated" in error.msg or error.pos >= len(text.strip()), f"{text[:50]!r} is no JSON")
 
@@ -121,7 +121,9 @@ def beside_others(server: Server) -> None:
     free: tuple[str, dict[str, Any]] = (CHAT, {"max_tokens": 6})
     alone = server.post(*free).text()
     found = server.concurrently([held, free, held, free])
-    require([found[1].text(), found[3].text()] == [alone, alone], "the free ones have another text")
+    require(
+        [found[1].text(), found[3].text()] == [alone, alone], "the texts of unconstrained requests differ"
+    )
     for index in (0, 2):
         _validate(found[index].text())
 

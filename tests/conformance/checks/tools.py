@@ -52,7 +52,7 @@ def _validate(calls: list[Any]) -> None:
     for call in calls:
         name, arguments = call["function"]["name"], call["function"]["arguments"]
         require(name in _PARAMETERS, f"it calls {name!r}")
-        require(isinstance(arguments, str), f"the arguments are {type(arguments).__name__}, no string")
+        require(isinstance(arguments, str), f"the arguments are {type(arguments).__name__}, not a string")
         try:
             jsonschema.validate(json.loads(arguments), _PARAMETERS[name])
         except (ValueError, jsonschema.ValidationError) as error:
@@ -93,15 +93,13 @@ def ids(server: Server) -> None:
     found = [call for seed in range(2) for call in _calls(_ask(server, seed=seed))]
     require(all(isinstance(call["id"], str) and call["id"] for call in found), "a call has no id")
     require(len({call["id"] for call in found}) == len(found), "two have the same id")
-    require({call["type"] for call in found} == {"function"}, "the type is another")
+    require({call["type"] for call in found} == {"function"}, "a type is not function")
 
 
 def named(server: Server) -> None:
     for name in _PARAMETERS:
         calls = _calls(_ask(server, tool_choice={"type": "function", "function": {"name": name}}))
-        require(
-            [call["function"]["name"] for call in calls] == [name], f"{name} is not the one that is called"
-        )
+        require([call["function"]["name"] for call in calls] == [name], f"{name} is not the named function")
         _validate(calls)
 
 
@@ -115,7 +113,7 @@ def auto(server: Server, fields: dict[str, Any]) -> None:
     answer = server.chat(tools=_TOOLS, max_tokens=8, **fields)
     message = answer.choice()["message"]
     if message.get("tool_calls"):
-        require(answer.choice()["finish_reason"] == "tool_calls", "finish_reason is another")
+        require(answer.choice()["finish_reason"] == "tool_calls", "finish_reason is not tool_calls")
     else:
         require(isinstance(message["content"], str), f"content is {message['content']!r}")
 
