@@ -1,4 +1,4 @@
-"""Tokens a second while sequences come and go all the time, as on a server with many users, in one process.
+"""Tokens per second while sequences continuously join and leave the batch, as on a server with many users, in one process.
 
 `python -m bench.churn` keeps a number of sequences decoding: whenever an answer is finished, another prompt takes its place.
 Prompts have 30 to 59 tokens that are not cached, answers as many tokens as `--shortest` and `--longest` say. Interleaved rounds of
@@ -29,17 +29,17 @@ SEED = 1
 
 
 def requests(engine: MLXEngine, shortest: int, longest: int, number: int) -> Iterator[tuple[list[int], int]]:
-    """Prompts and lengths of answers without end; those of one number are always the same."""
-    chance = random.Random(SEED + number)  # noqa: S311 (the same each time)
+    """Endless prompts and answer lengths; the same number always gives the same ones."""
+    rng = random.Random(SEED + number)  # noqa: S311 (the same each time)
     while True:
-        prompt = [chance.randrange(engine.info.vocab_size) for _ in range(chance.randrange(*PROMPT_TOKENS))]
-        yield prompt, chance.randint(shortest, longest)
+        prompt = [rng.randrange(engine.info.vocab_size) for _ in range(rng.randrange(*PROMPT_TOKENS))]
+        yield prompt, rng.randint(shortest, longest)
 
 
 def raw(
     engine: MLXEngine, num_rows: int
 ) -> tuple[Callable[[list[int], int], None], Callable[[], list[bool]]]:
-    """How to add a row to mlx-lm's own batch, and how to take a step of it: whether each token was a row's last."""
+    """Functions that add a sequence to mlx-lm's own batch, and that run a step: whether each token was its sequence's last."""
     import mlx.core as mx
     from mlx_lm.generate import BatchGenerator
 
@@ -59,7 +59,7 @@ def raw(
 def ours(
     engine: MLXEngine, _num_rows: int
 ) -> tuple[Callable[[list[int], int], None], Callable[[], list[bool]]]:
-    """The same of the worker's engine."""
+    """As `raw`, for the worker's engine."""
     names = (f"{number:032d}" for number in range(10**9))
 
     def add(prompt: list[int], num_tokens: int) -> None:
@@ -77,16 +77,16 @@ def ours(
 
 
 def measure(
-    engine: MLXEngine, way: Any, num_rows: int, number: int, arguments: argparse.Namespace
+    engine: MLXEngine, start: Any, num_rows: int, number: int, arguments: argparse.Namespace
 ) -> tuple[float, float, float]:
-    """Tokens a second, and milliseconds of a step: the median, and the 99th percentile."""
-    add, step = way(engine, num_rows)
+    """Tokens per second, and the median and 99th percentile of a step in milliseconds."""
+    add, step = start(engine, num_rows)
     asked = requests(engine, arguments.shortest, arguments.longest, number)
     for _ in range(num_rows):
         add(*next(asked))
     num_tokens = 0
     steps: list[float] = []
-    # The first answers of a round begin together, as those of a server's day do not.
+    # The first answers of a round begin together, unlike those of a busy server.
     warm_at = time.perf_counter() + arguments.warm_up
     ends_at = warm_at + arguments.seconds
     began = None
@@ -99,7 +99,7 @@ def measure(
             add(*next(asked))
         steps.append(1000 * (time.perf_counter() - now))
     seconds = time.perf_counter() - (began or warm_at)
-    for job_id in list(engine._running):  # noqa: SLF001 (nobody else needs them all)
+    for job_id in list(engine._running):  # noqa: SLF001 (no public method lists them)
         engine.remove(job_id)
     return num_tokens / seconds, statistics.median(steps), percentile(steps, 99)
 

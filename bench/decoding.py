@@ -32,7 +32,7 @@ NUM_ROWS = (1, 8, 32)
 
 
 class NoJournal:
-    """Takes everything, writes nothing."""
+    """Accepts all entries and writes nothing."""
 
     def send(self, entries: Sequence[JournalEntry]) -> None:
         """As `worker.loop.journal.Journal.send`."""
@@ -43,13 +43,13 @@ class NoJournal:
 
 
 def prompts(num_rows: int, *, is_even: bool) -> list[list[int]]:
-    """Token ids for each row; what they say is of no account."""
-    whole = list(range(5, 5 + PROMPT_TOKENS))
-    return [whole if is_even else whole[i * 5 % MAX_PADDING :] for i in range(num_rows)]
+    """Token ids for each sequence; their meaning does not matter."""
+    longest = list(range(5, 5 + PROMPT_TOKENS))
+    return [longest if is_even else longest[i * 5 % MAX_PADDING :] for i in range(num_rows)]
 
 
 def raw(engine: MLXEngine, rows: list[list[int]], num_steps: int) -> float:
-    """Seconds of a step of mlx-lm's own batch, the median."""
+    """Median seconds of a step of mlx-lm's own batch."""
     import mlx.core as mx
     from mlx_lm.generate import BatchGenerator
 
@@ -64,7 +64,7 @@ def raw(engine: MLXEngine, rows: list[list[int]], num_steps: int) -> float:
 
 
 def batch(engine: MLXEngine, rows: list[list[int]], num_steps: int) -> float:
-    """The same of the worker's batch."""
+    """As `raw`, for the worker's batch."""
     jobs = _jobs(rows, num_steps)
     for job, prompt in zip(jobs, rows, strict=True):
         engine.insert(job, prompt, [])
@@ -75,22 +75,22 @@ def batch(engine: MLXEngine, rows: list[list[int]], num_steps: int) -> float:
 
 
 def loop(engine: MLXEngine, rows: list[list[int]], num_steps: int) -> float:
-    """The same of the whole loop: text, events and their encoding too."""
+    """As `raw`, for the complete loop, text, events and their encoding included."""
     inbox: SimpleQueue[Message] = SimpleQueue()
     generation = GenerationLoop(engine=engine, journal=NoJournal(), inbox=inbox, on_job_end=lambda _: None)
     jobs = _jobs(rows, num_steps)
     for job, prompt in zip(jobs, rows, strict=True):
         inbox.put(Admit(job, f"{job.job_id}-run", prompt))
 
-    def turn() -> int:
+    def run_once() -> int:
         before = generation.num_tokens
         generation.run_once()
         return generation.num_tokens - before
 
-    seconds = _median_step(turn, len(rows), num_steps)
+    seconds = _median_step(run_once, len(rows), num_steps)
     for job in jobs:
         inbox.put(Abort(job.job_id, AbortReason.REQUEUED))
-    turn()
+    run_once()
     return seconds
 
 

@@ -2,7 +2,7 @@
 
 `python -m bench.contest.raw_generator` loads the demo model (or MLXPOOL_MODEL) as a worker does, with the same BLAS, the same
 batch and the same prefill, then reads one request a line on standard input and answers each with a line. The timed part
-is the generator alone: no tokenizing, no text, no Redis. `RawGenerator` is the other end of that conversation.
+is the generator alone: no tokenizing, no text, no Redis. `RawGenerator` starts that process and sends it requests.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ class Round(msgspec.Struct, frozen=True):
 
 
 class Result(msgspec.Struct, frozen=True):
-    """Its answer.
+    """The response to a `Round`.
 
     Attributes:
         num_tokens: Generated, by prompt.
         seconds: From the insertion of the prompts to the last token.
         first_token_seconds: To the first token of any.
-        gaps_ms: Between the tokens of a row: the median, and the 99th percentile.
+        gaps_ms: Between the tokens of a sequence: the median, and the 99th percentile.
         token_ids: By prompt.
     """
 
@@ -112,7 +112,7 @@ def _generate(loaded: mlx_model.LoadedModel, settings: Settings, request: Round)
         prefill_step_size=settings.prefill_step_tokens,
         stream=mx.default_stream(mx.default_device()),
     )
-    generator.close()  # which wires no memory any more, as a worker does not
+    generator.close()  # so that no memory stays wired, as in a worker
     began = time.perf_counter()
     uids = generator.insert(token_ids, max_tokens=[request.max_tokens] * len(token_ids))
     generated: dict[int, list[int]] = {uid: [] for uid in uids}
