@@ -243,7 +243,7 @@ def test_a_malformed_file_is_not_overwritten(
     arguments: tuple[str, ...],
     text: str,
 ) -> None:
-    """No command changes a malformed file or prints its content, which may be a key that was put there by hand."""
+    """No command changes a malformed file or prints its content, which may be a key that someone pasted there."""
     path = tmp_path / "keys"
     path.write_text(text)
     assert run(monkeypatch, "--file", str(path), *arguments) == 1

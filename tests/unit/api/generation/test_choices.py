@@ -1,4 +1,4 @@
-"""The events of a request's jobs, brought together."""
+"""The events of a request's jobs, merged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class FakeRelay:
         return self.subscriptions[-1]
 
     async def _read_journal(self, *_arguments: Any) -> list[Event]:
-        raise AssertionError("nothing is missed here")
+        raise AssertionError("no event is missed in these tests")
 
 
 def choices_of(num_jobs: int) -> tuple[Choices, list[Subscription]]:
@@ -43,7 +43,7 @@ async def take_all(choices: Choices) -> dict[int, list[Any]]:
     return taken
 
 
-def test_an_end_that_arrives_while_earlier_events_are_handed_over() -> None:
+def test_an_end_that_arrives_while_earlier_events_are_collected() -> None:
     """A choice is complete only once its last events were taken, whenever they arrived: none of them is lost."""
 
     async def test() -> None:
@@ -52,7 +52,7 @@ def test_an_end_that_arrives_while_earlier_events_are_handed_over() -> None:
         await asyncio.sleep(0)
         await asyncio.sleep(0)  # both subscriptions are waited for
         first.offer(Delta(1, 7, "a"))
-        await asyncio.sleep(0)  # the first one's wait is over, and nothing has looked at it yet
+        await asyncio.sleep(0)  # the first take has completed, but its result was not collected yet
         first.offer(END)
         second.offer(Delta(1, 7, "b"))
         second.offer(END)
@@ -75,7 +75,7 @@ def test_a_failure_ends_all_choices() -> None:
     asyncio.run(test())
 
 
-def test_a_started_event_is_no_part_of_the_answer() -> None:
+def test_a_started_event_is_not_part_of_the_answer() -> None:
     """It is not in the journal. It reports the prompt's length, and lets the stream's headers go out."""
 
     async def test() -> None:

@@ -1,4 +1,4 @@
-"""A subscription delivers each event once and in order, whatever is lost, repeated or late."""
+"""A subscription delivers each event once and in order, even if messages are lost, repeated or late."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_events_in_order() -> None:
 
 
 def test_duplicates_are_dropped() -> None:
-    """A repeated event, a second Started after a takeover, anything behind the end: none goes on."""
+    """A repeated event, a second Started after a takeover, anything after the end: none is delivered."""
 
     async def run(journal: Journal) -> None:
         subscription = Subscription("j", journal.read, 100)
@@ -103,7 +103,7 @@ def test_a_gap_is_read_from_the_journal() -> None:
 
 
 def test_events_published_while_the_journal_is_read() -> None:
-    """It is noticed though it is dropped, and read next; also when it is the end."""
+    """They are dropped but detected, and read next; also if they include the end."""
 
     async def run(journal: Journal) -> None:
         subscription = Subscription("j", journal.read, 100)
@@ -139,8 +139,8 @@ def test_memory_is_bounded_for_a_slow_client() -> None:
     play(run)
 
 
-def test_redis_away_is_waited_for() -> None:
-    """A journal that cannot be read now is read later; meanwhile the handler gets its turn."""
+def test_a_redis_outage_is_waited_out() -> None:
+    """A journal that cannot be read now is read later; meanwhile the handler is woken."""
 
     async def run(journal: Journal) -> None:
         journal.events, journal.failures = ALL, 2
@@ -152,7 +152,7 @@ def test_redis_away_is_waited_for() -> None:
     play(run)
 
 
-def test_a_verdict_is_the_journals_to_overrule() -> None:
+def test_the_journal_overrules_a_verdict() -> None:
     """A job that has ended by its status ends as in its journal; the verdict counts only if the journal has no end."""
 
     async def run(journal: Journal) -> None:
@@ -172,7 +172,7 @@ def test_a_verdict_is_the_journals_to_overrule() -> None:
 
 
 def test_an_event_that_is_lost_for_good_ends_the_answer() -> None:
-    """A journal that lacks a published event is not read for ever."""
+    """A journal that lacks a published event is not read forever."""
 
     async def run(journal: Journal) -> None:
         subscription = Subscription("j", journal.read, 100)
@@ -187,8 +187,8 @@ def test_an_event_that_is_lost_for_good_ends_the_answer() -> None:
     play(run)
 
 
-def test_a_wait_can_be_woken_for_nothing() -> None:
-    """The handler looks at its clock then."""
+def test_a_wait_can_be_woken_without_events() -> None:
+    """The handler then checks its clock."""
 
     async def run(journal: Journal) -> None:
         subscription = Subscription("j", journal.read, 100)
@@ -215,7 +215,7 @@ def test_a_wait_can_be_cancelled() -> None:
 
 
 @given(data=st.data())
-def test_any_mischief_gives_the_same_answer(data: st.DataObject) -> None:
+def test_any_disorder_gives_the_same_answer(data: st.DataObject) -> None:
     """For any loss, repetition and reordering of messages, reconnects and slowness: each event once, in order."""
 
     async def run(journal: Journal) -> None:

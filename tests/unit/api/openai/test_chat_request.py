@@ -1,4 +1,4 @@
-"""What `POST /v1/chat/completions` takes and refuses, without a server."""
+"""What `POST /v1/chat/completions` accepts and refuses, without a server."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def refusal(body: bytes) -> RequestError:
     ],
     ids=lambda body: body[:24].decode("latin-1"),
 )
-def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
+def test_a_body_that_is_not_a_json_object_is_refused(body: bytes) -> None:
     """Any bytes are answered with a 400 without a `param`, never with an internal error."""
     assert refusal(body).param is None
 
@@ -269,7 +269,7 @@ def test_unsupported_parameters_are_refused_by_name(fields: dict[str, Any], para
     ],
 )
 def test_values_without_an_effect_are_accepted(fields: dict[str, Any]) -> None:
-    """Neutral values, which SDKs and frameworks like to send, are no error and count as known."""
+    """Neutral values, which SDKs and frameworks often send, are accepted and count as known fields."""
     assert parse(**fields).ignored == []
 
 
@@ -332,7 +332,7 @@ def test_messages_in_the_form_that_templates_expect() -> None:
     ids=lambda value: str(value)[:20],
 )
 def test_calls_of_an_answer_can_be_sent_back(text: str, arguments: Any) -> None:
-    """Arguments that are a JSON object become one for the template; those of a call that was cut are kept as text."""
+    """Arguments that are a JSON object become one for the template; those of a truncated call are kept as text."""
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": text}}
     request = parse(messages=[*HI, {"role": "assistant", "content": None, "tool_calls": [call]}])
     assert isinstance(request.prompts[0], ChatPrompt)
@@ -350,7 +350,7 @@ def test_calls_of_an_answer_can_be_sent_back(text: str, arguments: Any) -> None:
     ids=lambda fields: next(reversed(fields)),
 )
 def test_an_error_does_not_repeat_a_whole_body(fields: dict[str, Any]) -> None:
-    """What came is shown as far as a person needs it; it goes into the log too."""
+    """The client's value is quoted only up to a limit, since the error is logged too."""
     error = refusal(json.dumps({"messages": HI} | fields).encode())
     assert len(error.message) + len(error.param or "") < 600
 
@@ -361,7 +361,7 @@ def test_the_number_of_reported_unknown_fields_is_bounded() -> None:
     assert parse(**dict.fromkeys(names, 1)).ignored == names[: request_fields.MAX_REPORTED_FIELDS]
 
 
-def test_sampling_is_taken_over() -> None:
+def test_sampling_fields_reach_the_worker() -> None:
     """Each supported field arrives where the worker looks for it."""
     request = parse(
         model="m",
@@ -401,12 +401,12 @@ def test_top_p_zero_is_greedy() -> None:
 
 
 def test_unknown_fields_are_reported() -> None:
-    """They are no error, and are reported in their order."""
+    """They are accepted, and reported in their order."""
     assert parse(zzz=1, mirostat=0.1).ignored == ["zzz", "mirostat"]
 
 
-def test_errors_do_not_repeat_all_that_came() -> None:
-    """A value of a megabyte is no reason for an error of one."""
+def test_errors_do_not_quote_a_complete_value() -> None:
+    """The error for a value of a megabyte is short."""
     error = refusal(json.dumps({"messages": [{"role": "x" * 1_000_000, "content": "hi"}]}).encode())
     assert len(error.message) < 500
 

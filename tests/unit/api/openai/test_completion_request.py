@@ -1,4 +1,4 @@
-"""What `POST /v1/completions` takes and refuses, without a server."""
+"""What `POST /v1/completions` accepts and refuses, without a server."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_size_of_a_request_is_bounded() -> None:
 
 
 def test_gaps_are_filled_by_models_that_can() -> None:
-    """Others refuse a suffix by name."""
+    """Other models refuse `suffix` by name."""
     request = parse(suffix="x")
     assert request.prompts == [TextPrompt("hi", "x")]
     completion_request.check_prompts(request, msgspec.structs.replace(MODEL, can_fill=True))
@@ -123,7 +123,7 @@ def test_defaults() -> None:
 
 
 def test_neutral_values_are_accepted() -> None:
-    """What asks for nothing is no error and counts as known."""
+    """Values without an effect are accepted and count as known fields."""
     assert parse(n=1, best_of=1, echo=False, suffix=None, user="u").ignored == []
 
 
@@ -138,7 +138,7 @@ def test_token_ids_are_inside_the_vocabulary(token_id: int) -> None:
     assert (raised.value.status, raised.value.param) == (400, "logit_bias")
 
 
-def test_the_last_token_id_is_fine() -> None:
-    """The border belongs to the vocabulary."""
+def test_the_last_token_id_is_accepted() -> None:
+    """The largest id of the vocabulary is accepted."""
     completion_request.check_prompts(parse(prompt=[0, 49]), MODEL)
     request_fields.check_logit_bias(SamplingParams(logit_bias={0: 1.0, 49: 1.0}), MODEL)

@@ -45,8 +45,8 @@ def test_a_token_that_is_cut_by_a_stop_string() -> None:
     assert shape(run([b"ab", b"cde", b"f"], ["ab", "", "c"])) == [[("ab", b"ab")], [], [], [("c", b"c")]]
 
 
-def test_a_token_wholly_inside_a_stop_string() -> None:
-    """It is not there at all, and neither is an end-of-text token."""
+def test_a_token_completely_inside_a_stop_string() -> None:
+    """It has no item, and neither has an end-of-text token."""
     assert shape(run([b"ab", b"END", b"<eos>"], ["ab", "", ""])) == [[("ab", b"ab")], [], [], []]
 
 
@@ -61,7 +61,7 @@ def test_a_character_of_several_tokens() -> None:
     ]
 
 
-def test_bytes_that_are_no_character() -> None:
+def test_bytes_that_are_not_a_character() -> None:
     """Their item has the bytes of the replacement, as the text has."""
     assert shape(run([b"\xf0\x9f", b"hi"], ["", "\ufffdhi"])) == [
         [],

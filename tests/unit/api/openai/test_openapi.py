@@ -40,7 +40,7 @@ def is_parsed(name: str, body: Any) -> bool:
     try:
         PARSERS[name](json.dumps(body).encode())
     except RequestError as error:
-        return error.param is None  # that would be a fault of the test's
+        return error.param is None  # that would be a mistake in the test
     return True
 
 
@@ -82,7 +82,7 @@ def test_every_route_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_operation_has_a_name_of_its_own() -> None:
-    """Client generators make functions of them."""
+    """Client generators turn them into function names."""
     names = [
         operation["operationId"]
         for item in described()["paths"].values()
@@ -183,7 +183,7 @@ def test_it_accepts_and_refuses_the_same_as_the_completion_parser(prompt: Any) -
 
 
 def test_a_strict_server_is_described_as_strict() -> None:
-    """Where an unknown field is a 400, the schema has no room for it."""
+    """If an unknown field is a 400, the schema does not allow it."""
     strict = validator("ChatBody", Settings(strict_parameters=True))
     assert strict.is_valid({"messages": HI})
     assert not strict.is_valid({"messages": HI, "zzz": 1})

@@ -129,7 +129,7 @@ def test_chat_object_with_logprobs() -> None:
 
 
 def test_log_probabilities_of_no_token() -> None:
-    """Who asked for them gets a list, which is empty where a stop string or the end came first."""
+    """If requested, they are a list, which is empty if a stop string or the end came first."""
     rendering = ChatRendering(record(with_logprobs=True))
     body = json.loads(rendering.body([Finished(1, "stop", Usage(3, 1))]))
     assert body["choices"][0]["logprobs"] == {"content": [], "refusal": None}
@@ -148,7 +148,7 @@ def test_completion_stream() -> None:
 
 
 def test_completion_object_and_stream_have_the_same_logprobs() -> None:
-    """The arrays of all chunks together are those of the object, with offsets that go on."""
+    """The arrays of all chunks together are those of the object, with continuous offsets."""
     events: list[AnswerEvent] = [
         Delta(1, 1, "ab", TokenLogprob(1, -1.0, b"ab")),
         Delta(2, 2, "", TokenLogprob(2, -2.0, b"c")),

@@ -17,7 +17,7 @@ IMPOSSIBLE: dict[str, Any] = {"type": "object", "properties": {"a": {"enum": []}
 
 
 def refused(answer: str | None) -> str | None:
-    """The parameter that a check names, None where it finds nothing."""
+    """The parameter that a check names, or None."""
     try:
         asyncio.run(response_format.check(answer))
     except RequestError as error:
@@ -25,7 +25,7 @@ def refused(answer: str | None) -> str | None:
     return None
 
 
-def test_text_is_free() -> None:
+def test_text_has_no_grammar() -> None:
     """No format, or `text`: no grammar."""
     assert response_format.grammar_of(None) is None
     assert response_format.grammar_of(ResponseFormat("text")) is None
@@ -43,13 +43,13 @@ def test_formats_are_grammars() -> None:
 
 
 def test_an_unsatisfiable_schema_is_refused() -> None:
-    """At once, and by its place in the request."""
+    """At once, with its path in the request."""
     impossible = response_format.grammar_of(ResponseFormat("json_schema", JsonSchema("a", IMPOSSIBLE)))
     assert refused(impossible) == "response_format.json_schema.schema"
 
 
 def test_a_schema_that_is_too_large_is_refused_before_a_grammar_is_made() -> None:
-    """It is named in the refusal, and nothing of it is kept."""
+    """It is named in the refusal, and none of it is cached."""
 
     def refuse(prefix: str) -> None:
         for i in range(10):

@@ -71,8 +71,8 @@ def test_a_complete_answer_with_calls() -> None:
     assert body["usage"]["completion_tokens_details"] == {"reasoning_tokens": 2}
 
 
-def test_content_is_null_beside_calls_alone() -> None:
-    """And only there: an answer of nothing is an empty string."""
+def test_content_is_null_if_there_are_only_calls() -> None:
+    """And only then: an empty answer is an empty string."""
     call = Delta(1, 1, pieces=[ToolCall(0, "f")])
     assert whole([call])["choices"][0]["message"]["content"] is None
     assert whole([], Finished(1, "stop", Usage(1, 1)))["choices"][0]["message"] == {
@@ -190,7 +190,7 @@ def own(text: str) -> TokenLogprob:
             Delta(3, 3, "by", own("</call>by"), pieces=[ToolCall(0, "f"), ToolArguments(0, "{}")]),
             Delta(4, 4, "e", own("e")),
         ],
-        [  # white space and a marker without any thought behind it
+        [  # white space and a marker without any reasoning after it
             Delta(1, 1, "", own(" <think")),
             Delta(2, 2, ""),
             Delta(3, 3, "Hi bye", own("\nHi bye")),

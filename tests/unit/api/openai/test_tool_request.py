@@ -27,7 +27,7 @@ def tool(name: Any = "f", **more: Any) -> dict[str, Any]:
 
 
 def parsed(name: str, parameters: Any = None, **more: Any) -> dict[str, Any]:
-    """A tool as it travels."""
+    """A tool as it is sent to a worker."""
     return tool(
         name,
         parameters=parameters or {"type": "object", "properties": {}, "additionalProperties": False},

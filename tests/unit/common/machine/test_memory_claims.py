@@ -18,7 +18,7 @@ MB = 2**20
 
 
 class Clock:
-    """A clock that is set by hand."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -47,7 +47,7 @@ def test_each_has_its_weights_and_the_same_room() -> None:
     assert shares == [4 * GB, 8 * GB]
 
 
-def test_a_limit_is_honoured() -> None:
+def test_a_limit_is_honored() -> None:
     """A worker with a limit has that; the others share what it leaves."""
     limited = claim(gb=2, limit_gb=6)
     others = [claim(gb=1), claim(gb=1)]
@@ -62,7 +62,7 @@ def test_a_second_worker_halves_the_room_of_the_first(tmp_path: Path) -> None:
     assert first.share_bytes() == 12 * GB
     second = memory_claims.register(claim("b", gb=4), MACHINE, tmp_path, clock)
     assert second.share_bytes() == 6 * GB
-    assert first.share_bytes() == 12 * GB  # it looks now and then only
+    assert first.share_bytes() == 12 * GB  # claims are read periodically
     clock.now += READ_SECONDS
     assert first.share_bytes() == 6 * GB
     second.close()
@@ -90,7 +90,9 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     memory_claims.register(claim("b", gb=3), MACHINE, tmp_path)
 
 
-def test_a_limit_beyond_the_machine_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_limit_beyond_the_machine_is_only_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """What was set explicitly is not refused."""
     first = memory_claims.register(claim("a", gb=4, limit_gb=8), MACHINE, tmp_path)
     assert not caplog.records
@@ -111,7 +113,7 @@ sys.stdin.read()
 
 
 def test_a_killed_worker_leaves_no_claim(tmp_path: Path) -> None:
-    """Another process's claim holds while it lives, and not a moment longer when it is killed."""
+    """Another process's claim holds while that process lives, and ends when it is killed."""
     command = [sys.executable, "-c", REGISTER_AND_DIE, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
@@ -125,7 +127,7 @@ def test_a_killed_worker_leaves_no_claim(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.json"))) == 1
 
 
-def test_an_unreadable_claim_is_passed_over(tmp_path: Path) -> None:
+def test_an_unreadable_claim_is_ignored(tmp_path: Path) -> None:
     """A file that another version wrote stops no worker."""
     held = memory_claims.register(claim(), MACHINE, tmp_path)
     [path] = tmp_path.glob("*.json")
