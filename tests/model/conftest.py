@@ -11,7 +11,7 @@ import pytest
 from common.settings import Settings
 from worker.mlx import model as mlx_model
 
-# MLX's CUDA back-end shortens float32 otherwise, and the tokens of a random model then depend on the rows beside it.
+# MLX's CUDA back-end computes float32 as TF32 otherwise, and a random model's tokens then depend on the other rows of the batch.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 

@@ -1,4 +1,4 @@
-"""Greedy jobs, and what mlx-lm itself generates for them: tests of what the worker makes of it compare the two."""
+"""Greedy jobs, and the tokens that mlx-lm itself generates for them, with which tests compare the worker's."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def greedy_job(job_id: str, prompt: list[int], max_tokens: int, **sampling: Any)
     )
 
 
-def of_mlx_lm(engine: MLXEngine, prompt: list[int], num_tokens: int) -> list[int]:
-    """Token ids of mlx-lm's own batch with that prompt alone, greedily."""
+def mlx_lm_token_ids(engine: MLXEngine, prompt: list[int], num_tokens: int) -> list[int]:
+    """The greedy token ids of mlx-lm's own batch, with only this prompt in it."""
     generator: Any = BatchGenerator(engine._model)
     generator.insert([prompt], max_tokens=[num_tokens])
     found: list[int] = []

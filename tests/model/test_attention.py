@@ -1,4 +1,4 @@
-"""Attention of padded rows: by the kernel if the mask is the padding mask, by MLX itself otherwise."""
+"""Attention of padded sequences: by the kernel if the mask is the padding mask, by MLX itself otherwise."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 from common.settings import Settings
-from tests.model.reference import greedy_job, of_mlx_lm
+from tests.model.reference import greedy_job, mlx_lm_token_ids
 from worker.mlx.backends.cuda_attention import (
     MAX_KEYS,
     CheckedKernel,
@@ -79,10 +79,12 @@ def test_padded_sequences_use_the_kernel(engine: MLXEngine, kernel: ReferenceKer
     own = mx.fast.scaled_dot_product_attention
     found = generated(engine, PROMPTS, penalty)
     assert mx.fast.scaled_dot_product_attention is own
-    assert kernel.num_calls >= 30 * (NUM_TOKENS - 1)  # the first step of a row is its prompt's last
-    assert found[1:] == [of_mlx_lm(engine, prompt, NUM_TOKENS) for prompt in PROMPTS[1:]]
+    assert kernel.num_calls >= 30 * (
+        NUM_TOKENS - 1
+    )  # a sequence's first decode step computes its prompt's last token
+    assert found[1:] == [mlx_lm_token_ids(engine, prompt, NUM_TOKENS) for prompt in PROMPTS[1:]]
     if penalty == 1.0:
-        assert found[0] == of_mlx_lm(engine, PROMPTS[0], NUM_TOKENS)
+        assert found[0] == mlx_lm_token_ids(engine, PROMPTS[0], NUM_TOKENS)
 
 
 def test_sequences_without_padding_do_not_use_the_kernel(engine: MLXEngine, kernel: ReferenceKernel) -> None:
@@ -108,7 +110,7 @@ def test_other_masks_use_mlx() -> None:
         found = mx.fast.scaled_dot_product_attention(q, k, k, scale=0.125, mask=mask)
         assert kernel.num_calls == 1
         assert mx.allclose(found, own(q, k, k, scale=0.125, mask=mask), atol=1e-5)
-    with attention:  # what was expected of one step is nothing to another
+    with attention:  # the mask announced for one step does not count in the next
         mx.fast.scaled_dot_product_attention(q, k, k, scale=0.125, mask=mask)
     assert kernel.num_calls == 1
     assert mx.fast.scaled_dot_product_attention is own
@@ -150,7 +152,7 @@ def test_the_self_test_runs_once_per_kind_of_arrays(
     assert kernel.num_calls >= 30 * (NUM_TOKENS - 1)
     assert not caplog.records
     batch.attention = PaddedAttention(CheckedKernel(BrokenKernel(raises=True)))
-    assert generated(engine, PROMPTS) == [of_mlx_lm(engine, prompt, NUM_TOKENS) for prompt in PROMPTS]
+    assert generated(engine, PROMPTS) == [mlx_lm_token_ids(engine, prompt, NUM_TOKENS) for prompt in PROMPTS]
     assert caplog.text.count("cannot be used") == 1
 
 

@@ -1,4 +1,4 @@
-"""Sequences that join and leave a batch, of small random models with all kinds of caches: each has the tokens that it has alone."""
+"""Sequences that join and leave a batch, of small random models with all kinds of caches: each generates the tokens that it generates alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from worker.sampling.sampler import SequenceSampler
 VOCABULARY = 97
 COMMON = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
 MODELS: dict[str, dict[str, Any]] = {
-    # All layers keep everything.
+    # All layers keep every token.
     "llama": {"num_hidden_layers": 3, "intermediate_size": 64, "rms_norm_eps": 1e-5},
     # Three of four keep the last 16 tokens.
     "gemma3_text": {
@@ -45,16 +45,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "full_attn_idxs": [1, 3],
     },
 }
-# Number of prompt tokens, of tokens to be generated, and the step before which the sequence comes.
+# Number of prompt tokens, number of tokens to generate, and the step before which the sequence is inserted.
 SEQUENCES = [(9, 30, 0), (4, 12, 0), (1, 6, 2), (25, 9, 3), (3, 20, 8), (40, 5, 8), (1, 3, 9), (7, 7, 20)]
 
 
-def made(kind: str) -> Any:
+def make_model(kind: str) -> Any:
     """A random model, the same each time."""
     module: Any = import_module(f"mlx_lm.models.{kind}")
     mx.random.seed(3)
     model = module.Model(module.ModelArgs.from_dict({"model_type": kind, **COMMON, **MODELS[kind]}))
-    # Far from each other, so that no rounding decides which is the largest.
+    # Large weights, so that the logits are far apart and rounding does not decide which is the largest.
     model.update(_scaled(model.parameters()))
     mx.eval(model.parameters())
     return model
@@ -67,17 +67,17 @@ def _scaled(parameters: Any) -> Any:
 
 
 def prompt(number: int, length: int = 0) -> list[int]:
-    """Any token ids."""
+    """Arbitrary token ids."""
     return [(11 * number + 7 * i) % VOCABULARY for i in range(length or SEQUENCES[number][0])]
 
 
 def processors(*, penalty: float) -> list[Any]:
-    """mlx-lm's, of a sequence."""
+    """mlx-lm's logits processors of one sequence."""
     return make_logits_processors(repetition_penalty=penalty)
 
 
-def alone(model: Any, token_ids: list[int], num_tokens: int, penalty: float = 0.0) -> list[int]:
-    """What mlx-lm generates for a sequence by itself."""
+def generate_alone(model: Any, token_ids: list[int], num_tokens: int, penalty: float = 0.0) -> list[int]:
+    """The tokens that mlx-lm generates for a single sequence."""
     generator = BatchGenerator(model)
     made = [processors(penalty=penalty)] if penalty else None
     generator.insert([token_ids], max_tokens=[num_tokens], logits_processors=made)
@@ -99,7 +99,7 @@ def sequence_of(name: int, token_ids: list[int], num_tokens: int, penalty: float
 
 @pytest.fixture(scope="module", params=list(MODELS))
 def model(request: pytest.FixtureRequest) -> Any:
-    return made(request.param)
+    return make_model(request.param)
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1.5])
@@ -132,14 +132,14 @@ def test_sequences_of_a_model(model: Any, penalty: float) -> None:
         num_tokens = removed.get(number, SEQUENCES[number][1])
         assert len(tokens) == num_tokens
         factor = penalty if number == 1 else 0.0
-        assert tokens == alone(model, prompt(number), SEQUENCES[number][1], factor)[:num_tokens]
+        assert tokens == generate_alone(model, prompt(number), SEQUENCES[number][1], factor)[:num_tokens]
         assert inserted[number].token_ids == prompt(number) + tokens
     assert len({tuple(tokens) for tokens in found.values()}) == len(SEQUENCES)
 
 
 @pytest.mark.parametrize("num_steps", range(5))
 def test_removal_at_any_time(model: Any, num_steps: int) -> None:
-    """A sequence that waits, prefills in pieces or decodes can be removed; a second removal is fine, others do not notice."""
+    """A sequence that waits, prefills in pieces or decodes can be removed; a second removal is fine, others are not affected."""
     batch = batch_of(model, 4)
     lengths = (9, 150, 30, 5)
     sequences = [sequence_of(number, prompt(number, length), 8) for number, length in enumerate(lengths)]
@@ -156,11 +156,11 @@ def test_removal_at_any_time(model: Any, num_steps: int) -> None:
         assert len(batch) <= 1
     while len(batch):
         found += [token.token_id for token in batch.step()]
-    assert found == alone(model, prompt(0, 9), 8)
+    assert found == generate_alone(model, prompt(0, 9), 8)
 
 
 def test_many_leave_at_once(model: Any) -> None:
-    """Every second sequence: more than are copied one by one."""
+    """Every second sequence leaves: more than are copied one by one."""
     batch = batch_of(model, 32)
     lengths = [4 if number % 2 == 0 and number < 24 else 9 for number in range(32)]
     for number, length in enumerate(lengths):
@@ -170,7 +170,7 @@ def test_many_leave_at_once(model: Any) -> None:
         for token in batch.step():
             found[token.job_id].append(token.token_id)
     for number, length in enumerate(lengths):
-        assert found[str(number)] == alone(model, prompt(number, 3 + number % 5), length)
+        assert found[str(number)] == generate_alone(model, prompt(number, 3 + number % 5), length)
 
 
 def test_which_layers_have_slots(model: Any) -> None:
@@ -187,7 +187,7 @@ def test_which_layers_have_slots(model: Any) -> None:
 
 
 def test_offered_caches(model: Any) -> None:
-    """A prompt's when it is prefilled and a sequence's when it is finished, cut out of the batch: each goes on as the batch did."""
+    """A prompt's when it is prefilled and a sequence's when it is finished, extracted from the batch: generation from them continues as the batch did."""
     offered: dict[int, list[tuple[list[int], Any]]] = {}
 
     def offer(token_ids: list[int], extract: Any) -> None:

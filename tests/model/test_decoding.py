@@ -1,4 +1,4 @@
-"""The decode batch: with a step of fewer operations, the same tokens as mlx-lm's own batch."""
+"""The decode batch: its leaner step generates the same tokens as mlx-lm's own batch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from common.settings import Settings
-from tests.model.reference import greedy_job, of_mlx_lm
+from tests.model.reference import greedy_job, mlx_lm_token_ids
 from worker.mlx import memory_share
 from worker.mlx.engine import MLXEngine
 
@@ -25,7 +25,7 @@ def engine(demo_folder: Path) -> MLXEngine:
 def test_padding_comes_and_goes(engine: MLXEngine, penalty: float) -> None:
     """A shorter prompt joins two of one length, and leaves: masks come and go, all tokens are mlx-lm's.
 
-    Also where the newcomer has a logits processor, with which the whole batch takes mlx-lm's own step.
+    The newcomer may have a logits processor, which does not affect the others.
     """
     found: dict[str, list[int]] = {"a": [], "b": [], "c": []}
     unpadded: list[bool] = []
@@ -49,9 +49,9 @@ def test_padding_comes_and_goes(engine: MLXEngine, penalty: float) -> None:
         step()
     assert unpadded[-1]
     for job_id, prompt in zip("ab", EVEN, strict=True):
-        assert found[job_id] == of_mlx_lm(engine, prompt, 18)
+        assert found[job_id] == mlx_lm_token_ids(engine, prompt, 18)
     if penalty == 1.0:
-        assert found["c"] == of_mlx_lm(engine, SHORT, 6)
+        assert found["c"] == mlx_lm_token_ids(engine, SHORT, 6)
 
 
 def test_memory_is_wired_only_if_asked(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Sequences that come and go in slots: each keeps its own keys and values, and nothing else is copied for it."""
+"""Sequences that join and leave KV slots: each keeps its own keys and values, and no others are copied for it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Slots:
         self._next = 0.0
 
     def join(self, *lengths: int) -> None:
-        """Sequences that were prefilled together, as mlx-lm leaves them."""
+        """Add sequences that were prefilled together, as mlx-lm does it."""
         histories = [[self._number() for _ in range(length)] for length in lengths]
-        prefilled = BatchKVCache.merge([_kept(history) for history in histories])
+        prefilled = BatchKVCache.merge([_cache_of(history) for history in histories])
         if self.cache is None:
             self.cache = SlotKVCache(prefilled, self.max_sequences, None)
             rebuild = self.cache._rebuild
@@ -45,7 +45,7 @@ class Slots:
         self.histories += histories
 
     def step(self) -> None:
-        """One more token of each."""
+        """Write one more token of each sequence."""
         assert self.cache is not None
         new = [self._number() for _ in self.histories]
         for history, number in zip(self.histories, new, strict=True):
@@ -54,7 +54,7 @@ class Slots:
         self.cache.update_and_fetch(_array(column), _array(column, VALUE_SIZE))
 
     def leave(self, *indices: int, is_lifted: bool = True) -> None:
-        """Some leave."""
+        """Remove sequences."""
         assert self.cache is not None
         keep = [index for index in range(len(self.histories)) if index not in indices]
         order = fill_gaps(keep) if is_lifted else keep
@@ -65,7 +65,7 @@ class Slots:
         self.histories = [self.histories[index] for index in order]
 
     def check(self) -> None:
-        """Keys, values, what models read of a cache, and each sequence cut out."""
+        """Check keys, values, the attributes that models use, and each sequence's extracted cache."""
         cache = self.cache
         assert cache is not None
         longest = max(map(len, self.histories))
@@ -94,11 +94,11 @@ class Slots:
 
 
 def _array(rows: list[list[float]], size: int = SIZE) -> mx.array:
-    """(sequences, HEADS, columns, size), all of a column the same."""
+    """Shape (sequences, HEADS, columns, size), with equal values within a column."""
     return mx.broadcast_to(mx.array(rows)[:, None, :, None], (len(rows), HEADS, len(rows[0]), size))
 
 
-def _kept(history: list[float]) -> KVCache:
+def _cache_of(history: list[float]) -> KVCache:
     cache: Any = KVCache()
     if history:
         cache.update_and_fetch(_array([history]), _array([history], VALUE_SIZE))
@@ -106,7 +106,7 @@ def _kept(history: list[float]) -> KVCache:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_sequences_come_and_go(seed: int) -> None:
+def test_sequences_join_and_leave(seed: int) -> None:
     """In any order, short and long ones, one by one and many at once."""
     slots = Slots(seed)
     chance = slots.chance
@@ -144,8 +144,8 @@ def test_joining_and_leaving_copies_no_others() -> None:
     assert slots.num_rebuilt == 0
 
 
-def test_remains_of_earlier_sequences_are_not_attended_to() -> None:
-    """A sequence takes the slot of a longer one that overflowed, and a longer one joins: before its beginning there are zeros.
+def test_values_of_earlier_sequences_are_not_attended_to() -> None:
+    """A sequence takes the slot of a longer one that overflowed, and a longer one joins: the columns before it are zeros.
 
     Zero times infinity would be NaN.
     """
@@ -181,8 +181,8 @@ def test_buffers_shrink() -> None:
 
 def test_buffers_are_written_in_place() -> None:
     """When a sequence leaves and another joins: MLX copies a buffer that is written while something else holds on to it."""
-    cache = SlotKVCache(BatchKVCache.merge([_kept([1.0] * 9) for _ in range(8)]), 8, None)
-    newcomer = BatchKVCache.merge([_kept([2.0] * 5)])
+    cache = SlotKVCache(BatchKVCache.merge([_cache_of([1.0] * 9) for _ in range(8)]), 8, None)
+    newcomer = BatchKVCache.merge([_cache_of([2.0] * 5)])
     cache.update_positions()
     column, value = mx.ones((8, HEADS, 1, SIZE)), mx.ones((8, HEADS, 1, VALUE_SIZE))
     for _ in range(3):
@@ -198,7 +198,7 @@ def test_buffers_are_written_in_place() -> None:
         keys, values = cache.update_and_fetch(column[:num_sequences], value[:num_sequences])
         mx.eval(keys.sum() + values.sum())
 
-    step()  # into the buffers that were made here
+    step()  # writes into the buffers that were made above
     mx.clear_cache()
     mx.reset_peak_memory()
     before = mx.get_active_memory()
@@ -225,9 +225,11 @@ def test_empty_prompts() -> None:
     slots.check()
 
 
-def test_layers_share_their_counts() -> None:
-    """If they have the same sequences."""
-    one, other = (SlotKVCache(BatchKVCache.merge([_kept([1.0, 2.0]), _kept([3.0])]), 4, None) for _ in "ab")
+def test_layers_share_their_positions() -> None:
+    """Layers share the arrays if they have the same sequences."""
+    one, other = (
+        SlotKVCache(BatchKVCache.merge([_cache_of([1.0, 2.0]), _cache_of([3.0])]), 4, None) for _ in "ab"
+    )
     one.update_positions()
     other.update_positions(one)
     assert other.offset is one.offset
@@ -238,7 +240,7 @@ def test_layers_share_their_counts() -> None:
 
 
 def test_moves() -> None:
-    """Neighbours move together; a sequence whose slot stays is not moved."""
+    """Adjacent sequences move together; a sequence that keeps its slot is not copied."""
     assert fill_gaps([0, 1, 2]) == [0, 1, 2]
     assert fill_gaps([1, 2, 4, 5]) == [4, 1, 2, 5]
     assert moves_to([0, 1, 2]) == []

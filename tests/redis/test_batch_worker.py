@@ -43,7 +43,7 @@ def rq(workers: Workers, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
 
 
-def test_rq_info_tells_the_truth(workers: Workers) -> None:
+def test_rq_info(workers: Workers) -> None:
     """RQ's own `rq info` shows concurrent executions, busy and idle workers, and finished jobs."""
     workers.start(steps_per_second=100)
     jobs = [workers.submit(max_tokens=300) for _ in range(5)]
@@ -166,7 +166,7 @@ def test_cancel(workers: Workers) -> None:
     workers.cancel(waiting)
     workers.client.set(
         f"mlxpool:cancel:{marked}", 1, ex=60
-    )  # as if it were just being taken: no longer queued, not running
+    )  # as if a worker were taking it: no longer queued, not yet running
     workers.cancel(running)
     wait_until(lambda: workers.has_ended(running), seconds=2)
     terminal = workers.terminal(running)

@@ -59,7 +59,7 @@ def test_share_without_a_job_of_its_own(workers: Workers) -> None:
 
 
 def test_long_prompts_go_to_the_worker_with_room(workers: Workers) -> None:
-    """Of two workers with unequal contexts the short one passes on prompts that are too long for it; no one is refused or tried again."""
+    """Of two workers with unequal contexts, the one with the shorter context passes on prompts that are too long for it; no one is refused or tried again."""
     workers.start("m", 100, "--context-length", "50")
     workers.start("m", 100, "--context-length", "1000")
     long = [workers.submit(text=LONG) for _ in range(6)]

@@ -67,7 +67,7 @@ def test_rq_sees_the_job(redis_url: str, client: redis.Redis) -> None:
 
 
 def test_a_large_job(redis_url: str, client: redis.Redis) -> None:
-    """One that is compressed beside the event loop arrives just so."""
+    """A job that is compressed off the event loop arrives unchanged."""
     large = job(prompt=ChatPrompt([{"role": "user", "content": "é" * 500_000}]))
 
     async def test(queue: JobQueue) -> None:
@@ -96,7 +96,7 @@ def test_a_burst_is_few_round_trips(redis_url: str, client: redis.Redis) -> None
 
 
 def test_cancelling_a_queued_job(redis_url: str, client: redis.Redis) -> None:
-    """It leaves the queue and its hash is deleted; workers are notified, and a mark is left for one that is just taking it."""
+    """It leaves the queue and its hash is deleted; workers are notified, and a mark is left for a worker that is taking it at that moment."""
 
     async def test(queue: JobQueue) -> None:
         await queue.submit([job()])
@@ -115,7 +115,7 @@ def test_cancelling_a_queued_job(redis_url: str, client: redis.Redis) -> None:
 
 
 def test_cancelling_a_job_that_was_taken(redis_url: str, client: redis.Redis) -> None:
-    """Its hash is its worker's to settle."""
+    """The job's hash is kept: its worker does the bookkeeping."""
 
     async def test(queue: JobQueue) -> None:
         await queue.submit([job()])
@@ -128,8 +128,8 @@ def test_cancelling_a_job_that_was_taken(redis_url: str, client: redis.Redis) ->
         assert client.exists(names.cancelled(job().job_id))
 
 
-def test_many_leave_at_once(redis_url: str, client: redis.Redis) -> None:
-    """Their cancellations travel together, and none is forgotten."""
+def test_many_cancellations_at_once(redis_url: str, client: redis.Redis) -> None:
+    """They are sent together, and none is lost."""
     ids = [f"{i:024x}" for i in range(300)]
 
     async def test(queue: JobQueue) -> None:
@@ -172,7 +172,7 @@ def test_a_cancellation_outlasts_an_outage(redis_url: str, client: redis.Redis) 
 
 
 def test_a_full_queue(redis_url: str, client: redis.Redis) -> None:
-    """What is too much, in requests or in tokens, is not in the queue, and leaves nothing; a free place is taken again."""
+    """A job beyond the limit of requests or tokens is not queued and leaves no keys; space that becomes free is used again."""
 
     async def test(queue: JobQueue) -> None:
         ids = [names.new_job_id(100) for _ in range(4)]
@@ -194,7 +194,7 @@ def test_a_full_queue(redis_url: str, client: redis.Redis) -> None:
 
 
 def test_the_choices_of_a_request_are_queued_together(redis_url: str, client: redis.Redis) -> None:
-    """All of them in their order, or none; only where nothing waits may they be more than the bound."""
+    """All of them in their order, or none; they may exceed the limit only if nothing waits."""
 
     async def test(queue: JobQueue) -> None:
         ids = [names.new_job_id(10) for _ in range(9)]
@@ -213,7 +213,7 @@ def test_the_choices_of_a_request_are_queued_together(redis_url: str, client: re
 
 
 def test_an_empty_queue_takes_a_request_of_any_size(redis_url: str, client: redis.Redis) -> None:
-    """A request that is larger than the bound would otherwise be refused for ever; a foreign id weighs nothing."""
+    """A request larger than the limit would otherwise be refused for ever; a foreign id counts as no tokens."""
 
     async def test(queue: JobQueue) -> None:
         await queue.submit([job(names.new_job_id(10_000))])
@@ -228,8 +228,8 @@ def test_an_empty_queue_takes_a_request_of_any_size(redis_url: str, client: redi
             run(redis_url, test, max_queued_tokens=500)
 
 
-def test_many_at_the_last_place(redis_url: str, client: redis.Redis) -> None:
-    """Of requests of one moment, exactly as many get in as there is room for."""
+def test_concurrent_requests_for_the_last_places(redis_url: str, client: redis.Redis) -> None:
+    """Of concurrent requests, exactly as many are queued as there is room for."""
 
     async def test(queue: JobQueue) -> None:
         submits = [queue.submit([job(names.new_job_id(1))]) for _ in range(50)]

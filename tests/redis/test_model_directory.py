@@ -118,7 +118,7 @@ def test_a_malformed_card_is_skipped(
 
 @pytest.mark.parametrize("name", [None, "default_model"])
 def test_a_request_that_names_no_model(redis_url: str, client: redis.Redis, name: str | None) -> None:
-    """It means the default, or the only model; with none or several the error lists the models."""
+    """The default model is used, or the only one; with none or several the error lists the models."""
 
     async def none(directory: ModelDirectory) -> None:
         assert await refusal(directory, name) == (400, None, "model")
@@ -155,7 +155,7 @@ def test_without_a_server() -> None:
 
 
 def test_a_foreign_card_hides_no_other(redis_url: str, client: redis.Redis) -> None:
-    """Names that are no text, a card that is no hash, numbers that make no sense: the good card is still served."""
+    """Names that are not text, a card that is not a hash, invalid numbers: the valid card is still served."""
     show(client, CARD)
     client.zadd(names.WORKER_CARDS, {b"\xff": time.time(), "stringy": time.time(), "odd": time.time()})
     client.zadd(names.KNOWN_MODELS, {b"\xfe": time.time()})

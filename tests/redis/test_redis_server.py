@@ -187,7 +187,7 @@ def test_port_of_another_program(start: Start, redis_url: str, url: str, port: i
         client.ping()
 
 
-def test_the_server_of_a_killed_one_is_shut_down(start: Start, url: str) -> None:
+def test_the_server_of_a_killed_process_is_shut_down(start: Start, url: str) -> None:
     """After kill -9 its server keeps running; the next start shuts it down, and keeps its data."""
     process = start()
     with _client(url) as client:
@@ -225,7 +225,7 @@ def test_a_killed_server_is_restarted(start: Start, url: str) -> None:
 
 
 def test_damaged_data(start: Start, url: str, tmp_path: Path) -> None:
-    """Damaged data is not tried again: the sentence names the folder."""
+    """A start with damaged data is not retried: the error names the folder."""
     first = start()
     with _client(url) as client:
         client.set("key", "value")

@@ -163,7 +163,7 @@ def test_an_end_that_is_published_while_the_connection_is_down(redis_url: str) -
 
 @pytest.mark.usefixtures("_quick")
 def test_a_half_open_connection(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A socket that is silent and not closed is found out by a ping, and replaced."""
+    """A socket that is silent but not closed is detected by a ping, and replaced."""
 
     async def test(side: Side) -> None:
         subscription = side.relay.subscribe(JOB)
@@ -289,7 +289,7 @@ def test_the_status_check_reads_the_journal_first(redis_url: str, status: str | 
 
 @pytest.mark.usefixtures("_quick")
 @pytest.mark.parametrize("status", ["queued", "started"])
-def test_a_silent_job_that_is_well_goes_on(redis_url: str, status: str) -> None:
+def test_a_silent_job_that_still_runs_continues(redis_url: str, status: str) -> None:
     """Long waits and slow prompts are no errors; the handler wakes up meanwhile."""
 
     async def test(side: Side) -> None:

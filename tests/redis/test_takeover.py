@@ -35,7 +35,7 @@ def make_takeover(queue: JsonQueue, *, max_seconds: float = 60.0) -> Takeover:
 
 
 def abandon(workers: Workers, num_jobs: int, **options: Any) -> list[str]:
-    """Jobs that run by RQ's account, on workers that are dead."""
+    """Make jobs that RQ counts as running, on dead workers."""
     queue = queue_of(workers)
     jobs = [workers.submit(**options) for _ in range(num_jobs)]
     for job in jobs:
@@ -155,7 +155,7 @@ def test_no_takeovers_left(workers: Workers, caplog: pytest.LogCaptureFixture) -
 
 
 def test_one_bad_job_of_a_batch(workers: Workers) -> None:
-    """A job whose queue entry cannot be written, or that makes no sense, does not keep the others of its batch."""
+    """A job whose queue entry cannot be written, or that is invalid, does not keep the others of its batch from being taken over."""
     good, bad = abandon(workers, 2)
     workers.client.delete(names.journal(bad))
     workers.client.set(names.journal(bad), "no stream")

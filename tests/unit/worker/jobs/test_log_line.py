@@ -16,7 +16,7 @@ from worker.jobs.finalizer import log_end
 def test_a_finished_request_is_logged_with_its_key(
     name: str | None, shown: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The name of the client's API key stands beside the model; a dash if there is none."""
+    """The name of the client's API key is logged after the model; a dash if there is none."""
     harness = LoopHarness()
     message = admit("a")
     job = msgspec.structs.replace(message.job, api_key_name=name)

@@ -1,4 +1,4 @@
-"""How many rows fit: arithmetic on caches of different kinds."""
+"""How many sequences fit into the memory: arithmetic on caches of different kinds."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def test_total_bytes() -> None:
 
 
 def test_spare_slots() -> None:
-    """Of layers that keep every token, from eight rows on."""
+    """Layers that keep every token have spare slots, from eight sequences on."""
     assert CacheCost(1.0).total_bytes(7, 100) == 7 * 256
     assert CacheCost(1.0).total_bytes(16, 100) == 18 * 256
     assert CacheCost(0.0, bytes_per_sequence=7, windows=((1.0, 10),)).total_bytes(16, 100) == 16 * 17
 
 
 def test_a_batch_is_as_long_as_its_longest_sequence() -> None:
-    """One long row makes all the others cost as much."""
+    """One long sequence makes all the others cost as much."""
     memory = CacheMemory(CacheCost(1.0), 4 * 256)
     assert memory.fits([])
     assert memory.fits([100] * 4)
@@ -33,8 +33,8 @@ def test_a_batch_is_as_long_as_its_longest_sequence() -> None:
     assert memory.fits([100, 300])
 
 
-def test_what_is_held_counts() -> None:
-    """Where it is more than the rows need, which others have left behind."""
+def test_held_memory_counts() -> None:
+    """If caches hold more than the sequences need, since others have left, that counts."""
     memory = CacheMemory(CacheCost(1.0), 1000)
     assert memory.left_bytes([100], 10) == 744
     assert memory.left_bytes([100], 900) == 100
@@ -43,7 +43,7 @@ def test_what_is_held_counts() -> None:
 
 @given(most=st.integers(0, 10_000), room=st.integers(0, 20_000))
 def test_longest_sequence(most: int, room: int) -> None:
-    """The longest that fits, and one longer does not."""
+    """It fits, and a sequence with one more token does not."""
     memory = CacheMemory(CacheCost(2.0), room)
     longest = memory.longest_sequence(most)
     assert longest == 0 or memory.fits([longest])
@@ -51,7 +51,7 @@ def test_longest_sequence(most: int, room: int) -> None:
 
 
 def test_expected_tokens() -> None:
-    """A short limit is believed, a long one only as far as answers usually go, and what is there counts."""
+    """A small limit counts in full, a large one only up to the usual length of answers, and at least the tokens that exist."""
     assert expected_tokens(10, 0, 5) == 15
     assert expected_tokens(10, 0, 100_000) == 10 + EXPECTED_TOKENS
     assert expected_tokens(10, 4000, 100_000) == 4010

@@ -1,20 +1,15 @@
-"""What is read from a model's config and folder, before MLX is needed."""
+"""What a model's config says, its chat template, and the warning without OpenBLAS."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
-from huggingface_hub import errors
 
 from common.errors import StartupError
-from common.settings import Settings
 from worker.mlx import model as mlx_model
-from worker.models import model_folder
 
 
 @pytest.mark.parametrize(
@@ -58,63 +53,6 @@ def test_context_length(config: dict[str, Any], limit: int | None, expected: int
     assert mlx_model.context_length(config, limit) == expected
 
 
-def _folder(tmp_path: Path, config: str | None, *, weights: bool) -> Path:
-    if config is not None:
-        (tmp_path / "config.json").write_text(config)
-    if weights:
-        (tmp_path / "model.safetensors").touch()
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("config", "weights", "sentence"),
-    [
-        (None, True, "there is no config.json in it"),
-        ("{", True, "cannot be read: JSONDecodeError"),
-        ("{}", True, "has no model_type"),
-        (json.dumps({"model_type": "llama"}), False, "holds no weights"),
-    ],
-)
-def test_folder_without_a_model(tmp_path: Path, config: str | None, weights: bool, sentence: str) -> None:
-    """What is missing in a folder is said before MLX is loaded."""
-    folder = _folder(tmp_path, config, weights=weights)
-    with pytest.raises(StartupError, match=sentence):
-        model_folder.find(Settings(model=str(folder)))
-
-
-def test_no_such_folder() -> None:
-    """A path that does not exist is not looked for on a hub."""
-    with pytest.raises(StartupError, match="the model folder /no/such/model does not exist"):
-        model_folder.find(Settings(model="/no/such/model"))
-
-
-def test_a_file_is_no_model(tmp_path: Path) -> None:
-    """A GGUF file, say, is refused in words."""
-    path = tmp_path / "model.gguf"
-    path.touch()
-    with pytest.raises(StartupError, match="is a file"):
-        model_folder.find(Settings(model=str(path)))
-
-
-@pytest.mark.parametrize(
-    ("error", "sentence"),
-    [
-        (errors.LocalEntryNotFoundError("no network"), "the hub cannot be reached"),
-        (errors.HFValidationError("bad"), "no repository of that name"),
-        (OSError(28, "No space left on device"), "cannot be downloaded from the hub: OSError.*No space left"),
-    ],
-)
-def test_hub_that_does_not_give_it(monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str) -> None:
-    """Each way in which a hub fails is a sentence, never a traceback."""
-
-    def fail(*_args: object, **_options: object) -> None:
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(StartupError, match=sentence):
-        model_folder.find(Settings(model="org/no-such-model"))
-
-
 def test_chat_template_is_text_or_a_file(tmp_path: Path) -> None:
     """`--chat-template` takes Jinja itself or the name of a file with it."""
     path = tmp_path / "template.jinja"
@@ -125,7 +63,7 @@ def test_chat_template_is_text_or_a_file(tmp_path: Path) -> None:
         mlx_model._chat_template(str(tmp_path / "missing.jinja"))
 
 
-def test_missing_blas_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_blas_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without OpenBLAS a Linux worker runs, and says what to install; a Mac needs none."""
 
     def fail(*_args: object, **_options: object) -> None:

@@ -1,4 +1,4 @@
-"""The prefill budget: what is read between two decode steps."""
+"""The prefill budget: what is prefilled between two decode steps."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def budget_of(num_tokens: int) -> PrefillBudget:
 @pytest.mark.parametrize(
     ("begun", "waiting", "plan"),
     [
-        ([], [37] * 16, PrefillPlan([0, 1, 2, 3], 40)),  # whole ones, as many as there is room for
+        ([], [37] * 16, PrefillPlan([0, 1, 2, 3], 40)),  # complete prompts, as many as there is room for
         (
             [],
             [37, 37, 300, 37],
             PrefillPlan([0, 1], 80),
-        ),  # a long one would have the first two read in pieces
+        ),  # with the long prompt the first two would prefill in pieces
         (
             [],
             [300, 37, 37],
             PrefillPlan([0, 1, 2], 13),
-        ),  # short ones are read beside a long one, in its pieces
-        ([300], [37, 300, 37], PrefillPlan([0, 2], 13)),  # and overtake another long one that waits
-        ([300], [160, 150], PrefillPlan([1], 20)),  # if they are at most half as long
+        ),  # short prompts share the pieces of a long one
+        ([300], [37, 300, 37], PrefillPlan([0, 2], 13)),  # and overtake another long prompt that waits
+        ([300], [160, 150], PrefillPlan([1], 20)),  # if they are at most half as long as the longest
         ([300, 300], [37], PrefillPlan([0], 13)),
         ([], [5000], PrefillPlan([0], 40)),
         ([5000], [], PrefillPlan([], 40)),
@@ -50,7 +50,7 @@ def budget_of(num_tokens: int) -> PrefillBudget:
     ],
 )
 def test_plan(begun: list[int], waiting: list[int], plan: PrefillPlan) -> None:
-    """With room for 160 tokens, or 40 in pieces: which prompts are read, and how much of each."""
+    """With room for 160 tokens, or 40 in pieces: which prompts prefill, and how much of each."""
     budget = budget_of(160)
     budget.piece_tokens = 40
     assert budget.plan(begun, waiting) == plan
@@ -58,7 +58,7 @@ def test_plan(begun: list[int], waiting: list[int], plan: PrefillPlan) -> None:
 
 @given(begun=LENGTHS.map(lambda lengths: lengths[:MAX_IN_PIECES]), waiting=LENGTHS, num=st.integers(1, 4096))
 def test_a_plan_keeps_to_the_budget(begun: list[int], waiting: list[int], num: int) -> None:
-    """Whatever waits: the tokens of all prompts together stay within it, some are always read, and the first one joins."""
+    """Whatever waits: the tokens of all prompts together stay within the budget, something is always prefilled, and the first one joins."""
     plan = budget_of(num).plan(begun, waiting)
     num_prompts = len(begun) + len(plan.joining)
     assert plan.num_tokens >= 1
@@ -70,8 +70,8 @@ def test_a_plan_keeps_to_the_budget(begun: list[int], waiting: list[int], num: i
         assert plan.joining[0] == 0
 
 
-def test_learning() -> None:
-    """Steps that take long get smaller, fast ones grow again, within what the setting and sense say."""
+def test_the_budget_adapts_to_durations() -> None:
+    """It shrinks after slow prefills and grows again after fast ones, between the minimum and the setting."""
     budget = PrefillBudget(512)
     budget.num_tokens = 512
     budget.observe(512, 4 * TARGET_SECONDS)
@@ -85,8 +85,8 @@ def test_learning() -> None:
     assert PrefillBudget(16).num_tokens == 16
 
 
-def test_what_a_copy_is_worth() -> None:
-    """The faster prompts are read, the longer a beginning must be to be worth a copy; slow and small steps say little."""
+def test_copy_tokens() -> None:
+    """The faster prompts prefill, the longer a prefix must be to be worth a copy; slow and small prefills have little influence."""
     budget = PrefillBudget(4096)
     assert budget.copy_tokens == 0
     budget.observe(300, 1.0)
@@ -99,8 +99,8 @@ def test_what_a_copy_is_worth() -> None:
     assert 0.9 * fast < budget.copy_tokens <= fast
 
 
-def test_few_tokens_say_little() -> None:
-    """A short prompt costs more for each token than many do: it makes the budget no smaller."""
+def test_small_prefills_do_not_shrink_the_budget() -> None:
+    """A few tokens take longer per token than many, so their duration does not make the budget smaller."""
     budget = budget_of(200)
     budget.observe(4, 0.2)
     assert budget.num_tokens == 200
@@ -110,8 +110,8 @@ def test_few_tokens_say_little() -> None:
     assert budget.num_tokens == 50
 
 
-def test_the_rest_of_a_long_prompt_comes_in_pieces_too() -> None:
-    """On a machine that reads 100 tokens a second, no step of a long prompt takes much longer than it may, the last ones neither."""
+def test_every_piece_of_a_long_prompt_keeps_to_the_time() -> None:
+    """On a machine that prefills 100 tokens a second, no piece of a long prompt takes longer than the target, the last one included."""
     budget, left, steps = PrefillBudget(2048), 3000, []
     while left:
         num = min(left, budget.plan([left], []).num_tokens)
@@ -122,8 +122,8 @@ def test_the_rest_of_a_long_prompt_comes_in_pieces_too() -> None:
     assert sum(steps) == pytest.approx(30)
 
 
-def test_a_rest_after_reading() -> None:
-    """As long as it took, at most 20 ms, and only where few wait beside many: no burst and no lone row waits for it."""
+def test_a_pause_after_a_prefill() -> None:
+    """As long as the prefill took, at most 20 ms, and only if few sequences wait and many decode: it delays no burst."""
     budget = PrefillBudget(100_000)
     assert not budget.may_pause(1, 100, since_seconds=0.0)
     budget.observe(45, seconds=0.007)

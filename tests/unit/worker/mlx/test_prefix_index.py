@@ -1,4 +1,4 @@
-"""Which kept sequence serves a query, against looking at all of them."""
+"""Which kept sequence serves a query, compared with a search of all of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def naive_common(one: list[int], other: list[int]) -> int:
 
 @given(SEQUENCES, SEQUENCES)
 def test_num_common(one: list[int], other: list[int]) -> None:
-    """The length of the common beginning."""
+    """The length of the common prefix, compared with a naive count."""
     assert num_common(one, other) == naive_common(one, other)
     assert num_common(one, one + other) == len(one)
 
@@ -26,7 +26,7 @@ def test_num_common(one: list[int], other: list[int]) -> None:
 @settings(deadline=None, max_examples=300)
 @given(st.lists(st.tuples(SEQUENCES, st.booleans()), max_size=25), SEQUENCES)
 def test_nearest_is_the_nearest(added: list[tuple[list[int], bool]], query: list[int]) -> None:
-    """Of all that was added, none serves more of the query; one that is not divisible serves only what begins with all of it."""
+    """No other entry serves a longer prefix of the query; an indivisible one serves only queries that begin with all of it."""
     index: PrefixIndex[int] = PrefixIndex(10**6, 1000)
     for number, (token_ids, is_divisible) in enumerate(added):
         index.add(token_ids, number, 1, is_divisible=is_divisible)
@@ -50,7 +50,7 @@ def test_nearest_is_the_nearest(added: list[tuple[list[int], bool]], query: list
 @settings(deadline=None)
 @given(st.lists(SEQUENCES, max_size=30), st.integers(0, 12), st.integers(1, 6))
 def test_bounds(added: list[list[int]], max_bytes: int, max_entries: int) -> None:
-    """Bytes and entries stay within their bounds and are counted truly, whatever is added."""
+    """Bytes and entries stay within their bounds and are counted correctly, whatever is added."""
     index: PrefixIndex[int] = PrefixIndex(max_bytes, max_entries)
     for token_ids in added:
         index.add(token_ids, 0, len(token_ids), is_divisible=True)
@@ -62,8 +62,8 @@ def test_bounds(added: list[list[int]], max_bytes: int, max_entries: int) -> Non
     assert (len(index), index.num_bytes) == (0, 0)
 
 
-def test_the_oldest_goes_first() -> None:
-    """What was found is used: of three, the one that nobody asked for goes."""
+def test_the_least_recently_used_is_evicted() -> None:
+    """Finding an entry counts as use: of three, the oldest one that was not found again is evicted."""
     index: PrefixIndex[str] = PrefixIndex(100, 3)
     for name, token_ids in (("a", [1, 1]), ("b", [2, 2]), ("c", [3, 3])):
         index.add(token_ids, name, 1, is_divisible=True)
@@ -75,8 +75,8 @@ def test_the_oldest_goes_first() -> None:
     assert found.entry.value == "a"
 
 
-def test_a_longer_one_takes_the_place_of_its_beginnings() -> None:
-    """What a divisible value serves is not kept twice; an indivisible one stays beside its beginnings."""
+def test_a_longer_entry_replaces_its_prefixes() -> None:
+    """A divisible value replaces entries of its prefixes, which it serves; an indivisible one is kept next to them."""
     index: PrefixIndex[str] = PrefixIndex(100, 10)
     index.add([1, 2], "short", 2, is_divisible=True)
     index.add([1, 2, 3], "long", 3, is_divisible=True)

@@ -1,4 +1,4 @@
-"""Warm-up with dummy sequences: they join and leave as users' sequences do, and a failure stops nothing."""
+"""Warm-up with dummy sequences: they join and leave as clients' sequences do, and the worker starts even if it fails."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_filters_match_their_definitions(
     [
         SamplingParams(temperature=1.0, seed=4),
         SamplingParams(temperature=1.0, top_p=0.6, seed=4),
-        SamplingParams(temperature=2.0, top_p=0.9, seed=4),  # more tokens than are first looked at
+        SamplingParams(temperature=2.0, top_p=0.9, seed=4),  # more tokens than are sorted first
         SamplingParams(temperature=1.0, top_p=0.99, min_p=0.001, seed=4),
         SamplingParams(temperature=1.0, top_k=2000, seed=4),
     ],
@@ -148,7 +148,7 @@ def test_xtc() -> None:
     assert set(drawn(always, values, 300, xtc_special_token_ids=(0, 99))) == {0, 2, 3, 4}
     half = SamplingParams(temperature=1.0, xtc_probability=0.5, xtc_threshold=0.1, seed=1)
     counts = np.bincount(drawn(half, values, 4000), minlength=5) / 4000
-    # Half of the time as the model says; else 2, 3 and 4 share everything.
+    # Half of the time with the model's probabilities; else 2, 3 and 4 share all of it.
     expected = 0.5 * probs[0] + 0.5 * np.array([0, 0, 0.2, 0.06, 0.04]) / 0.3
     assert np.abs(counts - expected).max() < 0.03
     one_above = SamplingParams(temperature=1.0, xtc_probability=1.0, xtc_threshold=0.35, seed=1)
