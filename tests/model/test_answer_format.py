@@ -122,7 +122,7 @@ class Model:
         return parser
 
     def read(self, job: GenerationJob, text: str) -> list[Any]:
-        """The answer, token by token as the engine has it; neighbors of a kind are put together."""
+        """Parse an answer token by token, as the engine does; adjacent parts of the same kind are joined."""
         parser, detokenizer = self.parser(job), self.token_bytes.new_detokenizer(after_template=True)
         parts: list[Any] = []
         for token_id in self.tokenizer.encode(text, add_special_tokens=False):
@@ -184,7 +184,7 @@ def weather(index: int = 0, arguments: str = '{"city": "Bern"}') -> list[Any]:
 
 
 def test_qwen(make: Make) -> None:
-    """Its native format is the Hermes format; reasoning is behind a marker, and can be switched off."""
+    """Its native format is the Hermes format; reasoning begins with a marker, and can be switched off."""
     model = make(QWEN)
     assert model.format.template.uses_hermes_calls
     assert answer_format.choose_call_format(job(), model.format) is CallFormat.NATIVE
@@ -215,7 +215,7 @@ def test_qwen_tool_messages(make: Make) -> None:
 
 
 def test_a_model_that_always_reasons(make: Make) -> None:
-    """The template opens reasoning, so the answer begins with it; the marker in a user's message opens nothing."""
+    """The template opens reasoning, so the answer begins with it; a marker in a user's message does not open reasoning."""
     model = make(ALWAYS_THINKS)
     assert model.read(job(tools=False), "Hm.\n</think>\n\nYes.") == [Reasoning("Hm."), "Yes."]
     plain = make(CHATML)
@@ -286,7 +286,7 @@ def test_a_template_without_tools(make: Make) -> None:
 
 
 def test_instructions(make: Make) -> None:
-    """One call or several, a named function or none: as the request asks."""
+    """They ask for one call or several, of any function or a named one, as the request does."""
     model = make(CHATML, ["<|im_start|>", "<|im_end|>"])
     texts = [
         model.prompt(job(**use))
@@ -311,7 +311,7 @@ def test_deepseek(make: Make) -> None:
 
 
 def test_gemma(make: Make) -> None:
-    """No system role, alternating roles, no tools: all of it goes into user messages."""
+    """No system role, alternating roles, no tools: instructions, calls and results become user messages."""
     model = make(GEMMA)
     text = model.prompt(job([*HISTORY, {"role": "user", "content": "Thanks."}]))
     assert text.startswith("<start_of_turn>user\nYou can call functions.")
@@ -321,7 +321,7 @@ def test_gemma(make: Make) -> None:
 
 
 def test_a_model_without_a_template(make: Make) -> None:
-    """Tools and history are in the text that the role mapping makes."""
+    """Tools and history are part of the text that the role mapping produces."""
     model = make(None)
     text = model.prompt(job(HISTORY))
     assert text.startswith("ASSISTANT's RULE: You can call functions.")

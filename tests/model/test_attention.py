@@ -131,7 +131,7 @@ class BrokenKernel(ReferenceKernel):
 
 
 def test_a_kernel_that_fails_its_self_test(caplog: pytest.LogCaptureFixture) -> None:
-    """A kernel that raises, or computes something else, is detected and logged."""
+    """A kernel that raises, or whose result differs, is detected and logged."""
     for dtype in (mx.float32, mx.float16, mx.bfloat16):
         assert self_test(ReferenceKernel(), dtype, 64, 3)
     assert not caplog.records
@@ -182,7 +182,7 @@ def test_unsupported_arrays_use_mlx(
     [(64, 32, 8), (128, 28, 4), (80, 8, 8), (96, 12, 4), (256, 8, 1), (64, 9, 3), (128, 32, 2)],
 )
 def test_the_kernel_on_cuda(dtype: mx.Dtype, dim: int, num_heads: int, num_key_heads: int) -> None:
-    """It computes what MLX computes with a mask in float32, on arrays with a model's strides."""
+    """It computes the same as MLX with a mask in float32, on arrays with a model's strides."""
     kernel = CudaKernel()
     assert self_test(kernel, dtype, dim, num_heads // num_key_heads)
     tolerance = {mx.bfloat16: 2e-2, mx.float16: 3e-3, mx.float32: 1e-4}[dtype]

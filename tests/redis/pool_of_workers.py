@@ -170,7 +170,7 @@ class Workers:
             pipe.execute()
 
     def listen(self) -> None:
-        """Receive what was published since the last call."""
+        """Receive the events that were published since the last call."""
         while (message := self._pubsub.get_message(timeout=0)) is not None:
             for job_id, event in decode_step(message["data"]):
                 if job_id in self.events:
@@ -187,7 +187,7 @@ class Workers:
         return all(any(isinstance(e, Finished | Failed) for e in self.events[j]) for j in job_ids)
 
     def text(self, job_id: str) -> str:
-        """The text received of a job, each n once."""
+        """The text of a job's received events, each n counted once."""
         by_n = {event.n: event.text for event in self.events[job_id] if isinstance(event, Delta)}
         return "".join(by_n[n] for n in sorted(by_n))
 

@@ -1,4 +1,4 @@
-"""Faults of a worker's surroundings: lost connections, a Redis that is away, sleep at a bad moment, duplicate entries, hanging prompts."""
+"""Faults around a worker: lost connections, a Redis that is away, sleep at a bad moment, duplicate entries, hanging prompts."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_redis_is_away_for_longer_than_a_lease(server_binary: str, tmp_path: Pat
 
 @pytest.mark.parametrize("num_jobs", [1, 24])
 def test_sigterm_while_redis_is_away(server_binary: str, tmp_path: Path, num_jobs: int) -> None:
-    """A worker that is asked to end does so in a few seconds with status 0, though its sequences' ends cannot be published."""
+    """A worker that receives SIGTERM ends within seconds with status 0, though its terminal events cannot be published."""
     with own_server(server_binary, tmp_path) as server, Workers(server.url) as workers:
         worker = workers.start()
         jobs = [workers.submit(max_tokens=5000) for _ in range(num_jobs)]
@@ -223,7 +223,7 @@ def test_dead_execution_of_a_job_that_runs_elsewhere(workers: Workers) -> None:
 
 
 def test_prompt_that_hangs_the_tokenizer(workers: Workers) -> None:
-    """A worker whose intake hangs ends itself. Its neighbour's stream continues elsewhere; the job fails after its last takeover."""
+    """A worker whose intake hangs ends itself. The other stream of this worker continues elsewhere; the job fails after its last takeover."""
     first, second = (workers.start("m", 50, "--obey", stall_seconds=2) for _ in range(2))
     neighbour = workers.submit(max_tokens=500)
     wait_until(lambda: workers.has_token(neighbour))

@@ -1,4 +1,4 @@
-"""The other workers of a model, by their model cards in Redis. Read by intake in the rare case that it matters."""
+"""The other workers of a model, by their model cards in Redis. Used by intake, only for prompts that are too long for this worker."""
 
 from __future__ import annotations
 

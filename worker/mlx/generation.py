@@ -1,6 +1,6 @@
-"""What a job needs around its sequence in the batch: prompt, detokenizer, sampler, grammar, answer parser.
+"""What a job needs besides its sequence in the batch: prompt, detokenizer, sampler, grammar, answer parser.
 
-`GenerationBuilder` makes it for `worker.mlx.engine`; its `encode` is called on another thread.
+`GenerationBuilder` creates it for `worker.mlx.engine`; its `encode` is called on another thread.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Generation:
         max_tokens: Limit of the answer's length.
         waits_for: The sequence that is prefilling a prefix of this one; None: it need not wait.
         scoring: Of a prompt that is echoed with log-probabilities; None otherwise.
-        is_echoed: Whether the echo is done, or none was asked for.
+        is_echoed: Whether the prompt has been echoed, or no echo was requested.
     """
 
     job: GenerationJob
@@ -52,7 +52,7 @@ class Generation:
 
 
 class GenerationBuilder:
-    """Makes what a job needs, with one model's tokenizer."""
+    """Creates the `Generation` of each job, with one model's tokenizer."""
 
     def __init__(self, tokenizer: Any, token_bytes: TokenBytes, info: ModelInfo) -> None:
         self._tokenizer = tokenizer

@@ -1,6 +1,6 @@
 """Finds a model's files: a local folder, the converted demo model, or a repository of the Hugging Face hub.
 
-`worker.__main__` calls `find` before the engine loads the model. Explains in one sentence why the hub cannot provide a model. Independent of MLX.
+`worker.__main__` calls `find` before the engine loads the model. If the hub cannot provide a model, the error says why in one sentence. Independent of MLX.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ _BANNED_LOGPROB = -1e9
 """Added to the log-probability of a token that may not be chosen. Far from any real value; unlike infinity it cannot become NaN."""
 
 _NUM_CANDIDATES = 1024
-"""How many of the most likely tokens are sorted first: seldom do the filters keep more."""
+"""How many of the most likely tokens are sorted first: the filters seldom keep more."""
 _NO_TOP_K = 2**31 - 1  # int32
 
 

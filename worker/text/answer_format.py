@@ -172,7 +172,7 @@ def transitions_with_calls(call_format: CallFormat, model_format: ModelFormat, s
     if call_format is CallFormat.NATIVE:
         starts = model_format.call_starts
     elif call_format is CallFormat.HERMES:
-        # The grammar is not in force in reasoning that the prompt opened: a marker there is only mentioned.
+        # The grammar is not in force in reasoning that the prompt opened: a marker there begins no call.
         states = {NORMAL, state, REASONING} if state != REASONING else {NORMAL}
         starts = {each: [CALL_BEGIN] for each in states if each == NORMAL or each in model_format.transitions}
     return {

@@ -1,7 +1,7 @@
 """Detects what a model's chat template supports, by rendering a few messages with it: tools, tool calls, a system message.
 
 `answer_format.detect_format` calls `probe_template` once, when the model is loaded; `prompts` and `answer_format` use the result. Templates
-do not declare what they support: a call or a tool result that one does not know is an error in some, and silently dropped by
+do not declare what they support: an unsupported call or tool result is an error in some, and silently dropped by
 others. Independent of MLX.
 """
 

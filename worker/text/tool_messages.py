@@ -1,6 +1,6 @@
 """Tools, calls and results as plain messages, for models whose chat template does not support them. Pure.
 
-The tools become a system message that describes them and explains how to call one; earlier calls and results become text in the
+The tools become a system message that describes them and explains how to call them; earlier calls and results become text in the
 same format: that of Hermes and Qwen models, which `common.schema.grammar` enforces and `worker.text.tool_calls` parses.
 """
 
