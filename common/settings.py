@@ -115,7 +115,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     max_batch: Annotated[int, _about("requests that a worker decodes together", ge=1, le=1024)] = 32
     prefill_step_tokens: Annotated[
-        int, _about("maximum of prompt tokens prefilled between two decode steps", ge=16)
+        int, _about("maximum number of prompt tokens prefilled between two decode steps", ge=16)
     ] = 2048
 
     memory_limit_gb: Annotated[
@@ -162,7 +162,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     state_dir: Annotated[
         str | None,
         _about(
-            "folder of the embedded server's data and of this machine's worker list; unset: the user's state folder"
+            "folder of the embedded server's data and of the workers' memory claims; unset: the user's state folder"
         ),
     ] = None
     log_level: Annotated[LogLevel, _about("lowest level of messages that are logged")] = "INFO"
