@@ -27,7 +27,7 @@ LAYERS = ("contract", "unit", "redis", "model", "e2e", "chaos", "clients")
 SERVERS = ("redis", "valkey")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Several processes with spinning thread pools on the same cores are many times slower than one thread each.
+    # Several processes whose thread pools spin on the same cores are many times slower than one thread each.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import_module(
     "worker.mlx"

@@ -1,6 +1,6 @@
 """A scripted worker: speaks the complete protocol through Redis, loads no model and runs in the test's process.
 
-The API is tested with it end to end, and made to meet what a real worker does rarely: gaps, repetitions, silence.
+End-to-end tests of the API use it to produce what a real worker rarely does: gaps, repetitions, silence.
 """
 
 from __future__ import annotations

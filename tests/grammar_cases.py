@@ -168,7 +168,7 @@ _PLAIN = b",:-+. 0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ<
 
 
 class Walk:
-    """One answer, drawn uniformly from the allowed tokens; beyond some length it takes the shortest way to an end.
+    """One answer, drawn uniformly from the allowed tokens; after `num_free` tokens it heads for the end.
 
     Args:
         text_of: A token's bytes.
@@ -189,7 +189,7 @@ class Walk:
         return b"".join(self._text_of(i) for i in self.token_ids).decode()
 
     def run(self, most: int = 600) -> Walk:
-        """Walks to the end; if there is none, the grammar is wrong."""
+        """Walk to the end of the answer; fails if it is not reached within `most` tokens."""
         matcher = GrammarMatcher(self.compiled)
         advance_all(matcher, self.token_ids)
         for _ in range(most):
@@ -199,7 +199,7 @@ class Walk:
             if token_id in self.compiled.compiler.eos_token_ids:
                 return self
             self.token_ids.append(token_id)
-        raise AssertionError(f"no end in sight: {self.text!r}")
+        raise AssertionError(f"the answer does not end: {self.text!r}")
 
     def _draw(self, allowed: list[int]) -> int:
         if len(self.token_ids) < self._num_free:
@@ -207,7 +207,7 @@ class Walk:
         by_rank: dict[int, list[int]] = {}
         for token_id in allowed:
             by_rank.setdefault(self._rank(token_id), []).append(token_id)
-        # Now and then not the closing one: a string may still want something of its own.
+        # Sometimes a plain character instead of a closing one: a string may still require some.
         best = by_rank[
             3 if 3 in by_rank and min(by_rank) >= 0 and self._random.random() < 0.3 else min(by_rank)
         ]

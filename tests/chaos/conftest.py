@@ -22,7 +22,7 @@ class Chaos:
         self._num_api_processes = num_api_processes
 
     def start(self, num_workers: int = 1, *flags: str) -> None:
-        """Starts workers first: the API serves only models that have one."""
+        """Start the workers, then the API, which serves only models that have a worker."""
         self.workers = chaos.Workers(self.pool, flags)
         for _ in range(num_workers):
             self.workers.start()

@@ -109,7 +109,7 @@ def test_no_worker_joins(running: Chaos) -> None:
 
 @pytest.mark.settings(api_processes=2, orphan_seconds=1)
 def test_api_process_dies(running: Chaos) -> None:
-    """Its clients see a broken connection and its jobs stop; streams of the other process are exact."""
+    """Clients of a killed API process see a broken connection and their jobs stop; streams of the other process are exact."""
     running.start()
     streams = [running.stream(4 * STEPS_PER_SECOND) for _ in range(12)]
     # Not all at once: processes that share a socket share a burst unevenly.

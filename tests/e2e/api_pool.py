@@ -28,7 +28,7 @@ class ApiPool:
         return f"{self.pool.url}/v1"
 
     def follow(self, script: Script) -> None:
-        """Sets the script for the jobs that follow."""
+        """Set the script for the next jobs."""
         self.worker.script = script
         self.worker.jobs.clear()
 
@@ -36,7 +36,7 @@ class ApiPool:
         return socket.create_connection((HOST, self.pool.port), timeout=10)
 
     def ask(self, method: str, path: str, body: bytes = b"", **headers: str) -> Response:
-        """Sends one request on a new connection; header names have _ for -."""
+        """Send one request on a new connection; header names have _ in place of -."""
         with self.connect() as connection:
             connection.sendall(request(method, path, body, **headers))
             return read_response(connection, method)
@@ -60,7 +60,7 @@ class Response:
 
     @property
     def error(self) -> dict[str, Any]:
-        """The error object, checked to be in OpenAI's form and of the right type."""
+        """The error object, checked to be in OpenAI's format and of the right type."""
         assert self.headers["content-type"] == "application/json"
         error: dict[str, Any] = self.json["error"]
         assert set(error) == {"message", "type", "param", "code"}

@@ -1,6 +1,6 @@
-"""`python -m tests.e2e.rendered_again REDIS_URL JOB_ID`: an answer's bytes, rendered from what Redis has of its jobs.
+"""`python -m tests.e2e.rendered_again REDIS_URL JOB_ID`: an answer's bytes, rendered only from its jobs' data in Redis.
 
-Another process than the API: it has the request's first job, the journals of its jobs and the code, nothing else.
+Runs in a process of its own, which has nothing but the request's first job, the journals of its jobs and the code.
 """
 
 from __future__ import annotations

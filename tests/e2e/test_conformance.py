@@ -1,4 +1,4 @@
-"""Our own server under the conformance suite, which judges any server: with a real model, every behavior has to be shown."""
+"""Our own server under the conformance suite, which checks any server: with a real model, every behavior has to be present."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.conformance import catalogue, report, runner
 from tests.conformance.server import Server
 
 SHORT_STRIDE = 12
-"""`make test` checks every twelfth behavior of the catalogue, which are some of each section."""
+"""`make test` checks every twelfth behavior of the catalogue, so that each section has some."""
 
 
 def _assert_shown(pool: Pool, behaviors: list[catalogue.Behavior]) -> None:

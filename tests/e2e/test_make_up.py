@@ -23,7 +23,7 @@ from tests.conftest import missing, unused_port
 ROOT = Path(__file__).parents[2]
 READY_SECONDS = 180
 REFUSED_SECONDS = 15
-"""A second or two, and the time a busy machine needs to start Python."""
+"""A second or two, plus the time a busy machine needs to start Python."""
 
 
 class Up:
@@ -81,7 +81,7 @@ class Up:
         """Process groups that honcho started and that still exist."""
         return [pid for pid in map(int, re.findall(r"started \(pid=(\d+)\)", self.output)) if _is_alive(pid)]
 
-    def clear_away(self) -> None:
+    def clean_up(self) -> None:
         """Terminate what is left after a failed test."""
         if self.process.poll() is None:
             self.interrupt()
@@ -122,7 +122,7 @@ def up(state: Path, request: pytest.FixtureRequest) -> Iterator[Up]:
     """`make up` with the variables of the test's parameter."""
     running = Up(state, *getattr(request, "param", ()))
     yield running
-    running.clear_away()
+    running.clean_up()
 
 
 def _shell(command: str) -> str:
@@ -157,7 +157,7 @@ def test_first_minute(up: Up) -> None:
     assert up.ended(15) != 0
     assert time.monotonic() - interrupted_at < 10
     assert "Traceback" not in up.output
-    assert "***" not in up.output  # make's word for an error
+    assert "***" not in up.output  # how make reports an error
     assert up.children() == []
     assert not _is_listening(up.port)
     assert not _is_listening(6399)
@@ -247,7 +247,7 @@ def test_model_that_cannot_be_loaded(state: Path, tmp_path: Path) -> None:
         assert "Traceback" not in up.output
         assert up.children() == []
     finally:
-        up.clear_away()
+        up.clean_up()
 
 
 def _refused(*variables: str) -> str:

@@ -72,7 +72,7 @@ def test_completion(client: openai.OpenAI) -> None:
         (" fr", ANSWER),
     ],
 )
-def test_stop_strings_never_come_out(client: openai.OpenAI, stop: Any, text: str) -> None:
+def test_stop_strings_are_never_emitted(client: openai.OpenAI, stop: Any, text: str) -> None:
     """A stop string ends the text before it, across tokens and at the first character; a partial match is emitted."""
     plain = client.chat.completions.create(messages=QUESTION, **greedy(stop=stop))  # type: ignore[arg-type]
     streamed = client.chat.completions.create(messages=QUESTION, stream=True, **greedy(stop=stop))  # type: ignore[arg-type]
@@ -94,7 +94,7 @@ def test_logprobs_add_up_to_the_content(client: openai.OpenAI) -> None:
         assert len(item.top_logprobs) == 3
 
 
-def test_seeds_repeat_beside_others(client: openai.OpenAI, pool: Pool) -> None:
+def test_seeds_repeat_next_to_others(client: openai.OpenAI, pool: Pool) -> None:
     """A seed repeats its text, alone and in a batch with other seeds; another seed gives another text."""
 
     async def ask(seeds: list[int]) -> list[str]:
@@ -127,7 +127,7 @@ def test_greedy_requests_at_once_equal_one_after_another(client: openai.OpenAI, 
 
 
 def test_prompt_that_is_too_long_is_a_real_400(client: openai.OpenAI) -> None:
-    """The worker's refusal is an HTTP status, also for a stream, and not a frame."""
+    """The worker's refusal is an HTTP status, also for a stream, not an error frame."""
     long = [{"role": "user", "content": "word " * 9000}]
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError) as refused:

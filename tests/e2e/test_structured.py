@@ -77,7 +77,7 @@ def test_a_typed_answer(client: openai.OpenAI) -> None:
     assert final.choices[0].message.parsed == answer.message.parsed
 
 
-def test_each_choice_is_held_to_the_schema(client: openai.OpenAI) -> None:
+def test_each_choice_follows_the_schema(client: openai.OpenAI) -> None:
     """Constrained next to unconstrained answers: log-probabilities match the text and contain no banned token."""
     schema = {
         "type": "object",
@@ -186,7 +186,9 @@ def test_a_conversation_with_results(client: openai.OpenAI) -> None:
     ],
     ids=["impossible", "empty enum", "unknown function"],
 )
-def test_what_cannot_be_is_told_at_once(client: openai.OpenAI, more: dict[str, Any], param: str) -> None:
+def test_impossible_requests_are_refused_at_once(
+    client: openai.OpenAI, more: dict[str, Any], param: str
+) -> None:
     """A 400 that names the parameter, also for a stream."""
     for stream in (False, True):
         with pytest.raises(openai.BadRequestError) as refused:

@@ -87,7 +87,7 @@ def trickle(connection: socket.socket, data: bytes) -> None:
 
 
 def test_headers_that_trickle(api: ApiPool) -> None:
-    """A byte now and then does not extend the timeout."""
+    """Headers that arrive one byte at a time do not extend the timeout."""
     with api.connect() as connection:
         trickle(connection, b"GET /livez HTTP/1.1\r\nX: " + b"x" * 500)
         assert last_response(connection).status == 408

@@ -113,7 +113,7 @@ def test_the_authorization_scheme(api: ApiPool, secret: str, scheme: str) -> Non
     assert api.ask("GET", "/nothing", authorization=f"{scheme} {secret}").status == 404
 
 
-def test_the_name_of_the_key_travels_with_the_job(api: ApiPool, secret: str) -> None:
+def test_the_name_of_the_key_is_sent_with_the_job(api: ApiPool, secret: str) -> None:
     """To the worker, and into the API's log line of the request."""
     headers = {"authorization": f"Bearer {secret}", "content_type": "application/json"}
     assert api.ask("POST", "/v1/chat/completions", chat_body(), **headers).status == 200

@@ -65,7 +65,7 @@ def test_schemathesis(api: ApiPool, tmp_path: Path) -> None:
     """
     environ = os.environ | {"PYTHONPATH": str(ROOT), "SCHEMATHESIS_HOOKS": "tests.e2e.schemathesis_hooks"}
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{api.pool.url}/openapi.json", "--no-color"]
-    # Its check of accepted requests looks at the status only; ours, in the hooks, looks at what was refused.
+    # Its own check of accepted requests looks at the status only; ours, in the hooks, also examines refusals.
     command += ["--checks", "all", "--exclude-checks", "positive_data_acceptance"]
     command += ["--phases", "examples,coverage,fuzzing", "--max-examples", str(MAX_EXAMPLES)]
     command += ["--generation-deterministic", "--continue-on-failure"]

@@ -148,7 +148,7 @@ def test_odd_requests(api: ApiPool, sent: bytes, status: int) -> None:
         assert read_response(connection).status == status
 
 
-def test_every_page_may_call_if_the_setting_says_so() -> None:
+def test_every_page_may_call_if_the_setting_allows_it() -> None:
     """`*`: any origin under any host name; errors of the HTTP layer itself can be read too."""
     preflight = {"access_control_request_method": "POST", "access_control_request_private_network": "true"}
     with api_pool({"MLXPOOL_CORS_ORIGINS": "*"}) as api:

@@ -29,7 +29,7 @@ from common.protocol import (
 )
 from tests.e2e.api_pool import HI, MODEL, ApiPool, api_pool, words
 
-_NO_CHOICE = 1000  # sorts last, where the token counts and the end of a stream are
+_NO_CHOICE = 1000  # sorts last, as the token counts and the end of a stream do
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -39,18 +39,18 @@ SCHEMA = {"name": "a", "schema": {"type": "object"}}
 
 @pytest.fixture(scope="module")
 def api() -> Iterator[ApiPool]:
-    """Two processes, either of which may answer; comments fall into any pause."""
+    """Two API processes, either of which may answer; comments are sent in every pause."""
     with api_pool({"MLXPOOL_SSE_COMMENT_SECONDS": "0.5"}, num_processes=2) as pool:
         yield pool
 
 
 def spoken(job: GenerationJob) -> Iterator[Event | float]:
-    """Text in pieces that differ from choice to choice, some of it held back, with a silence in it."""
+    """Text that differs from choice to choice, some of it held back, with a pause."""
     yield from words(job, [" a", "", f"é {job.sampling.seed % 7}", "", " end"], pause=0.01)
 
 
 def slow(job: GenerationJob) -> Iterator[Event | float]:
-    """With a silence that is long enough for a comment."""
+    """With a pause that is long enough for a comment."""
     yield from words(job, [" a", " b"], pause=1.6)
 
 

@@ -111,7 +111,7 @@ def test_models(client: openai.OpenAI) -> None:
     assert (raised.value.code, raised.value.param) == ("model_not_found", "model")
 
 
-def test_errors_are_of_the_sdks_classes(client: openai.OpenAI, api: ApiPool) -> None:
+def test_errors_have_the_sdks_classes(client: openai.OpenAI, api: ApiPool) -> None:
     """A bad value is a BadRequestError, an unknown model a NotFoundError; neither reaches the worker."""
     with pytest.raises(openai.BadRequestError) as bad:
         chat(client, temperature=3)

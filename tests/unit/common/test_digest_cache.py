@@ -13,7 +13,7 @@ MB = 10**6
 
 
 def bytes_left_by(act: Callable[[], object]) -> int:
-    """How many bytes of Python's heap are still in use after `act`, beyond those before."""
+    """Growth of Python's heap, in bytes, after `act`."""
     tracemalloc.start()
     try:
         act()

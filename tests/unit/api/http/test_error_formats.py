@@ -79,7 +79,7 @@ def client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[testing.Tes
 def test_bodies_by_path(
     client: tuple[testing.TestClient, str], method: str, path: str, headers: dict[str, str], status: int
 ) -> None:
-    """The second protocol's below its prefix, OpenAI's at other paths, whatever part of the server refuses; keys are masked."""
+    """The second protocol's format below its prefix, OpenAI's at other paths, whichever part of the server refuses; keys are masked."""
     tested, secret = client
     sent = {"authorization": f"Bearer {secret}", "x-request-id": "me"} | headers
     other = tested.simulate_request(method, f"/v1{path}", headers=sent, body="{}")
@@ -148,7 +148,7 @@ def exchange(data: bytes) -> Any:
 
 
 class OtherRendering(ChatRendering):
-    """Another protocol's frames, with names."""
+    """Another protocol's rendering, whose frames have event names."""
 
     def opening(self) -> bytes:
         return b""

@@ -124,7 +124,7 @@ OldJob = msgspec.defstruct(
 
 
 def test_an_old_worker_reads_a_new_job() -> None:
-    """Fields that it does not know are skipped."""
+    """Unknown fields are ignored."""
     [job] = jobs()
     old = msgspec.convert(through_redis(job), OldJob, str_keys=True)
     assert not any(hasattr(old, name) for name in NEW_FIELDS)

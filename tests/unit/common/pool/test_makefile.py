@@ -77,7 +77,7 @@ def test_the_two_sets_of_tests(tmp_path: Path, target: str, selection: str) -> N
 
 
 def test_ci_runs_both_sets() -> None:
-    """`.ci/run` reads nothing and ends with pytest's closing line: the checks, the tests, then what `make test` left out."""
+    """`.ci/run` does not read standard input and ends with pytest's closing line: the checks, the tests, then what `make test` left out."""
     script = (MAKEFILE.parent / ".ci" / "run").read_text()
     assert "exec </dev/null" in script
     lines = [line for line in script.splitlines() if line.startswith("make ")]

@@ -1,4 +1,4 @@
-"""What `make up` refuses before it starts anything: the sentences, and how soon."""
+"""What `make up` refuses before it starts anything: the sentences, and how quickly."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_unreachable_redis(url: str, sentence: str) -> None:
 
 
 def test_redis_that_does_not_answer(taken_port: int) -> None:
-    """A program that accepts connections but is not Redis is given up soon."""
+    """A program that accepts connections but is not Redis is given up quickly."""
     began_at = time.monotonic()
     with pytest.raises(StartupError, match=f"no Redis answers at 127.0.0.1:{taken_port}"):
         preflight.check_redis(Settings(redis_url=f"redis://127.0.0.1:{taken_port}/0"))

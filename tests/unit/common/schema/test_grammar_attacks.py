@@ -288,7 +288,7 @@ def test_the_worst_schemas_are_refused(reports: dict[str, list[Any]], name: str)
 
 
 def bytes_left_by(act: Callable[[], object]) -> int:
-    """How many bytes of Python's heap are still in use after `act`, beyond those before."""
+    """Growth of Python's heap, in bytes, after `act`."""
     tracemalloc.start()
     try:
         act()
