@@ -63,8 +63,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     cors_origins: Annotated[
         str | None,
         _about(
-            "web origins that may call, separated by commas, such as https://app.example or http://localhost:*; * for "
-            "any; unset: any with API keys, without keys those of this machine and of desktop apps (docs/operations.md)"
+            "web origins that may call, separated by commas, such as https://app.example or http://localhost:*; local for this "
+            "machine's pages and desktop apps; * for any; unset: any with API keys, local without keys (docs/operations.md)"
         ),
     ] = None
     default_model: Annotated[

@@ -44,7 +44,7 @@ class Authentication:
         name = self._file.keys.name_of(secret.strip())
         if name is None:
             raise _unauthorized(resp, "The API key is invalid or was revoked.")
-        req.context.api_key_name = name
+        req.context.api_key_name = name if name.isprintable() else repr(name)  # it is logged
         log.debug("request %s: authenticated with the key of %s", req.context.request_id, name)
 
 

@@ -19,8 +19,11 @@ from common.errors import RequestError
 from common.settings import PREFIX
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\].][^\s:/@\[\]]*)(:[0-9]*)?")
-_LOCAL_SUFFIXES = (".local", ".internal", ".home.arpa")
-"""Names that public DNS does not have (RFC 6762, RFC 8375, and ICANN's reservation of .internal)."""
+_LOCAL_SUFFIXES = (".local", ".internal", ".home.arpa", ".lan", ".home", ".localdomain", ".corp")
+"""Names that public DNS does not have (RFC 6762, RFC 8375, ICANN's reservation of .internal), or has refused to delegate."""
+
+_CONTAINER_HOSTS = ("host.docker.internal", "host.containers.internal")
+"""This machine, as containers of Docker Desktop and Podman on it call it."""
 
 
 def is_loopback(host: str) -> bool:
@@ -35,10 +38,9 @@ class Hosts:
     """The host names that requests may carry.
 
     Always: IP addresses, which DNS cannot rebind; `localhost` and names below it; the host that the API listens on; this
-    machine's own name, also with `.local`; hosts of the origins that `MLXPOOL_CORS_ORIGINS` lists. Any host if that is `*`.
+    machine's own name, also with `.local`, and the names that containers on it have for it; hosts of the origins that `MLXPOOL_CORS_ORIGINS` lists. Any host if that is `*`.
 
-    If the API listens beyond loopback: also names without a dot and local ones such as `mac.local` or
-    `host.docker.internal`. Only the local network can forge these, and it reaches such an API anyway.
+    If the API listens beyond loopback: also names without a dot and local ones such as `mac.local` or `mac.lan`. Only the local network can forge these, and it reaches such an API anyway.
 
     Args:
         listen_host: Where the API listens.
@@ -60,7 +62,7 @@ class Hosts:
         name = match[1].lower().removesuffix(".")
         return (
             _is_ip_address(name)
-            or name in ("localhost", self._listen_host)
+            or name in ("localhost", self._listen_host, *_CONTAINER_HOSTS)
             or name.endswith(".localhost")
             or self._origins.lists_host(name)
             or name in _own_names()
@@ -99,7 +101,7 @@ class HostCheck:
         raise RequestError(
             f"This API does not answer to the host name `{(host or '')[:100]}`. Without API keys it accepts only names of this "
             "machine, as a protection against DNS rebinding. Use localhost or an IP address; or, if this is the name of a "
-            f"proxy, add its origin, such as https://{(host or '')[:100]}, to {PREFIX}CORS_ORIGINS.",
+            f"proxy, set {PREFIX}CORS_ORIGINS to local,https://{(host or '')[:100]} or whatever its origin is.",
             status=403,
             code="host_not_allowed",
         )

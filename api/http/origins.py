@@ -51,7 +51,7 @@ class Origins:
 
     Args:
         setting: `MLXPOOL_CORS_ORIGINS`: origins separated by commas, in which `*` stands for any name or port; a lone `*`
-            for any origin. None: any origin if there are API keys, which a page would need; otherwise `LOCAL_ORIGINS`.
+            for any origin; `local` for `LOCAL_ORIGINS`. None: any origin if there are API keys, which a page would need; otherwise `LOCAL_ORIGINS`.
         has_keys: Whether requests need an API key.
 
     Attributes:
@@ -62,7 +62,8 @@ class Origins:
     """
 
     def __init__(self, setting: str | None, *, has_keys: bool) -> None:
-        entries = [entry.strip() for entry in (setting or "").split(",") if entry.strip()]
+        given = [entry.strip() for entry in (setting or "").split(",") if entry.strip()]
+        entries = [each for entry in given for each in (LOCAL_ORIGINS if entry == "local" else (entry,))]
         entries = [entry if entry.endswith("://") else entry.removesuffix("/") for entry in entries]
         self.is_any = "*" in entries or (not entries and has_keys)
         for entry in entries:
@@ -72,7 +73,9 @@ class Origins:
                     f"separated by commas, not {entry!r}"
                 )
         self._origin_pattern = _any_of(entries or LOCAL_ORIGINS)
-        self._host_pattern = _any_of([match[1] for match in map(_HTTP_HOST.fullmatch, entries) if match])
+        self._host_pattern = _any_of(
+            [match[1] for match in map(_HTTP_HOST.fullmatch, entries) if match and match[1] != "*"]
+        )
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Origins:
@@ -88,7 +91,7 @@ class Origins:
         return len(origin) <= MAX_ORIGIN_CHARS and self._origin_pattern.fullmatch(origin) is not None
 
     def lists_host(self, host: str) -> bool:
-        """Whether the setting lists an origin with this host name."""
+        """Whether the setting lists an origin with this host name; one that stands for every name lists none."""
         return self._host_pattern.fullmatch(host) is not None
 
     @property
@@ -124,8 +127,8 @@ class CrossOrigin:
         origin = req.get_header("origin")
         if origin is not None and not self._is_allowed(req, origin) and req.path not in HEALTH_PATHS:
             raise RequestError(
-                f"Web pages of the origin `{origin[:100]}` may not call this API. If they should, add the origin to "
-                f"{PREFIX}CORS_ORIGINS, or set it to * to allow all.",
+                f"Web pages of the origin `{origin[:100]}` may not call this API. If they should, set {PREFIX}CORS_ORIGINS to "
+                f"local,{origin[:100]}, or to * to allow all.",
                 status=403,
                 code="origin_not_allowed",
             )

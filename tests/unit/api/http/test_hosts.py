@@ -25,8 +25,10 @@ ALWAYS = [
     "anns-mac",
     "Anns-Mac.local:8080",
     "anns-mac.home.example",
+    "host.docker.internal:8080",
+    "host.containers.internal",
 ]
-LOCAL_NETWORK = ["x", "pool:8080", "other.local", "host.docker.internal:8080", "nas.home.arpa"]
+LOCAL_NETWORK = ["x", "pool:8080", "other.local", "gpu.internal:8080", "nas.home.arpa", "nas.lan", "mac.home"]
 FOREIGN = [
     "evil.example",
     "evil.example:8080",
@@ -95,3 +97,10 @@ def test_the_machines_name_may_change(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused(hosts, ["guest-7.local", "anns-mac"]) == ["anns-mac"]
     monkeypatch.setattr(socket, "gethostname", str)
     assert refused(hosts, [".local", "."]) == [".local", "."]
+
+
+def test_a_pattern_for_every_name_lists_no_host() -> None:
+    """An origin of any name on one port is a rule for pages; it does not switch the defence against rebinding off."""
+    hosts = Hosts("127.0.0.1", Origins("local, http://*:3000, https://*.app.example", has_keys=False))
+    assert not hosts.allows("evil.example")
+    assert hosts.allows("chat.app.example")

@@ -109,3 +109,11 @@ def test_hosts_of_listed_origins() -> None:
     assert all(map(origins.lists_host, ["pool.example", "POOL.example", "a.lan.example", "[fd00::1]"]))
     assert not any(map(origins.lists_host, ["evil.example", "pool.example.evil.example", "lan.example", ""]))
     assert not Origins(None, has_keys=False).lists_host("localhost")
+
+
+def test_local_stands_for_the_default() -> None:
+    """What is listed beside `local` adds to the pages of this machine and desktop apps, instead of replacing them."""
+    origins = Origins("local, https://app.example", has_keys=False)
+    assert [origin for origin in [*LOCAL, "https://app.example"] if not origins.allows(origin)] == []
+    assert [origin for origin in FOREIGN if origins.allows(origin)] == []
+    assert not Origins("https://app.example", has_keys=False).allows(LOCAL[0])
