@@ -75,9 +75,9 @@ def test_max_tokens_is_exact(engine: MLXEngine) -> None:
 def test_an_answer_that_is_already_complete(engine: MLXEngine) -> None:
     """An answer that other workers have generated up to this worker's limit, or beyond, is accepted and leaves no sequence."""
     job = chat("a", max_tokens=3)
-    for num_done in (3, 5):
-        inserted = engine.insert(job, engine.encode(job), [28] * num_done)
-        assert (inserted.max_tokens, len(inserted.replayed_texts)) == (3, num_done)
+    for num_answer_tokens in (3, 5):
+        inserted = engine.insert(job, engine.encode(job), [28] * num_answer_tokens)
+        assert (inserted.max_tokens, len(inserted.replayed_texts)) == (3, num_answer_tokens)
         assert engine.num_sequences == 0
 
 
@@ -339,11 +339,11 @@ def test_memory(demo_folder: Path) -> None:
     engine.insert(large, prompt, [])
     assert engine.has_room(chat("b", max_tokens=10), len(prompt), 0)
     for each in engine._running.values():
-        each.num_done = int(room_tokens * 0.6)
+        each.num_answer_tokens = int(room_tokens * 0.6)
     assert not engine.has_room(chat("b", max_tokens=10), len(prompt), 0)
     assert not engine.is_over_memory
     for each in engine._running.values():
-        each.num_done = int(room_tokens) + 256
+        each.num_answer_tokens = int(room_tokens) + 256
     assert engine.is_over_memory
     with pytest.raises(RequestError, match="maximum context length"):
         engine.encode(

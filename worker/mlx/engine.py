@@ -109,23 +109,25 @@ class MLXEngine:
             self._memory = self._memory.with_limit(limit_bytes)
             self._make_room()
 
-    def has_room(self, job: GenerationJob, num_prompt: int, num_done: int) -> bool:
+    def has_room(self, job: GenerationJob, num_prompt_tokens: int, num_answer_tokens: int) -> bool:
         self._update_memory_limit()
-        new = expected_tokens(num_prompt, num_done, self._max_tokens(job, num_prompt))
+        new = expected_tokens(num_prompt_tokens, num_answer_tokens, self._max_tokens(job, num_prompt_tokens))
         return self._memory.fits([new, *(each.expected_tokens for each in self._running.values())])
 
     @property
     def is_over_memory(self) -> bool:
         self._update_memory_limit()
-        return not self._memory.fits([each.num_prompt + each.num_done for each in self._running.values()])
+        return not self._memory.fits(
+            [each.num_prompt_tokens + each.num_answer_tokens for each in self._running.values()]
+        )
 
-    def _max_tokens(self, job: GenerationJob, num_prompt: int) -> int:
-        room = self._info.context_length - num_prompt
+    def _max_tokens(self, job: GenerationJob, num_prompt_tokens: int) -> int:
+        room = self._info.context_length - num_prompt_tokens
         return room if job.max_tokens is None else min(job.max_tokens, room)
 
     def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> InsertResult:
         new = self._builder.build(job, prompt, replay, self._max_tokens(job, len(prompt)))
-        has_tokens = new.max_tokens > new.num_done
+        has_tokens = new.max_tokens > new.num_answer_tokens
         if job.echo:
             new.is_echoed = False
             if job.top_logprobs is not None:
@@ -173,7 +175,7 @@ class MLXEngine:
         sequence = new.sequence
         found = self._prefixes.find(sequence.token_ids)
         if new.scoring is not None:
-            found = CachedPrefix(new.scoring.caches, new.num_prompt - 1)
+            found = CachedPrefix(new.scoring.caches, new.num_prompt_tokens - 1)
         prefilling = self._batch.prefilling
         index = should_wait_for(
             sequence.token_ids,
@@ -185,7 +187,7 @@ class MLXEngine:
             new.waits_for = prefilling[index]
             return
         new.waits_for = None
-        new.insert_result.cached_tokens = 0 if new.scoring else min(found.num_tokens, new.num_prompt)
+        new.insert_result.cached_tokens = 0 if new.scoring else min(found.num_tokens, new.num_prompt_tokens)
         sequence.caches, sequence.num_cached = found.caches, found.num_tokens
         self._batch.insert(sequence)
 
@@ -199,7 +201,7 @@ class MLXEngine:
             if not first.scoring.is_done:
                 return []
         first.is_echoed = True
-        prompt = first.sequence.token_ids[: first.num_prompt]
+        prompt = first.sequence.token_ids[: first.num_prompt_tokens]
         echo = self._report.echo(first.job, prompt, first.scoring.scores if first.scoring else None)
         if first.max_tokens:
             self._begin(first)
@@ -221,7 +223,7 @@ class MLXEngine:
     def _event(self, token: BatchToken) -> StepToken:
         job_id, token_id, logprobs, reason = token
         running = self._running[job_id]
-        running.num_done += 1
+        running.num_answer_tokens += 1
         # A grammar, a bias or a penalty has changed the model's own log-probabilities.
         if adjusted := running.sequence.sampler.logprobs:
             logprobs = adjusted.popleft()

@@ -27,8 +27,8 @@ class Generation:
 
     Attributes:
         sequence: Its state in the batch.
-        num_prompt: Tokens of the prompt.
-        num_done: Tokens of the answer so far, including those that other workers generated.
+        num_prompt_tokens: Tokens of the prompt.
+        num_answer_tokens: Tokens of the answer so far, including those that other workers generated.
         max_tokens: Limit of the answer's length.
         waits_for: The sequence that is prefilling a prefix of this one; None: it need not wait.
         scoring: Of a prompt that is echoed with log-probabilities; None otherwise.
@@ -38,8 +38,8 @@ class Generation:
     job: GenerationJob
     sequence: BatchSequence
     detokenizer: Detokenizer
-    num_prompt: int
-    num_done: int
+    num_prompt_tokens: int
+    num_answer_tokens: int
     max_tokens: int
     insert_result: InsertResult
     waits_for: BatchSequence | None = None
@@ -48,7 +48,7 @@ class Generation:
 
     @property
     def expected_tokens(self) -> int:
-        return expected_tokens(self.num_prompt, self.num_done, self.max_tokens)
+        return expected_tokens(self.num_prompt_tokens, self.num_answer_tokens, self.max_tokens)
 
 
 class GenerationBuilder:

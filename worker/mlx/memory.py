@@ -103,14 +103,14 @@ def columns(num_tokens: int) -> int:
     return -(-(num_tokens + _MIN_SPARE_TOKENS) // _GROWS_BY_TOKENS) * _GROWS_BY_TOKENS
 
 
-def expected_tokens(num_prompt: int, num_done: int, max_tokens: int) -> int:
+def expected_tokens(num_prompt_tokens: int, num_answer_tokens: int, max_tokens: int) -> int:
     """How long a sequence is expected to become.
 
     Args:
-        num_done: Tokens of its answer so far.
+        num_answer_tokens: Tokens of its answer so far.
         max_tokens: Of its answer.
     """
-    return num_prompt + min(max_tokens, max(num_done, EXPECTED_TOKENS))
+    return num_prompt_tokens + min(max_tokens, max(num_answer_tokens, EXPECTED_TOKENS))
 
 
 def cache_memory(model: Any, cost: CacheCost, limit_bytes: float) -> CacheMemory:

@@ -66,7 +66,7 @@ class ScriptedEngine:
     def is_over_memory(self) -> bool:
         return len(self.sequences) > self.max_sequences
 
-    def has_room(self, job: GenerationJob, num_prompt: int, num_done: int) -> bool:
+    def has_room(self, job: GenerationJob, num_prompt_tokens: int, num_answer_tokens: int) -> bool:
         return not self.is_full
 
     def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> InsertResult:
