@@ -24,7 +24,7 @@ MAX_CHOICES = 1024
 """Of one request: prompts times choices."""
 
 MAX_COPIES_BYTES = 64 * 2**20
-"""Each choice's job has a copy of its prompt; the bound on all copies of one request."""
+"""Each choice's job has a copy of its prompt and of what all jobs share, such as stop strings; the bound on all copies of one request."""
 
 
 class AnswerRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -157,7 +157,10 @@ def answer_record(first: GenerationJob) -> AnswerRecord:
 
 
 def check_size(request: GenerationRequest, num_bytes: int) -> None:
-    """Bound what one request becomes.
+    """Bound the number and the total size of a request's jobs.
+
+    Args:
+        num_bytes: The size of the request's body.
 
     Raises:
         RequestError: 400.
@@ -167,13 +170,25 @@ def check_size(request: GenerationRequest, num_bytes: int) -> None:
         raise invalid(
             f"The request asks for {request.num_jobs} choices; at most {MAX_CHOICES} are allowed.", param
         )
-    copies_bytes = num_bytes * request.best_of
-    if request.best_of > 1 and copies_bytes > MAX_COPIES_BYTES:
+    if request.num_jobs == 1:
+        return
+    shared_bytes = _shared_bytes(request)
+    # The rest of the body is the prompts, each of which is in the jobs of its own choices only.
+    copies_bytes = request.num_jobs * shared_bytes + request.best_of * max(0, num_bytes - shared_bytes)
+    if copies_bytes > MAX_COPIES_BYTES:
         raise invalid(
-            f"The request is too large: its prompt is stored once for each choice, {copies_bytes} bytes in all, "
-            f"and at most {MAX_COPIES_BYTES} are allowed.",
+            "The request is too large: its prompt, stop strings and other fields are stored once for each choice, "
+            f"{copies_bytes} bytes in all, and at most {MAX_COPIES_BYTES} are allowed.",
             param,
         )
+
+
+def _shared_bytes(request: GenerationRequest) -> int:
+    """The size of what is copied into every job of the request, in JSON."""
+    first = request.prompts[0]
+    suffix = first.suffix if isinstance(first, TextPrompt) else None  # the same for all prompts
+    shared = (request.stop, request.sampling, request.grammar, request.tool_use, suffix)
+    return len(msgspec.json.encode(shared))
 
 
 def _version() -> str:

@@ -20,6 +20,10 @@ from common.errors import invalid
 from common.protocol import SamplingParams
 
 MAX_STOPS = 4
+
+MAX_STOP_CHARACTERS = 1_000
+"""Of a stop string: a worker compares it with the end of the text after each token."""
+
 MAX_TOKENS = 2**31 - 1
 MAX_SHOWN_CHARACTERS = 300
 """Characters of msgspec's message, which may quote the request."""
@@ -44,7 +48,7 @@ def full_match(pattern: str) -> Meta:
 
 TokenCount = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
-StopString = Annotated[str, Meta(min_length=1)]
+StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 TokenIdKey = Annotated[str, full_match("(0|[1-9][0-9]{0,9})")]
 """As int, msgspec would accept `-0` too."""
 

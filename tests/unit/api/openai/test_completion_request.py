@@ -67,6 +67,41 @@ def test_the_size_of_a_request_is_bounded() -> None:
         assert (raised.value.status, raised.value.param) == (400, param)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"suffix": "x" * 400_000},
+        {"logit_bias": {str(10**9 + i): 1 for i in range(30_000)}},
+    ],
+    ids=["suffix", "logit_bias"],
+)
+def test_what_every_job_of_a_request_has_is_counted_for_each(fields: dict[str, Any]) -> None:
+    """Many small prompts with one large field are refused as many choices of it are; a few are accepted."""
+    few, many = parse(prompt=["a"] * 100, **fields), parse(prompt=["a"] * 200, **fields)
+    generation_request.check_size(few, 500_000)
+    with pytest.raises(RequestError, match="at most 67108864 are allowed") as raised:
+        generation_request.check_size(many, 500_000)
+    assert (raised.value.status, raised.value.param) == (400, "prompt")
+
+
+@pytest.mark.parametrize("fields", [{"grammar": "x" * 400_000}, {"stop": ["x" * 400_000]}])
+def test_other_fields_of_every_job_are_counted(fields: dict[str, Any]) -> None:
+    """Also those that cannot be as long, or that completions do not have."""
+    request = msgspec.structs.replace(parse(prompt=["a"] * 200), **fields)
+    with pytest.raises(RequestError, match="at most 67108864 are allowed"):
+        generation_request.check_size(request, 500_000)
+
+
+@pytest.mark.parametrize("stop", ["x" * 1001, ["a", "x" * 1001]])
+def test_the_length_of_a_stop_string_is_bounded(stop: Any) -> None:
+    """A worker compares it with the text after each token."""
+    assert parse(stop="x" * 1000).stop == ["x" * 1000]
+    with pytest.raises(RequestError) as raised:
+        parse(stop=stop)
+    assert raised.value.status == 400
+    assert (raised.value.param or "").startswith("stop")
+
+
 def test_gaps_are_filled_by_models_that_can() -> None:
     """Other models refuse `suffix` by name."""
     request = parse(suffix="x")
