@@ -121,8 +121,12 @@ def _excludes(a: Any, b: Any, document: Document) -> bool:
         return True
     if not (types(a) == types(b) == {"object"}):
         return False
-    tags = {name for name in as_list(a.get("required")) if name in as_list(b.get("required"))}
+    tags = _required(a) & _required(b)
     return any(_are_disjoint(_tag(a, name, document), _tag(b, name, document)) for name in tags)
+
+
+def _required(node: dict[str, Any]) -> set[str]:
+    return {name for name in as_list(node.get("required")) if isinstance(name, str)}
 
 
 def _tag(node: dict[str, Any], name: Any, document: Document) -> set[bytes] | None:

@@ -63,13 +63,21 @@ def size_refusal(schema: Any) -> str | None:
     """
     if not isinstance(schema, dict):
         return None
-    if _num_levels(schema) > MAX_LEVELS:
+    if is_deeper(schema, MAX_LEVELS):
         return f"The schema has more than {MAX_LEVELS} levels."
     if len(msgspec.json.encode(schema)) > MAX_BYTES:
         return f"The schema is longer than {MAX_BYTES} bytes."
     if len(Document(schema).nodes) > MAX_SCHEMAS:
         return f"The schema consists of more than {MAX_SCHEMAS} schemas."
     return None
+
+
+def is_deeper(value: Any, max_levels: int) -> bool:
+    """Whether a JSON value is nested more deeply than `max_levels`; without recursion, since it may be very deep."""
+    num_levels, level = 0, [value]
+    while level and num_levels <= max_levels:
+        num_levels, level = num_levels + 1, _next_level(level)
+    return num_levels > max_levels
 
 
 def pattern_steps(pattern: str) -> int:
@@ -97,14 +105,6 @@ _REGEX_PARTS = re.compile(
     r"|(?P<count>\{(?P<min>\d+)(?:,(?P<max>\d*))?\})|.",
     re.DOTALL,
 )
-
-
-def _num_levels(value: Any) -> int:
-    """How deep a JSON value is nested, counted up to one more than allowed; without recursion, since it may be very deep."""
-    num_levels, level = 0, [value]
-    while level and num_levels <= MAX_LEVELS:
-        num_levels, level = num_levels + 1, _next_level(level)
-    return num_levels
 
 
 def _num_values(values: list[Any]) -> int:

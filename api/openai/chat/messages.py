@@ -14,6 +14,10 @@ from msgspec import Meta
 
 from api.openai import request_fields as fields
 from common.errors import invalid
+from common.schema import limits
+
+MAX_ARGUMENT_LEVELS = 200
+"""Of a call's arguments as an object; deeper ones stay text."""
 
 
 class ContentPart(msgspec.Struct, frozen=True):
@@ -136,12 +140,14 @@ def _call(call: ToolCall, path: str, called: dict[str, str], inside: str = "func
 
 def _arguments(text: str) -> Mapping[str, Any] | str:
     """Arguments as an object; some models call a function without parameters with an empty string. Text that is not a
-    JSON object, such as that of a truncated call, is kept: any answer can be sent back unchanged.
+    JSON object, such as that of a truncated call, is kept, as is one that is nested too deeply: any answer can be sent
+    back unchanged.
     """
     try:
-        return msgspec.json.decode(text, type=dict[str, Any]) if text.strip() else {}
+        arguments = msgspec.json.decode(text, type=dict[str, Any]) if text.strip() else {}
     except (msgspec.DecodeError, RecursionError):
         return text
+    return text if limits.is_deeper(arguments, MAX_ARGUMENT_LEVELS) else arguments
 
 
 def _result(message: Message, path: str, called: dict[str, str]) -> dict[str, Any]:

@@ -15,9 +15,12 @@ import msgspec
 from api.openai import request_fields as fields
 from common.errors import RequestError, invalid
 from common.protocol import ToolUse
-from common.schema import function_schema
+from common.schema import function_schema, limits
 
 MAX_TOOLS = 128
+
+MAX_LEVELS = 200
+"""Of a function's parameters; those of a strict function have `limits.MAX_LEVELS`."""
 
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 """Of a function without parameters, for templates and grammars."""
@@ -174,8 +177,8 @@ def _checked(functions: list[FunctionDefinition], param: str, inside: str) -> li
         inside: The path of the function in an item of `param`.
 
     Raises:
-        RequestError: 400; there are too many, two have the same name, parameters are not an object's schema, or those of
-            a strict function cannot be expressed as a grammar.
+        RequestError: 400; there are too many, two have the same name, parameters are not an object's schema or are nested
+            too deeply, or those of a strict function cannot be expressed as a grammar.
     """
     if len(functions) > MAX_TOOLS:
         raise invalid(f"`{param}` has {len(functions)} functions; at most {MAX_TOOLS} are allowed.", param)
@@ -200,6 +203,8 @@ def _plain(function: FunctionDefinition, path: str) -> dict[str, Any]:
     parameters = function.parameters or _NO_PARAMETERS
     if parameters.get("type", "object") != "object":
         raise invalid(f"`{path}` must be a schema of an object: its `type` must be `object`.", path)
+    if limits.is_deeper(parameters, MAX_LEVELS):
+        raise invalid(f"`{path}` has more than {MAX_LEVELS} levels.", path)
     if not isinstance(parameters.get("properties", {}), dict):
         raise invalid(f"`{path}.properties` must be an object.", f"{path}.properties")
     plain: dict[str, Any] = {"name": function.name}

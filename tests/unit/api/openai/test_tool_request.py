@@ -213,6 +213,39 @@ def test_invalid_values_are_refused_by_name(fields: dict[str, Any], param: str) 
     )
 
 
+def lists(levels: int) -> str:
+    return "[" * levels + "]" * levels
+
+
+@pytest.mark.parametrize("levels", [250, 800, 955, 960, 965, 970])
+@pytest.mark.parametrize(
+    ("field", "param"), [("tools", "tools[0].function.parameters"), ("functions", "functions[0].parameters")]
+)
+def test_deeply_nested_parameters_are_refused(levels: int, field: str, param: str) -> None:
+    """A 400, not a failure of the encoder. The deepest ones cannot be decoded, and the error has no parameter."""
+    function = '{"name": "f", "parameters": {"default": ' + lists(levels) + "}}"
+    item = function if field == "functions" else '{"type": "function", "function": ' + function + "}"
+    body = f'{{"messages": {json.dumps(HI)}, "{field}": [{item}]}}'
+    with pytest.raises(RequestError) as raised:
+        chat_request.parse(body.encode())
+    assert raised.value.status == 400
+    assert levels > 900 or raised.value.param == param
+
+
+def test_parameters_of_many_levels() -> None:
+    """A function that is not strict may have more than a grammar can have."""
+    deep = {"default": json.loads(lists(150))}
+    assert parse(tools=[tool(parameters=deep)]).tool_use == ToolUse(tools=[parsed("f", deep)])
+
+
+@pytest.mark.parametrize("levels", [250, 800, 955, 960, 965, 970])
+def test_deeply_nested_arguments_of_a_call_stay_text(levels: int) -> None:
+    """An earlier answer can be sent back unchanged, and the job can be encoded."""
+    text = '{"a": ' + lists(levels) + "}"
+    sent = prompt(messages=assistant(made(text))).messages[1]
+    assert sent["tool_calls"][0]["function"]["arguments"] == text
+
+
 def test_messages_with_calls_in_the_form_that_templates_expect() -> None:
     """Arguments become an object, results get their function's name; reasoning and refusals are kept."""
     messages = [

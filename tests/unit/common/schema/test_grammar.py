@@ -237,6 +237,45 @@ def test_tools_schemas_are_checked() -> None:
     assert "#/nowhere" in (grammar.check(grammar.for_tool_calls(ToolUse(tools=tools))) or "")
 
 
+ODD_VALUES: list[Any] = [
+    None,
+    True,
+    -1,
+    1.5,
+    10**400,
+    "a",
+    "[",
+    [],
+    {},
+    [[]],
+    [{}],
+    [None],
+    ["a", {}],
+    {"a": []},
+    {"a": {}},
+    {"type": [{}]},
+]
+
+
+@pytest.mark.parametrize(
+    "keyword",
+    [
+        *("type", "enum", "const", "required", "properties", "patternProperties", "propertyNames", "items"),
+        *("additionalProperties", "additionalItems", "prefixItems", "allOf", "anyOf", "oneOf", "not", "$ref"),
+        *("$defs", "$id", "format", "pattern", "minimum", "maximum", "exclusiveMinimum", "multipleOf"),
+        *("exclusiveMaximum", "minItems", "uniqueItems", "dependentRequired", "x-guidance", "description"),
+    ],
+)
+def test_odd_values_of_a_keyword(keyword: str) -> None:
+    """Clients send any JSON. A schema is accepted or refused in a sentence; no exception is raised."""
+    for value in ODD_VALUES:
+        node = {keyword: value}
+        tagged = {"type": "object", "required": ["a"], "properties": {"a": node}} | node
+        for schema in (node, tagged, {"oneOf": [tagged, tagged]}, {"minimum": 0, "maximum": 1} | node):
+            message = schema_limits.refusal(json_schema.rewrite(schema))
+            assert message is None or message.endswith(".")
+
+
 def test_rewritten_schemas_are_never_laxer() -> None:
     """The rewritten schema accepts nothing that the client's schema refuses."""
     values = [
