@@ -44,8 +44,10 @@ class ActiveRequest:
         self._job_queue = job_queue
         self._choices = Choices(jobs, relay)
         self._is_submitted = False
+        self._is_queued = False
+        self._cancelled_ids: set[str] = set()
         self._deadline = asyncio.get_running_loop().call_later(
-            timeout_seconds, self._choices.abort, _deadline_exceeded(timeout_seconds)
+            timeout_seconds, self._abort, _deadline_exceeded(timeout_seconds)
         )
         self._began_mono = time.monotonic()
         self._first_token_mono: float | None = None
@@ -70,6 +72,7 @@ class ActiveRequest:
         except QueueFullError:
             self._is_submitted = False
             raise
+        self._is_queued = True
         self._choices.mark_queued(asyncio.get_running_loop().time())
 
     async def take(self) -> ChoiceEvents:
@@ -79,6 +82,8 @@ class ActiveRequest:
             isinstance(event, Delta) for _, events in taken for event in events
         ):
             self._first_token_mono = time.monotonic()
+        if self._choices.failed is not None:
+            self._cancel_unfinished()  # not only in `release`: a client that does not read delays that
         return taken
 
     def finished(self) -> list[Finished]:
@@ -97,23 +102,29 @@ class ActiveRequest:
                 code=failed.code,
                 retry_after_seconds=failed.retry_after_seconds,
             )
-        finished = self._choices.finished
-        if any(each.finish_reason == "cancelled" for each in finished):
-            raise RequestError(
-                "The request was cancelled before its answer was complete.",
-                status=503,
-                type="server_error",
-                code="cancelled",
-            )
-        return finished
+        return self._choices.finished
 
     def release(self) -> None:
         """Release everything; called exactly once, however the request has ended."""
         self._deadline.cancel()
-        running = self._choices.release()
-        for job in running if self._is_submitted else ():
-            self._job_queue.cancel(job.job_id, job.model)
+        self._cancel_unfinished()
+        self._choices.release()
         self._log_end()
+
+    def _abort(self, failed: Failed) -> None:
+        """End the request and cancel its jobs at once, even if its handler waits for a client that does not read."""
+        self._choices.abort(failed)
+        self._cancel_unfinished()
+
+    def _cancel_unfinished(self) -> None:
+        """Cancel the jobs that may still be queued or running; each once, unless it may have been queued since."""
+        if not self._is_submitted:
+            return
+        for job in self._choices.unfinished():
+            if job.job_id not in self._cancelled_ids:
+                self._job_queue.cancel(job.job_id, job.model)
+                if self._is_queued:
+                    self._cancelled_ids.add(job.job_id)
 
     def _log_end(self) -> None:
         """One line a request; never its text."""

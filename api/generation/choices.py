@@ -21,7 +21,7 @@ class Choices:
 
     Attributes:
         jobs: In the order of the choices' indices.
-        failed: The end of the first job to fail; the request fails with it.
+        failed: The end of the first job to fail or to be cancelled; the request fails with it.
         prompt_tokens: By index, of the choices whose prefill has begun.
     """
 
@@ -36,7 +36,7 @@ class Choices:
 
     @property
     def is_done(self) -> bool:
-        """Whether no more events follow: every job has ended, or one has failed."""
+        """Whether no more events follow: every job has ended, or one has failed or was cancelled."""
         return self.failed is not None or len(self._finished) == len(self.jobs)
 
     @property
@@ -59,16 +59,20 @@ class Choices:
         for subscription in self._subscriptions:
             subscription.last_event_mono = now_mono
 
-    def release(self) -> list[GenerationJob]:
-        """Unsubscribe; returns the jobs that may still be queued or running."""
+    def unfinished(self) -> list[GenerationJob]:
+        """The jobs that may still be queued or running."""
+        return [
+            job
+            for job, subscription in zip(self.jobs, self._subscriptions, strict=True)
+            if subscription.terminal is None or subscription.is_aborted
+        ]
+
+    def release(self) -> None:
+        """Unsubscribe."""
         for take in self._takes.values():
             take.cancel()
-        running = []
-        for job, subscription in zip(self.jobs, self._subscriptions, strict=True):
+        for subscription in self._subscriptions:
             self._relay.unsubscribe(subscription)
-            if subscription.terminal is None or subscription.is_aborted:
-                running.append(job)
-        return running
 
     async def take(self) -> ChoiceEvents:
         """Wait for events of any job; a terminal event is the last of its choice. Empty on a tick of the relay.
@@ -84,6 +88,9 @@ class Choices:
         """Note what events mean for the request; returns those that belong to the answer."""
         # Not the subscription's `terminal`: that may have arrived since these events were taken, with others before it.
         last = events[-1]
+        if isinstance(last, Finished) and last.finish_reason == "cancelled":
+            last = _cancelled(last.n)
+            events = [*events[:-1], last]
         if isinstance(last, Finished):
             self._finished[index] = last
         elif isinstance(last, Failed):
@@ -101,3 +108,12 @@ class Choices:
         await asyncio.wait(self._takes.values(), return_when=asyncio.FIRST_COMPLETED)
         done = [index for index, take in self._takes.items() if take.done()]
         return [(index, self._takes.pop(index).result()) for index in sorted(done)]
+
+
+def _cancelled(n: int) -> Failed:
+    return Failed(
+        n,
+        "The request was cancelled before its answer was complete.",
+        status=503,
+        code="cancelled",
+    )

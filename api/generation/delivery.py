@@ -19,7 +19,7 @@ from api.generation.choices import ChoiceEvents
 from api.generation.front_end import AnswerEvent, Rendering
 from api.http import errors
 from common.errors import RequestError
-from common.protocol import Failed, Finished
+from common.protocol import Failed
 from common.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -100,8 +100,6 @@ def _rendered(taken: ChoiceEvents, rendering: Rendering) -> bytes:
 
 def _shown(events: list[AnswerEvent | Failed]) -> list[AnswerEvent]:
     """Without a last event that says that the answer is not complete: the error comes after what was generated."""
-    if events:
-        last = events[-1]
-        if isinstance(last, Failed) or (isinstance(last, Finished) and last.finish_reason == "cancelled"):
-            events = events[:-1]
+    if events and isinstance(events[-1], Failed):
+        events = events[:-1]
     return events  # type: ignore[return-value]
