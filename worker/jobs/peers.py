@@ -16,10 +16,13 @@ def max_context_length(connection: redis.Redis, model: str) -> int:
     with connection.pipeline(transaction=False) as pipe:
         for name in listed:
             pipe.hmget(names.worker_card(name.decode(errors="replace")), "id", "context_length")
-        cards = pipe.execute()
+        cards = pipe.execute(raise_on_error=False)
     longest = 0
-    for model_id, context_length in cards:
-        if model_id == model.encode():
-            with suppress(TypeError, ValueError):  # anyone may write anything to Redis
+    for card in cards:
+        with suppress(
+            TypeError, ValueError
+        ):  # anyone may write anything to Redis, also a card of another type
+            model_id, context_length = card
+            if model_id == model.encode():
                 longest = max(longest, int(context_length))
     return longest

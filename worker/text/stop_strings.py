@@ -12,11 +12,11 @@ from collections.abc import Sequence
 class StopMatcher:
     """Finds the first stop string that is completed. The result does not depend on how the text was cut into pieces.
 
-    If several end at the same character, the one that starts first wins.
+    If several end at the same character, the one that starts first wins. Empty strings stop nothing.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
-        self._stops = tuple(stops)
+        self._stops = tuple(filter(None, stops))
         self._max_length = max(map(len, self._stops), default=0)
         self._first_chars = {stop[0] for stop in self._stops}
         self._held_text = ""

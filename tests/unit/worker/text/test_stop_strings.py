@@ -63,3 +63,11 @@ def test_text_is_released_early() -> None:
     matcher = StopMatcher(["stop"])
     assert matcher.feed("some s") == ("some ", False)
     assert matcher.feed("un") == ("sun", False)
+
+
+def test_empty_stop_strings_stop_nothing() -> None:
+    """A job that somebody wrote to Redis may carry them; the API refuses them."""
+    matcher = StopMatcher(["", "end"])
+    assert matcher.feed("no e") == ("no ", False)
+    assert matcher.feed("nd") == ("", True)
+    assert StopMatcher([""]).feed("text") == ("text", False)
