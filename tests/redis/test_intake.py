@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from common import names
 from common.protocol import Delta, Failed, Finished
 from common.rq import JsonJob
 from tests.redis.pool_of_workers import Workers, exact, wait_until
@@ -91,8 +93,10 @@ def test_long_prompts_wait_for_the_only_worker_with_room(workers: Workers) -> No
 
 
 def test_without_a_worker_with_room_a_long_prompt_is_refused(workers: Workers) -> None:
-    """No live worker has room: the client gets the error of a prompt that is too long."""
+    """No live worker has room: the client gets the error of a prompt that is too long, also if a card in Redis is garbage."""
     workers.start("m", 100, "--context-length", "50")
+    workers.client.zadd(names.WORKER_CARDS, {"garbage": time.time()})
+    workers.client.set(names.worker_card("garbage"), "no hash")
     long = workers.submit(text=LONG)
     wait_until(lambda: workers.has_ended(long))
     failed = workers.terminal(long)
