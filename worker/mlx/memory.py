@@ -12,7 +12,7 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from common.errors import StartupError
-from common.machine.memory_claims import WORKING_BYTES, WORKING_SHARE
+from common.machine import memory_claims
 
 _MIN_CONTEXT_TOKENS = 512
 
@@ -66,8 +66,7 @@ class CacheMemory:
 
     def with_limit(self, limit_bytes: float) -> CacheMemory:
         """A copy with the room that is left in a process that may use `limit_bytes`."""
-        working_bytes = max(WORKING_BYTES, WORKING_SHARE * limit_bytes)
-        return replace(self, room_bytes=limit_bytes - self.weight_bytes - working_bytes)
+        return replace(self, room_bytes=memory_claims.room_bytes(limit_bytes, self.weight_bytes))
 
     def fits(self, num_tokens_each: list[int]) -> bool:
         """Whether sequences of these lengths have room together."""

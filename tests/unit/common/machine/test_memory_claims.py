@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from common.errors import StartupError
 from common.machine import memory_claims
@@ -38,13 +41,38 @@ def test_a_worker_alone_has_all() -> None:
 
 
 def test_each_has_its_weights_and_the_same_room() -> None:
-    """Shares add up to the machine's memory; each is as far above its own weights as the others'."""
+    """Shares add up to the machine's memory; after weights and what steps need, each has the same left."""
     small, large = claim(gb=1), claim(gb=5)
     shares = [
         memory_claims.share_bytes(small, [large], MACHINE),
         memory_claims.share_bytes(large, [small], MACHINE),
     ]
-    assert shares == [4 * GB, 8 * GB]
+    assert sum(shares) == pytest.approx(12 * GB, abs=2)
+    rooms = [memory_claims.room_bytes(share, gb * GB) for share, gb in zip(shares, (1, 5), strict=True)]
+    assert rooms[0] == pytest.approx(rooms[1], abs=4)
+    assert rooms[0] > 2.6 * GB
+
+
+@pytest.mark.parametrize("gigabytes", [(40, 7), (40, 5.2), (40, 4), (30, 16.5), (22, 22, 2), (1,) * 36])
+def test_workers_that_fit_have_room_for_caches(gigabytes: tuple[float, ...]) -> None:
+    """If models fit on a machine together, each worker's share has room for caches; otherwise some have too little."""
+    machine = Machine("gpu 0", 48 * GB)
+    claims = [claim(gb=each) for each in gigabytes]
+    rooms = []
+    for index, own in enumerate(claims):
+        share = memory_claims.share_bytes(own, claims[:index] + claims[index + 1 :], machine)
+        rooms.append(memory_claims.room_bytes(share, own.weight_bytes))
+    has_room = min(rooms) >= memory_claims.MIN_CACHE_BYTES
+    assert (memory_claims.misfit(claims, machine) is None) == has_room
+    assert has_room == (gigabytes in {(40, 5.2), (40, 4), (1,) * 36})
+
+
+@given(weight_bytes=st.integers(0, 64 * GB), cache_bytes=st.integers(0, 64 * GB))
+def test_a_needed_limit_is_the_smallest_one(weight_bytes: int, cache_bytes: int) -> None:
+    """`needed_bytes` is the inverse of `room_bytes`, to within a byte's rounding."""
+    needed = memory_claims.needed_bytes(weight_bytes, cache_bytes)
+    assert memory_claims.room_bytes(needed + 1, weight_bytes) >= cache_bytes
+    assert memory_claims.room_bytes(needed - 2, weight_bytes) < cache_bytes
 
 
 def test_a_limit_is_honored() -> None:
@@ -81,7 +109,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     """The sentence names the workers that run and how much of what there is; the refused one leaves no claim."""
     first: Registration = memory_claims.register(claim("org/a", gb=9), MACHINE, tmp_path)
     with pytest.raises(
-        StartupError, match=r"b does not fit .*org/a in process 1.*org/a 9\.3 GB \+ b 3\.3 GB"
+        StartupError, match=r"b does not fit .*org/a in process 1.*org/a 9\.5 GB \+ b 3\.3 GB"
     ) as refused:
         memory_claims.register(claim("b", gb=3), MACHINE, tmp_path)
     assert "workers may use 12.0 GB" in str(refused.value)
@@ -125,6 +153,36 @@ def test_a_killed_worker_leaves_no_claim(tmp_path: Path) -> None:
         other.wait()
     assert memory_claims.register(claim(), MACHINE, tmp_path).share_bytes() == 12 * GB
     assert len(list(tmp_path.glob("*.json"))) == 1
+
+
+def test_a_removed_claim_is_registered_again(tmp_path: Path) -> None:
+    """Two workers never use the same memory because one's file, or the whole folder, was removed."""
+    clock = Clock()
+    first = memory_claims.register(claim("a"), MACHINE, tmp_path / "workers", clock)
+    second = memory_claims.register(claim("b"), MACHINE, tmp_path / "workers", clock)
+    for path in (tmp_path / "workers").iterdir():
+        path.unlink()
+    (tmp_path / "workers").rmdir()
+    clock.now += READ_SECONDS
+    first.share_bytes()
+    second.share_bytes()
+    clock.now += READ_SECONDS
+    assert first.share_bytes() == second.share_bytes() == 6 * GB
+    first.close()
+    clock.now += READ_SECONDS
+    assert second.share_bytes() == 12 * GB
+
+
+def test_hosts_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a state folder that several hosts share, no host reads or removes another's claims; a Mac's domain may change."""
+    folders = []
+    for name in ("a.local", "a.example.com", "b"):
+        monkeypatch.setattr(socket, "gethostname", lambda name=name: name)
+        folders.append(memory_claims.folder(tmp_path))
+    assert folders[0] == folders[1] != folders[2]
+    own = memory_claims.register(claim(gb=10), MACHINE, folders[0])
+    other = memory_claims.register(claim(gb=10), MACHINE, folders[2])
+    assert own.share_bytes() == other.share_bytes() == 12 * GB
 
 
 def test_an_unreadable_claim_is_ignored(tmp_path: Path) -> None:

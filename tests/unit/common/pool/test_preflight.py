@@ -164,7 +164,7 @@ def test_workers_that_run_already_count(tmp_path: Path) -> None:
         Machine("gpu 0", 12 * memory_claims.GB),
         memory_claims.folder(tmp_path / "state"),
     )
-    with pytest.raises(StartupError, match=r"next to the 1 that already run here: c 6\.3 GB \+"):
+    with pytest.raises(StartupError, match=r"next to the 1 that already run here: c 6\.4 GB \+"):
         preflight.check_memory(workers(*models, state_dir=str(tmp_path / "state")), 1)
     running.close()
     preflight.check_memory(workers(*models, state_dir=str(tmp_path / "state")), 1)
