@@ -118,7 +118,7 @@ class Supervisor:
         self._process = subprocess.Popen(self._command)
         if self._is_stopping:  # a signal came before there was a process to pass it on to
             self._process.terminate()
-        with _guarded(self._process.pid):
+        with _guarded(self._process.pid, self._say):
             return self._process.wait()
 
     def _sleep(self, seconds: float) -> None:
@@ -128,11 +128,24 @@ class Supervisor:
 
 
 @contextmanager
-def _guarded(process_id: int) -> Iterator[None]:
-    """Have a process terminated if this one is killed meanwhile, on any Unix: the kernel then closes the guard's pipe."""
+def _guarded(process_id: int, say: Callable[[str], object]) -> Iterator[None]:
+    """Have a process terminated if this one is killed meanwhile, on any Unix: the kernel then closes the guard's pipe.
+
+    If the guard cannot be started, the process runs without one: to leave it without a supervisor would be worse.
+    """
     command = ["/bin/sh", "-c", _GUARD, "guard", str(process_id), f"{ORPHAN_EXIT_SECONDS:.0f}"]
     null = subprocess.DEVNULL
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=null, stderr=null) as guard:
+    guard = None
+    try:
+        guard = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=null, stderr=null)
+    except OSError as error:
+        say(
+            f"process {process_id} goes on if its supervisor is killed: its guard cannot be started: {error}\n"
+        )
+    if guard is None:
+        yield
+        return
+    with guard:
         try:
             yield
         finally:

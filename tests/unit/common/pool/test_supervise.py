@@ -110,11 +110,29 @@ def test_a_killed_supervisor_leaves_no_command_behind() -> None:
 def test_a_guard_ends_with_its_command() -> None:
     """The guard ends with the command: it never signals another process that gets the same id."""
     process = subprocess.Popen(["sleep", "60"])
-    with supervise._guarded(process.pid):
+    with supervise._guarded(process.pid, print):
         guard = _child_of_this_process("sh")
         process.kill()
         process.wait()
     assert not _is_running(guard)
+
+
+def test_a_command_runs_without_a_guard_that_cannot_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If there are too many processes for the guard, the command is still supervised, and the operator informed."""
+
+    class NoGuard(subprocess.Popen[bytes]):
+        def __init__(self, command: list[str], **options: Any) -> None:
+            if command[0] == "/bin/sh":
+                raise BlockingIOError("too many processes")
+            super().__init__(command, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", NoGuard)
+    said: list[str] = []
+    assert Supervisor(counting(tmp_path, 3, 0), said.append).run() == 0
+    assert (tmp_path / "runs").read_text() == "xx"
+    assert "its guard cannot be started: too many processes" in said[0]
 
 
 def _is_running(process_id: int) -> bool:
