@@ -35,8 +35,12 @@ _COPY_SECONDS = 0.004
 """How long it takes to keep the caches of a prefix, to find and copy them, and to merge them into a batch. Measured with 32 arrays
 on an H200, where it does not depend on their lengths."""
 
-_INITIAL_TOKENS = 512
-_INITIAL_PIECE_TOKENS = 64  # doubled while a piece takes less than `PIECE_SECONDS`
+_INITIAL_TOKENS = 64
+"""The budgets before anything was observed. The slowest machine must prefill so many tokens within the time after which the
+watchdog takes a step for hung. The price is one short step for the first prompt, a few milliseconds on a GPU."""
+
+_SECOND_TOKENS = 512
+"""The largest budget for complete prompts after the first prefill; then it is doubled at most by each."""
 
 _MAX_BURST_WAIT_SECONDS = 0.02
 _BURST_WAIT_SHARE = 0.05  # of the latest prefill's duration
@@ -75,10 +79,11 @@ class PrefillBudget:
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens
         self.num_tokens = min(max_tokens, _INITIAL_TOKENS)
-        self.piece_tokens = min(max_tokens, _INITIAL_PIECE_TOKENS)
+        self.piece_tokens = min(max_tokens, _INITIAL_TOKENS)
         self.burst_wait_seconds = 0.0
         self.pause_seconds = 0.0
         self._best_per_second = 0.0
+        self._is_first = True
 
     @property
     def copy_tokens(self) -> int:
@@ -135,13 +140,22 @@ class PrefillBudget:
         if num_tokens >= MIN_TOKENS:
             # The best of many steps: the time of a few tokens, or of the first step of a shape, is mostly overhead.
             self._best_per_second = max(per_second, 0.98 * self._best_per_second)
-        self.num_tokens = self._adapted(self.num_tokens, num_tokens, seconds, per_second, TARGET_SECONDS)
-        self.piece_tokens = self._adapted(self.piece_tokens, num_tokens, seconds, per_second, PIECE_SECONDS)
+        max_next = max(2 * self.num_tokens, _SECOND_TOKENS if self._is_first else 0)
+        self._is_first = False
+        self.num_tokens = self._adapted(self.num_tokens, max_next, num_tokens, seconds, TARGET_SECONDS)
+        self.piece_tokens = self._adapted(
+            self.piece_tokens, 2 * self.piece_tokens, num_tokens, seconds, PIECE_SECONDS
+        )
 
     def _adapted(
-        self, before: int, num_tokens: int, seconds: float, per_second: float, target_seconds: float
+        self,
+        before: int,
+        max_next: int,
+        num_tokens: int,
+        seconds: float,
+        target_seconds: float,
     ) -> int:
-        affordable = min(int(per_second * target_seconds), 2 * before)
+        affordable = min(int(num_tokens / max(seconds, 1e-6) * target_seconds), max_next)
         if num_tokens < before and seconds <= target_seconds:
             # A few tokens take longer per token than many: only the best of many steps lowers the budget.
             best = int(self._best_per_second * target_seconds) or before

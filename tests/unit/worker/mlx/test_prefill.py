@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.settings import Settings
 from worker.mlx.prefill import (
     MAX_IN_PIECES,
     MAX_PROMPTS,
@@ -134,3 +135,22 @@ def test_a_pause_after_a_prefill() -> None:
     budget.observe(45, seconds=5.0)
     assert budget.may_pause(1, 8, since_seconds=0.019)
     assert not budget.may_pause(1, 8, since_seconds=0.021)
+
+
+@pytest.mark.parametrize("waiting", [[500], [60] * 8])
+def test_the_first_prefill_is_short(waiting: list[int]) -> None:
+    """At 2 tokens a second, no prefill takes longer than the default stall timeout, the first one neither."""
+    budget = PrefillBudget(2048)
+    for _ in range(10):
+        plan = budget.plan([], waiting)
+        num = min(waiting[0], plan.num_tokens) * len(plan.joining)
+        assert num / 2 < Settings().stall_seconds
+        budget.observe(num, num / 2)
+
+
+def test_a_fast_first_prefill_lifts_the_budget_at_once() -> None:
+    """On a GPU, a prompt of 512 tokens has its second and last prefill right after a short first one."""
+    budget = PrefillBudget(2048)
+    num = budget.plan([], [512]).num_tokens
+    budget.observe(num, 0.01)
+    assert budget.plan([512 - num], []).num_tokens == 512
