@@ -8,7 +8,9 @@ command line with these classes, and `python -m common.rq dashboard` is rq-dashb
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
 import zlib
 from types import SimpleNamespace
@@ -40,6 +42,23 @@ rq.serializers.DefaultSerializer.loads = staticmethod(_refuse)  # RQ's default i
 MAX_JOB_BYTES = 128 * 1024 * 1024
 """Limit of what RQ compresses: a job's data, an exception's text. JSON in ASCII is at most three times a body in UTF-8, and a
 schema may be in a job twice, so a body of the default limit, 10 MiB, makes 60 MiB at most; this leaves room for larger limits."""
+
+
+MAX_NUMBER = 2**40
+"""Limit of the numbers in a job's hash, seconds and counts: what RQ and Redis compute from them stays in their range."""
+
+_NUMBERS = (
+    "timeout",
+    "result_ttl",
+    "failure_ttl",
+    "ttl",
+    "number_of_retries",
+    "retries_left",
+    "repeats_left",
+)
+"""Attributes of a job that are numbers or None."""
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class ForeignJobError(MLXPoolError):
@@ -93,6 +112,20 @@ class JsonJob(Job):
     def stopped_callback(self) -> None:
         return None
 
+    def restore(self, raw_data: Any) -> Any:
+        """As RQ's, and check what RQ later computes with or sends.
+
+        Raises:
+            ForeignJobError: A number is out of range, or the job depends on others, as no job of the API does.
+        """
+        super().restore(raw_data)
+        for name in _NUMBERS:
+            number = getattr(self, name)
+            if number is not None and not -1 <= number <= MAX_NUMBER:
+                raise ForeignJobError(f"not a job of mlx-pool (its {name} is out of range)")
+        if self._dependency_ids:
+            raise ForeignJobError("not a job of mlx-pool (it depends on other jobs)")
+
     def request(self) -> GenerationJob:
         """Decode the request that the API wrote.
 
@@ -101,6 +134,8 @@ class JsonJob(Job):
         """
         try:
             request = msgspec.convert(self.kwargs, GenerationJob, str_keys=True)
+            if _SURROGATE.search(self.data):
+                json.dumps(self.kwargs, ensure_ascii=False).encode()  # fails on a surrogate without its pair
         except Exception as error:
             raise ForeignJobError(f"not a job of mlx-pool ({type(error).__name__}: {error})") from error
         if request.job_id != self.id:

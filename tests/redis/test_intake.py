@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
+import zlib
 from collections.abc import Iterator
+from queue import SimpleQueue
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from common import names
+from common.errors import RequestError
 from common.protocol import Delta, Failed, Finished
-from common.rq import JsonJob
+from common.rq import JsonJob, JsonQueue
 from tests.redis.pool_of_workers import Workers, exact, wait_until
-from worker.jobs.intake import TAKE_SHARE
+from worker.jobs.intake import TAKE_SHARE, Intake, TakenJob
 
 LONG = " ".join("x" * 100)
 """A prompt of 100 tokens of the synthetic worker."""
@@ -123,3 +128,89 @@ def test_takeover_by_a_worker_without_room(workers: Workers) -> None:
     *tokens, last = workers.journal(jobs[1])
     assert last == failed
     assert all(isinstance(event, Delta) for event in tokens)
+
+
+def set_channel(workers: Workers, job: str, channel: str) -> None:
+    """Write another channel into the job's data."""
+    key = JsonJob.key_for(job)
+    data: Any = workers.client.hget(key, "data")
+    function, instance, arguments, request = json.loads(zlib.decompress(data))
+    changed = [function, instance, arguments, request | {"channel": channel}]
+    workers.client.hset(key, "data", zlib.compress(json.dumps(changed).encode()))
+
+
+def test_bad_jobs_at_the_head_of_the_queue(workers: Workers) -> None:
+    """Jobs that no worker can decode or answer fail alone: those behind them are served, and the worker keeps running."""
+    nested, dependent, surrogate = (workers.submit(retries=0) for _ in range(3))
+    event = b'["x",1,"m",500,"k",null,null,null,' + b"[" * 100_000 + b"]" * 100_000 + b"]"
+    workers.client.xadd(names.journal(nested), {"x": "", "d": event})
+    workers.client.hset(JsonJob.key_for(dependent), "dependency_ids", '["\\ud800"]')
+    set_channel(workers, surrogate, "\ud800")
+    good = [workers.submit(max_tokens=3) for _ in range(3)]
+    worker = workers.start()
+    wait_until(lambda: workers.has_ended(*good))
+    wait_until(lambda: workers.status(surrogate) == "failed")
+    assert worker.process.poll() is None
+    wait_until(lambda: workers.free_slots() == [32])
+
+
+def make_intake(workers: Workers, num_slots: int, **options: Any) -> Intake:
+    """An intake of a worker with a context of 100 tokens, one of two workers of the queue."""
+    executions = MagicMock()
+    executions.queue, executions.connection = JsonQueue("m", connection=workers.client), workers.client
+    slots: SimpleQueue[None] = SimpleQueue()
+    for _ in range(num_slots):
+        slots.put(None)
+    defaults = {"encode": MagicMock(), "admit": MagicMock(), "draining": bool, "holding_off": bool}
+    defaults |= {"num_workers": lambda: 2, "context_length": 100}
+    return Intake(executions, slots=slots, **(defaults | options))
+
+
+def add_worker_with_room(workers: Workers) -> None:
+    workers.client.zadd(names.WORKER_CARDS, {"big": time.time()})
+    workers.client.hset(names.worker_card("big"), mapping={"id": "m", "context_length": 1000})
+    workers.client.sadd("rq:workers:m", "big", "small")
+
+
+def test_short_jobs_behind_many_long_ones(workers: Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker with few slots reaches the short jobs behind more long ones than it has slots; those stay in order."""
+    long = [workers.submit() for _ in range(10)]
+    short = [workers.submit() for _ in range(2)]
+    for job in long:
+        workers.client.hset(JsonJob.key_for(job), "mlxpool_min_context", 101)
+    add_worker_with_room(workers)
+    intake = make_intake(workers, 2)
+    kept: list[str] = []
+
+    def register(taken: list[TakenJob]) -> int:
+        kept.extend(each.raw_id.decode() for each in taken)
+        return 0
+
+    monkeypatch.setattr(intake, "_register", register)
+    monkeypatch.setattr("worker.jobs.intake._HOLD_OFF_SECONDS", 0)
+    for _ in range(12):
+        intake._fill(2)
+    assert kept == short
+    assert JsonQueue("m", connection=workers.client).job_ids == long
+
+
+def test_a_failed_requeue_does_not_stop_the_others(workers: Workers) -> None:
+    """If requeueing a job that is too long raises anything, its lease runs out, and the job behind it is passed to the loop."""
+    add_worker_with_room(workers)
+    admitted: list[Any] = []
+
+    def encode(request: Any) -> list[int]:
+        if request.job_id == "long":
+            raise RequestError("too long", status=400, code="context_length_exceeded")
+        return [1]
+
+    intake = make_intake(workers, 2, encode=encode, admit=admitted.append)
+    intake._executions.requeue.side_effect = TypeError("unforeseen")  # type: ignore[attr-defined]
+    registered = [
+        MagicMock(journal=[], is_poison_candidate=False, raw_id=name.encode()) for name in ("long", "short")
+    ]
+    for each, name in zip(registered, ("long", "short"), strict=True):
+        each.request.job_id, each.job.data, each.execution.id = name, b"x", f"{name} execution"
+    assert intake._hand_over(registered, set()) == 1
+    assert [admit.job.job_id for admit in admitted] == ["short"]
+    intake._executions.forget.assert_called_once_with("long execution")  # type: ignore[attr-defined]

@@ -162,3 +162,96 @@ def test_one_bad_job_of_a_batch(workers: Workers) -> None:
     make_takeover(queue_of(workers)).run()
     assert queue_of(workers).job_ids == [good]
     assert workers.client.zcard(queue_of(workers).started_job_registry.key) == 0
+
+
+NESTED = b'["x",1,"m",500,"k",null,null,null,' + b"[" * 100_000 + b"]" * 100_000 + b"]"
+"""An event with a further field that no recursive decoder can skip."""
+
+
+def append_nested_event(workers: Workers, job: str) -> None:
+    workers.client.xadd(names.journal(job), {"x": "", "d": NESTED})
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"dependency_ids": "5"},
+        {"dependency_ids": "[[1]]"},
+        {"dependency_ids": '["\\ud800"]'},
+        {"failure_ttl": "9" * 21, "retries_left": "0"},
+        {"timeout": "9" * 400},
+    ],
+)
+def test_a_bad_field_does_not_stop_a_takeover(workers: Workers, field: dict[str, str]) -> None:
+    """A job with a field that RQ or Redis would fail on leaves the registry; the others of its batch are requeued."""
+    bad, *good = abandon(workers, 3)
+    workers.client.hset(JsonJob.key_for(bad), mapping=dict(field))
+    assert make_takeover(queue_of(workers)).run() == math.inf
+    assert sorted(queue_of(workers).job_ids) == sorted(good)
+    assert workers.client.zcard(queue_of(workers).started_job_registry.key) == 0
+
+
+def test_a_nested_event_does_not_stop_a_takeover(workers: Workers) -> None:
+    """Nor does a journal that is nested more deeply than the decoder can follow."""
+    bad, *good = abandon(workers, 3)
+    append_nested_event(workers, bad)
+    assert make_takeover(queue_of(workers)).run() == math.inf
+    assert sorted(queue_of(workers).job_ids) == sorted(good)
+
+
+def test_an_unforeseen_error_is_the_jobs_own(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever a library raises while one job is planned, the others are requeued."""
+    bad, *good = abandon(workers, 3)
+    put_back = JsonQueue.put_back
+
+    def fail_for_one(queue: JsonQueue, job: Any, *arguments: Any) -> None:
+        if job.id == bad:
+            raise TypeError("unforeseen")
+        put_back(queue, job, *arguments)
+
+    monkeypatch.setattr(JsonQueue, "put_back", fail_for_one)
+    make_takeover(queue_of(workers)).run()
+    assert sorted(queue_of(workers).job_ids) == sorted(good)
+    assert "unforeseen" in caplog.text
+
+
+def test_executions_key_of_another_type(workers: Workers) -> None:
+    """A job whose list of executions has another type is requeued like any other."""
+    [job] = abandon(workers, 1)
+    workers.client.delete(f"rq:executions:{job}")
+    workers.client.set(f"rq:executions:{job}", "no sorted set")
+    make_takeover(queue_of(workers)).run()
+    assert queue_of(workers).job_ids == [job]
+
+
+def test_queue_of_another_type(workers: Workers, caplog: pytest.LogCaptureFixture) -> None:
+    """While the queue's key has another type nothing is lost: the entry stays in the registry, and a later look requeues the job."""
+    [job] = abandon(workers, 1)
+    queue = queue_of(workers)
+    workers.client.set(queue.key, "no list")
+    takeover = make_takeover(queue)
+    takeover.run()
+    assert "its takeover failed" in caplog.text
+    assert workers.client.zcard(queue.started_job_registry.key) == 1
+    workers.client.delete(queue.key)
+    takeover.run()
+    assert queue.job_ids == [job]
+
+
+def test_a_rejected_command_is_logged_for_its_job(
+    workers: Workers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A command that Redis rejects is an error of its job, with its name; the takeover of the others is complete."""
+    bad, *good = abandon(workers, 3)
+    put_back = JsonQueue.put_back
+
+    def reject_for_one(queue: JsonQueue, job: Any, pipe: Any, ttl_seconds: int) -> None:
+        put_back(queue, job, pipe, 2**63 - 1 if job.id == bad else ttl_seconds)
+
+    monkeypatch.setattr(JsonQueue, "put_back", reject_for_one)
+    assert make_takeover(queue_of(workers)).run() == math.inf
+    assert set(good) <= set(queue_of(workers).job_ids)
+    [record] = [record for record in caplog.records if "its takeover failed" in record.message]
+    assert bad in record.message

@@ -80,11 +80,21 @@ class Executions:
         return self._worker.executions.get(execution_id)
 
     def start(self, job: Job, pipe: Pipeline) -> Execution:
-        """Record on `pipe` that `job` runs here, under a lease. From now on heartbeats renew it."""
-        execution = Execution.create(job, BACKSTOP_SECONDS, pipeline=pipe, worker_name=self._worker.name)
-        pipe.pexpire(execution.key, self._lease_ms)
-        job.prepare_for_execution(self._worker.name, pipeline=pipe)
-        pipe.expire(job.key, self._live_ttl_seconds)  # RQ makes it permanent; it holds the prompt
+        """Record on `pipe` that `job` runs here, under a lease. From now on heartbeats renew it.
+
+        Raises:
+            UnicodeEncodeError: A command cannot be encoded. Nothing was recorded, so the other jobs of `pipe` are unaffected.
+            redis.DataError: The same.
+        """
+        own = self.connection.pipeline()
+        execution = Execution.create(job, BACKSTOP_SECONDS, pipeline=own, worker_name=self._worker.name)
+        own.pexpire(execution.key, self._lease_ms)
+        job.prepare_for_execution(self._worker.name, pipeline=own)
+        own.expire(job.key, self._live_ttl_seconds)  # RQ makes it permanent; it holds the prompt
+        encode = self.connection.get_encoder().encode
+        commands = [([encode(word) for word in words], options) for words, options in own.command_stack]  # type: ignore[no-untyped-call]
+        for words, options in commands:
+            pipe.execute_command(*words, **options)
         self._worker.executions[execution.id] = execution
         self._worker.set_state(WorkerStatus.BUSY, pipeline=pipe)
         return execution

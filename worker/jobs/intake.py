@@ -25,6 +25,7 @@ from worker.jobs.executions import Executions
 from worker.jobs.peers import max_context_length
 from worker.jobs.records import (
     MIN_CONTEXT_FIELD,
+    guard_against_job,
     has_ended,
     read_crash_count,
     read_journal,
@@ -48,11 +49,14 @@ BLOCK_SECONDS = 1
 
 _RETRY_SECONDS = 0.5
 _HOLD_OFF_SECONDS = 0.05
+MAX_LEFT = 64
+"""How many jobs that this worker leaves to others it looks behind for jobs of its own. It reads them completely each time."""
+
 _CANDIDATE_PATIENCE_SECONDS = 5.0
 """How long poison candidates may find only busy workers, see `Intake._select`."""
 
 # KEYS: queue, intermediate queue, the set of RQ's workers of the queue. ARGV: how many to take at most; how many jobs of the burst
-# this worker has already. Takes the rest of this worker's share of the burst.
+# this worker has already, less those that it will leave to others. Takes the rest of this worker's share of the burst.
 TAKE_SHARE = """
 local num_workers = math.max(1, redis.call('SCARD', KEYS[3]))
 local num_waiting = redis.call('LLEN', KEYS[1])
@@ -156,7 +160,7 @@ class Intake:
         self._context_length = context_length
         self._max_batch = slots.qsize()
         self._candidates_since_mono = math.inf
-        self._is_first_left = False  # the first of the last jobs was left to other workers
+        self._num_left = 0  # jobs at the front of the queue that were left to other workers last time
         self._last_warning = ""
         self.progress = Progress("intake")
         self.is_taking = False
@@ -221,8 +225,8 @@ class Intake:
         if first is None:
             return 0
         self.is_taking = True
-        # If the first job will be left to other workers, it needs no slot and is no part of this worker's share.
-        num_own = 0 if self._is_first_left else 1
+        # Jobs that will be left to other workers again need no slots and are no part of this worker's share.
+        num_own = 1 - min(self._num_left, MAX_LEFT)
         max_more = num_slots - num_own
         with self._redis.pipeline(transaction=False) as pipe:
             self._read(pipe, first)
@@ -266,8 +270,8 @@ class Intake:
                 kept = []
             else:
                 kept = [each for each in kept if not each.is_poison_candidate]
+        self._num_left = len(taken) - len(kept)
         kept = kept[:num_slots]
-        self._is_first_left = taken[0] not in kept
         if len(kept) < len(taken):
             self._return(each for each in reversed(taken) if each not in kept)
         if not kept:
@@ -307,7 +311,8 @@ class Intake:
             try:
                 for each in taken:
                     try:
-                        registered += self._begin(each, pipe)
+                        with guard_against_job():
+                            registered += self._begin(each, pipe)
                     except ForeignJobError as error:
                         foreign.append((each.raw_id.decode(errors="replace"), str(error)))
                 removed = pipe.execute()[: len(taken)]
@@ -383,7 +388,7 @@ class Intake:
     def _drop(self, lost: RegisteredJob) -> None:
         try:
             self._executions.drop(lost.job, lost.execution)
-        except redis.RedisError as error:
+        except Exception as error:  # noqa: BLE001 (as for a requeued job)
             log.warning("job %s is another worker's, but is registered here: %s", lost.job.id, error)
             self._executions.forget(lost.execution.id)  # its lease runs out
 
@@ -417,7 +422,7 @@ class Intake:
                 return False
             fields = {MIN_CONTEXT_FIELD: self._context_length + 1}
             self._executions.requeue(registered.job, execution, fields)
-        except redis.RedisError as error:
+        except Exception as error:  # noqa: BLE001 (RQ may raise anything)
             # NOTE: must not end the hand-over of the jobs after this one, whose leases are renewed already.
             log.warning("job %s cannot be requeued (%s): its lease runs out", job_id, error)
         else:

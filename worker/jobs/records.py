@@ -5,13 +5,14 @@ Used by intake and takeover. Whatever cannot be read is a `ForeignJobError`, whi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import msgspec
 import redis
 
 from common.protocol import Event, Failed, Finished, decode_event
-from common.rq import ForeignJobError, JsonJob
+from common.rq import MAX_NUMBER, ForeignJobError, JsonJob
 
 CRASHES_FIELD = "mlxpool_strikes"
 """Field next to RQ's in a job's hash: how many workers in a row died with the job and without a new token of it."""
@@ -44,9 +45,7 @@ class CrashCount(NamedTuple):
 def read_crash_count(fields: dict[bytes, bytes]) -> CrashCount:
     """Read a job's hash; a job that was never taken over, or whose fields are not numbers, has no crashes."""
     try:
-        return CrashCount(
-            int(fields.get(CRASHES_FIELD.encode(), 0)), int(fields.get(LAST_N_FIELD.encode(), 0))
-        )
+        return CrashCount(_read_number(fields, CRASHES_FIELD), _read_number(fields, LAST_N_FIELD))
     except ValueError:
         return CrashCount()
 
@@ -54,9 +53,37 @@ def read_crash_count(fields: dict[bytes, bytes]) -> CrashCount:
 def read_min_context(fields: dict[bytes, bytes]) -> int:
     """Read a job's hash; 0 if nothing is known, or the field is not a number."""
     try:
-        return int(fields.get(MIN_CONTEXT_FIELD.encode(), 0))
+        return _read_number(fields, MIN_CONTEXT_FIELD)
     except ValueError:
         return 0
+
+
+def _read_number(fields: dict[bytes, bytes], name: str) -> int:
+    """A field of a job's hash; 0 if it is missing.
+
+    Raises:
+        ValueError: It is not a number, or out of range.
+    """
+    number = int(fields.get(name.encode(), 0))
+    if not 0 <= number <= MAX_NUMBER:
+        raise ValueError(f"{name} is out of range")
+    return number
+
+
+@contextmanager
+def guard_against_job() -> Iterator[None]:
+    """Turn what a job's data makes any library raise into a `ForeignJobError`, so that only this job is affected.
+
+    Raises:
+        ForeignJobError: The job cannot be handled.
+        redis.RedisError: Redis is away or refuses a command.
+    """
+    try:
+        yield
+    except (ForeignJobError, redis.ConnectionError, redis.TimeoutError, redis.ResponseError):
+        raise
+    except Exception as error:
+        raise ForeignJobError(f"it cannot be handled ({type(error).__name__}: {error})") from error
 
 
 def restore_job(job_id: str, fields: dict[bytes, bytes], connection: redis.Redis) -> JsonJob:
@@ -83,8 +110,8 @@ def read_journal(entries: list[Any]) -> list[Event]:
     """
     try:
         return [decode_event(fields[b"d"]) for _, fields in entries]
-    except (msgspec.MsgspecError, UnicodeDecodeError, KeyError) as error:
-        raise ForeignJobError(f"its journal cannot be read ({error})") from error
+    except Exception as error:  # such as a RecursionError
+        raise ForeignJobError(f"its journal cannot be read ({type(error).__name__}: {error})") from error
 
 
 def has_ended(events: list[Event]) -> bool:

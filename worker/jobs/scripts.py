@@ -35,7 +35,13 @@ end
 
 
 def record(connection: redis.Redis, write: Callable[[Pipeline], Any]) -> list[Any]:
-    """The commands that `write` issues on a pipeline, as arguments for RUN_RECORDED. Nothing is sent."""
+    """The commands that `write` issues on a pipeline, encoded as arguments for RUN_RECORDED. Nothing is sent.
+
+    Raises:
+        UnicodeEncodeError: A word cannot be encoded.
+        redis.DataError: A word has a type that Redis does not have.
+    """
     pipe = connection.pipeline()
     write(pipe)
-    return [word for arguments, _ in pipe.command_stack for word in (len(arguments), *arguments)]
+    encode = connection.get_encoder().encode
+    return [word for arguments, _ in pipe.command_stack for word in (len(arguments), *map(encode, arguments))]

@@ -24,6 +24,7 @@ from worker.jobs.records import (
     CRASHES_FIELD,
     LAST_N_FIELD,
     CrashCount,
+    guard_against_job,
     has_ended,
     read_crash_count,
     read_journal,
@@ -52,26 +53,29 @@ _STATE_FIELDS = ("status", "retries_left", CRASHES_FIELD, LAST_N_FIELD)
 _GONE, _CHANGED, _RUNS_ELSEWHERE, _DONE = range(4)
 """Replies of the script."""
 
-# ARGV: the registry, its entry, the execution's key, the job's key, its journal, the key of its executions, the execution's id;
+# ARGV: the registry, its entry, the execution's key, the job's key, its journal, the key of its executions, the execution's id, the queue;
 # the values of _STATE_FIELDS ('': missing) and the journal's length that the decision was made by; then recorded commands.
-# The worker that removes the entry has taken the job over; no other one can.
+# The worker that removes the entry has taken the job over; no other one can. All that may fail on a key of another type comes
+# before that, so that no job is lost. Returns a reply above, or the text of the first error of the recorded commands.
 _TAKE_OVER = f"""
-local registry, entry, execution, job, journal, executions, id = unpack(ARGV, 1, 7)
+local registry, entry, execution, job, journal, executions, id, queue = unpack(ARGV, 1, 8)
 if redis.call('EXISTS', execution) == 1 or not redis.call('ZSCORE', registry, entry) then return {_GONE} end
 local state = redis.call('HMGET', job, '{"', '".join(_STATE_FIELDS)}')
 for k = 1, 4 do
-  if (state[k] or '') ~= ARGV[7 + k] then return {_CHANGED} end
+  if (state[k] or '') ~= ARGV[8 + k] then return {_CHANGED} end
 end
-if redis.call('XLEN', journal) ~= tonumber(ARGV[12]) then return {_CHANGED} end
+if redis.call('XLEN', journal) ~= tonumber(ARGV[13]) then return {_CHANGED} end
+redis.call('LLEN', queue)
+if redis.call('TYPE', executions).ok ~= 'zset' then redis.call('DEL', executions) end
 redis.call('ZREM', registry, entry)
 redis.call('ZREM', executions, id)
 local prefix = string.sub(execution, 1, -1 - string.len(id))
 for _, other in ipairs(redis.call('ZRANGE', executions, 0, -1)) do
   if redis.call('EXISTS', prefix .. other) == 1 then return {_RUNS_ELSEWHERE} end
 end
-local i = 13
+local i = 14
 {RUN_RECORDED}
-return failure or {_DONE}
+return failure and failure.err or {_DONE}
 """
 
 _LOST = RequestError(
@@ -179,7 +183,8 @@ class Takeover:
         plans: list[tuple[DeadExecution, Plan]] = []
         for dead in self._read(entries):
             try:
-                plans.append((dead, self._plan(dead)))
+                with guard_against_job():
+                    plans.append((dead, self._plan(dead)))
             except ForeignJobError as error:
                 self._drop(dead.entry, error)
         if not plans:
@@ -189,8 +194,9 @@ class Takeover:
                 pipe.eval(_TAKE_OVER, 0, *self._script_arguments(dead), *plan.commands)
             replies = pipe.execute(raise_on_error=False)
         for (dead, plan), reply in zip(plans, replies, strict=True):
-            if _is_wrong_type(reply):
-                self._drop(dead.entry, reply)
+            if isinstance(reply, bytes) or _is_wrong_type(reply):
+                reason = reply.decode(errors="replace") if isinstance(reply, bytes) else reply
+                log.error("job %s: its takeover failed: %s", dead.execution.job_id[:80], reason)
             elif isinstance(reply, Exception):
                 raise reply
             elif reply == _DONE and plan.outcome:
@@ -233,7 +239,7 @@ class Takeover:
         job_id = dead.execution.job_id
         executions_key = ExecutionRegistry(job_id, self._redis).key
         keys = (dead.execution.key, JsonJob.key_for(job_id), names.journal(job_id), executions_key)
-        return [self._registry_key, dead.entry, *keys, dead.execution.id, *dead.state]
+        return [self._registry_key, dead.entry, *keys, dead.execution.id, self._queue.key, *dead.state]
 
     def _plan(self, dead: DeadExecution) -> Plan:
         """Decide what becomes of a job. That it runs under no other execution is checked by the script.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import tracemalloc
 import zlib
 from collections.abc import Iterator
@@ -81,3 +82,16 @@ def test_uncompressed_and_truncated_data_are_used_as_they_are(client: redis.Redi
         job = JsonJob("a", client)
         job.restore({b"data": data})
         assert job.data == data
+
+
+@pytest.mark.parametrize(("channel", "is_valid"), [("\ud800", False), ("\ud83d\ude00x", True), ("a", True)])
+def test_text_that_cannot_be_encoded(client: redis.Redis, channel: str, is_valid: bool) -> None:
+    """A surrogate without its pair makes a request invalid, since no reply to its channel could be sent; a pair does not."""
+    request = {"job_id": "a", "model": "m", "channel": channel, "prompt": {"type": "text", "text": "x"}}
+    job = JsonJob("a", client)
+    job.restore({b"data": json.dumps(["mlxpool.generate", None, [], request]).encode()})
+    if is_valid:
+        assert job.request().job_id == "a"
+    else:
+        with pytest.raises(ForeignJobError, match="UnicodeEncodeError"):
+            job.request()
