@@ -31,7 +31,7 @@ from common.rq import JsonJob, JsonQueue
 from common.settings import Settings
 from worker.jobs.executions import BACKSTOP_SECONDS, Executions
 from worker.jobs.finalizer import Finalizer
-from worker.jobs.heartbeat import Heartbeat
+from worker.jobs.heartbeat import Heartbeat, beat_interval_seconds
 from worker.jobs.intake import Intake
 from worker.jobs.redis_journal import RedisJournal
 from worker.jobs.registration import Registration
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_BEATS_PER_LEASE = 4
 _LEASE_MARGIN_SECONDS = 0.01
 _RECONNECT_SECONDS = 0.5
 """Pause of the pub/sub thread after a lost connection; redis-py subscribes again by itself."""
@@ -88,7 +87,7 @@ class BatchWorker(BaseWorker):
         self.queue = queue
         self._settings = settings
         self._make_engine = make_engine
-        self._beat_seconds = settings.lease_seconds / _BEATS_PER_LEASE
+        self._beat_seconds = beat_interval_seconds(settings.lease_seconds)
         longest_request_seconds = max(settings.queue_seconds, math.ceil(settings.request_seconds))
         self._live_ttl_seconds = longest_request_seconds + settings.journal_ttl_seconds
         self._inbox: SimpleQueue[Message] = SimpleQueue()

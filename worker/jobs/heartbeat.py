@@ -26,6 +26,15 @@ if TYPE_CHECKING:
 _MAX_RENEWAL_SECONDS = 600.0
 
 
+_BEATS_PER_EXPIRY = 4
+"""Heartbeats in the time after which something that they renew expires."""
+
+
+def beat_interval_seconds(lease_seconds: float) -> float:
+    """The time between two heartbeats, which renew leases and the model card; a long lease does not let the card expire."""
+    return min(lease_seconds, names.CARD_SECONDS) / _BEATS_PER_EXPIRY
+
+
 class Heartbeat:
     """See the module.
 

@@ -1,7 +1,7 @@
 """The kinds of caches that mlx-lm's models have: what each can do, and how a batch uses it.
 
 Called by the batch, which treats a model's caches as a list with one cache per layer. To support a new
-kind of cache of mlx-lm, change this file only.
+kind of cache of mlx-lm, open this file first.
 
 | mlx-lm's cache of a sequence | in a batch | newcomers | cached prefix serves |
 | --- | --- | --- | --- |
