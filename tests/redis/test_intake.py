@@ -6,7 +6,7 @@ import json
 import signal
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any
 from unittest.mock import MagicMock
@@ -19,6 +19,7 @@ from common.protocol import Delta, Failed, Finished
 from common.rq import JsonJob, JsonQueue
 from tests.redis.pool_of_workers import Workers, exact, wait_until
 from worker.jobs.intake import TAKE_SHARE, Intake, TakenJob
+from worker.jobs.prompt_encoder import PromptEncoder
 
 LONG = " ".join("x" * 100)
 """A prompt of 100 tokens of the synthetic worker."""
@@ -154,16 +155,18 @@ def test_bad_jobs_at_the_head_of_the_queue(workers: Workers) -> None:
     wait_until(lambda: workers.free_slots() == [32])
 
 
-def make_intake(workers: Workers, num_slots: int, **options: Any) -> Intake:
+def make_intake(
+    workers: Workers, num_slots: int, encode: Callable[[Any], list[int]] = list, **options: Any
+) -> Intake:
     """An intake of a worker with a context of 100 tokens, one of two workers of the queue."""
     executions = MagicMock()
     executions.queue, executions.connection = JsonQueue("m", connection=workers.client), workers.client
     slots: SimpleQueue[None] = SimpleQueue()
     for _ in range(num_slots):
         slots.put(None)
-    defaults = {"encode": MagicMock(), "admit": MagicMock(), "draining": bool, "holding_off": bool}
-    defaults |= {"num_workers": lambda: 2, "context_length": 100}
-    return Intake(executions, slots=slots, **(defaults | options))
+    prompts = PromptEncoder(executions, encode, 100)
+    defaults = {"admit": MagicMock(), "draining": bool, "holding_off": bool, "num_workers": lambda: 2}
+    return Intake(executions, slots=slots, prompts=prompts, **(defaults | options))
 
 
 def add_worker_with_room(workers: Workers) -> None:
@@ -214,3 +217,21 @@ def test_a_failed_requeue_does_not_stop_the_others(workers: Workers) -> None:
     assert intake._hand_over(registered, set()) == 1
     assert [admit.job.job_id for admit in admitted] == ["short"]
     intake._executions.forget.assert_called_once_with("long execution")  # type: ignore[attr-defined]
+
+
+def test_a_requeue_without_a_lease_is_not_logged_as_one(
+    workers: Workers, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If another worker took the job over meanwhile, nothing was requeued, and the log does not say so; the job is forgotten here."""
+    caplog.set_level("INFO")
+    add_worker_with_room(workers)
+    executions = MagicMock()
+    executions.queue, executions.connection = JsonQueue("m", connection=workers.client), workers.client
+    executions.requeue.return_value = False
+
+    def encode(_request: Any) -> list[int]:
+        raise RequestError("too long", status=400, code="context_length_exceeded")
+
+    assert PromptEncoder(executions, encode, 100).encode(MagicMock(journal=[])) is None
+    assert "requeued" not in caplog.text
+    executions.forget.assert_called_once()

@@ -33,6 +33,7 @@ from worker.jobs.executions import BACKSTOP_SECONDS, Executions
 from worker.jobs.finalizer import Finalizer
 from worker.jobs.heartbeat import Heartbeat, beat_interval_seconds
 from worker.jobs.intake import Intake
+from worker.jobs.prompt_encoder import PromptEncoder
 from worker.jobs.redis_journal import RedisJournal
 from worker.jobs.registration import Registration
 from worker.jobs.takeover import Takeover
@@ -117,8 +118,6 @@ class BatchWorker(BaseWorker):
         self._ready: SimpleQueue[tuple[GenerationLoop, Engine] | BaseException] = SimpleQueue()
         self._threads: list[Thread] = []
 
-    # -- start and stop ----------------------------------------------------------------------------------------------
-
     def work(self, *_args: Any, **_options: Any) -> bool:  # RQ's options (burst, scheduler, ...) do not apply
         """Load the model, then serve until SIGTERM or SIGINT; True if all threads ended in time."""
         self._start_thread("generation", self._generate)
@@ -146,21 +145,21 @@ class BatchWorker(BaseWorker):
                 slots=self._slots,
                 stop_waiting=self._stop_waiting_for_redis,
             )
+            prompts = PromptEncoder(self._held, engine.encode, info.context_length)
             self._intake = Intake(
                 self._held,
                 slots=self._slots,
-                encode=engine.encode,
+                prompts=prompts,
                 admit=self._inbox.put,
                 draining=lambda: self._is_draining,
                 holding_off=lambda: self._heartbeat.is_suspended or loop.is_admission_blocked,
                 num_workers=lambda: self._heartbeat.num_workers,
-                context_length=info.context_length,
             )
             self._start_thread("finalizer", finalizer.run)
             self._intake_thread = self._start_thread("intake", self._intake.run)
             log.info("%s serves %s, up to %d requests at a time", self.name, self.queue.name, info.max_batch)
             while not self._is_done():
-                end_if_stalled((loop.progress, self._intake.progress), self._settings.stall_seconds)
+                end_if_stalled((loop.progress, prompts.progress), self._settings.stall_seconds)
                 self._beat()
                 self._sleep()
         finally:
@@ -264,8 +263,6 @@ class BatchWorker(BaseWorker):
             self._is_draining and since is not None and time.monotonic() - since > _SHUTDOWN_PATIENCE_SECONDS
         )
 
-    # -- heartbeats --------------------------------------------------------------------------------------------------
-
     def _beat(self) -> None:
         self._next_lease_seconds = math.inf
         try:
@@ -305,8 +302,6 @@ class BatchWorker(BaseWorker):
             state = WorkerStatus.SUSPENDED if self._heartbeat.is_suspended else WorkerStatus.IDLE
         if state != self._state:
             self.set_state(state)
-
-    # -- commands ----------------------------------------------------------------------------------------------------
 
     def subscribe(self) -> None:
         """Subscribe to RQ's commands for this worker and to its model's cancellations, on RQ's one pub/sub thread."""
@@ -349,8 +344,6 @@ class BatchWorker(BaseWorker):
         execution = self._held.get(execution_id)
         if execution is not None:
             self._inbox.put(Abort(execution.job_id, AbortReason.STOPPED, execution_id))
-
-    # -- RQ's hooks ----------------------------------------------------------------------------------------------------
 
     def get_heartbeat_ttl(self, job: Any, working_time: float = 0.0) -> int:  # noqa: ARG002 (RQ's signature)
         """What RQ's registries use; see `BACKSTOP_SECONDS`."""

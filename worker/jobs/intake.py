@@ -15,18 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import redis
 from rq.defaults import RQ_KEY_PREFIX
-from rq.executions import Execution
 
 from common import names
-from common.errors import RequestError
-from common.protocol import Event, GenerationJob
 from common.rq import ForeignJobError, JsonJob, JsonQueue
 from worker.jobs.executions import Executions
-from worker.jobs.peers import max_context_length
+from worker.jobs.prompt_encoder import PromptEncoder, RegisteredJob
 from worker.jobs.records import (
-    MIN_CONTEXT_FIELD,
     guard_against_job,
-    has_ended,
     read_crash_count,
     read_journal,
     read_min_context,
@@ -34,7 +29,6 @@ from worker.jobs.records import (
 )
 from worker.jobs.scripts import RETURN_TO_QUEUE
 from worker.loop.messages import Admit
-from worker.loop.progress import Progress
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
@@ -65,16 +59,6 @@ local ids = {}
 for i = 1, num_more do ids[i] = redis.call('LMOVE', KEYS[1], KEYS[2], 'LEFT', 'RIGHT') end
 return ids
 """
-
-_TOO_LONG = "context_length_exceeded"
-"""Code of the error of a prompt that is longer than the context."""
-
-_CONTEXT_LOST = RequestError(
-    "The worker that began this answer is gone, and the prompt is too long for the remaining workers.",
-    status=503,
-    type="server_error",
-    code="worker_lost",
-)
 
 
 class TakenJob(NamedTuple):
@@ -108,32 +92,19 @@ _NUM_READS = len(TakenJob._fields) - 1
 """Replies per job, see `Intake._read`."""
 
 
-class RegisteredJob(NamedTuple):
-    """A job that this worker has an execution of."""
-
-    raw_id: bytes
-    job: JsonJob
-    execution: Execution
-    request: GenerationJob
-    journal: list[Event]
-    is_poison_candidate: bool
-
-
 class Intake:
     """See the module.
 
     Attributes:
-        progress: The prompt that is being encoded, for the watchdog.
         is_taking: Whether jobs were taken that have not reached the loop yet. Read by other threads.
 
     Args:
         slots: One permit per free slot.
-        encode: `Engine.encode`.
+        prompts: Encodes prompts.
         admit: Passes a job to the generation loop.
         draining: Whether to take no more jobs and end.
         holding_off: Whether to take no jobs for now: `rq suspend` is in force, or an earlier job is still waiting to start.
         num_workers: The number of workers of the queue.
-        context_length: This worker's, in tokens.
     """
 
     def __init__(
@@ -141,28 +112,25 @@ class Intake:
         executions: Executions,
         *,
         slots: SimpleQueue[None],
-        encode: Callable[[GenerationJob], list[int]],
+        prompts: PromptEncoder,
         admit: Callable[[Admit], None],
         draining: Callable[[], bool],
         holding_off: Callable[[], bool],
         num_workers: Callable[[], int],
-        context_length: int,
     ) -> None:
         self._executions = executions
         self._queue: JsonQueue = executions.queue
         self._redis: redis.Redis = executions.connection
         self._slots = slots
-        self._encode = encode
+        self._prompts = prompts
         self._admit = admit
         self._draining = draining
         self._holding_off = holding_off
         self._num_workers = num_workers
-        self._context_length = context_length
         self._max_batch = slots.qsize()
         self._candidates_since_mono = math.inf
         self._num_left = 0  # jobs at the front of the queue that were left to other workers last time
         self._last_warning = ""
-        self.progress = Progress("intake")
         self.is_taking = False
         self._workers_key = f"{RQ_KEY_PREFIX}:workers:{self._queue.name}"
 
@@ -258,7 +226,8 @@ class Intake:
         2. A poison candidate runs alone, so only an idle worker keeps one: if it crashes its worker, every job there has one more
            crash counted. If candidates have found only busy workers for a while, this one takes nothing more until it is idle.
         """
-        kept = self._without_too_long(taken)
+        longest = self._prompts.longest_live_context() if any(map(self._is_too_long, taken)) else 0
+        kept = [each for each in taken if not (self._is_too_long(each) and each.min_context <= longest)]
         candidates = [each for each in kept if each.is_poison_candidate]
         if not candidates:
             self._candidates_since_mono = math.inf
@@ -278,11 +247,8 @@ class Intake:
             time.sleep(_HOLD_OFF_SECONDS)
         return kept
 
-    def _without_too_long(self, taken: list[TakenJob]) -> list[TakenJob]:
-        if all(each.min_context <= self._context_length for each in taken):
-            return taken
-        longest = max_context_length(self._redis, self._queue.name)
-        return [each for each in taken if not self._context_length < each.min_context <= longest]
+    def _is_too_long(self, taken: TakenJob) -> bool:
+        return taken.min_context > self._prompts.context_length
 
     def _return(self, jobs: Iterable[TakenJob]) -> None:
         """Put jobs back in front of the queue; the last one is the first there."""
@@ -371,7 +337,7 @@ class Intake:
         num_used = 0
         kept = [each for each in registered if each.raw_id not in lost]
         for each in sorted(kept, key=lambda each: len(each.job.data)):
-            prompt = self._encode_prompt(each)
+            prompt = self._prompts.encode(each)
             if prompt is None:
                 continue
             num_used += 1
@@ -391,48 +357,6 @@ class Intake:
         except Exception as error:  # noqa: BLE001 (as for a requeued job)
             log.warning("job %s is another worker's, but is registered here: %s", lost.job.id, error)
             self._executions.forget(lost.execution.id)  # its lease runs out
-
-    def _encode_prompt(self, registered: RegisteredJob) -> list[int] | RequestError | None:
-        """The prompt's token ids, or why there are none; None if the job was put back for a worker with a longer context."""
-        if has_ended(registered.journal):  # only RQ's bookkeeping is left
-            return []
-        request = registered.request
-        try:
-            with self.progress.on("prompt", request.job_id):
-                return self._encode(request)
-        except RequestError as error:
-            if error.code != _TOO_LONG:
-                return error
-            if self._requeue_for_longer_context(registered):
-                return None
-            return _CONTEXT_LOST if registered.journal else error
-        except Exception:
-            log.exception("the prompt of job %s cannot be encoded", request.job_id)
-            return RequestError("The model cannot process this prompt.", status=500, type="server_error")
-
-    def _requeue_for_longer_context(self, registered: RegisteredJob) -> bool:
-        """Put a job back that is too long for this worker, if a live worker of the model has a longer context.
-
-        The job's hash then says which context it needs at least. The value only grows, and workers with a shorter context leave
-        the job alone, so it visits each worker at most once.
-        """
-        job_id, execution = registered.job.id, registered.execution
-        try:
-            if max_context_length(self._redis, self._queue.name) <= self._context_length:
-                return False
-            fields = {MIN_CONTEXT_FIELD: self._context_length + 1}
-            self._executions.requeue(registered.job, execution, fields)
-        except Exception as error:  # noqa: BLE001 (RQ may raise anything)
-            # NOTE: must not end the hand-over of the jobs after this one, whose leases are renewed already.
-            log.warning("job %s cannot be requeued (%s): its lease runs out", job_id, error)
-        else:
-            log.info(
-                "job %s: requeued for a worker with a context of more than %d tokens",
-                job_id,
-                self._context_length,
-            )
-        self._executions.forget(execution.id)
-        return True
 
 
 def ignore_wrong_types(replies: list[Any]) -> None:
