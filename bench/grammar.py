@@ -23,8 +23,8 @@ from common.schema import grammar
 from common.settings import Settings
 from worker.mlx import model as mlx_model
 from worker.models import demo_model
+from worker.sampling.arrays import apply_mask
 from worker.sampling.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher, num_words
-from worker.sampling.sampler import apply_mask
 
 BATCH = 16
 NUM_STEPS = 200

@@ -13,8 +13,8 @@ from common.protocol import ToolUse
 from common.schema import grammar
 from tests.grammar_cases import SCHEMAS, Walk
 from worker.mlx import model as mlx_model
+from worker.sampling.arrays import apply_mask
 from worker.sampling.grammar import GrammarCompiler, GrammarMatcher, num_words
-from worker.sampling.sampler import apply_mask
 from worker.text.detokenizer import TokenBytes
 
 VOCAB_SIZE = 49152

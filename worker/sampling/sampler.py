@@ -18,19 +18,23 @@ from typing import Any, Protocol
 import numpy as np
 
 from common.protocol import SamplingParams
-
-Array = Any
-"""A NumPy or an MLX array."""
-
-IntArray = np.ndarray[Any, np.dtype[np.int64]]
-FloatArray = np.ndarray[Any, np.dtype[np.float32]]
+from worker.sampling.arrays import (
+    Array,
+    FloatArray,
+    IntArray,
+    add_sparse,
+    apply_mask,
+    column,
+    log_softmax,
+    replace_rows,
+    take_rows,
+)
 
 _GREEDY_BELOW_TEMPERATURE = 1e-5
 """Below it, dividing by the temperature overflows float32; sampling is greedy then, which is the limit."""
 
 _MASK64 = (1 << 64) - 1
-_BANNED_LOGPROB = -1e9
-"""Added to the log-probability of a token that may not be chosen. Far from any real value; unlike infinity it cannot become NaN."""
+
 
 _NUM_CANDIDATES = 1024
 """How many of the most likely tokens are sorted first: the filters seldom keep more."""
@@ -184,8 +188,8 @@ class BatchSampler:
             values = self._adjust(samplers, adjusted, values)
         token_ids = xp.argmax(values, axis=-1) if len(drawn) < len(samplers) else None
         if drawn:
-            chosen = self._draw([samplers[i] for i in drawn], _take_rows(xp, values, drawn, len(samplers)))
-            token_ids = chosen if token_ids is None else _replace_rows(xp, token_ids, drawn, chosen)
+            chosen = self._draw([samplers[i] for i in drawn], take_rows(xp, values, drawn, len(samplers)))
+            token_ids = chosen if token_ids is None else replace_rows(xp, token_ids, drawn, chosen)
         if depends_on_history:
             self._unobserved.append((samplers, token_ids))
         for sampler in samplers:
@@ -200,8 +204,6 @@ class BatchSampler:
                     sampler.observe([token_id])
         self._unobserved.clear()
 
-    # -- grammar, biases, penalties ---------------------------------------------------------------------------------
-
     def _adjust(self, samplers: list[SequenceSampler], adjusted: list[int], values: Array) -> Array:
         """Apply biases, penalties and grammars.
 
@@ -213,20 +215,20 @@ class BatchSampler:
             (batch, vocab); unnormalized if adjusted, as the draw does not need it.
         """
         xp = self._xp
-        part = _take_rows(xp, values, adjusted, len(samplers))
-        part = _add_sparse(xp, part, [samplers[i].sparse_adjustments() for i in adjusted])
+        part = take_rows(xp, values, adjusted, len(samplers))
+        part = add_sparse(xp, part, [samplers[i].sparse_adjustments() for i in adjusted])
         constrained = [k for k, i in enumerate(adjusted) if samplers[i].matcher is not None]
         if constrained:
             words = self._fill_masks([samplers[adjusted[k]] for k in constrained], values.shape[-1])
-            masked = apply_mask(xp, words, _take_rows(xp, part, constrained, len(adjusted)))
-            part = _replace_rows(xp, part, constrained, masked)
+            masked = apply_mask(xp, words, take_rows(xp, part, constrained, len(adjusted)))
+            part = replace_rows(xp, part, constrained, masked)
         reporting = [k for k, i in enumerate(adjusted) if samplers[i].wants_logprobs]
         if reporting:
-            normalized = _log_softmax(xp, _take_rows(xp, part, reporting, len(adjusted)))
+            normalized = log_softmax(xp, take_rows(xp, part, reporting, len(adjusted)))
             self._async_eval(normalized)
             for index, k in enumerate(reporting):
                 samplers[adjusted[k]].logprobs.append(normalized[index])
-        return _replace_rows(xp, values, adjusted, part)
+        return replace_rows(xp, values, adjusted, part)
 
     def _fill_masks(self, samplers: list[SequenceSampler], vocab_size: int) -> np.ndarray[Any, Any]:
         words = np.zeros((len(samplers), -(-vocab_size // 32)), dtype=np.uint32)
@@ -238,8 +240,6 @@ class BatchSampler:
                 sampler.error = error
                 row_words[:] = 0xFFFFFFFF
         return words
-
-    # -- draws ------------------------------------------------------------------------------------------------------
 
     def _draw(self, samplers: list[SequenceSampler], values: Array) -> Array:
         """Draw one token for each sequence, by its temperature, filters and seed.
@@ -262,15 +262,15 @@ class BatchSampler:
             )
         keys = [sampler.draw_keys() for sampler in samplers]
         scaled = values - xp.max(values, axis=-1, keepdims=True)
-        scaled = scaled * _column(xp, [1.0 / sampler.sampling.temperature for sampler in samplers])
+        scaled = scaled * column(xp, [1.0 / sampler.sampling.temperature for sampler in samplers])
         filtered = [i for i, sampler in enumerate(samplers) if sampler.is_filtered]
         if filtered:
             part = self._apply_filters(
                 [samplers[i].sampling for i in filtered],
-                _take_rows(xp, scaled, filtered, len(samplers)),
+                take_rows(xp, scaled, filtered, len(samplers)),
                 [_uniform(keys[i][1]) for i in filtered],
             )
-            scaled = _replace_rows(xp, scaled, filtered, part)
+            scaled = replace_rows(xp, scaled, filtered, part)
         return xp.argmax(
             xp.exp(scaled) / self._exponential_times([key for key, _ in keys], scaled.shape[-1]), axis=-1
         )
@@ -287,8 +287,8 @@ class BatchSampler:
         xp = self._xp
         if self._token_hashes is None or self._token_hashes.shape[-1] != vocab_size:
             self._token_hashes = xp.array(np.arange(vocab_size, dtype=np.uint32) * np.uint32(0x9E3779B9))
-        low = _column(xp, [key & 0xFFFFFFFF for key in keys], np.uint32)
-        high = _column(xp, [key >> 32 for key in keys], np.uint32)
+        low = column(xp, [key & 0xFFFFFFFF for key in keys], np.uint32)
+        high = column(xp, [key >> 32 for key in keys], np.uint32)
         # A 32-bit mixer of low bias (lowbias32 of C. Wellons' hash-prospector); the two halves of the key enter at two points.
         bits = self._token_hashes[None, :] + low
         bits = (bits ^ (bits >> 16)) * 0x21F0AAAD + high
@@ -316,7 +316,7 @@ class BatchSampler:
         mass = xp.exp(scaled)
         probs = mass / xp.sum(mass, axis=-1, keepdims=True)
         # A row to which XTC does not apply gets a threshold that no probability exceeds.
-        thresholds = _column(
+        thresholds = column(
             xp,
             [
                 s.xtc_threshold if s.xtc_probability > u else 2.0
@@ -330,9 +330,6 @@ class BatchSampler:
             is_excludable[[i for i in self._xtc_special_token_ids if i < len(is_excludable)]] = False
             excluded = excluded & xp.array(is_excludable)[None, :]
         return xp.where(excluded, -math.inf, scaled)
-
-
-# -- array code for NumPy and MLX -----------------------------------------------------------------------------------
 
 
 def _filter_thresholds(xp: Any, samplings: list[SamplingParams], scaled: Array) -> Array:
@@ -363,81 +360,16 @@ def _kept_candidates(
     mass = xp.exp(best_first)
     cumulative = xp.cumsum(mass, axis=-1)
     indices = xp.arange(best_first.shape[-1])[None, :]
-    floors = _column(xp, [math.log(s.min_p) if s.min_p > 0 else -math.inf for s in samplings])
-    max_tokens = _column(xp, [min(s.top_k or _NO_TOP_K, _NO_TOP_K) for s in samplings], np.int32)
+    floors = column(xp, [math.log(s.min_p) if s.min_p > 0 else -math.inf for s in samplings])
+    max_tokens = column(xp, [min(s.top_k or _NO_TOP_K, _NO_TOP_K) for s in samplings], np.int32)
     kept = (best_first >= floors) & (indices < max_tokens)
     mass_kept = xp.max(xp.where(kept, cumulative, 0.0), axis=-1, keepdims=True)
-    shares = _column(xp, [s.top_p for s in samplings])
+    shares = column(xp, [s.top_p for s in samplings])
     total = xp.where(kept[:, -1:], total, mass_kept)
     # top_p keeps a token while the ones before it have less than its share of the mass; the first is always kept.
     kept = kept & ((cumulative - mass < shares * total) | (shares >= 1.0) | (indices == 0))
     num_kept = xp.sum(kept, axis=-1, keepdims=True)
     return kept, xp.take_along_axis(best_first, num_kept - 1, axis=-1)
-
-
-def _take_rows(xp: Any, values: Array, indices: list[int], num_rows: int) -> Array:
-    """`values[indices]`; `values` itself if that is all of its rows."""
-    return values if len(indices) == num_rows else values[xp.array(indices)]
-
-
-def _replace_rows(xp: Any, values: Array, indices: list[int], rows: Array) -> Array:
-    """A copy of `values` with `rows` at `indices`; `rows` itself if they are all."""
-    if len(indices) == len(values):
-        return rows
-    values = xp.array(values)  # MLX copies lazily: assigning below rebinds the copy only
-    values[xp.array(indices)] = rows
-    return values
-
-
-def _column(xp: Any, values: Sequence[float], dtype: Any = np.float32) -> Array:
-    return xp.array(np.array(values, dtype=dtype)[:, None])
-
-
-def _add_sparse(xp: Any, values: Array, adjustments: list[list[tuple[IntArray, FloatArray]]]) -> Array:
-    """Add to single tokens of each row; a token may occur in several pairs.
-
-    Args:
-        adjustments: For each row: pairs of token ids and amounts.
-    """
-    flat = [(row, ids, amounts) for row, pairs in enumerate(adjustments) for ids, amounts in pairs]
-    if not flat:
-        return values
-    if xp is np:
-        values = values.copy()
-        for row, ids, amounts in flat:
-            values[row, ids] += amounts
-        return values
-    rows = xp.array(np.concatenate([np.full(len(ids), row) for row, ids, _ in flat]))
-    columns = xp.array(np.concatenate([ids for _, ids, _ in flat]))
-    return values.at[rows, columns].add(xp.array(np.concatenate([amounts for *_, amounts in flat])))
-
-
-def apply_mask(xp: Any, words: np.ndarray[Any, Any], values: Array) -> Array:
-    """Make the tokens that a mask forbids impossible to choose.
-
-    Args:
-        words: (rows, num_words) uint32, as `Matcher.fill` writes them.
-        values: Log-probabilities or logits, (rows, vocab).
-
-    Returns:
-        `values` where the bit is 1, less 1e9 where it is 0.
-    """
-    vocab_size = values.shape[-1]
-    if xp is np:
-        bits = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")[:, :vocab_size]
-        return np.where(bits, values, values + np.float32(_BANNED_LOGPROB))
-    shifts = xp.arange(32, dtype=xp.uint32)
-    bits = (xp.array(words)[:, :, None] >> shifts) & 1
-    allowed = bits.reshape(words.shape[0], -1)[:, :vocab_size] > 0
-    return xp.where(allowed, values, values + _BANNED_LOGPROB)
-
-
-def _log_softmax(xp: Any, values: Array) -> Array:
-    top = xp.max(values, axis=-1, keepdims=True)
-    return values - top - xp.log(xp.sum(xp.exp(values - top), axis=-1, keepdims=True))
-
-
-# -- random numbers -------------------------------------------------------------------------------------------------
 
 
 def _uniform(bits: int) -> float:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.protocol import SamplingParams
-from worker.sampling.sampler import BatchSampler, SequenceSampler, apply_mask
+from worker.sampling.arrays import apply_mask
+from worker.sampling.sampler import BatchSampler, SequenceSampler
 
 VOCAB = 40
 
