@@ -168,9 +168,6 @@ def document(settings: Settings) -> Json:
     }
 
 
-# -- schemas ------------------------------------------------------------------------------------------------------------
-
-
 def _schemas(settings: Settings) -> Json:
     types = [t for endpoint in GENERATING for t in (endpoint.body, endpoint.completed, endpoint.chunk)]
     _, schemas = msgspec.json.schema_components([*types, *_OTHER_TYPES], ref_template=_REF)
@@ -224,9 +221,6 @@ def _ref(kind: Any) -> Json:
     return {"$ref": _REF.format(name=kind.__name__)}
 
 
-# -- responses ----------------------------------------------------------------------------------------------------------
-
-
 def _error(status: int) -> Json:
     names = ["X-Request-Id"]
     if status in (_TOO_MANY_REQUESTS, _UNAVAILABLE):
@@ -252,9 +246,6 @@ def _responses(ok: Json, statuses: Sequence[int]) -> Json:
     """All responses by status; `ok` are those that only this endpoint has."""
     errors = {str(status): {"$ref": f"#/components/responses/{status}"} for status in [*_ALWAYS, *statuses]}
     return dict(sorted((errors | ok).items()))
-
-
-# -- paths --------------------------------------------------------------------------------------------------------------
 
 
 def _parameters(settings: Settings) -> Json:

@@ -106,8 +106,6 @@ class Relay:
         """Drop a job's subscription."""
         self._subscriptions.pop(subscription.job_id, None)
 
-    # -- the channel ------------------------------------------------------------------------------------------------
-
     async def _listen(self) -> None:
         is_first_failure = True
         while True:
@@ -168,8 +166,6 @@ class Relay:
             if subscription is not None:
                 subscription.last_event_mono = now
                 subscription.offer(event)
-
-    # -- missed events -----------------------------------------------------------------------------------------
 
     def _read_all_journals(self) -> None:
         for subscription in self._subscriptions.values():

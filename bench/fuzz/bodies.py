@@ -34,8 +34,6 @@ class Body:
     data: bytes
 
 
-# -- values -------------------------------------------------------------------------------------------------------------
-
 _ODD_TEXTS = st.sampled_from(
     [
         "",
@@ -94,8 +92,6 @@ _ODD = st.one_of(
     st.lists(st.just({}), min_size=1, max_size=200),
     st.sampled_from(_LENGTHS).map(lambda length: "x" * length),
 )
-
-# -- valid bodies -------------------------------------------------------------------------------------------------------
 
 _PLAIN = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 _MESSAGES = st.lists(
@@ -157,8 +153,6 @@ _COMPLETION = st.builds(
     ),
     _STREAMS,
 )
-
-# -- faults -------------------------------------------------------------------------------------------------------------
 
 
 @st.composite

@@ -78,9 +78,6 @@ def is_beyond_description(error: dict[str, Any]) -> bool:
     return is_known or _REFUSED_WORDS.search(error["message"]) is not None
 
 
-# -- checks of a response ------------------------------------------------------------------------------------------------
-
-
 class Judge:
     """Checks responses against the OpenAPI description.
 
@@ -220,9 +217,6 @@ def _json(answer: Answer) -> Any:
         raise WrongAnswerError(f"not JSON: {answer.data[:200]!r}") from None
 
 
-# -- sending ------------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Fuzz:
     """Sends bodies over persistent connections, and counts responses.
@@ -321,9 +315,6 @@ class Fuzz:
     def _read(self, i: int) -> Answer:
         response = self._connections[i].getresponse()
         return Answer(response.status, response.headers["content-type"], response.read())
-
-
-# -- the command --------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> int:

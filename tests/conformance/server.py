@@ -140,8 +140,6 @@ class Server:
     def left_seconds(self) -> float:
         return max(0.1, self.deadline - time.monotonic())
 
-    # -- HTTP --------------------------------------------------------------------------------------------------------
-
     def ask(
         self, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
     ) -> Answer:
@@ -245,8 +243,6 @@ class Server:
                 yield from response.iter_lines()
         except httpx2.HTTPError as error:
             raise Broken(f"the stream broke: {type(error).__name__}") from None
-
-    # -- raw sockets ------------------------------------------------------------------------------------------------
 
     def connect(self) -> Connection:
         """A new raw connection.

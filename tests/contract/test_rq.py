@@ -11,6 +11,7 @@ import signal
 import zlib
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -404,8 +405,7 @@ def test_registry_entries_are_composite_keys() -> None:
 
 def test_dashboard_takes_the_worker_class_from_rq(monkeypatch: pytest.MonkeyPatch) -> None:
     """rq-dashboard 0.9 imports `rq.Worker`, which `common.rq dashboard` rebinds before. Open common/rq.py."""
-    web = pytest.importorskip("rq_dashboard.web")
-    cli = pytest.importorskip("rq_dashboard.cli")
+    web, cli = import_module("rq_dashboard.web"), import_module("rq_dashboard.cli")
     assert web.Worker is rq.Worker
     names = {option for parameter in cli.run.params for option in parameter.opts}
     assert {"--json", "--redis-url", "-u", "--bind"} <= names

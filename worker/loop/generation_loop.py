@@ -133,8 +133,6 @@ class GenerationLoop:
         if self._unsent_entries or self._unsent_job_ends or self._is_in_flight:
             self._flush()
 
-    # -- the inbox ---------------------------------------------------------------------------------------------------
-
     def _is_idle(self) -> bool:
         is_flushed = not (self._unsent_entries or self._unsent_job_ends or self._is_in_flight)
         return is_flushed and not self._running and not len(self._admission)
@@ -272,8 +270,6 @@ class GenerationLoop:
         if reason in (AbortReason.CANCELLED, AbortReason.STOPPED):
             self._early_aborts[job_id] = (reason, now_mono)
 
-    # -- a step ------------------------------------------------------------------------------------------------------
-
     def _step(self) -> list[StepEvent]:
         """Run one engine step.
 
@@ -332,8 +328,6 @@ class GenerationLoop:
         if terminal is not None:
             self._append(sequence, terminal)
         self._unsent_job_ends.append(JobEnd(job_id, sequence.execution_id, outcome, terminal, sequence))
-
-    # -- the journal -------------------------------------------------------------------------------------------------
 
     def _append(self, sequence: Sequence, event: Event) -> None:
         self._unsent_entries.append(self._make_entry(sequence.job, sequence.execution_id, event))

@@ -165,8 +165,6 @@ class DecodeBatch:
             return "stop"
         return "length" if sequence.num_generated >= sequence.max_tokens else None
 
-    # -- sequences leave ---------------------------------------------------------------------------------------------
-
     def _keep(self, indices: list[int]) -> None:
         """Remove all other sequences. Those that stay may change their indices: the last ones fill the gaps."""
         order = self._order(indices) if indices else []
@@ -197,8 +195,6 @@ class DecodeBatch:
             cache.update_positions(None if cache is slots[0] else slots[0])
         # Now: as part of the next step they would be known only at its end.
         mx.async_eval(self._inputs)
-
-    # -- a step ------------------------------------------------------------------------------------------------------
 
     def _compute(
         self, sequences: list[BatchSequence], caches: kv.Caches, inputs: Any

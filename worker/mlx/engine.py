@@ -95,8 +95,6 @@ class MLXEngine:
     def burst_wait_seconds(self) -> float:
         return self._batch.burst_wait_seconds
 
-    # -- insert and remove -------------------------------------------------------------------------------------------
-
     def encode(self, job: GenerationJob) -> list[int]:
         return self._builder.encode(job)
 
@@ -148,8 +146,6 @@ class MLXEngine:
         if self._prefixes.num_bytes:
             num_tokens = [each.expected_tokens for each in self._running.values()]
             self._prefixes.shrink_to(self._memory.left_bytes(num_tokens, self._batch.cache_bytes))
-
-    # -- a step ------------------------------------------------------------------------------------------------------
 
     def step(self) -> list[StepEvent]:
         try:

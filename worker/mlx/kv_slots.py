@@ -86,8 +86,6 @@ class SlotKVCache(BatchKVCache):
         if self._idx == like._idx:
             self.offset = like.offset
 
-    # -- a step ------------------------------------------------------------------------------------------------------
-
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write the next columns of all sequences; returns the keys and values that attention sees, including the new ones."""
         num_sequences, num_new = keys.shape[0], keys.shape[2]
@@ -117,8 +115,6 @@ class SlotKVCache(BatchKVCache):
         if is_decoding and self.attention is not None:
             self.attention.expect(mask, self.left_padding)
         return mask
-
-    # -- sequences join and leave -------------------------------------------------------------------------------------------
 
     def extend(self, other: Any) -> None:
         """Append prefilled sequences, from a `BatchKVCache`."""

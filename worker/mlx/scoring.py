@@ -64,7 +64,7 @@ class PromptScoring:
         mx.eval(logprobs, kv.states(self.caches))
         for position, row in enumerate(np.array(logprobs, copy=False)):
             token_id = self._token_ids[first + position + 1]
-            self.scores.append(Score(float(row[token_id]), most_likely(row, self._num_top)))
+            self.scores.append(Score(float(row[token_id]), top_tokens(row, self._num_top)))
 
 
 class LogprobReport:
@@ -82,7 +82,7 @@ class LogprobReport:
         """
         # NumPy, not MLX: an operation of MLX would wait in its stream behind the step that is already under way.
         values = np.array(_as_float32(logprobs), copy=False)
-        ranked = most_likely(values, num_top)
+        ranked = top_tokens(values, num_top)
         return self._token(token_id, float(values[token_id])), [self._token(*item) for item in ranked]
 
     def echo(self, job: GenerationJob, token_ids: list[int], scores: list[Score] | None) -> PromptEcho:
@@ -115,7 +115,7 @@ class LogprobReport:
         return TokenLogprob(token_id, max(_MIN_LOGPROB, logprob), self._token_bytes[token_id])
 
 
-def most_likely(logprobs: Any, num_top: int) -> list[tuple[int, float]]:
+def top_tokens(logprobs: Any, num_top: int) -> list[tuple[int, float]]:
     """(token id, logprob), best first.
 
     Args:

@@ -121,8 +121,6 @@ class AnswerParser:
         self._held_space = ""
         return parts
 
-    # -- text ---------------------------------------------------------------------------------------------------------
-
     def _emit_text(self, text: str, parts: list[Part]) -> None:
         if not text or self._state not in (NORMAL, REASONING):
             return
@@ -150,8 +148,6 @@ class AnswerParser:
         self._is_at_state_start, self._has_reasoned = False, True
         parts.append(Reasoning(reasoning))
 
-    # -- states -------------------------------------------------------------------------------------------------------
-
     def _follow_marker(self, marker: str) -> None:
         target = self._transitions[self._state][marker]
         if target is None:
@@ -167,8 +163,6 @@ class AnswerParser:
         self._state = state
         self._markers = StopMatcher(tuple(self._transitions.get(state, ())))
         self._held_space, self._is_at_state_start = "", True
-
-    # -- tool calls ---------------------------------------------------------------------------------------------------
 
     def _make_call_parser(self, start: str) -> CallParser:
         if self._call_format is CallFormat.HERMES:

@@ -66,8 +66,6 @@ class _Choice:
         self._before, self._end = answer.chunk_parts(b'{"index":%d,"delta":{' % index, b"}")
         self._after = b'},"logprobs":null,"finish_reason":null' + self._end
 
-    # -- a stream ---------------------------------------------------------------------------------------------------
-
     def opening(self) -> bytes:
         return self._before + b'"role":"assistant","content":"","refusal":null' + self._after
 
@@ -114,8 +112,6 @@ class _Choice:
         logprobs = {"content": items, "refusal": None} if items else None
         rest = _encode(delta)[1:-1] + b'},"logprobs":' + _encode(logprobs) + b',"finish_reason":'
         return self._before + rest + _encode(reason) + self._end
-
-    # -- a complete answer ------------------------------------------------------------------------------------------
 
     def add(self, events: list[AnswerEvent]) -> None:
         for event in events:

@@ -30,8 +30,6 @@ class ToolRendering:
         self._names: list[str] = []
         self._arguments: list[list[str]] = []
 
-    # -- a stream ---------------------------------------------------------------------------------------------------
-
     def delta(self, piece: Piece) -> dict[str, Any]:
         """The delta of a chunk for a piece: a call's first one has its name, the next ones parts of its arguments."""
         match piece:
@@ -55,8 +53,6 @@ class ToolRendering:
             return {"function_call": function}
         digest = hashlib.sha256(f"{self._key}/{index}".encode()).hexdigest()
         return {"id": f"call_{digest[:_ID_CHARACTERS]}", "type": "function", "function": function}
-
-    # -- a complete message --------------------------------------------------------------------------------------------
 
     def add(self, piece: Piece) -> None:
         """Collect a piece; a call's arguments come after its `ToolCall`."""

@@ -81,8 +81,6 @@ class _Choice:
         """Of its tokens, if log-probabilities were reported."""
         return statistics.fmean(self._logprobs) if self._logprobs else 0.0
 
-    # -- a stream ---------------------------------------------------------------------------------------------------
-
     def frames(self, events: list[AnswerEvent]) -> bytes:
         frames = []
         for event in events:
@@ -113,8 +111,6 @@ class _Choice:
 
     def _echoed(self, echo: Echo) -> list[Item]:
         return echoed_items(echo) if self._aligner is not None else []
-
-    # -- a complete answer ------------------------------------------------------------------------------------------
 
     def add(self, events: list[AnswerEvent]) -> None:
         for event in events:

@@ -66,7 +66,7 @@ def test_text_is_released_early() -> None:
 
 
 def test_empty_stop_strings_stop_nothing() -> None:
-    """A job that somebody wrote to Redis may carry them; the API refuses them."""
+    """A job that another program wrote to Redis may have them; the API refuses them."""
     matcher = StopMatcher(["", "end"])
     assert matcher.feed("no e") == ("no ", False)
     assert matcher.feed("nd") == ("", True)
