@@ -32,6 +32,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         xtc_probability: How often all but the least likely of the tokens above `xtc_threshold` are excluded (exclude top
             choices, p-e-w 2024); 0 is off.
         xtc_threshold: 0 to 0.5.
+        min_tokens: Until so many tokens were generated, neither an end-of-text token nor a stop string ends the answer.
+        ignore_eos: Whether end-of-text tokens do not end the answer, which load generators ask for.
     """
 
     temperature: float = 1.0
@@ -46,6 +48,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     min_p: float = 0.0
     xtc_probability: float = 0.0
     xtc_threshold: float = 0.1
+    min_tokens: int = 0
+    ignore_eos: bool = False
 
 
 class ChatPrompt(msgspec.Struct, frozen=True, tag="chat"):
@@ -55,11 +59,13 @@ class ChatPrompt(msgspec.Struct, frozen=True, tag="chat"):
         messages: In order; each has a role and text content, other keys are passed to the template unchanged.
         role_mapping: Prefix by role, for a model without a chat template; None: the default mapping.
         template_arguments: Further arguments of the template, such as ``enable_thinking``.
+        continue_final: Whether the answer continues the last message, the assistant's, in place of a new turn.
     """
 
     messages: list[dict[str, Any]]
     role_mapping: dict[str, str] | None = None
     template_arguments: dict[str, Any] = {}
+    continue_final: bool = False
 
 
 class TextPrompt(msgspec.Struct, frozen=True, tag="text"):
@@ -113,6 +119,10 @@ class GenerationJob(msgspec.Struct, frozen=True, kw_only=True):
         api_key_name: Of the client's API key, for log lines; None: the API is open, or older than this field.
         answer: How the API renders the request's answer (`api.generation.request.AnswerRecord`), in the request's first
             job only. Workers do not read it.
+        max_reasoning_tokens: After so many tokens of reasoning the model's end marker is forced; None: no limit.
+        journals_started: Whether the worker's first `Started` is in the journal too, as event 1.
+        is_detached: Whether the job goes on without subscribers: its client may come back for the answer.
+        final_ttl_seconds: The journal's time to live after its terminal event; None: the worker's setting.
     """
 
     job_id: str
@@ -129,6 +139,10 @@ class GenerationJob(msgspec.Struct, frozen=True, kw_only=True):
     echo: bool = False
     api_key_name: str | None = None
     answer: dict[str, Any] | None = None
+    max_reasoning_tokens: int | None = None
+    journals_started: bool = False
+    is_detached: bool = False
+    final_ttl_seconds: int | None = None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -146,7 +160,11 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Started(msgspec.Struct, frozen=True, array_like=True, tag="s"):
-    """The prompt was accepted and is being prefilled. Only published: n is 0, and it is not in the journal."""
+    """The prompt was accepted and is being prefilled.
+
+    Attributes:
+        n: 0: only published, not in the journal. 1 in the journal of a job that asks for it (`GenerationJob.journals_started`).
+    """
 
     n: int
     prompt_tokens: int
@@ -280,6 +298,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         mean_tokens: Recent mean length of completed answers; 0: none yet.
         step: Counts decode and prefill steps; stands still only when idle or stuck.
         can_fill: Whether the model can fill a gap before a suffix.
+        sampling_defaults: Fields of `SamplingParams` that the model's `generation_config.json` sets, as a JSON object; empty: none.
+        can_reason: Whether the model has markers of reasoning.
     """
 
     id: Annotated[str, Meta(pattern=r"^[^,\x00-\x1f\x7f]+$")]
@@ -295,6 +315,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     mean_tokens: float = 0.0
     step: int = 0
     can_fill: bool = False
+    sampling_defaults: str = ""
+    can_reason: bool = False
 
     def to_hash(self) -> dict[Any, Any]:
         """The fields of a Redis hash: text by name."""

@@ -207,4 +207,14 @@ def _merge(cards: list[ModelCard]) -> ServedModel:
         tokens_per_second=sum(card.tokens_per_second for card in cards),
         can_fill=all(card.can_fill for card in cards),
         mean_tokens=statistics.fmean(means) if means else 0.0,
+        sampling_defaults=_sampling_defaults(cards[0]),
+        can_reason=all(card.can_reason for card in cards),
     )
+
+
+def _sampling_defaults(card: ModelCard) -> dict[str, float]:
+    """Those that a card has; none if they cannot be read."""
+    try:
+        return msgspec.json.decode(card.sampling_defaults or "{}", type=dict[str, float])
+    except (msgspec.DecodeError, RecursionError):
+        return {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -68,6 +69,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         options: What the front end's rendering needs to know of the request (`AnswerRecord.options`).
         grammar: As in `common.protocol.GenerationJob`, and the next two.
         ignored: Names of unknown fields.
+        unset: Fields of `sampling` that the client did not set: the model's own defaults apply to them.
+        max_reasoning_tokens: As in `common.protocol.GenerationJob`, and the next one.
+        journals_started: Set by a front end whose rendering needs the prompt's token count at the beginning.
     """
 
     model: str | None
@@ -84,6 +88,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     grammar: str | None = None
     tool_use: ToolUse | None = None
     echo: bool = False
+    unset: frozenset[str] = frozenset()
+    max_reasoning_tokens: int | None = None
+    journals_started: bool = False
 
     @property
     def num_jobs(self) -> int:
@@ -109,6 +116,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         top_logprobs = self.top_logprobs
         if self.best_of > self.n and top_logprobs is None:
             top_logprobs = 0  # the best choice is found by them
+        sampling = _with_defaults(self.sampling, self.unset, model.sampling_defaults)
         submitted_at = time.time()
         prompts = [
             (prompt, names.new_job_id(num_tokens), choice)
@@ -135,13 +143,15 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
                 max_tokens=self.max_tokens,
                 stop=self.stop,
                 top_logprobs=top_logprobs,
-                sampling=_sampling_of_choice(self.sampling, choice),
+                sampling=_sampling_of_choice(sampling, choice),
                 submitted_at=submitted_at,
                 grammar=self.grammar,
                 tool_use=self.tool_use,
                 echo=self.echo,
                 api_key_name=api_key_name,
                 answer=msgspec.to_builtins(record) if index == 0 else None,
+                max_reasoning_tokens=self.max_reasoning_tokens,
+                journals_started=self.journals_started,
             )
             for index, (prompt, job_id, choice) in enumerate(prompts)
         ]
@@ -205,6 +215,14 @@ VERSION = _version()
 def fingerprint(model: ServedModel) -> str:
     """The same for the same model under the same version of mlx-pool."""
     return "fp_" + hashlib.sha256(f"{model.id}\0{model.quantization}\0{VERSION}".encode()).hexdigest()[:10]
+
+
+def _with_defaults(
+    sampling: SamplingParams, unset: frozenset[str], defaults: Mapping[str, float]
+) -> SamplingParams:
+    """The request's parameters, with the model's own defaults for those that the client did not set."""
+    changes = {name: value for name, value in defaults.items() if name in unset}
+    return msgspec.structs.replace(sampling, **changes) if changes else sampling
 
 
 def _sampling_of_choice(sampling: SamplingParams, choice: int) -> SamplingParams:

@@ -24,6 +24,8 @@ class ServedModel(msgspec.Struct, frozen=True):
         tokens_per_second: Of all of them, while they were busy lately; 0: unknown.
         mean_tokens: Mean completion tokens of recent answers; 0: unknown.
         can_fill: Whether every worker can fill a gap before a suffix.
+        sampling_defaults: Fields of `common.protocol.SamplingParams` that hold where a request is silent.
+        can_reason: Whether the model has markers of reasoning.
     """
 
     id: str
@@ -37,6 +39,8 @@ class ServedModel(msgspec.Struct, frozen=True):
     mean_tokens: float = 0.0
     can_fill: bool = False
     busy_slots: int = 0
+    sampling_defaults: dict[str, float] = {}
+    can_reason: bool = False
 
     def seconds_for(self, num_requests: int) -> float | None:
         """The estimated time in which its workers answer so many requests; None: unknown."""
