@@ -36,9 +36,9 @@ write white space until they run out of tokens."""
 _END = 256  # the only token that is not a byte
 
 
-def for_json_object() -> str:
-    """Any JSON object."""
-    return for_json_schema({"type": "object"})
+def for_json_object(schema: Schema | None = None) -> str:
+    """A JSON object: any, or one that validates against `schema`."""
+    return for_json_schema({"type": "object"} if schema is None else _object_schema(schema))
 
 
 def for_json_schema(schema: Schema) -> str:
@@ -185,9 +185,16 @@ def _parameters(function: dict[str, Any]) -> Schema:
     parameters = function.get("parameters")
     if parameters is None:
         return {"type": "object", "properties": {}, "additionalProperties": False}
-    if isinstance(parameters, dict) and not parameters.keys() & {"type", "$ref", "anyOf", "oneOf", "allOf"}:
-        return {"type": "object", **parameters}
-    return parameters if isinstance(parameters, (dict, bool)) else False
+    return _object_schema(parameters) if isinstance(parameters, (dict, bool)) else False
+
+
+def _object_schema(schema: Schema) -> Schema:
+    """The schema, restricted to objects if it does not name a type."""
+    if schema is True:
+        return {"type": "object"}
+    if isinstance(schema, dict) and not schema.keys() & {"type", "$ref", "anyOf", "oneOf", "allOf"}:
+        return {"type": "object", **schema}
+    return schema
 
 
 def _json_grammar(name: str, schema: Schema) -> dict[str, Any]:

@@ -49,6 +49,22 @@ def test_json_object_accepts_nothing_else(answer: str) -> None:
     assert not accepts(grammar.for_json_object(), answer)
 
 
+@pytest.mark.parametrize(
+    ("schema", "answer", "matches"),
+    [
+        (None, '{"a":1}', True),
+        (True, "1", False),
+        ({"properties": {"a": {"type": "integer"}}, "required": ["a"]}, '{"a":1}', True),
+        ({"properties": {"a": {"type": "integer"}}, "required": ["a"]}, '{"a":"b"}', False),
+        ({"properties": {"a": {"type": "integer"}}}, "1", False),
+        ({"anyOf": [CITY]}, '{"city":"Bonn"}', True),
+    ],
+)
+def test_json_object_with_a_schema(schema: Any, answer: str, matches: bool) -> None:
+    """A schema next to `json_object` is enforced; one without a type accepts objects only."""
+    assert accepts(grammar.for_json_object(schema), answer) == matches
+
+
 def test_keys_are_in_the_order_of_the_schema() -> None:
     """As with OpenAI, the properties of an answer have the schema's order."""
     schema = {
