@@ -245,11 +245,17 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True, tag="f"):
-    """Terminal: the answer is complete, or its client disconnected (``cancelled``). `n` follows the last token's."""
+    """Terminal: the answer is complete, or its client disconnected (``cancelled``). `n` follows the last token's.
+
+    Attributes:
+        stop_string: The one of the job's stop strings that ended the answer; None: something else did, or the worker is older than
+            this field.
+    """
 
     n: int
     finish_reason: FinishReason
     usage: Usage
+    stop_string: str | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag="x"):

@@ -164,7 +164,7 @@ class Sequence:
             self._num_reasoning_tokens,
         )
         self.last_n += 1
-        return Finished(self.last_n, reason, usage)
+        return Finished(self.last_n, reason, usage, self._stop_matcher.found)
 
     def make_failed(self, error: RequestError) -> Failed:
         """The terminal event of an error."""

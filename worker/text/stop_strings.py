@@ -13,6 +13,9 @@ class StopMatcher:
     """Finds the first stop string that is completed. The result does not depend on how the text was cut into pieces.
 
     If several end at the same character, the one that starts first wins. Empty strings stop nothing.
+
+    Attributes:
+        found: The stop string that ended the text fed last, or None.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
@@ -20,6 +23,7 @@ class StopMatcher:
         self._max_length = max(map(len, self._stops), default=0)
         self._first_chars = {stop[0] for stop in self._stops}
         self._held_text = ""
+        self.found: str | None = None
 
     @property
     def is_holding(self) -> bool:
@@ -34,8 +38,8 @@ class StopMatcher:
         """
         if not self._stops:
             return text, False
-        certain, stop, _ = self.split(text)
-        return certain, stop is not None
+        certain, self.found, _ = self.split(text)
+        return certain, self.found is not None
 
     def split(self, text: str) -> tuple[str, str | None, str]:
         """Add text, some of which may follow the stop string.

@@ -92,7 +92,7 @@ def test_a_stop_string_ends_a_job() -> None:
     harness.run(admit("a", stop=["stop"], max_tokens=9))
     harness.run_until(lambda: bool(harness.job_ends))
     assert texts(harness, "a") == "one "
-    assert harness.journal.events("a")[-1] == Finished(3, "stop", Usage(1, 2))
+    assert harness.journal.events("a")[-1] == Finished(3, "stop", Usage(1, 2), "stop")
     assert harness.engine.num_sequences == 0
 
 
@@ -205,7 +205,7 @@ def test_a_takeover_restores_held_back_text() -> None:
     harness.run(admit("a", "a-2", journal, stop=["stop"], max_tokens=9))
     harness.run_until(lambda: bool(harness.job_ends))
     events = [decode_event(entry.event) for entry in harness.journal.entries["a"][1:]]
-    assert events == [Delta(2, 2, "still"), Delta(3, 3, " "), Finished(4, "stop", Usage(1, 3))]
+    assert events == [Delta(2, 2, "still"), Delta(3, 3, " "), Finished(4, "stop", Usage(1, 3), "stop")]
 
 
 @pytest.mark.parametrize(

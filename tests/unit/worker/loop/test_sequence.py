@@ -174,3 +174,13 @@ def test_a_takeover_completes_a_call() -> None:
     second.run(Admit(job, "a-2", [0], journal[:3]))
     second.run_until(lambda: bool(second.job_ends))
     assert second.journal.events("a") == journal
+
+
+def test_finished_names_the_stop_string() -> None:
+    """The terminal event names the stop string that ended the answer, also one split over tokens; otherwise none."""
+    sequence = make_sequence(stop=["one", "END"])
+    _, reason = generate(sequence, "Hello ", "E", "ND", " more")
+    assert sequence.make_finished(reason).stop_string == "END"
+    sequence = make_sequence(stop=["one", "END"])
+    _, reason = generate(sequence, "Hello ", "EN", end="stop")
+    assert sequence.make_finished(reason).stop_string is None
