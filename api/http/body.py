@@ -1,4 +1,4 @@
-"""The request body: checks of its type, parsing off the event loop, and the report of unknown fields.
+"""The request body: checks of its type, parsing off the event loop, and the report of ignored parameters.
 
 Called by the endpoints. Limits of size and time are enforced by `api.http.disconnect.Client`. Independent of protocols.
 """
@@ -25,7 +25,7 @@ _LARGE_BYTES = 32 * 1024
 _STRICT_FIELD = b'"strict"'
 """Parsing compiles the schemas of strict functions, which takes long."""
 
-_UNSAFE_CHARACTERS = re.compile(r"[^A-Za-z0-9_.-]")
+_UNSAFE_CHARACTERS = re.compile(r"[^A-Za-z0-9_.\[\]-]")
 
 
 async def read_json(req: falcon.asgi.Request, settings: Settings) -> bytes:
@@ -66,7 +66,10 @@ async def parsed(body: bytes, parse: Callable[[bytes], T]) -> T:
 def report_ignored(
     req: falcon.asgi.Request, resp: falcon.asgi.Response, names: list[str], *, strict: bool
 ) -> None:
-    """Name the unknown fields in a response header and in the log.
+    """Name the ignored parameters in a response header and in the log.
+
+    Args:
+        names: Paths of unknown keys, and of parameters that have no effect here.
 
     Raises:
         RequestError: 400 if `strict`.
@@ -77,4 +80,4 @@ def report_ignored(
         raise invalid(f"Unknown parameter: `{names[0][:64]}`.", names[0][:64], "unknown_parameter")
     listed = ", ".join(_UNSAFE_CHARACTERS.sub("?", name[:64]) for name in names)
     resp.set_header("x-ignored-parameters", listed)
-    log.info("request %s: ignored the unknown parameters %s", req.context.request_id, listed)
+    log.info("request %s: ignored the parameters %s", req.context.request_id, listed)

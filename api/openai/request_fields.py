@@ -1,21 +1,19 @@
-"""What both kinds of requests share: decoding, the sampling fields, and the checks of values.
+"""What both kinds of requests share: the sampling fields, and the checks of values that types cannot express.
 
-`decode` turns a body into a typed value once; the checks cover what types cannot express. Used by the parsers of chat and
-completions. Must not know HTTP.
+Used by the parsers of chat and completions, which decode bodies with `api.http.json_body`. Must not know HTTP.
 """
 
 from __future__ import annotations
 
-import itertools
-import re
 import secrets
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
 from api.generation.served_model import ServedModel
+from api.http.json_body import full_match
 from common.errors import invalid
 from common.protocol import SamplingParams
 
@@ -25,25 +23,7 @@ MAX_STOP_CHARACTERS = 1_000
 """Of a stop string: a worker compares it with the end of the text after each token."""
 
 MAX_TOKENS = 2**31 - 1
-MAX_SHOWN_CHARACTERS = 300
-"""Characters of msgspec's message, which may quote the request."""
-
-MAX_REPORTED_FIELDS = 32
-"""Unknown fields that are reported: a body may have hundreds of thousands."""
-
-MAX_NAME_CHARACTERS = 64
-"""Of an unknown field's name, which may be as long as a body."""
-
 GREEDY_TEMPERATURE = 0.0
-
-
-def full_match(pattern: str) -> Meta:
-    r"""A string that matches `pattern` from its beginning to its end.
-
-    Python's `$` also matches before a final line break. JSON Schema's patterns are ECMA-262's, without `\Z`: they get
-    `$` (`api.openapi`), and a `not` for validators in Python.
-    """
-    return Meta(pattern=rf"^{pattern}\Z", extra_json_schema={"not": {"pattern": "\n"}})
 
 
 TokenCount = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
@@ -53,7 +33,7 @@ TokenIdKey = Annotated[str, full_match("(0|[1-9][0-9]{0,9})")]
 """As int, msgspec would accept `-0` too."""
 
 
-class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class StreamOptions(msgspec.Struct, frozen=True):
     """`include_obfuscation` pads chunks against eavesdroppers; it has no effect here."""
 
     include_usage: bool | None = None
@@ -95,79 +75,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 ONLY_WITH: Mapping[str, str] = {"stream_options": "stream"}
 """Fields that may be given only if another one is true."""
-
-B = TypeVar("B", bound=Body)
-
-_decode_names = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-_LOCATION = re.compile(
-    r"^(?P<what>.*) - at (?:`key` in )?`\$\.?(?P<where>[^`]*)`$", re.DOTALL
-)  # the last match: the message may quote the request
-_LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_TYPES = re.compile(r"`[a-z]+(?: \| [a-z]+)*`")
-_JSON_NAMES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
-_BEYOND_RANGE = re.compile(r"^(Expected .* [<>]=? .*|.*out of range)$")
-
-
-def decode(body: bytes, decoder: msgspec.json.Decoder[B]) -> tuple[B, list[str]]:
-    """A body as a typed value, and the names of its unknown fields, `MAX_REPORTED_FIELDS` at most.
-
-    Raises:
-        RequestError: 400, in `param` what is wrong.
-    """
-    if not body:
-        raise invalid("The request has no body; a JSON object is required.")
-    try:
-        body.decode()  # msgspec does not check what it skips
-        value = decoder.decode(body)
-        names = _decode_names(body)
-    except UnicodeDecodeError:
-        raise invalid("The request body is not valid UTF-8.") from None
-    except RecursionError:
-        raise invalid("The request body is nested too deeply.") from None
-    except msgspec.ValidationError as error:
-        raise _refused(str(error)) from None
-    except msgspec.DecodeError as error:
-        if _LONE_SURROGATE.search(body):
-            raise invalid("The request body has an unpaired surrogate in a string.") from None
-        raise invalid(f"The request body is not valid JSON: {error}.") from None
-    known = frozenset(value.__struct_fields__)
-    return value, list(itertools.islice((name for name in names if name not in known), MAX_REPORTED_FIELDS))
-
-
-def _refused(message: str) -> Exception:
-    """msgspec's message, with the field's name in `param`."""
-    found = _LOCATION.match(message)
-    what = (found["what"] if found else message).replace(" | null", "")
-    param = found["where"].replace("[...]", "") or None if found else None
-    missing = re.match(r"Object missing required field `(.*)`", what)
-    if missing:
-        param = f"{param}.{missing[1]}" if param else missing[1]
-    if unknown := re.match(r"Object contains unknown field `(.*)`", what):
-        param = f"{param}.{unknown[1][:MAX_NAME_CHARACTERS]}"
-        return invalid(f"Unknown parameter: `{param}`.", param, "unknown_parameter")
-    if param is None:
-        return invalid(f"The request body is invalid: {_in_json_names(message)}.")
-    code = "value_out_of_range" if _BEYOND_RANGE.match(what) else None
-    what = _in_json_names(what)
-    return invalid(
-        f"Invalid value for `{param}`: {what[0].lower()}{what[1:MAX_SHOWN_CHARACTERS]}.", param, code
-    )
-
-
-def _in_json_names(what: str) -> str:
-    """With JSON's names of types; msgspec 0.22 uses Python's for some."""
-    if not what.startswith("Expected "):  # it may quote the request
-        return what
-    expected, got, came = what.partition(", got ")
-    # An integer is a number too, so `number` instead of `float` would not say what is wrong.
-    if "`int" not in expected or came != "`float`":
-        came = _TYPES.sub(_json_name, came)
-    return _TYPES.sub(_json_name, expected) + got + came
-
-
-def _json_name(found: re.Match[str]) -> str:
-    names = found[0].strip("`").split(" | ")
-    return f"`{' | '.join(_JSON_NAMES.get(name, name) for name in names)}`"
 
 
 def check_neutral(body: Body, neutral: Mapping[str, tuple[Any, ...]]) -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import msgspec
 from msgspec import Meta
 
 from api.generation.request import GenerationRequest
+from api.http.json_body import BodyDecoder
 from api.openai import request_fields as fields
 from api.openai.answer import AnswerOptions
 from api.openai.chat import messages as chat_messages
@@ -117,7 +117,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 ONLY_WITH: Mapping[str, str] = {**fields.ONLY_WITH, "top_logprobs": "logprobs"}
 
-_decoder = msgspec.json.Decoder(ChatBody)
+_decoder = BodyDecoder(ChatBody)
 
 
 def parse(body: bytes) -> GenerationRequest:
@@ -126,7 +126,7 @@ def parse(body: bytes) -> GenerationRequest:
     Raises:
         RequestError: 400, in `param` what is wrong or not supported.
     """
-    chat, ignored = fields.decode(body, _decoder)
+    chat, ignored = _decoder.decode(body)
     fields.check_neutral(chat, NEUTRAL)
     fields.check_only_with(chat, ONLY_WITH)
     return GenerationRequest(

@@ -11,25 +11,25 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from api.openai import request_fields as fields
+from api.http.json_body import full_match
 from common.errors import RequestError, invalid
 from common.schema import grammar, limits
 
 
-class JsonSchema(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class JsonSchema(msgspec.Struct, frozen=True):
     """A schema with its name; without a schema, any JSON object.
 
     `strict` has no effect, since every answer validates; `description` has none either, since the model is not shown the
     format.
     """
 
-    name: Annotated[str, fields.full_match("[a-zA-Z0-9_-]{1,64}")]
+    name: Annotated[str, full_match("[a-zA-Z0-9_-]{1,64}")]
     schema: dict[str, Any] | None = None
     strict: bool | None = None
     description: str | None = None
 
 
-class ResponseFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ResponseFormat(msgspec.Struct, frozen=True):
     """OpenAI's."""
 
     type: Literal["text", "json_object", "json_schema"]

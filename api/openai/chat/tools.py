@@ -12,7 +12,7 @@ from typing import Annotated, Any, Protocol
 
 import msgspec
 
-from api.openai import request_fields as fields
+from api.http.json_body import full_match
 from common.errors import RequestError, invalid
 from common.protocol import ToolUse
 from common.schema import function_schema, limits
@@ -25,10 +25,10 @@ MAX_LEVELS = 200
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 """Of a function without parameters, for templates and grammars."""
 
-FunctionName = Annotated[str, fields.full_match("[a-zA-Z0-9_-]{1,64}")]
+FunctionName = Annotated[str, full_match("[a-zA-Z0-9_-]{1,64}")]
 
 
-class FunctionDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class FunctionDefinition(msgspec.Struct, frozen=True):
     name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -42,7 +42,7 @@ class Tool(msgspec.Struct, frozen=True):
     function: FunctionDefinition | None = None
 
 
-class NamedFunction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class NamedFunction(msgspec.Struct, frozen=True):
     name: str
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import msgspec
 from msgspec import Meta
 
 from api.generation.request import GenerationRequest
 from api.generation.served_model import ServedModel
+from api.http.json_body import BodyDecoder
 from api.openai import request_fields as fields
 from api.openai.answer import AnswerOptions
 from common.errors import invalid
@@ -45,7 +45,7 @@ class CompletionBody(fields.Body, frozen=True, kw_only=True):
 NEUTRAL = fields.NEUTRAL
 ONLY_WITH = fields.ONLY_WITH
 
-_decoder = msgspec.json.Decoder(CompletionBody)
+_decoder = BodyDecoder(CompletionBody)
 
 
 def parse(body: bytes) -> GenerationRequest:
@@ -54,7 +54,7 @@ def parse(body: bytes) -> GenerationRequest:
     Raises:
         RequestError: 400, in `param` what is wrong or not supported.
     """
-    completion, ignored = fields.decode(body, _decoder)
+    completion, ignored = _decoder.decode(body)
     fields.check_neutral(completion, NEUTRAL)
     fields.check_only_with(completion, ONLY_WITH)
     n = completion.n or 1
