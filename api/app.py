@@ -15,6 +15,7 @@ import redis.asyncio
 
 from api.auth import key_file
 from api.auth.authentication import Authentication
+from api.generation.answer_store import AnswerStore
 from api.generation.command_batch import CommandBatch
 from api.generation.endpoint import Endpoint, Services
 from api.generation.job_queue import JobQueue
@@ -80,8 +81,10 @@ def create_app(settings: Settings) -> App:
     relay = Relay(
         client, reads, max_events=settings.stream_buffer_events, queue_seconds=settings.queue_seconds
     )
-    job_queue = JobQueue(settings, CommandBatch(client, transaction=True))
-    services = Services(settings, directory, relay, job_queue)
+    writes = CommandBatch(client, transaction=True)
+    job_queue = JobQueue(settings, writes)
+    answers = AnswerStore(settings, reads, writes, job_queue)
+    services = Services(settings, directory, relay, job_queue, answers)
     middleware: list[Any] = [
         Lifespan(client, directory, relay, job_queue),
         RequestIds(),

@@ -5,6 +5,10 @@
 | journal(job)   | stream: one entry per token, id `n-0`, n from 1 without a gap, then the terminal event | worker | API, worker taking over | `journal_ttl_seconds` after the last write |
 | cancelled(job) | string | API | worker (intake) | CANCEL_MARK_SECONDS |
 | api_channel(process) | channel | worker | the API process | - |
+| stream_channel(answer) | channel: the events of a detached request's jobs | worker | API processes that follow the answer | - |
+| answer(answer) | hash: an answer that outlives its request (`common.retention`, `api.generation.answer_store`) | API, worker | API | as `common.retention` says |
+| ANSWER_EXPIRIES | sorted set: answer id by Unix seconds of its expiry | API, worker | API | - (trimmed with each stored answer) |
+| ANSWER_BYTES | hash: the bytes that are reserved for each stored answer, and their `total` | API, worker | API | - (trimmed with each stored answer) |
 | control_channel(model) | channel | API | workers of the model | - |
 | worker_card(worker) | hash (`protocol.ModelCard`) | worker | API | CARD_SECONDS, renewed each heartbeat |
 | WORKER_CARDS | sorted set: worker name by Unix seconds of its last heartbeat | worker | API | - (trimmed after CARD_NAME_SECONDS) |
@@ -34,6 +38,9 @@ KNOWN_MODEL_SECONDS = 7 * 24 * 3600
 WORKER_CARDS = f"{PREFIX}:cards"
 KNOWN_MODELS = f"{PREFIX}:models"
 JOURNAL_PREFIX = f"{PREFIX}:journal:"
+ANSWER_PREFIX = f"{PREFIX}:answer:"
+ANSWER_EXPIRIES = f"{PREFIX}:answer_expiries"
+ANSWER_BYTES = f"{PREFIX}:answer_bytes"
 
 JOB_FUNCTION = "mlxpool.generate"
 """The function name of all our RQ jobs: data for RQ's tools to show, never imported."""
@@ -70,6 +77,16 @@ def cancelled(job_id: str) -> str:
 def api_channel(process_id: str) -> str:
     """The channel on which an API process receives all events of its requests."""
     return f"{PREFIX}:api:{process_id}"
+
+
+def stream_channel(answer_id: str) -> str:
+    """The channel of a detached request's events, which any API process can follow."""
+    return f"{PREFIX}:stream:{answer_id}"
+
+
+def answer(answer_id: str) -> str:
+    """The record of an answer that outlives its request; its id is that of the request's first job."""
+    return ANSWER_PREFIX + answer_id
 
 
 def control_channel(model: str) -> str:

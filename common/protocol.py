@@ -123,6 +123,7 @@ class GenerationJob(msgspec.Struct, frozen=True, kw_only=True):
         journals_started: Whether the worker's first `Started` is in the journal too, as event 1.
         is_detached: Whether the job goes on without subscribers: its client may come back for the answer.
         final_ttl_seconds: The journal's time to live after its terminal event; None: the worker's setting.
+        answer_id: The first job's id, if the request's answer is stored (`common.retention`); None: it is not.
     """
 
     job_id: str
@@ -143,6 +144,7 @@ class GenerationJob(msgspec.Struct, frozen=True, kw_only=True):
     journals_started: bool = False
     is_detached: bool = False
     final_ttl_seconds: int | None = None
+    answer_id: str | None = None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -33,6 +33,7 @@ GROUPS = {
     "header_seconds": "HTTP limits",
     "sse_comment_seconds": "Streams",
     "request_seconds": "Queue and deadlines",
+    "response_ttl_seconds": "Stored answers",
     "model": "Model",
     "max_batch": "Worker",
     "memory_limit_gb": "Memory of a worker",
@@ -99,6 +100,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_queued_tokens: Annotated[
         int, _about("estimated prompt and answer tokens that may wait for a model", ge=1)
     ] = 1_000_000
+
+    response_ttl_seconds: Annotated[
+        int, _about("how long a stored response is kept after its end", ge=1, le=30 * 24 * 3600)
+    ] = 3600
+    resumable_ttl_seconds: Annotated[
+        int, _about("how long a resumable stream can be resumed after its end", ge=1, le=30 * 24 * 3600)
+    ] = 600
+    max_stored_mb: Annotated[
+        int,
+        _about("memory in Redis for stored responses and resumable streams; a full store answers 503", ge=1),
+    ] = 256
 
     model: Annotated[
         str, _about("path, hub repository or 'demo'; for `make up` several, separated by spaces")

@@ -41,10 +41,13 @@ class Authentication:
                 resp,
                 "You didn't provide an API key. Send one in the header `Authorization: Bearer YOUR_KEY`.",
             )
-        name = self._file.keys.name_of(secret.strip())
-        if name is None:
+        key = self._file.keys.find(secret.strip())
+        if key is None:
             raise _unauthorized(resp, "The API key is invalid or was revoked.")
-        req.context.api_key_name = name if name.isprintable() else repr(name)  # it is logged
+        req.context.api_key_name = name = (
+            key.name if key.name.isprintable() else repr(key.name)
+        )  # it is logged
+        req.context.owner = key.owner
         log.debug("request %s: authenticated with the key of %s", req.context.request_id, name)
 
 

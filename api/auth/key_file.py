@@ -46,18 +46,24 @@ class Key(msgspec.Struct, frozen=True):
     created: str
     sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
+    @property
+    def owner(self) -> str:
+        """Of what is stored for this key: the name alone could be given to another key later."""
+        return f"{self.sha256[:16]}:{self.name}"
+
 
 class Keys(msgspec.Struct, frozen=True):
     """The content of the file."""
 
     keys: list[Key] = []
 
-    def name_of(self, secret: str) -> str | None:
-        """The name of a key, or None if it is not in the file. The time does not depend on which key matches."""
-        digest, found = _digest(secret), None
+    def find(self, secret: str) -> Key | None:
+        """The entry of a key, or None if it is not in the file. The time does not depend on which key matches."""
+        digest = _digest(secret)
+        found: Key | None = None
         for key in self.keys:
             if hmac.compare_digest(key.sha256, digest):
-                found = key.name
+                found = key
         return found
 
 

@@ -13,7 +13,7 @@ import time
 from api.generation.choices import ChoiceEvents, Choices
 from api.generation.command_batch import queue_unavailable
 from api.generation.front_end import total_usage
-from api.generation.job_queue import JobQueue, QueueFullError
+from api.generation.job_queue import JobQueue, NewRecord, QueueFullError, StoreFullError
 from api.generation.relay import Relay
 from common.errors import RequestError
 from common.protocol import Delta, Failed, Finished, GenerationJob
@@ -57,19 +57,23 @@ class ActiveRequest:
         """Whether no more events follow."""
         return self._choices.is_done
 
-    async def submit(self, num_bytes: int) -> None:
+    async def submit(self, num_bytes: int, record: NewRecord | None = None) -> None:
         """Put the jobs into their queue, all or none.
+
+        Args:
+            record: To be stored with them.
 
         Raises:
             QueueFullError: They are not in the queue; it is full.
+            StoreFullError: They are not in the queue; there is no room for `record`.
             RequestError: 503; Redis is unavailable.
         """
         if not self._relay.is_connected:
             raise queue_unavailable()
         self._is_submitted = True
         try:
-            await self._job_queue.submit(self._choices.jobs, num_bytes)
-        except QueueFullError:
+            await self._job_queue.submit(self._choices.jobs, num_bytes, record)
+        except (QueueFullError, StoreFullError):
             self._is_submitted = False
             raise
         self._is_queued = True
@@ -122,7 +126,7 @@ class ActiveRequest:
             return
         for job in self._choices.unfinished():
             if job.job_id not in self._cancelled_ids:
-                self._job_queue.cancel(job.job_id, job.model)
+                self._job_queue.cancel(job)
                 if self._is_queued:
                     self._cancelled_ids.add(job.job_id)
 

@@ -11,12 +11,14 @@ import falcon.asgi
 
 from api.generation import delivery, overload
 from api.generation.active_request import ActiveRequest
+from api.generation.answer_store import AnswerStore, store_full
 from api.generation.front_end import FrontEnd
-from api.generation.job_queue import JobQueue, QueueFullError
+from api.generation.job_queue import JobQueue, QueueFullError, StoreFullError
 from api.generation.model_directory import ModelDirectory
 from api.generation.relay import Relay
 from api.generation.request import GenerationRequest, answer_record, check_size
 from api.generation.served_model import ServedModel
+from api.generation.stored_answer import owner_of
 from api.http.body import parsed, read_json, report_ignored
 from api.http.disconnect import CLIENT, Client
 from api.http.headers import timeout_seconds
@@ -32,6 +34,7 @@ class Services:
     directory: ModelDirectory
     relay: Relay
     job_queue: JobQueue
+    answers: AnswerStore
 
 
 class Endpoint:
@@ -50,11 +53,17 @@ class Endpoint:
         body = await read_json(req, services.settings)
         request = await parsed(body, front_end.parse)
         report_ignored(req, resp, request.ignored, strict=services.settings.strict_parameters)
+        if front_end.complete is not None:
+            request = await front_end.complete(request, services.answers, owner_of(req))
         model = await services.directory.resolve(request.model)
         await front_end.check(request, model)
         jobs, active = await self._begin(req, request, model, len(body))
         # From the record and nothing else, as another process would render it.
-        rendering = front_end.rendering(answer_record(jobs[0]))
+        record = answer_record(jobs[0])
+        if request.is_background and not request.stream and front_end.accepted is not None:
+            resp.data = front_end.accepted(record)
+            return
+        rendering = front_end.rendering(record)
         if request.stream:
             await delivery.send_stream(resp, active, rendering, services.settings)
         else:
@@ -69,8 +78,8 @@ class Endpoint:
             num_bytes: The size of the request's body.
 
         Raises:
-            RequestError: 400, a header is wrong or the request is too large; 429, the queue is full; 503, Redis is
-                unavailable.
+            RequestError: 400, a header is wrong or the request is too large; 429, the queue is full; 503, the
+                store of answers is full, or Redis is unavailable.
         """
         services = self._services
         seconds = timeout_seconds(req, services.settings.request_seconds)
@@ -82,12 +91,18 @@ class Endpoint:
             [overload.estimated_tokens(request, prompt, model, num_bytes) for prompt in request.prompts],
             getattr(req.context, "api_key_name", None),
         )
+        record = None
+        if request.retention is not None:
+            num_tokens = overload.estimated_answer_tokens(request, model)
+            record = await services.answers.new_record(jobs, request.retention, owner_of(req), num_tokens)
         active = ActiveRequest(jobs, request.best_of, services.relay, services.job_queue, seconds)
         client: Client = req.scope[CLIENT]
         client.on_end(active.release)
         client.watch()
         try:
-            await active.submit(num_bytes)
+            await active.submit(num_bytes, record)
+        except StoreFullError:
+            raise store_full() from None
         except QueueFullError as full:
             raise overload.refusal(model, full.num_requests, is_tokens=full.is_tokens) from None
         return jobs, active

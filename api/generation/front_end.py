@@ -12,6 +12,7 @@ from typing import Protocol
 
 from api.generation.request import AnswerRecord, GenerationRequest
 from api.generation.served_model import ServedModel
+from api.generation.stored_answer import AnswerLookup
 from common.errors import RequestError
 from common.protocol import Delta, Echo, Finished, Usage
 
@@ -58,12 +59,17 @@ class FrontEnd:
         parse: A request body to a request; raises a RequestError, 400.
         check: What can only be checked with the model, or takes a while; raises a RequestError, 400.
         rendering: A new rendering of the answer that a record describes.
+        complete: Completes a request with stored answers, such as the conversation before it, and checks these; also gets the
+            owner whose answers it may read.
+        accepted: The body for a request that is answered as soon as it is queued (`GenerationRequest.is_background`).
     """
 
     name: str
     parse: Callable[[bytes], GenerationRequest]
     check: Callable[[GenerationRequest, ServedModel], Awaitable[None]]
     rendering: Callable[[AnswerRecord], Rendering]
+    complete: Callable[[GenerationRequest, AnswerLookup, str], Awaitable[GenerationRequest]] | None = None
+    accepted: Callable[[AnswerRecord], bytes] | None = None
 
 
 def total_usage(finished: list[Finished], best_of: int) -> Usage:

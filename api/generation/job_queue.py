@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import redis
 from rq.job import Retry
 
 from api.generation.command_batch import Command, CommandBatch, queue_unavailable
-from common import connections, names
+from common import connections, names, retention
 from common.errors import MLXPoolError
 from common.protocol import Cancel, GenerationJob, encode
 from common.rq import JsonJob, JsonQueue
@@ -37,10 +37,13 @@ _LARGE_JOB_BYTES = 64 * 1024
 _MAX_QUEUES = 256
 """Queue objects in memory, one a model."""
 
+_QUEUE_FULL, _QUEUED, _STORE_FULL = range(3)
+"""What `_SUBMIT` replies first."""
+
 # ARGV: queue, its maximum of requests and of tokens, the new jobs' number and tokens; then RQ's commands, each as its number
 # of words and its words. A job id encodes the job's estimated tokens (`names.new_job_id`). An empty queue takes a request of
-# any size. Reply: whether the jobs were enqueued, and how many requests and tokens wait.
-_SUBMIT = """
+# any size. Reply: see above, and how many requests and tokens wait.
+_CHECK_QUEUE = """
 local queue, max_requests, max_tokens, own = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[5])
 local num, tokens, i = redis.call('LLEN', queue), 0, 6
 if num > 0 then
@@ -50,12 +53,30 @@ if num > 0 then
   end
   if tokens + own > max_tokens then return {0, num, tokens} end
 end
+"""
+_ENQUEUE = """
 while i <= #ARGV do
   local last = i + ARGV[i]
   redis.call(unpack(ARGV, i + 1, last))
   i = last + 1
 end
 return {1, num, tokens}
+"""
+_SUBMIT = _CHECK_QUEUE + _ENQUEUE
+
+# The same for a request whose answer is stored. Before RQ's commands: answer id, its bytes, the maximum of all stored bytes, the
+# record's seconds to live, the number of words of its hash, and these.
+_SUBMIT_STORED = f"""
+{retention.STORE}
+{_CHECK_QUEUE}
+local answer, bytes, ttl, first = ARGV[6], tonumber(ARGV[7]), ARGV[9], 11
+if not has_room(bytes, tonumber(ARGV[8])) then return {{2, num, tokens}} end
+i = first + ARGV[10]
+redis.call('HSET', answer_key(answer), unpack(ARGV, first, i - 1))
+redis.call('EXPIRE', answer_key(answer), ttl)
+redis.call('ZADD', EXPIRIES, now() + ttl, answer)
+reserve(answer, bytes)
+{_ENQUEUE}
 """
 
 
@@ -73,6 +94,28 @@ class QueueFullError(MLXPoolError):
         self.is_tokens = is_tokens
 
 
+class StoreFullError(MLXPoolError):
+    """The answers that are stored for all clients take as many bytes as `MLXPOOL_MAX_STORED_MB` allows."""
+
+    def __init__(self) -> None:
+        super().__init__("the store of answers is full")
+
+
+class NewRecord(NamedTuple):
+    """The record of an answer, to be stored together with its jobs.
+
+    Attributes:
+        num_bytes: Reserved for it and for its jobs' journals, until their real size is known.
+        ttl_seconds: Until one of its jobs starts.
+        fields: Of the hash: names and values.
+    """
+
+    answer_id: str
+    num_bytes: int
+    ttl_seconds: int
+    fields: dict[str, str | bytes | int]
+
+
 class JobQueue:
     """See the module.
 
@@ -85,17 +128,20 @@ class JobQueue:
         self._writes = writes
         self._recorder = connections.connect(settings.redis_url)  # records commands, never connects
         self._queues: dict[str, JsonQueue] = {}
-        self._cancels: dict[str, str] = {}  # model by job id
+        self._cancels: dict[str, GenerationJob] = {}  # by job id
         self._cancel_task: asyncio.Task[None] | None = None
 
-    async def submit(self, jobs: list[GenerationJob], num_bytes: int = 0) -> None:
-        """Put the jobs of a request into their model's queue, all or none.
+    async def submit(
+        self, jobs: list[GenerationJob], num_bytes: int = 0, record: NewRecord | None = None
+    ) -> None:
+        """Put the jobs of a request into their model's queue, all or none, and store the record of its answer, if there is one.
 
         Args:
             num_bytes: The approximate size of one job.
 
         Raises:
             QueueFullError: They are not in the queue; it is full.
+            StoreFullError: They are not in the queue; the record does not fit into the store.
             RequestError: 503; Redis is unavailable. The jobs may be in the queue nevertheless: `cancel` them.
         """
         if num_bytes * len(jobs) > _LARGE_JOB_BYTES:
@@ -103,25 +149,35 @@ class JobQueue:
         else:
             commands = self._record_all(jobs)
         try:
-            [[is_queued, num_requests, num_tokens]] = await self._writes.execute(
-                [self._guarded(jobs, commands)]
+            [[outcome, num_requests, num_tokens]] = await self._writes.execute(
+                [self._guarded(jobs, commands, record)]
             )
         except (redis.RedisError, OSError) as error:
             log.warning("job %s cannot be queued: %s", jobs[0].job_id, error)
             raise queue_unavailable() from error
-        if not is_queued:
+        if outcome == _STORE_FULL:
+            raise StoreFullError
+        if outcome == _QUEUE_FULL:
             raise QueueFullError(num_requests, is_tokens=num_tokens > 0)
 
-    def _guarded(self, jobs: list[GenerationJob], commands: list[Command]) -> Command:
-        """RQ's commands as one script, which does nothing if the queue is full: one round trip, and no race."""
+    def _guarded(
+        self, jobs: list[GenerationJob], commands: list[Command], record: NewRecord | None
+    ) -> Command:
+        """RQ's commands as one script, which does nothing if the queue or the store is full: one round trip, and no race."""
         limits = (self._settings.max_queued_requests, self._settings.max_queued_tokens)
         own = (len(jobs), sum(names.estimated_tokens(job.job_id) for job in jobs))
         words = [word for command in commands for word in (len(command), *command)]
-        return ("EVAL", _SUBMIT, 0, self._queue(jobs[0].model).key, *limits, *own, *words)
+        queue_key = self._queue(jobs[0].model).key
+        if record is None:
+            return ("EVAL", _SUBMIT, 0, queue_key, *limits, *own, *words)
+        max_bytes = self._settings.max_stored_mb * 2**20
+        fields = [word for field in record.fields.items() for word in field]
+        stored = (record.answer_id, record.num_bytes, max_bytes, record.ttl_seconds, len(fields), *fields)
+        return ("EVAL", _SUBMIT_STORED, 0, queue_key, *limits, *own, *stored, *words)
 
-    def cancel(self, job_id: str, model: str) -> None:
+    def cancel(self, job: GenerationJob) -> None:
         """Cancel a job whose client has disconnected; it may have ended already. Sent in the background, and again until Redis accepts it."""
-        self._cancels[job_id] = model
+        self._cancels[job.job_id] = job
         if self._cancel_task is None or self._cancel_task.done():
             self._cancel_task = asyncio.create_task(self._send_cancels())
 
@@ -131,6 +187,14 @@ class JobQueue:
             await asyncio.wait([self._cancel_task], timeout=CLOSE_SECONDS)
             self._cancel_task.cancel()
         self._recorder.close()
+
+    def _removal(self, job: GenerationJob) -> Command:
+        queue_key = self._queue(job.model).key
+        if job.answer_id is None or job.final_ttl_seconds is None:
+            return ("LREM", queue_key, 1, job.job_id)
+        return retention.cancel(
+            job.answer_id, job.job_id, job.final_ttl_seconds, channel=job.channel, queue_key=queue_key
+        )
 
     def _record_all(self, jobs: list[GenerationJob]) -> list[Command]:
         return [command for job in jobs for command in self._record(job)]
@@ -178,16 +242,19 @@ class JobQueue:
             for job_id in batch:
                 self._cancels.pop(job_id, None)
 
-    async def _send_cancel(self, batch: Mapping[str, str]) -> None:
-        """Remove from the queue, leave a mark for a worker that is just taking a job, notify those that run one."""
+    async def _send_cancel(self, batch: Mapping[str, GenerationJob]) -> None:
+        """Remove from the queue, leave a mark for a worker that is just taking a job, notify those that run one.
+
+        If the job's answer is stored, its journal says that it was cancelled; else nothing remains of a job that was queued.
+        """
         commands: list[Command] = []
         by_model: dict[str, list[str]] = {}
-        for job_id, model in batch.items():
+        for job_id, job in batch.items():
             commands += [
-                ("LREM", self._queue(model).key, 1, job_id),
+                self._removal(job),
                 ("SET", names.cancelled(job_id), 1, "EX", names.CANCEL_MARK_SECONDS),
             ]
-            by_model.setdefault(model, []).append(job_id)
+            by_model.setdefault(job.model, []).append(job_id)
         for model, job_ids in by_model.items():
             commands.append(("PUBLISH", names.control_channel(model), encode(Cancel(job_ids))))
         replies: list[Any] = await self._writes.execute(commands)

@@ -29,9 +29,14 @@ def estimated_tokens(request: GenerationRequest, prompt: Prompt, model: ServedMo
     num_prompt = 1 + num_bytes // (_BYTES_PER_TOKEN * len(request.prompts))
     if isinstance(prompt, TokenPrompt):
         num_prompt = len(prompt.token_ids)
+    return min(num_prompt, model.context_length) + estimated_answer_tokens(request, model)
+
+
+def estimated_answer_tokens(request: GenerationRequest, model: ServedModel) -> int:
+    """Of one answer."""
     expected = int(model.mean_tokens) or _ANSWER_TOKENS
     num_answer = expected if request.max_tokens is None else request.max_tokens
-    return min(num_prompt, model.context_length) + min(num_answer, model.context_length)
+    return min(num_answer, model.context_length)
 
 
 def refusal(model: ServedModel, num_waiting: int, *, is_tokens: bool) -> RequestError:

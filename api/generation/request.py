@@ -56,6 +56,21 @@ class AnswerRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     options: dict[str, Any] = {}
 
 
+class Retention(msgspec.Struct, frozen=True, kw_only=True):
+    """How an answer outlives its request.
+
+    Attributes:
+        ttl_seconds: How long the answer is kept after its end.
+        is_detached: Whether generation goes on without its client: the request has no deadline and is not cancelled when the
+            client disconnects or the API process ends.
+        details: Data of the front end, returned unchanged by the store; JSON.
+    """
+
+    ttl_seconds: int
+    is_detached: bool = False
+    details: dict[str, Any] | None = None
+
+
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Parsed, and checked as far as possible without the model.
 
@@ -72,6 +87,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         unset: Fields of `sampling` that the client did not set: the model's own defaults apply to them.
         max_reasoning_tokens: As in `common.protocol.GenerationJob`, and the next one.
         journals_started: Set by a front end whose rendering needs the prompt's token count at the beginning.
+        retention: How the answer outlives the request; None: it does not.
+        is_background: Whether the response is sent as soon as the jobs are queued (`FrontEnd.accepted`); needs a detached
+            `retention`. A stream is not affected.
     """
 
     model: str | None
@@ -91,6 +109,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     unset: frozenset[str] = frozenset()
     max_reasoning_tokens: int | None = None
     journals_started: bool = False
+    retention: Retention | None = None
+    is_background: bool = False
 
     @property
     def num_jobs(self) -> int:
@@ -109,7 +129,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
 
         Args:
             front_end: The name of the one that renders the answer.
-            channel: Where the jobs' events are published.
+            channel: Where the jobs' events are published, unless the request is detached, which has a channel of its own.
             estimated_tokens: Of a job of each prompt.
             api_key_name: Of the client's key; None: the API is open.
         """
@@ -123,6 +143,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
             for prompt, num_tokens in zip(self.prompts, estimated_tokens, strict=True)
             for choice in range(self.best_of)
         ]
+        retention, answer_id = self.retention, prompts[0][1]
+        if retention is not None and retention.is_detached:
+            channel = names.stream_channel(answer_id)
         record = AnswerRecord(
             front_end=front_end,
             job_ids=[job_id for _, job_id, _ in prompts],
@@ -152,6 +175,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
                 answer=msgspec.to_builtins(record) if index == 0 else None,
                 max_reasoning_tokens=self.max_reasoning_tokens,
                 journals_started=self.journals_started,
+                is_detached=retention is not None and retention.is_detached,
+                final_ttl_seconds=None if retention is None else retention.ttl_seconds,
+                answer_id=None if retention is None else answer_id,
             )
             for index, (prompt, job_id, choice) in enumerate(prompts)
         ]

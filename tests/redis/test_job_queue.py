@@ -100,7 +100,7 @@ def test_cancelling_a_queued_job(redis_url: str, client: redis.Redis) -> None:
 
     async def test(queue: JobQueue) -> None:
         await queue.submit([job()])
-        queue.cancel(job().job_id, MODEL)
+        queue.cancel(job())
 
     with client, client.pubsub(ignore_subscribe_messages=True) as pubsub:
         pubsub.subscribe(names.control_channel(MODEL))
@@ -120,7 +120,7 @@ def test_cancelling_a_job_that_was_taken(redis_url: str, client: redis.Redis) ->
     async def test(queue: JobQueue) -> None:
         await queue.submit([job()])
         await asyncio.to_thread(client.lpop, JsonQueue(MODEL, connection=client).key)
-        queue.cancel(job().job_id, MODEL)
+        queue.cancel(job())
 
     with client:
         run(redis_url, test)
@@ -135,7 +135,7 @@ def test_many_cancellations_at_once(redis_url: str, client: redis.Redis) -> None
     async def test(queue: JobQueue) -> None:
         await asyncio.gather(*(queue.submit([job(job_id)]) for job_id in ids))
         for job_id in ids:
-            queue.cancel(job_id, MODEL)
+            queue.cancel(job(job_id))
 
     with client:
         run(redis_url, test)
@@ -151,7 +151,7 @@ def test_without_a_server() -> None:
             await queue.submit([job()])
         assert (raised.value.status, raised.value.code) == (503, "queue_unavailable")
         assert raised.value.retry_after_seconds is not None
-        queue.cancel(job().job_id, MODEL)
+        queue.cancel(job())
 
     run("redis://127.0.0.1:1/0", test)
 
@@ -162,7 +162,7 @@ def test_a_cancellation_outlasts_an_outage(redis_url: str, client: redis.Redis) 
     async def test(queue: JobQueue) -> None:
         await queue.submit([job()])
         await asyncio.to_thread(client.config_set, "maxmemory", 1)  # Redis refuses to write
-        queue.cancel(job().job_id, MODEL)
+        queue.cancel(job())
         await asyncio.sleep(0.2)
         await asyncio.to_thread(client.config_set, "maxmemory", 0)
 

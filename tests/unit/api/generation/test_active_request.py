@@ -48,8 +48,8 @@ class FakeQueue:
     async def submit(self, *_arguments: Any) -> None:
         await self.accepts.wait()
 
-    def cancel(self, job_id: str, _model: str) -> None:
-        self.cancelled.append(job_id)
+    def cancel(self, job: GenerationJob) -> None:
+        self.cancelled.append(job.job_id)
         self.has_cancelled.set()
 
 
