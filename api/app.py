@@ -30,9 +30,11 @@ from api.http.methods import UnknownMethods
 from api.http.open_paths import LIVE_PATH, READY_PATH, REPORT_PATH
 from api.http.origins import CrossOrigin, Origins
 from api.openai.models import Model, Models
+from api.openai.tokenize.resources import Detokenize, Tokenize
 from api.openapi import PATH as DESCRIPTION_PATH
 from api.openapi import Description
 from api.protocols import ERROR_FORMATS, FRONT_ENDS
+from api.tokenizing.client import TokenizeClient
 from common import connections
 from common.settings import Settings
 
@@ -47,12 +49,18 @@ class Lifespan:
     """Starts and stops the background tasks of a process (ASGI lifespan)."""
 
     def __init__(
-        self, client: redis.asyncio.Redis, directory: ModelDirectory, relay: Relay, job_queue: JobQueue
+        self,
+        client: redis.asyncio.Redis,
+        directory: ModelDirectory,
+        relay: Relay,
+        job_queue: JobQueue,
+        tokenizing: TokenizeClient,
     ) -> None:
         self._client = client
         self._directory = directory
         self._relay = relay
         self._job_queue = job_queue
+        self._tokenizing = tokenizing
 
     async def process_startup(self, _scope: dict[str, Any], _event: dict[str, Any]) -> None:
         await self._directory.start()
@@ -64,6 +72,7 @@ class Lifespan:
         self._relay.end_all()
         await asyncio.sleep(FINAL_FRAMES_SECONDS)
         await self._job_queue.close()
+        await self._tokenizing.stop()
         await self._directory.stop()
         await self._relay.stop()
         await self._client.aclose()
@@ -85,8 +94,9 @@ def create_app(settings: Settings) -> App:
     job_queue = JobQueue(settings, writes)
     answers = AnswerStore(settings, reads, writes, job_queue)
     services = Services(settings, directory, relay, job_queue, answers)
+    tokenizing = TokenizeClient(client, reads)
     middleware: list[Any] = [
-        Lifespan(client, directory, relay, job_queue),
+        Lifespan(client, directory, relay, job_queue, tokenizing),
         RequestIds(),
         ConnectionClose(),
         UnknownMethods(),
@@ -107,6 +117,8 @@ def create_app(settings: Settings) -> App:
     for prefix in ("/v1", ""):
         for path, front_end in FRONT_ENDS.items():
             app.add_route(prefix + path, Endpoint(front_end, services))
+        app.add_route(f"{prefix}/tokenize", Tokenize(directory, tokenizing, settings))
+        app.add_route(f"{prefix}/detokenize", Detokenize(directory, tokenizing, settings))
         app.add_route(f"{prefix}/models", Models(directory))
         app.add_route(f"{prefix}/models/{{model_id:path}}", Model(directory))
     return with_disconnects(app)

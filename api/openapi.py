@@ -23,6 +23,8 @@ from api.openai.answer_types import ChatCompletion, ChatCompletionChunk, Complet
 from api.openai.chat import request as chat_request
 from api.openai.completions import request as completion_request
 from api.openai.errors import ErrorBody
+from api.openai.tokenize import request as tokenize_request
+from api.openai.tokenize.resources import DetokenizeResponse, TokenizeResponse
 from common.settings import Settings
 
 Json = dict[str, Any]
@@ -56,6 +58,7 @@ _TOO_MANY_REQUESTS, _UNAVAILABLE, _NOT_ALLOWED = 429, 503, 405
 _ALWAYS = (400, 405, 414, 431, 500, 501)
 _LISTING = (401, 403, 503)
 _ONE_MODEL = (401, 403, 404, 503)
+_TOKENIZING = (401, 403, 404, 408, 413, 415, 503)
 _GENERATING = (401, 403, 404, 408, 413, 415, 429, 503, 504)
 
 _HEADERS: Mapping[str, Json] = {
@@ -118,7 +121,12 @@ GENERATING = (
         {"prompt": "The capital of France is"},
     ),
 )
+_TOKENIZE_BODIES = (tokenize_request.TokenizeTextBody, tokenize_request.TokenizeChatBody)
 _OTHER_TYPES = (
+    *_TOKENIZE_BODIES,
+    tokenize_request.DetokenizeBody,
+    TokenizeResponse,
+    DetokenizeResponse,
     models.ModelList,
     models.ModelObject,
     health.Alive,
@@ -126,6 +134,14 @@ _OTHER_TYPES = (
     health.HealthReport,
     ErrorBody,
 )
+
+
+_NOT_BOTH_ENDS: Json = {
+    "not": {
+        "properties": {"add_generation_prompt": {"const": True}, "continue_final_message": {"const": True}},
+        "required": ["add_generation_prompt", "continue_final_message"],
+    }
+}
 
 
 class Description:
@@ -171,13 +187,23 @@ def document(settings: Settings) -> Json:
 def _schemas(settings: Settings) -> Json:
     types = [t for endpoint in GENERATING for t in (endpoint.body, endpoint.completed, endpoint.chunk)]
     _, schemas = msgspec.json.schema_components([*types, *_OTHER_TYPES], ref_template=_REF)
-    for endpoint in GENERATING:
-        schema = schemas[endpoint.body.__name__]
-        for name, values in endpoint.neutral.items():
+    chat = (tokenize_request.TokenizeChatBody, chat_request.NEUTRAL, chat_request.ONLY_WITH)
+    bodies = [(endpoint.body, endpoint.neutral, endpoint.only_with) for endpoint in GENERATING]
+    for body, neutral, only_with in [*bodies, chat]:
+        schema = schemas[body.__name__]
+        for name, values in neutral.items():
             schema["properties"][name] = _neutral(schema["properties"][name], values)
-        schema["allOf"] = [_only_with(name, other) for name, other in endpoint.only_with.items()]
+        schema["allOf"] = [_only_with(name, other) for name, other in only_with.items()]
+    schemas["TokenizeChatBody"]["allOf"].append(_NOT_BOTH_ENDS)
+    schemas["TokenizeTextBody"]["properties"]["messages"] = False
+    schemas["TokenizeChatBody"]["properties"]["prompt"] = False
+    for body in (
+        *(each for each, _, _ in [*bodies, chat]),
+        tokenize_request.TokenizeTextBody,
+        tokenize_request.DetokenizeBody,
+    ):
         if settings.strict_parameters:
-            schema["additionalProperties"] = False
+            schemas[body.__name__]["additionalProperties"] = False
     for schema in schemas.values():
         if schema.get("required") == []:
             del schema["required"]
@@ -278,6 +304,7 @@ def _paths() -> Json:
         suffix = "" if prefix else "Unversioned"
         for endpoint in GENERATING:
             paths[prefix + endpoint.path] = {"post": _generating(endpoint, suffix)}
+        paths |= _tokenizing(prefix, suffix)
         listed = {"200": _response("The models that can be used now.", models.ModelList)}
         listed["200"]["links"] = {
             "first": {
@@ -370,6 +397,42 @@ def _generating(endpoint: Generating, suffix: str) -> Json:
         },
         "responses": _responses({"200": ok}, _GENERATING),
         "security": _security(),
+    }
+
+
+def _tokenizing(prefix: str, suffix: str) -> Json:
+    tokenize = _response("The tokens.", TokenizeResponse, ("X-Request-Id", "X-Ignored-Parameters"))
+    detokenize = _response("The text.", DetokenizeResponse, ("X-Request-Id", "X-Ignored-Parameters"))
+    return {
+        f"{prefix}{path}": {
+            "post": {
+                "operationId": name + suffix,
+                "summary": summary,
+                "tags": ["Tokens"],
+                "parameters": [_parameter("RequestId")],
+                "requestBody": {"required": True, "content": {_JSON: {"schema": body, "examples": examples}}},
+                "responses": _responses({"200": ok}, _TOKENIZING),
+                "security": _security(),
+            }
+        }
+        for path, name, summary, body, ok, examples in (
+            (
+                "/tokenize",
+                "tokenize",
+                "Convert text or messages to tokens",
+                {"anyOf": [_ref(body) for body in _TOKENIZE_BODIES]},
+                tokenize,
+                {"plain": {"value": {"prompt": "The capital of France is"}}},
+            ),
+            (
+                "/detokenize",
+                "detokenize",
+                "Convert tokens to text",
+                _ref(tokenize_request.DetokenizeBody),
+                detokenize,
+                {"plain": {"value": {"tokens": [1, 2, 3]}}},
+            ),
+        )
     }
 
 

@@ -10,6 +10,9 @@
 | ANSWER_EXPIRIES | sorted set: answer id by Unix seconds of its expiry | API, worker | API | - (trimmed with each stored answer) |
 | ANSWER_BYTES | hash: the bytes that are reserved for each stored answer, and their `total` | API, worker | API | - (trimmed with each stored answer) |
 | control_channel(model) | channel | API | workers of the model | - |
+| tokenize_queue(model) | list of request ids | API | worker | TOKENIZE_SECONDS after the last request |
+| tokenize_request(id) | string (`protocol.TokenizeRequest`) | API | worker | TOKENIZE_SECONDS |
+| tokenized(process) | list of `protocol.TokenizeReply` | worker | the API process | TOKENIZE_SECONDS after the last reply |
 | worker_card(worker) | hash (`protocol.ModelCard`) | worker | API | CARD_SECONDS, renewed each heartbeat |
 | WORKER_CARDS | sorted set: worker name by Unix seconds of its last heartbeat | worker | API | - (trimmed after CARD_NAME_SECONDS) |
 | KNOWN_MODELS | sorted set: model id by Unix seconds when it was last served | worker | API | - (trimmed after KNOWN_MODEL_SECONDS) |
@@ -31,6 +34,9 @@ CARD_NAME_SECONDS = 3600
 
 CANCEL_MARK_SECONDS = 300
 """Longer than a job can be on its way between two lists."""
+
+TOKENIZE_SECONDS = 30
+"""After this time a request for tokens has expired: a worker skips it, and the API process no longer waits for the reply."""
 
 KNOWN_MODEL_SECONDS = 7 * 24 * 3600
 """A request for a model without a worker is a 503 if the model was served within this time, else a 404."""
@@ -92,6 +98,21 @@ def answer(answer_id: str) -> str:
 def control_channel(model: str) -> str:
     """The channel on which all workers of a model receive `protocol.Cancel`."""
     return f"{PREFIX}:control:{model}"
+
+
+def tokenize_queue(model: str) -> str:
+    """The ids of the requests for tokens that wait for a worker of the model."""
+    return f"{PREFIX}:tokenize:{model}"
+
+
+def tokenize_request(request_id: str) -> str:
+    """One such request."""
+    return f"{PREFIX}:tokenize-request:{request_id}"
+
+
+def tokenized(process_id: str) -> str:
+    """The replies to an API process."""
+    return f"{PREFIX}:tokenized:{process_id}"
 
 
 def worker_card(worker_name: str) -> str:

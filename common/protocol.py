@@ -60,12 +60,14 @@ class ChatPrompt(msgspec.Struct, frozen=True, tag="chat"):
         role_mapping: Prefix by role, for a model without a chat template; None: the default mapping.
         template_arguments: Further arguments of the template, such as ``enable_thinking``.
         continue_final: Whether the answer continues the last message, the assistant's, in place of a new turn.
+        opens_turn: Whether the template opens the assistant's turn after the last message (``add_generation_prompt``).
     """
 
     messages: list[dict[str, Any]]
     role_mapping: dict[str, str] | None = None
     template_arguments: dict[str, Any] = {}
     continue_final: bool = False
+    opens_turn: bool = True
 
 
 class TextPrompt(msgspec.Struct, frozen=True, tag="text"):
@@ -272,6 +274,50 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="x"):
     retry_after_seconds: float | None = None
 
 
+class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A question to any worker of a model: the tokens of a prompt. Not a job: it needs no slot and no journal.
+
+    Attributes:
+        request_id: Hexadecimal, see `names.new_job_id`; the reply has it too.
+        process_id: Of the API process, for its list of replies (`names.tokenized`).
+        prompt: Token ids are converted to text, everything else to tokens.
+        tool_use: As in `GenerationJob`, and the next one: they are part of the prompt.
+        adds_special_tokens: Whether raw text gets what the tokenizer adds, such as a first token.
+        returns_tokens: Whether the reply has token ids; it always has their number.
+        returns_strings: Whether it has the vocabulary's string of each token.
+        returns_text: Whether it has the text of the tokens.
+    """
+
+    request_id: Annotated[str, Meta(pattern=r"^[0-9a-f]{8,64}\Z")]
+    process_id: Annotated[str, Meta(pattern=r"^[0-9a-f]{8,64}\Z")]
+    prompt: ChatPrompt | TextPrompt | TokenPrompt
+    tool_use: ToolUse | None = None
+    grammar: str | None = None
+    adds_special_tokens: bool = True
+    returns_tokens: bool = False
+    returns_strings: bool = False
+    returns_text: bool = False
+
+
+class TokenizeReply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The answer to a `TokenizeRequest`.
+
+    Attributes:
+        count: Number of tokens.
+        error: Why there is none; the other fields are empty then.
+    """
+
+    request_id: str
+    count: int = 0
+    token_ids: list[int] = []
+    token_strings: list[str] = []
+    text: str = ""
+    error: Failed | None = None
+
+
+decode_tokenize_request = msgspec.json.Decoder(TokenizeRequest).decode
+decode_tokenize_reply = msgspec.json.Decoder(TokenizeReply).decode
+
 Event = Started | Echo | Delta | Finished | Failed
 
 decode_event = msgspec.json.Decoder(Event).decode
@@ -308,6 +354,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         can_fill: Whether the model can fill a gap before a suffix.
         sampling_defaults: Fields of `SamplingParams` that the model's `generation_config.json` sets, as a JSON object; empty: none.
         can_reason: Whether the model has markers of reasoning.
+        can_tokenize: Whether the worker replies to `TokenizeRequest`s.
     """
 
     id: Annotated[str, Meta(pattern=r"^[^,\x00-\x1f\x7f]+$")]
@@ -325,6 +372,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     can_fill: bool = False
     sampling_defaults: str = ""
     can_reason: bool = False
+    can_tokenize: bool = False
 
     def to_hash(self) -> dict[Any, Any]:
         """The fields of a Redis hash: text by name."""

@@ -15,6 +15,7 @@ from typing import Self
 import msgspec
 import redis
 
+from bench.harness.synthetic_worker import SyntheticPromptTokenizer
 from common import names
 from common.protocol import (
     Cancel,
@@ -31,6 +32,7 @@ from common.protocol import (
     encode,
 )
 from common.rq import JsonJob, JsonQueue
+from worker.tokenizing.service import TokenizeService
 
 Script = Callable[[GenerationJob], Iterator[Event | float]]
 """Yields a job's events, and seconds to wait between them."""
@@ -88,10 +90,17 @@ class FakeWorker:
             max_batch=8,
             free_slots=8,
             quantization="none",
+            can_tokenize=True,
         )
         self._is_over = threading.Event()
         self._runs: list[threading.Thread] = []
-        loops = (self._beat, self._take, self._listen)
+        tokenizing = TokenizeService(
+            self._redis,
+            model,
+            lambda: SyntheticPromptTokenizer(is_obedient=False, sleep=time.sleep),
+            draining=self._is_over.is_set,
+        )
+        loops = (self._beat, self._take, self._listen, tokenizing.run)
         self._threads = [threading.Thread(target=self._survive_outages, args=(loop,)) for loop in loops]
 
     def __enter__(self) -> Self:

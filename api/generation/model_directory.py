@@ -209,6 +209,7 @@ def _merge(cards: list[ModelCard]) -> ServedModel:
         mean_tokens=statistics.fmean(means) if means else 0.0,
         sampling_defaults=_sampling_defaults(cards[0]),
         can_reason=all(card.can_reason for card in cards),
+        can_tokenize=any(card.can_tokenize for card in cards),
     )
 
 

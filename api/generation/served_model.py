@@ -26,6 +26,7 @@ class ServedModel(msgspec.Struct, frozen=True):
         can_fill: Whether every worker can fill a gap before a suffix.
         sampling_defaults: Fields of `common.protocol.SamplingParams` that hold where a request is silent.
         can_reason: Whether the model has markers of reasoning.
+        can_tokenize: Whether a worker tokenizes for clients; those of older versions do not.
     """
 
     id: str
@@ -41,6 +42,7 @@ class ServedModel(msgspec.Struct, frozen=True):
     busy_slots: int = 0
     sampling_defaults: dict[str, float] = {}
     can_reason: bool = False
+    can_tokenize: bool = False
 
     def seconds_for(self, num_requests: int) -> float | None:
         """The estimated time in which its workers answer so many requests; None: unknown."""

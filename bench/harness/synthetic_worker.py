@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 
 from common.errors import StartupError, invalid
-from common.protocol import ChatPrompt, GenerationJob, TextPrompt
+from common.protocol import ChatPrompt, GenerationJob, TextPrompt, TokenPrompt
 from common.settings import Settings
 from worker.__main__ import WorkerFlags, run
 from worker.loop.engine import InsertResult, ModelInfo, SequenceFailure, StepEvent, StepToken
@@ -71,12 +71,15 @@ class SyntheticEngine:
     def encode(self, job: GenerationJob) -> list[int]:
         if job.echo or job.grammar or job.tool_use:
             raise invalid("The synthetic worker only counts: no echo, no grammar, no tools.")
-        if self._obey and _requested_fault(job) == ("hang", 0):
+        if self._obey and _requested_fault(job.prompt) == ("hang", 0):
             self._sleep(3600)
         num_tokens = max(1, len(job.prompt.text.split())) if isinstance(job.prompt, TextPrompt) else 1
         if num_tokens >= self.info.context_length:
             raise invalid("The prompt is too long.", "prompt", "context_length_exceeded")
         return [0] * num_tokens
+
+    def make_prompt_tokenizer(self) -> SyntheticPromptTokenizer:
+        return SyntheticPromptTokenizer(is_obedient=self._obey, sleep=self._sleep)
 
     @property
     def is_over_memory(self) -> bool:
@@ -97,7 +100,7 @@ class SyntheticEngine:
             self._next_step_at = self._clock()
         self._sequences[job.job_id] = [len(replay), max_tokens]
         self._new.append(job.job_id)
-        if self._obey and (requested := _requested_fault(job)):
+        if self._obey and (requested := _requested_fault(job.prompt)):
             self._faults[job.job_id] = requested
         return inserted
 
@@ -155,12 +158,41 @@ class SyntheticEngine:
         return StepToken(job_id, num_tokens, f" {num_tokens}{mark}", "length" if is_done else None)
 
 
-def _requested_fault(job: GenerationJob) -> tuple[str, int] | None:
+class SyntheticPromptTokenizer:
+    """Splits text into words; the k-th has the id k and, as text, " k". See `worker.loop.engine.PromptTokenizer`.
+
+    Args:
+        is_obedient: A prompt that ends with "crash 0" or "hang 0" requests that fault.
+    """
+
+    def __init__(self, *, is_obedient: bool, sleep: Callable[[float], None]) -> None:
+        self._is_obedient = is_obedient
+        self._sleep = sleep
+
+    def encode(self, prompt: ChatPrompt | TextPrompt | TokenPrompt, **_: object) -> list[int]:
+        match _requested_fault(prompt) if self._is_obedient else None:
+            case ("crash", 0):
+                os.kill(os.getpid(), signal.SIGKILL)
+            case ("hang", 0):
+                self._sleep(3600)
+        return list(range(1, len(_last_text(prompt).split()) + 1))
+
+    def token_strings(self, token_ids: list[int]) -> list[str]:
+        return [str(token_id) for token_id in token_ids]
+
+    def decode(self, token_ids: list[int]) -> str:
+        return "".join(f" {token_id}" for token_id in token_ids)
+
+
+def _last_text(prompt: ChatPrompt | TextPrompt | TokenPrompt) -> str:
+    if isinstance(prompt, ChatPrompt):
+        return str(prompt.messages[-1].get("content"))
+    return prompt.text if isinstance(prompt, TextPrompt) else ""
+
+
+def _requested_fault(prompt: ChatPrompt | TextPrompt | TokenPrompt) -> tuple[str, int] | None:
     """The fault that the last two words of a prompt request: its kind, and before which token."""
-    prompt = job.prompt
-    text = str(prompt.messages[-1].get("content")) if isinstance(prompt, ChatPrompt) else ""
-    text = prompt.text if isinstance(prompt, TextPrompt) else text
-    found = re.search(r"\b(crash|hang|raise|fail) (\d+)$", text)
+    found = re.search(r"\b(crash|hang|raise|fail) (\d+)$", _last_text(prompt))
     return (found[1], int(found[2])) if found else None
 
 

@@ -1,7 +1,7 @@
 """The worker process: RQ's `BaseWorker`, but it runs a whole batch of jobs as RQ executions in one process, without forks.
 
 Its main thread runs here: heartbeats, leases, the model card, takeover, signals. It starts the other threads: generation
-(sequences and the engine), intake (the queue), the finalizer (RQ's bookkeeping). The only file that derives from RQ's worker;
+(sequences and the engine), intake (the queue), tokenizing (`worker.tokenizing`), the finalizer (RQ's bookkeeping). The only file that derives from RQ's worker;
 checked against RQ 3.0.
 """
 
@@ -41,6 +41,7 @@ from worker.jobs.watchdog import end_if_stalled, start_thread
 from worker.loop.engine import Engine
 from worker.loop.generation_loop import GenerationLoop
 from worker.loop.messages import Abort, AbortReason, JobEnd, Message, Shutdown
+from worker.tokenizing.service import TokenizeService
 
 if TYPE_CHECKING:
     from redis.client import Pipeline
@@ -155,11 +156,20 @@ class BatchWorker(BaseWorker):
                 holding_off=lambda: self._heartbeat.is_suspended or loop.is_admission_blocked,
                 num_workers=lambda: self._heartbeat.num_workers,
             )
+            tokenizing = TokenizeService(
+                self.connection,
+                self.queue.name,
+                engine.make_prompt_tokenizer,
+                draining=lambda: self._is_draining,
+            )
             self._start_thread("finalizer", finalizer.run)
+            self._start_thread("tokenizing", tokenizing.run)
             self._intake_thread = self._start_thread("intake", self._intake.run)
             log.info("%s serves %s, up to %d requests at a time", self.name, self.queue.name, info.max_batch)
             while not self._is_done():
-                end_if_stalled((loop.progress, prompts.progress), self._settings.stall_seconds)
+                end_if_stalled(
+                    (loop.progress, prompts.progress, tokenizing.progress), self._settings.stall_seconds
+                )
                 self._beat()
                 self._sleep()
         finally:

@@ -142,6 +142,7 @@ class Heartbeat:
             quantization=self._info.quantization,
             has_chat_template=self._info.has_chat_template,
             can_fill=self._info.can_fill,
+            can_tokenize=True,
             tokens_per_second=round(self._rate.per_second, 1),
             mean_tokens=round(self._loop.mean_tokens, 1),
             step=self._loop.num_steps,

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
-from common.protocol import GenerationJob, TokenLogprob
+from common.protocol import ChatPrompt, GenerationJob, TextPrompt, TokenLogprob, TokenPrompt, ToolUse
 from worker.text.answer_parser import AnswerParser
 
 
@@ -98,6 +98,38 @@ class ModelInfo:
     can_fill: bool = False
 
 
+class PromptTokenizer(Protocol):
+    """Tokenizes prompts that are not to be answered. Used on one thread, which is neither the engine's nor intake's."""
+
+    def encode(
+        self,
+        prompt: ChatPrompt | TextPrompt | TokenPrompt,
+        *,
+        tool_use: ToolUse | None,
+        grammar: str | None,
+        adds_special_tokens: bool,
+    ) -> list[int]:
+        """A prompt's token ids, as `Engine.encode`, but it may be longer than the context.
+
+        Args:
+            tool_use: See `common.protocol.GenerationJob`, and the next one.
+            adds_special_tokens: Whether raw text gets what the tokenizer adds, such as a first token.
+
+        Raises:
+            RequestError: The prompt cannot be tokenized, or is too long by far.
+        """
+
+    def token_strings(self, token_ids: list[int]) -> list[str]:
+        """The vocabulary's string of each token."""
+
+    def decode(self, token_ids: list[int]) -> str:
+        """The text of tokens, special tokens included.
+
+        Raises:
+            RequestError: 400; one is not in the vocabulary.
+        """
+
+
 class Engine(Protocol):
     """Decodes a batch of sequences, one per job, with continuous batching.
 
@@ -125,6 +157,9 @@ class Engine(Protocol):
         Raises:
             RequestError: The prompt cannot be tokenized, or is too long for the context.
         """
+
+    def make_prompt_tokenizer(self) -> PromptTokenizer:
+        """Copy the tokenizer. Called once, on the thread that will use the copy."""
 
     @property
     def is_over_memory(self) -> bool:

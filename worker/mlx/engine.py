@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.protocol import GenerationJob
-from worker.loop.engine import InsertResult, ModelInfo, PromptEcho, SequenceFailure, StepEvent, StepToken
+from worker.loop.engine import (
+    InsertResult,
+    ModelInfo,
+    PromptEcho,
+    PromptTokenizer,
+    SequenceFailure,
+    StepEvent,
+    StepToken,
+)
 from worker.mlx import caches as kv
 from worker.mlx import model as mlx_model
 from worker.mlx.batch import Batch
@@ -97,6 +105,9 @@ class MLXEngine:
 
     def encode(self, job: GenerationJob) -> list[int]:
         return self._builder.encode(job)
+
+    def make_prompt_tokenizer(self) -> PromptTokenizer:
+        return self._builder.make_prompt_tokenizer()
 
     def _update_memory_limit(self) -> None:
         """Follow this worker's share of the memory: it changes when other workers on this machine start or end."""

@@ -19,6 +19,7 @@ from worker.sampling.sampler import SequenceSampler
 from worker.sampling.thinking import wrap_for_thinking
 from worker.text import answer_format, answer_parser, prompts
 from worker.text.detokenizer import Detokenizer, TokenBytes
+from worker.text.prompt_tokenizer import OwnPromptTokenizer
 
 
 @dataclass(slots=True, eq=False)
@@ -74,6 +75,10 @@ class GenerationBuilder:
         return prompts.tokenize(
             job, self._tokenizer, self._context_length, self._format, self._max_prompt_chars
         )
+
+    def make_prompt_tokenizer(self) -> OwnPromptTokenizer:
+        """See `worker.loop.engine.Engine`."""
+        return OwnPromptTokenizer(self._tokenizer, self._format, self._max_prompt_chars)
 
     def build(self, job: GenerationJob, prompt: list[int], replay: list[int], max_tokens: int) -> Generation:
         """Create the state of a job's generation, which continues after the tokens that other workers generated.

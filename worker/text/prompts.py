@@ -129,13 +129,13 @@ def _tokenize_chat(
     in_template = answer_format.template_describes_tools(call_format, model_format)
     messages = _convert_messages(job, prompt, call_format, model_format)
     if not tokenizer.has_chat_template:
-        return list(tokenizer.encode(_apply_role_mapping(messages, prompt.role_mapping, limit)))
+        return list(tokenizer.encode(_apply_role_mapping(messages, prompt, limit)))
     arguments = _template_arguments(prompt, tokenizer)
     if in_template and job.tool_use is not None:
         arguments["tools"] = job.tool_use.tools
     try:
         text = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, **arguments
+            messages, add_generation_prompt=prompt.opens_turn, tokenize=False, **arguments
         )
     except RequestError:
         raise
@@ -184,15 +184,16 @@ def _template_arguments(prompt: ChatPrompt, tokenizer: Any) -> dict[str, Any]:
     return arguments
 
 
-def _apply_role_mapping(messages: Messages, role_mapping: Mapping[str, str] | None, limit: _TextLimit) -> str:
+def _apply_role_mapping(messages: Messages, prompt: ChatPrompt, limit: _TextLimit) -> str:
     """Join the messages to one text, each with the prefix of its role; a base model can continue it."""
-    mapping = role_mapping or DEFAULT_ROLE_MAPPING
+    mapping = prompt.role_mapping or DEFAULT_ROLE_MAPPING
     end = mapping.get("stop", "")
     prefixes = [mapping.get(m["role"], "") for m in messages]
     # Checked before they are repeated: prefixes of megabytes and thousands of messages would be gigabytes.
     limit.check_length(sum(map(len, prefixes)) + len(end) * len(messages), "messages")
     lines = [f"{prefix}{m.get('content') or ''}{end}" for prefix, m in zip(prefixes, messages, strict=True)]
-    return ("".join(lines) + mapping.get("assistant", "")).rstrip()
+    opening = mapping.get("assistant", "") if prompt.opens_turn else ""
+    return ("".join(lines) + opening).rstrip()
 
 
 def _one_line(error: Exception) -> str:

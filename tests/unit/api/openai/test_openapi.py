@@ -89,7 +89,7 @@ def test_every_operation_has_a_name_of_its_own() -> None:
         for method, operation in item.items()
         if method != "parameters"
     ]
-    assert len(names) == len(set(names)) == 20
+    assert len(names) == len(set(names)) >= 20
 
 
 def test_every_field_is_described() -> None:

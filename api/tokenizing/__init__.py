@@ -1,0 +1,1 @@
+"""Tokens of prompts, from the workers: the API loads no tokenizer."""

@@ -1,0 +1,64 @@
+"""A model's tokenizer for the tokenizing thread: its own copy, and the same prompts as those of jobs.
+
+`MLXEngine.make_prompt_tokenizer` creates it. transformers' tokenizers keep state between calls, so that a thread needs its own.
+Independent of MLX.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from common.errors import invalid
+from common.protocol import ChatPrompt, GenerationJob, TextPrompt, TokenPrompt, ToolUse
+from worker.text import prompts
+from worker.text.answer_format import ModelFormat
+
+_UNLIMITED = 2**62
+_MIN_LIMIT_CHARS = 2**22
+"""However short the context is, so many characters are tokenized: a few seconds."""
+
+
+class OwnPromptTokenizer:
+    """See `worker.loop.engine.PromptTokenizer`.
+
+    Args:
+        tokenizer: mlx-lm's `TokenizerWrapper`; only copied.
+        max_prompt_chars: See `prompts.max_prompt_chars`.
+    """
+
+    def __init__(self, tokenizer: Any, model_format: ModelFormat, max_prompt_chars: int) -> None:
+        # mlx-lm's wrapper forwards unknown attributes, which confuses `deepcopy`.
+        self._tokenizer = copy.copy(tokenizer)
+        self._tokenizer._tokenizer = copy.deepcopy(tokenizer._tokenizer)  # noqa: SLF001
+        self._format = model_format
+        self._max_chars = max(max_prompt_chars, _MIN_LIMIT_CHARS)
+
+    def encode(
+        self,
+        prompt: ChatPrompt | TextPrompt | TokenPrompt,
+        *,
+        tool_use: ToolUse | None,
+        grammar: str | None,
+        adds_special_tokens: bool,
+    ) -> list[int]:
+        if isinstance(prompt, TextPrompt) and prompt.suffix is None and not adds_special_tokens:
+            if len(prompt.text) > self._max_chars:
+                raise invalid(f"The text is longer than {self._max_chars} characters.", "prompt")
+            return list(self._tokenizer.encode(prompt.text, add_special_tokens=False))
+        job = GenerationJob(
+            job_id="", model="", channel="", prompt=prompt, tool_use=tool_use, grammar=grammar
+        )
+        return prompts.tokenize(job, self._tokenizer, _UNLIMITED, self._format, self._max_chars)
+
+    def token_strings(self, token_ids: list[int]) -> list[str]:
+        # A model's vocabulary may be padded beyond its tokenizer's.
+        return [str(token or "") for token in self._tokenizer.convert_ids_to_tokens(token_ids)]
+
+    def decode(self, token_ids: list[int]) -> str:
+        try:
+            return str(self._tokenizer.decode(token_ids))
+        except (OverflowError, ValueError, TypeError):
+            raise invalid(
+                "`tokens` has a token id that is not in the model's vocabulary.", "tokens"
+            ) from None
