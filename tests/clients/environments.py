@@ -1,4 +1,4 @@
-"""The clients' own environments, made on demand in the user's cache folder: one for Python, one for Node.
+"""The clients' own environments, made on demand in the user's cache folder: for Python, for Node, and for the coding agents.
 
 Each is kept under a hash of what it is made from, so that another version of the list makes another environment; what
 is no longer used may be deleted. Called by the fixtures; knows package managers, and nothing of the clients.
@@ -38,16 +38,23 @@ def python_environment() -> Path:
 
 
 def node_modules() -> Path:
-    """A `node_modules` with everything in `package.json`; npm is there."""
-    package = HERE / "node" / "package.json"
+    """A `node_modules` with everything in `node/package.json`; npm is there."""
+    return _node_modules("node", HERE / "node" / "package.json")
 
+
+def agent_modules() -> Path:
+    """A `node_modules` with the coding agents; npm is there."""
+    return _node_modules("agents", HERE / "agents" / "package.json")
+
+
+def _node_modules(kind: str, package: Path) -> Path:
     def make(folder: Path) -> None:
         folder.mkdir()
         shutil.copy(package, folder)
         npm = ["npm", "install", "--no-audit", "--no-fund", "--no-package-lock", "--silent"]
         _run([*npm, "--prefix", str(folder)])
 
-    return _made("node", package.read_bytes(), make) / "node_modules"
+    return _made(kind, package.read_bytes(), make) / "node_modules"
 
 
 def _made(kind: str, made_from: bytes, make: Callable[[Path], None]) -> Path:
