@@ -7,11 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from api.anthropic import errors as anthropic_errors
 from api.generation.front_end import FrontEnd
-from api.http.errors import ErrorFormats
+from api.http.errors import ErrorFormat, ErrorFormats
+from api.openai import errors as openai_errors
 from api.openai.chat.front_end import CHAT_COMPLETIONS
 from api.openai.completions.front_end import COMPLETIONS
-from api.openai.errors import error_body
+
+ANTHROPIC_HEADER = "anthropic-version"
+"""Which all of Anthropic's clients send."""
+
+MESSAGES_PATH = "/messages"
 
 FRONT_ENDS: Mapping[str, FrontEnd] = {
     "/chat/completions": CHAT_COMPLETIONS,
@@ -19,5 +25,16 @@ FRONT_ENDS: Mapping[str, FrontEnd] = {
 }
 """By path, which is served with and without `/v1` before it."""
 
-ERROR_FORMATS = ErrorFormats(error_body)
-"""OpenAI's for all paths; another protocol's paths get its own format, by prefix."""
+_OPENAI = ErrorFormat(openai_errors.error_body)
+_ANTHROPIC = ErrorFormat(anthropic_errors.error_body, anthropic_errors.status)
+
+ERROR_FORMATS = ErrorFormats(
+    _OPENAI,
+    {
+        prefix + path: _ANTHROPIC if path == MESSAGES_PATH else _OPENAI
+        for path in (*FRONT_ENDS, MESSAGES_PATH)
+        for prefix in ("/v1", "")
+    },
+    {ANTHROPIC_HEADER: _ANTHROPIC},
+)
+"""Anthropic's below its path, and at paths of both protocols, such as that of the models, if its version header is sent."""

@@ -1,4 +1,4 @@
-"""Checks `Authorization: Bearer KEY` against the key file, before routing and before the body is read.
+"""Checks `Authorization: Bearer KEY` or `X-Api-Key: KEY` against the key file, before routing and before the body is read.
 
 falcon middleware, installed by `api.app` if there is a key file. Health checks, the API's description and preflights need
 no key. Independent of routes and protocols.
@@ -35,13 +35,13 @@ class Authentication:
         """
         if req.path in _OPEN_PATHS or req.method == "OPTIONS":
             return
-        scheme, _, secret = (req.get_header("authorization") or "").strip().partition(" ")
-        if scheme.lower() != "bearer" or not secret.strip():
+        secrets = _secrets(req)
+        if not secrets:
             raise _unauthorized(
                 resp,
-                "You didn't provide an API key. Send one in the header `Authorization: Bearer YOUR_KEY`.",
+                "You didn't provide an API key. Send one in the header `Authorization: Bearer YOUR_KEY` or `X-Api-Key: YOUR_KEY`.",
             )
-        key = self._file.keys.find(secret.strip())
+        key = next(filter(None, map(self._file.keys.find, secrets)), None)
         if key is None:
             raise _unauthorized(resp, "The API key is invalid or was revoked.")
         req.context.api_key_name = name = (
@@ -49,6 +49,13 @@ class Authentication:
         )  # it is logged
         req.context.owner = key.owner
         log.debug("request %s: authenticated with the key of %s", req.context.request_id, name)
+
+
+def _secrets(req: falcon.asgi.Request) -> list[str]:
+    """The keys that a request has: OpenAI's clients send a bearer token, Anthropic's `X-Api-Key`, and some of them both."""
+    scheme, _, token = (req.get_header("authorization") or "").strip().partition(" ")
+    sent = (token if scheme.lower() == "bearer" else "", req.get_header("x-api-key") or "")
+    return [secret.strip() for secret in sent if secret.strip()]
 
 
 def _unauthorized(resp: falcon.asgi.Response, message: str) -> RequestError:

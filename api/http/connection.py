@@ -232,6 +232,7 @@ class Connection(ASGIProtocol):  # type: ignore[misc]  # gunicorn has no types
             "Content-Length": str(len(body)),
             "Connection": "close",
             "X-Request-Id": request_id,
+            "Request-Id": request_id,
             **self._headers,
             **dict(extra_headers),
         }

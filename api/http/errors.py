@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import falcon
 import falcon.asgi
@@ -25,33 +26,63 @@ _RETRIED_BY_SDKS = (408, 409, 429)
 _FIRST_SERVER_ERROR = 500
 
 
-class ErrorFormat(Protocol):
-    """How a protocol writes an error as the JSON body of a response."""
+def _own_status(error: RequestError) -> int:
+    return error.status
 
-    def __call__(self, error: RequestError, request_id: str) -> bytes: ...
+
+@dataclass(frozen=True)
+class ErrorFormat:
+    """How a protocol writes an error.
+
+    Attributes:
+        body: The JSON body of a response, from the error and the request's id.
+        status: The HTTP status, if it differs from the error's.
+    """
+
+    body: Callable[[RequestError, str], bytes]
+    status: Callable[[RequestError], int] = _own_status
 
 
 class ErrorFormats:
-    """The error format of each path.
+    """The error format of each request.
 
     Args:
-        default: For every path that `by_prefix` does not cover.
+        default: For every request that the others do not cover.
         by_prefix: Formats by path prefix, such as ``/v1/messages``, which covers that path and all below it. The longest
             matching prefix wins.
+        by_header: Formats by the name of a request header that only clients of that protocol send, in lower case, for the paths
+            that `by_prefix` does not cover.
     """
 
-    def __init__(self, default: ErrorFormat, by_prefix: Mapping[str, ErrorFormat] | None = None) -> None:
+    def __init__(
+        self,
+        default: ErrorFormat,
+        by_prefix: Mapping[str, ErrorFormat] | None = None,
+        by_header: Mapping[str, ErrorFormat] | None = None,
+    ) -> None:
         self._default = default
         self._by_prefix = sorted((by_prefix or {}).items(), key=lambda item: -len(item[0]))
+        self._by_header = by_header or {}
 
-    def body(self, path: str, error: RequestError, request_id: str) -> bytes:
-        """The body of an error response to a request for `path`; API keys in it are masked."""
-        return self._format(path)(masked_error(error), request_id)
+    def body(
+        self, path: str, error: RequestError, request_id: str, req: falcon.asgi.Request | None = None
+    ) -> bytes:
+        """The body of an error response to a request for `path`; API keys in it are masked. See `find`."""
+        return self.find(path, req).body(masked_error(error), request_id)
 
-    def _format(self, path: str) -> ErrorFormat:
+    def find(self, path: str, req: falcon.asgi.Request | None = None) -> ErrorFormat:
+        """The format of an error response to a request for `path`.
+
+        Args:
+            req: The request, if its headers could be parsed.
+        """
         for prefix, error_format in self._by_prefix:
             if path == prefix or path.startswith(prefix + "/"):
                 return error_format
+        if req is not None:
+            for name, error_format in self._by_header.items():
+                if req.get_header(name) is not None:
+                    return error_format
         return self._default
 
 
@@ -102,7 +133,7 @@ class ErrorHandlers:
             req.context.request_id,
             req.method,
             req.path,
-            error.status,
+            self._formats.find(req.path, req).status(error),
             error.code or error.type,
             error.param,
         )
@@ -135,9 +166,9 @@ class ErrorHandlers:
         self._render(req, resp, internal())
 
     def _render(self, req: falcon.asgi.Request, resp: falcon.asgi.Response, error: RequestError) -> None:
-        resp.status = falcon.code_to_http_status(error.status)
+        resp.status = falcon.code_to_http_status(self._formats.find(req.path, req).status(error))
         resp.content_type = falcon.MEDIA_JSON
-        resp.data = self._formats.body(req.path, error, req.context.request_id)
+        resp.data = self._formats.body(req.path, error, req.context.request_id, req)
         if error.retry_after_seconds is not None:
             resp.set_header("retry-after", str(max(1, math.ceil(error.retry_after_seconds))))
         elif error.status in _RETRIED_BY_SDKS or error.status >= _FIRST_SERVER_ERROR:

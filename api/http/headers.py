@@ -43,12 +43,13 @@ def timeout_seconds(req: falcon.asgi.Request, max_seconds: float) -> float:
 
 
 class RequestIds:
-    """Sets `x-request-id`: the client's own if it is well-formed, otherwise a new one."""
+    """Sets `x-request-id`, OpenAI's name, and `request-id`, Anthropic's: the client's own id if it is well-formed, otherwise a new one."""
 
     async def process_request(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
         given = req.get_header("x-request-id") or ""
         req.context.request_id = given if _VALID_ID.fullmatch(given) else new_request_id()
         resp.set_header("x-request-id", req.context.request_id)
+        resp.set_header("request-id", req.context.request_id)
 
 
 class ConnectionClose:

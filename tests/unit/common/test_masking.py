@@ -27,7 +27,7 @@ def test_keys_are_masked_everywhere(key: str) -> None:
         text = around.replace("{}", key)
         assert masked(text) == around.replace("{}", "sk-...")
         error = msgspec.json.decode(
-            errors.ErrorFormats(error_body).body("/", RequestError(text, param=text), "")
+            errors.ErrorFormats(errors.ErrorFormat(error_body)).body("/", RequestError(text, param=text), "")
         )["error"]
         assert (error["message"], error["param"]) == (masked(text), masked(text))
     written = io.StringIO()

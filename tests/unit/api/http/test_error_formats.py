@@ -22,7 +22,7 @@ from api.generation.front_end import AnswerEvent, FrontEnd
 from api.generation.request import GenerationRequest
 from api.http import sse
 from api.http.connection import Connection
-from api.http.errors import ErrorFormats
+from api.http.errors import ErrorFormat, ErrorFormats
 from api.openai.chat.rendering import ChatRendering
 from api.openai.errors import error_body
 from api.protocols import FRONT_ENDS
@@ -43,7 +43,10 @@ def refuse(_body: bytes) -> GenerationRequest:
     raise invalid(f"No, {KEY}.")
 
 
-FORMATS = ErrorFormats(error_body, {"/v1/messages": other_body, "/v1/messages/plain": error_body})
+PLAIN, OTHER_FORMAT = ErrorFormat(error_body), ErrorFormat(other_body)
+FORMATS = ErrorFormats(
+    PLAIN, {"/v1/messages": OTHER_FORMAT, "/v1/messages/plain": PLAIN}, {"other-version": OTHER_FORMAT}
+)
 OTHER = FrontEnd("other", refuse, Mock(), Mock())
 
 
@@ -90,6 +93,19 @@ def test_bodies_by_path(
     assert set(openai.json["error"]) == {"message", "type", "param", "code"}
     plain = tested.simulate_request(method, "/v1/messages/plain" + path, headers=sent, body="{}")
     assert set(plain.json["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_format_by_header(client: tuple[testing.TestClient, str]) -> None:
+    """A header of the second protocol selects its format, but not below another format's prefix."""
+    tested, _ = client
+    sent = {"other-version": "1"}
+    assert tested.simulate_get("/v1/models", headers=sent).json["kind"] == 401
+    assert set(tested.simulate_get("/v1/messages/plain", headers=sent).json["error"]) == {
+        "message",
+        "type",
+        "param",
+        "code",
+    }
 
 
 @pytest.mark.parametrize(
