@@ -24,7 +24,7 @@ class Item:
 
     Attributes:
         text: May be empty: the token ends within a character.
-        data: The bytes of all items concatenate to the text's UTF-8.
+        data: The bytes of all items concatenate to the text's UTF-8, and those of a character that the answer's end cuts off.
         logprob: None for the first token of an echoed prompt, which has nothing before it.
     """
 
@@ -88,10 +88,21 @@ class LogprobAligner:
         self._num_released += len(text)
 
     def finish(self) -> list[Item]:
-        """The items of the remaining text. An item that a stop string cuts is cut; those after it are dropped."""
+        """The items of the remaining text, and of an incomplete character after it.
+
+        An item that a stop string cuts is cut; those after it are dropped.
+        """
+        incomplete: list[Item] = []
         if self._open:
-            self._open[-1].text += self._decoder.decode(b"", final=True)
-            self._close_group()
+            num_chars = sum(_length(group) for group in [*self._groups, self._open])
+            if num_chars == self._num_released:  # all text was released: no stop string cut it
+                self._decoder.reset()
+                self._num_released -= _length(self._open)
+                incomplete, self._open = self._open, []
+            else:
+                # A worker of an older version releases U+FFFD for the incomplete character.
+                self._open[-1].text += self._decoder.decode(b"", final=True)
+                self._close_group()
         items: list[Item] = []
         for item in (item for group in self._groups for item in group):
             if not self._num_released:
@@ -101,7 +112,7 @@ class LogprobAligner:
             self._num_released -= len(item.text)
             items.append(item)
         self._groups.clear()
-        return items
+        return items + incomplete
 
     def _close_group(self) -> None:
         group, self._open = self._open, []

@@ -1,7 +1,7 @@
 """Token ids to text, one token at a time, for every kind of tokenizer that mlx-lm loads.
 
 Owns the bytes of each token (`TokenBytes`, one per model) and the state of one sequence (`Detokenizer`). Never emits an incomplete
-character. The same token ids always give the same text, on which a takeover relies. Independent of MLX.
+character: a text that ends inside one ends before it. Bytes that are invalid where they stand become U+FFFD. The same token ids always give the same text, on which a takeover relies. Independent of MLX.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import copy
 from typing import Any, Protocol
 
 _SENTENCEPIECE_SPACE = "\u2581".encode()
+_MAX_INCOMPLETE_BYTES = 3
+"""Of a character in UTF-8."""
 
 
 class Detokenizer(Protocol):
@@ -20,7 +22,7 @@ class Detokenizer(Protocol):
         """Add a token; returns the characters that it completed, which may be none."""
 
     def flush(self) -> str:
-        """Return the text that is held at the end: an incomplete character becomes U+FFFD."""
+        """Return the text that is held at the end, without a character that is still incomplete."""
 
 
 class TokenBytes:
@@ -72,7 +74,7 @@ class _ByteDetokenizer:
         return self._strip_first_space(self._decode(self._bytes[token_id]))
 
     def flush(self) -> str:
-        return self._strip_first_space(self._decode(b"", final=True))
+        return ""  # only an incomplete character is ever held
 
     def _strip_first_space(self, text: str) -> str:
         if not self._strips or not text:
@@ -94,7 +96,10 @@ class _DecodingDetokenizer:
 
     def flush(self) -> str:
         self._streaming.finalize()
-        return str(self._streaming.last_segment)
+        held = str(self._streaming.last_segment)
+        # mlx-lm holds a text that ends with U+FFFD: one per byte of an incomplete character, or one for all of them.
+        num_incomplete = min(_MAX_INCOMPLETE_BYTES, len(held) - len(held.rstrip("\ufffd")))
+        return held[: len(held) - num_incomplete]
 
 
 def _byte_level_alphabet() -> dict[str, int]:
