@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from common.schema import limits as schema_limits
+from common.schema.closing import Closing
 from common.schema.document import (
     ANNOTATIONS,
     Document,
@@ -29,7 +30,13 @@ _FORMATS = frozenset(
 _CLASS = re.compile(r"\\.|\[\^?(?:\\.|[^\]\\])*\]", re.DOTALL)
 """An escape, or a class of characters."""
 _INSIDE = 1 / 1024
-"""The share of a range that is lost at an excluded bound."""
+"""The largest share of a range that is lost at an excluded bound."""
+_MIN_STEP = 1e-15
+_MAX_EXACT = 2**53
+"""From here on, floats have no fraction, and a bound is no neighbor of another number."""
+_MAX_MULTIPLE = 10**15
+_IN_PLACE = frozenset(("$ref", "allOf", "anyOf", "oneOf"))
+"""Keywords whose subschemas apply to the same value."""
 _MAX_OPTIONS = 100
 """Of a `oneOf`: each is compared with each."""
 _MAX_PASSES = 8
@@ -40,7 +47,8 @@ def rewrite(schema: Schema) -> Schema:
     """An equivalent schema, or a stricter one; what cannot be expressed is left unchanged, and refused later.
 
     `oneOf` of options that exclude each other becomes `anyOf`; formats that are mere annotations are removed, as are options that
-    only infinite values match; `propertyNames` becomes `properties` or `patternProperties`.
+    only infinite values match; `propertyNames` becomes `properties` or `patternProperties`; objects that name their properties are
+    closed (`common.schema.closing`); a `multipleOf` gets bounds.
     """
     if isinstance(schema, bool):
         return schema
@@ -49,7 +57,22 @@ def rewrite(schema: Schema) -> Schema:
     if schema_limits.size_refusal(root):
         return root
     document = Document(root)
-    return _pruned(map_schemas(root, lambda node: _rewritten(node, document)))
+    closing = Closing(document)
+    has_wide_bounds = any(_has_wide_bounds(node) for node in document.schemas)
+
+    def rewritten(node: dict[str, Any], *, closes: bool) -> Schema:
+        new = _rewritten(node, document)
+        if isinstance(new, dict):
+            if closes:
+                closing.close(node, new)
+            if not has_wide_bounds:
+                _bound_multiples(new)
+        return new
+
+    closed = _pruned(map_schemas(root, lambda node: rewritten(node, closes=True)))
+    if schema_limits.size_refusal(closed) is None:
+        return closed
+    return _pruned(map_schemas(root, lambda node: rewritten(node, closes=False)))
 
 
 def _rewritten(node: dict[str, Any], document: Document) -> Schema:
@@ -64,6 +87,7 @@ def _rewritten(node: dict[str, Any], document: Document) -> Schema:
     options = new.get("oneOf")
     if isinstance(options, list) and "anyOf" not in new and _are_exclusive(options, document):
         new = {"anyOf" if key == "oneOf" else key: value for key, value in new.items()}
+    _replace_unevaluated_properties(new)
     if "propertyNames" in new:
         _replace_property_names(new, document.resolved(new["propertyNames"]))
     if isinstance(new.get("pattern"), str):
@@ -85,21 +109,53 @@ def _without_controls(pattern: str) -> str:
     )
 
 
-def _replace_exclusive_bounds(node: dict[str, Any]) -> None:
-    """Replace an exclusive bound by an inclusive one inside the range, if llguidance 1.9 would allow the bound itself.
+def _replace_unevaluated_properties(node: dict[str, Any]) -> None:
+    """Replace `unevaluatedProperties` by `additionalProperties` if no other subschema could evaluate properties."""
+    if "unevaluatedProperties" not in node:
+        return
+    if node["unevaluatedProperties"] is True or "additionalProperties" in node:
+        del node["unevaluatedProperties"]
+    elif not node.keys() & _IN_PLACE:
+        node["additionalProperties"] = node.pop("unevaluatedProperties")
 
-    It does so for integer bounds of a range without another integer, and for -0 below 0.
+
+def _replace_exclusive_bounds(node: dict[str, Any]) -> None:
+    """Replace an exclusive bound by an inclusive one that is farther from 0, just inside the range.
+
+    llguidance 1.9 would allow an integer bound itself if the range has no other integer, and -0 below 0. It excludes other bounds,
+    but then allows zeros without end behind them. A bound of the other sign is exact.
     """
-    if "number" not in types(node):
+    if "number" not in types(node) or node.get("type") == "integer":
         return
     lows, highs = _numbers(node, "minimum", "exclusiveMinimum"), _numbers(node, "maximum", "exclusiveMaximum")
+    if any(abs(bound) > _MAX_EXACT for bound in lows + highs):
+        return
     low, high = max(lows, default=-math.inf), min(highs, default=math.inf)
-    if node.get("exclusiveMinimum") == low < high < low + 1:
+    inside = (high - low) * _INSIDE
+    if node.get("exclusiveMinimum") == low and 0 <= low < high:
         del node["exclusiveMinimum"]
-        node["minimum"] = low + (high - low) * _INSIDE
-    if node.get("exclusiveMaximum") == high and (high - 1 < low < high or high == 0 > low):
+        node["minimum"] = low + min(_step(low), inside)
+    if node.get("exclusiveMaximum") == high and low < high <= 0:
         del node["exclusiveMaximum"]
-        node["maximum"] = high - min(1.0, high - low) * _INSIDE
+        node["maximum"] = high - min(_step(high), inside)
+
+
+def _step(bound: float) -> float:
+    """The distance between an exclusive bound and the inclusive one that replaces it."""
+    return max(_MIN_STEP, 4 * math.ulp(bound))
+
+
+def _bound_multiples(node: dict[str, Any]) -> None:
+    """Bound a multiple: a model that never writes one would otherwise add digits until it runs out of tokens."""
+    if "multipleOf" in node:
+        node.setdefault("minimum", -_MAX_MULTIPLE)
+        node.setdefault("maximum", _MAX_MULTIPLE)
+
+
+def _has_wide_bounds(node: dict[str, Any]) -> bool:
+    """Whether an explicit bound excludes all multiples that `_bound_multiples` allows, or may if schemas are intersected."""
+    bounds = _numbers(node, "minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "multipleOf")
+    return any(abs(bound) >= _MAX_MULTIPLE for bound in bounds)
 
 
 def _numbers(node: dict[str, Any], *keys: str) -> list[float]:

@@ -47,7 +47,8 @@ def instructions(tool_use: ToolUse) -> str:
             "You can call functions. Each of these lines describes one:",
             *functions,
             "To call a function, write its name and its arguments as JSON, in this form:",
-            f'{CALL_BEGIN}{{"name": "the function\'s name", "arguments": {{"an argument": "its value"}}}}{CALL_END}',
+            # No example of arguments: small models copy it.
+            f'{CALL_BEGIN}{{"name": <its name>, "arguments": <an object that matches its parameters>}}{CALL_END}',
             f"{several} What a function returns is told to you between <tool_response> and </tool_response>.",
             when,
         ]

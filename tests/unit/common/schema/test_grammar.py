@@ -75,7 +75,7 @@ def test_keys_are_in_the_order_of_the_schema() -> None:
     text = grammar.for_json_schema(schema)
     assert accepts(text, '{"b":1,"a":2}')
     assert not accepts(text, '{"a":2,"b":1}')
-    assert accepts(text, '{"b":1,"a":2,"more":[]}')
+    assert not accepts(text, '{"b":1,"a":2,"more":[]}')
 
 
 def test_a_schema_cannot_change_the_options() -> None:
@@ -346,8 +346,8 @@ def test_rewritten_schemas_are_never_laxer() -> None:
         [{"const": 1}, {"const": 1.0}],
         [{"type": "object"}, {"type": "object", "required": ["a"]}],
         [
-            {"type": "object", "properties": {"k": {"const": "a"}}},
-            {"type": "object", "properties": {"k": {"const": "b"}}},
+            {"type": "object", "properties": {"k": {"const": "a"}}, "additionalProperties": False},
+            {"type": "object", "properties": {"k": {"const": "b"}}, "additionalProperties": False},
         ],
         [{"type": "string"}, {"$ref": "https://example.com"}],
         [{}, {"type": "string"}],
@@ -409,6 +409,14 @@ def test_grammars_are_json() -> None:
         ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, "0.25", True),
         ({"type": "number", "exclusiveMinimum": 2, "maximum": 2.5}, "2", False),
         ({"type": "number", "minimum": -0.5, "exclusiveMaximum": 0}, "-0", False),
+        ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, "0.0001", True),
+        ({"type": "number", "exclusiveMinimum": 0}, "0.0000000000000000", False),
+        ({"type": "number", "exclusiveMinimum": 1, "maximum": 1.5}, "1", False),
+        ({"type": "number", "exclusiveMinimum": -2, "exclusiveMaximum": -1}, "-1.999", True),
+        ({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, "0.9", True),
+        ({"type": "integer", "multipleOf": 7}, "999999999999994", True),
+        ({"type": "integer", "multipleOf": 7}, "7" * 16, False),
+        ({"type": "integer", "multipleOf": 7, "minimum": 10**15}, "1" * 18, True),
         ({"type": "number", "minimum": -5, "exclusiveMaximum": 0}, "-4.5", True),
     ],
 )

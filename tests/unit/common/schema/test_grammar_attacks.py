@@ -65,6 +65,13 @@ TWINS = [f".*{chr(97 + i)}.{{{i + 5}}}b.*" for i in range(20)]
 NAMES = [f"p{i}" for i in range(10_000)]
 
 ATTACKS: dict[str, Any] = {
+    "objects of many references": {
+        "$defs": {
+            f"d{i}": {"properties": {f"p{i}": True}, **({"$ref": f"#/$defs/d{i + 1}"} if i < 599 else {})}
+            for i in range(600)
+        },
+        "properties": {f"x{i}": {"$ref": f"#/$defs/d{i}"} for i in range(600)},
+    },
     "properties, 50 levels": nested("properties", 49),
     "properties, 400 levels": nested("properties", 400),
     "items, 400 levels": nested("items", 400),
