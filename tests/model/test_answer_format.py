@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 
-from common.errors import RequestError
 from common.protocol import ChatPrompt, GenerationJob, Reasoning, ToolArguments, ToolCall, ToolUse
 from worker.text import answer_format, answer_parser, prompts
 from worker.text.answer_format import CallFormat, ModelFormat
 from worker.text.answer_parser import AnswerParser
-from worker.text.chat_template import ToolMessageStyle
 from worker.text.detokenizer import TokenBytes
+from worker.text.templates.support import ToolMessageStyle
 
 TOOL = {
     "type": "function",
@@ -227,7 +226,6 @@ def test_mistral(make: Make) -> None:
     """No end marker, ids of nine characters, no system role."""
     model = make(MISTRAL)
     assert model.format.template.tool_message_style is ToolMessageStyle.SHORT_IDS
-    assert not model.format.template.renders_system
     assert answer_format.choose_call_format(job(), model.format) is CallFormat.NATIVE
     assert "[AVAILABLE_TOOLS]" in model.prompt(job())
     assert (
@@ -316,8 +314,9 @@ def test_gemma(make: Make) -> None:
     text = model.prompt(job([*HISTORY, {"role": "user", "content": "Thanks."}]))
     assert text.startswith("<start_of_turn>user\nYou can call functions.")
     assert text.count("<start_of_turn>user") == 2
-    with pytest.raises(RequestError, match="roles must alternate"):
-        model.ids(job([HELLO, HELLO], tools=False))
+    assert model.prompt(job([HELLO, HELLO], tools=False)) == (
+        "<start_of_turn>user\nHello.\n\nHello.<end_of_turn>\n"
+    )
 
 
 def test_a_model_without_a_template(make: Make) -> None:

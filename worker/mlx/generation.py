@@ -86,7 +86,8 @@ class GenerationBuilder:
         Raises:
             RequestError: 400; its grammar cannot be compiled.
         """
-        detokenizer = self._token_bytes.new_detokenizer(after_template=isinstance(job.prompt, ChatPrompt))
+        is_new_turn = isinstance(job.prompt, ChatPrompt) and not job.prompt.continue_final
+        detokenizer = self._token_bytes.new_detokenizer(after_template=is_new_turn)
         insert_result = InsertResult(
             len(prompt),
             max_tokens,

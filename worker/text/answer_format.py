@@ -6,8 +6,8 @@ job. Used by the engine, `prompts` and `answer_parser`. Independent of MLX.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -17,8 +17,9 @@ from common.protocol import ChatPrompt, GenerationJob
 from common.schema import function_schema
 from common.schema import grammar as grammars
 from common.schema.grammar import CALL_BEGIN
-from worker.text import chat_template
-from worker.text.chat_template import TemplateSupport
+from worker.text.detokenizer import TokenBytes
+from worker.text.templates.renderer import ChatRenderer
+from worker.text.templates.support import TemplateSupport, probe_template
 from worker.text.tool_calls import ParseCall
 
 NORMAL = "normal"
@@ -30,8 +31,8 @@ Transitions = Mapping[str, list[tuple[str, str | None]]]
 """By state: the markers that end it, each with the state that follows; None: the answer ends."""
 
 
-NUM_PROMPT_END_TOKENS = 16
-"""How many of a prompt's last tokens are searched for the marker that opens reasoning, and white space after it."""
+_NUM_PROMPT_END_TOKENS = 16
+"""How many tokens of white space may follow the marker that opens reasoning at the end of a prompt."""
 
 
 class CallFormat(Enum):
@@ -54,6 +55,8 @@ class ModelFormat:
         call_ends: The markers that end a native call, each with the state that follows; empty: the end of the answer ends it.
         parse_call: mlx-lm's parser of the native format; None: the model has no native format.
         template: What its chat template supports.
+        think_start_ids: The token ids of the marker that opens reasoning.
+        renderer: Renders conversations with the template; None: `prompts` makes one for each prompt.
     """
 
     transitions: Transitions = field(default_factory=dict)
@@ -63,6 +66,8 @@ class ModelFormat:
     call_ends: list[tuple[str, str | None]] = field(default_factory=list)
     parse_call: ParseCall | None = None
     template: TemplateSupport = field(default_factory=TemplateSupport)
+    think_start_ids: tuple[int, ...] = ()
+    renderer: ChatRenderer | None = field(default=None, compare=False, repr=False)
 
     @property
     def has_native_calls(self) -> bool:
@@ -86,26 +91,27 @@ def detect_format(tokenizer: Any) -> ModelFormat:
                 starts.setdefault(state, []).append(marker)
             elif state != TOOL:
                 transitions.setdefault(state, []).append((marker, target))
+    template = probe_template(tokenizer)
+    detected = ModelFormat(
+        transitions,
+        tokenizer.response_initial_state or NORMAL,
+        tokenizer.think_start,
+        template=template,
+        think_start_ids=tuple(tokenizer.think_start_tokens or ()),
+        renderer=ChatRenderer(tokenizer, template),
+    )
     if not tokenizer.has_tool_calling:
-        return ModelFormat(
-            transitions,
-            tokenizer.response_initial_state or NORMAL,
-            tokenizer.think_start,
-            template=chat_template.probe_template(tokenizer),
-        )
+        return detected
     if not starts:
         starts[NORMAL] = [tokenizer.tool_call_start]
     if tokenizer.has_thinking:  # some models call a function without closing their reasoning
         starts.setdefault(REASONING, []).append(tokenizer.tool_call_start)
     ends = [(tokenizer.tool_call_end, NORMAL)] if tokenizer.tool_call_end else []
-    return ModelFormat(
-        transitions,
-        tokenizer.response_initial_state or NORMAL,
-        tokenizer.think_start,
-        starts,
-        ends + response.get(TOOL, []),
-        tokenizer.tool_parser,
-        template=chat_template.probe_template(tokenizer),
+    return replace(
+        detected,
+        call_starts=starts,
+        call_ends=ends + response.get(TOOL, []),
+        parse_call=tokenizer.tool_parser,
     )
 
 
@@ -137,26 +143,35 @@ def template_describes_tools(call_format: CallFormat, model_format: ModelFormat)
     )
 
 
-def is_reasoning_open(prompt_end: str, model_format: ModelFormat) -> bool:
+def is_reasoning_open(prompt: Sequence[int], model_format: ModelFormat, token_bytes: TokenBytes) -> bool:
     """Whether a prompt ends with the marker that opens reasoning, so that the answer continues it.
 
-    mlx-lm looks for the last marker anywhere in the prompt; but a user's message may contain one.
+    mlx-lm looks for the last marker anywhere in the prompt. Tokens are compared, not text: a user's message may end with the marker's text.
 
     Args:
-        prompt_end: The end of the prompt's text.
+        prompt: Token ids.
     """
-    return model_format.think_start is not None and prompt_end.rstrip().endswith(model_format.think_start)
+    marker = model_format.think_start_ids
+    end = len(prompt)
+    while end > max(0, len(prompt) - _NUM_PROMPT_END_TOKENS) and not token_bytes[prompt[end - 1]].strip():
+        end -= 1
+    return bool(marker) and tuple(prompt[max(0, end - len(marker)) : end]) == marker
 
 
-def initial_state(job: GenerationJob, model_format: ModelFormat, prompt_end: str) -> str:
+def initial_state(
+    job: GenerationJob, model_format: ModelFormat, prompt: Sequence[int], token_bytes: TokenBytes
+) -> str:
     """The state in which a job's answer begins.
 
-    Reasoning, if the prompt opens it; normal text, if a grammar demands it; otherwise the model's own initial state.
+    Normal text, if it continues the last message; reasoning, if the prompt opens it; normal text, if a grammar demands it; otherwise the
+    model's own initial state.
 
     Args:
-        prompt_end: The end of the prompt's text.
+        prompt: Token ids.
     """
-    if is_reasoning_open(prompt_end, model_format):
+    if isinstance(job.prompt, ChatPrompt) and job.prompt.continue_final:
+        return NORMAL
+    if is_reasoning_open(prompt, model_format, token_bytes):
         return REASONING
     is_constrained = job.grammar is not None or (job.tool_use is not None and job.tool_use.is_required)
     return NORMAL if is_constrained else model_format.initial_state

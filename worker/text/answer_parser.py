@@ -27,9 +27,9 @@ def make_parser(
     call_format = answer_format.choose_call_format(job, model_format)
     if call_format is CallFormat.NONE and not model_format.transitions:
         return None
-    end = b"".join(token_bytes[token_id] for token_id in prompt[-answer_format.NUM_PROMPT_END_TOKENS :])
-    state = answer_format.initial_state(job, model_format, end.decode(errors="replace"))
-    return AnswerParser(job, model_format, state)
+    return AnswerParser(
+        job, model_format, answer_format.initial_state(job, model_format, prompt, token_bytes)
+    )
 
 
 class AnswerParser:

@@ -7,12 +7,14 @@ Independent of MLX.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 from common.errors import invalid
 from common.protocol import ChatPrompt, GenerationJob, TextPrompt, TokenPrompt, ToolUse
 from worker.text import prompts
 from worker.text.answer_format import ModelFormat
+from worker.text.templates.renderer import ChatRenderer
 
 _UNLIMITED = 2**62
 _MIN_LIMIT_CHARS = 2**22
@@ -31,7 +33,7 @@ class OwnPromptTokenizer:
         # mlx-lm's wrapper forwards unknown attributes, which confuses `deepcopy`.
         self._tokenizer = copy.copy(tokenizer)
         self._tokenizer._tokenizer = copy.deepcopy(tokenizer._tokenizer)  # noqa: SLF001
-        self._format = model_format
+        self._format = replace(model_format, renderer=ChatRenderer(self._tokenizer, model_format.template))
         self._max_chars = max(max_prompt_chars, _MIN_LIMIT_CHARS)
 
     def encode(

@@ -1,7 +1,7 @@
 """Prompts to token ids: chat templates, the role mapping of models without one, plain text, fill in the middle.
 
-`Engine.encode` calls `tokenize` on the intake thread; its errors go to the client. What a template does not support of tools,
-`worker.text.tool_messages` renders as text. Independent of MLX.
+`Engine.encode` calls `tokenize` on the intake thread; its errors go to the client. `worker.text.templates` renders conversations.
+Independent of MLX.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 from common.errors import RequestError, invalid
 from common.protocol import ChatPrompt, GenerationJob, TextPrompt, TokenPrompt
-from worker.text import answer_format, chat_template, fill_in_middle, tool_messages
+from worker.text import answer_format, fill_in_middle
 from worker.text.answer_format import CallFormat, ModelFormat
-from worker.text.chat_template import Messages
+from worker.text.templates import control_text
+from worker.text.templates.renderer import ChatRenderer, Conversation
+from worker.text.templates.support import Messages
 
 # As mlx_lm.server 0.32, whose clients rely on it.
 DEFAULT_ROLE_MAPPING: Mapping[str, str] = {
@@ -100,6 +102,11 @@ class _TextLimit(NamedTuple):
             case TextPrompt(text, suffix):
                 self.check_length(len(text) + len(suffix or ""), "prompt")
 
+    def check_num_tokens(self, num_tokens: int, param: str) -> None:
+        """Check the least number of tokens of a text."""
+        if num_tokens >= self.context_length:
+            raise _too_long(self.context_length, f"at least {num_tokens} tokens", param)
+
     def check_length(self, num_chars: int, param: str) -> None:
         """As `check`, for one text."""
         if self.max_chars is not None and num_chars > self.max_chars:
@@ -125,50 +132,38 @@ def _tokenize_fill_in_middle(prefix: str, suffix: str, tokenizer: Any) -> list[i
 def _tokenize_chat(
     job: GenerationJob, prompt: ChatPrompt, tokenizer: Any, model_format: ModelFormat, limit: _TextLimit
 ) -> list[int]:
+    if prompt.continue_final:
+        _check_final(prompt)
     call_format = answer_format.choose_call_format(job, model_format)
     in_template = answer_format.template_describes_tools(call_format, model_format)
-    messages = _convert_messages(job, prompt, call_format, model_format)
-    if not tokenizer.has_chat_template:
-        return list(tokenizer.encode(_apply_role_mapping(messages, prompt, limit)))
-    arguments = _template_arguments(prompt, tokenizer)
-    if in_template and job.tool_use is not None:
-        arguments["tools"] = job.tool_use.tools
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=prompt.opens_turn, tokenize=False, **arguments
-        )
-    except RequestError:
-        raise
-    except Exception as error:
-        # Templates raise on messages that they do not support: jinja2's TemplateError, KeyError, TypeError, ...
-        raise invalid(
-            f"The model's chat template refuses these messages: {_one_line(error)}", "messages"
-        ) from error
-    limit.check_length(len(text), "messages")
-    return list(tokenizer.encode(text, add_special_tokens=False))  # the template writes them
-
-
-def _convert_messages(
-    job: GenerationJob, prompt: ChatPrompt, call_format: CallFormat, model_format: ModelFormat
-) -> Messages:
-    """Convert tools, calls and results to what the model's template supports.
-
-    1. Without tools and calls: the messages as they are.
-    2. If the template supports calls, and no format but its own is asked for: calls and results in the template's style.
-    3. Otherwise calls and results become text; so do the descriptions of the tools, unless the template renders them.
-    """
-    in_template = answer_format.template_describes_tools(call_format, model_format)
-    messages, style = prompt.messages, model_format.template.tool_message_style
-    if any(m.get("tool_calls") or m["role"] == "tool" for m in messages):
-        if style is not None and (call_format is CallFormat.NONE or in_template):
-            messages = chat_template.convert_tool_messages(messages, style)
-        else:
-            messages = tool_messages.render_as_text(messages)
-    if call_format is CallFormat.NONE or in_template or job.tool_use is None:
-        return messages
-    return tool_messages.add_tool_instructions(
-        messages, job.tool_use, renders_system=model_format.template.renders_system
+    conversation = Conversation(
+        prompt.messages,
+        job.tool_use if call_format is not CallFormat.NONE else None,
+        in_template,
+        # The calls that a grammar enforces are described as text: those of the history should look the same.
+        as_text=call_format is not CallFormat.NONE and not in_template,
+        arguments=_template_arguments(prompt, tokenizer),
+        continue_final=prompt.continue_final,
+        opens_turn=prompt.opens_turn,
     )
+    renderer = model_format.renderer or ChatRenderer(tokenizer, model_format.template)
+    is_template = tokenizer.has_chat_template
+    if is_template:
+        text = renderer.render(conversation)
+    else:
+        text = _apply_role_mapping(renderer.plain_messages(conversation), prompt, limit)
+    num_marks = control_text.num_marks(text)
+    limit.check_length(len(text) - num_marks * len(control_text.MARK), "messages")
+    limit.check_num_tokens(num_marks, "messages")
+    return control_text.encode(text, tokenizer, add_special_tokens=not is_template)  # a template writes them
+
+
+def _check_final(prompt: ChatPrompt) -> None:
+    final = prompt.messages[-1] if prompt.messages else {}
+    if final.get("role") != "assistant" or final.get("tool_calls"):
+        raise invalid(
+            "Only an assistant message without calls can be continued, as the last message.", "messages"
+        )
 
 
 def _template_arguments(prompt: ChatPrompt, tokenizer: Any) -> dict[str, Any]:
@@ -191,10 +186,7 @@ def _apply_role_mapping(messages: Messages, prompt: ChatPrompt, limit: _TextLimi
     prefixes = [mapping.get(m["role"], "") for m in messages]
     # Checked before they are repeated: prefixes of megabytes and thousands of messages would be gigabytes.
     limit.check_length(sum(map(len, prefixes)) + len(end) * len(messages), "messages")
-    lines = [f"{prefix}{m.get('content') or ''}{end}" for prefix, m in zip(prefixes, messages, strict=True)]
-    opening = mapping.get("assistant", "") if prompt.opens_turn else ""
-    return ("".join(lines) + opening).rstrip()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    lines = [f"{prefix}{m.get('content') or ''}" for prefix, m in zip(prefixes, messages, strict=True)]
+    if prompt.continue_final:
+        return end.join(lines)
+    return end.join([*lines, mapping.get("assistant", "") if prompt.opens_turn else ""]).rstrip()

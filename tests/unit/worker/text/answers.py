@@ -8,7 +8,7 @@ from typing import Any
 from common.protocol import ChatPrompt, GenerationJob, Reasoning, ToolArguments, ToolCall, ToolUse
 from worker.text.answer_format import NORMAL, REASONING, ModelFormat
 from worker.text.answer_parser import AnswerParser
-from worker.text.chat_template import TemplateSupport
+from worker.text.templates.support import TemplateSupport
 from worker.text.tool_calls import Part
 
 TEMPLATE = TemplateSupport(renders_tools=True)
@@ -40,6 +40,7 @@ NATIVE = ModelFormat(
     parse_call=parse_native,
     think_start="<think>",
     template=TEMPLATE,
+    think_start_ids=tuple(map(ord, "<think>")),
 )
 NATIVE_WITHOUT_END = ModelFormat(
     call_starts={NORMAL: ["[CALLS]"]}, parse_call=parse_native, template=TEMPLATE

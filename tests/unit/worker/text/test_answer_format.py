@@ -99,7 +99,7 @@ def test_initial_state() -> None:
     )
     assert may is not None
     assert read(may, f"to=user|Yes {HERMES_CALL}") == ["Yes ", *call(0, "f", HERMES_ARGUMENTS)]
-    thinking = ModelFormat(THINKING, think_start="<think>")
+    thinking = ModelFormat(THINKING, think_start="<think>", think_start_ids=tuple(map(ord, "<think>")))
     opened = answer_parser.make_parser(job(), thinking, [ord(c) for c in "<think>"], letters)
     assert opened is not None
     assert read(opened, f"I could <tool_call>, hm.</think>{HERMES_CALL}") == [

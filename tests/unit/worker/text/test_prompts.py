@@ -116,7 +116,7 @@ def test_a_template_that_raises() -> None:
         (TextPrompt("x" * 41), "prompt", 0),
         (TextPrompt("x" * 40, "y"), "prompt", 0),
         (ChatPrompt([{"role": "user", "content": "x" * 41}]), "messages", 0),
-        (ChatPrompt([{"role": "user", "content": "x" * 40}]), "messages", 1),  # too long once it is rendered
+        (ChatPrompt([{"role": "user", "content": "x" * 40}]), "messages", 2),  # too long once it is rendered
     ],
 )
 def test_text_that_cannot_fit_is_not_tokenized(

@@ -11,23 +11,19 @@ from typing import Any
 
 from common.protocol import ToolUse
 from common.schema.grammar import CALL_BEGIN, CALL_END
-from worker.text.chat_template import Messages
+from worker.text.templates.support import Messages
+
+MARKERS = (CALL_BEGIN, CALL_END, "<tool_response>", "</tool_response>")
+"""Of calls and results as text."""
 
 
-def add_tool_instructions(messages: Messages, tool_use: ToolUse, *, renders_system: bool) -> Messages:
-    """Add the description of the tools: to the system message, or to the first user message if the template has no system role.
-
-    Args:
-        renders_system: Whether the template renders a system message.
-    """
+def add_tool_instructions(messages: Messages, tool_use: ToolUse) -> Messages:
+    """Add the description of the tools to the system message at the beginning, or as one."""
     text = instructions(tool_use)
     if messages and messages[0]["role"] == "system":
         text = f"{messages[0].get('content') or ''}\n\n{text}".strip()
         messages = messages[1:]
-    if renders_system or not messages or messages[0]["role"] != "user":
-        return [{"role": "system" if renders_system else "user", "content": text}, *messages]
-    first = messages[0]
-    return [first | {"content": f"{text}\n\n{first.get('content') or ''}"}, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
 
 
 def instructions(tool_use: ToolUse) -> str:

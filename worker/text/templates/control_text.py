@@ -1,0 +1,180 @@
+"""Text of control tokens in data: it is tokenized as text, so that a pasted transcript does not forge a turn.
+
+In each string of a request that contains the text of a control token, a mark is inserted into that text. The template renders the mark
+like any other text; where it is, the rendered text is cut, and its pieces are tokenized separately. Data without such text is
+not touched. Used by `renderer`. Independent of templates.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+MARK = f"q{secrets.token_hex(12)}q"
+"""Letters and digits survive what templates do to text, and a client cannot guess it; the token ids do not depend on it."""
+
+_ANCHOR = "\n"
+
+
+def find_control_tokens(tokenizer: Any, markers: Iterable[str | None], template_text: str) -> list[str]:
+    """The texts that must not become control tokens if they are in data.
+
+    All special tokens, and of the other added tokens those that the template or the answer's format uses: a vocabulary may have words,
+    HTML tags and white space as added tokens (Gemma).
+
+    Args:
+        tokenizer: mlx-lm's `TokenizerWrapper`.
+        markers: Of reasoning and calls.
+        template_text: What the template writes.
+    """
+    known = " ".join(marker for marker in markers if marker)
+    found = []
+    for added in getattr(tokenizer, "added_tokens_decoder", {}).values():
+        token = str(added)
+        if len(token) < 2 or token.isspace():  # noqa: PLR2004 (one character cannot be cut)
+            continue
+        is_used = not token.isalnum() and (token in template_text or token in known)
+        if getattr(added, "special", False) or is_used:
+            found.append(token)
+    return found
+
+
+class ControlText:
+    """See the module.
+
+    Args:
+        tokens: See `find_control_tokens`.
+        reasoning_markers: The start and the end of reasoning; None: the model does not reason.
+    """
+
+    def __init__(self, tokens: list[str], reasoning_markers: tuple[str, str] | None = None) -> None:
+        self._pattern = _compile(tokens) if tokens else None
+        self._json_pattern = (
+            _compile([json.dumps(t, ensure_ascii=False)[1:-1] for t in tokens]) if tokens else None
+        )
+        self._reasoning_markers = reasoning_markers
+
+    def is_in(self, *values: Any) -> bool:
+        """Whether any string of these JSON values may contain the text of a control token."""
+        if self._json_pattern is None:
+            return False
+        try:
+            text = msgspec.json.encode(values).decode()
+        except UnicodeEncodeError:  # a lone surrogate
+            return True
+        return self._json_pattern.search(text) is not None
+
+    def mark(self, value: Any) -> Any:
+        """Insert marks into all strings of a JSON value, keys of objects included."""
+        if isinstance(value, str):
+            return self._mark_text(value)
+        if isinstance(value, list):
+            return [self.mark(item) for item in value]
+        if isinstance(value, dict):
+            return {self.mark(key): self.mark(item) for key, item in value.items()}
+        return value
+
+    def mark_message(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Insert marks into a message. The markers of reasoning at the beginning of an assistant's text stay: the model wrote them."""
+        marked = {key: item if key == "role" else self.mark(item) for key, item in message.items()}
+        content = message.get("content")
+        if self._reasoning_markers is None or message["role"] != "assistant" or not isinstance(content, str):
+            return marked
+        start, end = self._reasoning_markers
+        if content.lstrip().startswith(start) and end in content:
+            space, _, rest = content.partition(start)
+            reasoning, _, answer = rest.partition(end)
+            marked["content"] = f"{space}{start}{self._mark_text(reasoning)}{end}{self._mark_text(answer)}"
+        return marked
+
+    def _mark_text(self, text: str) -> str:
+        if self._pattern is None:
+            return text
+        pieces, begin, found = [], 0, self._pattern.search(text)
+        while found is not None:
+            cut = found.start() + 1
+            pieces.append(text[begin:cut])
+            begin, found = cut, self._pattern.search(text, cut)  # tokens may overlap
+        return MARK.join([*pieces, text[begin:]]) if pieces else text
+
+
+def encode(text: str, tokenizer: Any, *, add_special_tokens: bool = False) -> list[int]:
+    """Tokenize a rendered text; no token covers a place where a mark was.
+
+    Args:
+        tokenizer: mlx-lm's `TokenizerWrapper`.
+        add_special_tokens: Whether the tokenizer adds its tokens at the beginning and at the end.
+    """
+    # Without the argument if it is the default: some models' own tokenizers do not have it.
+    options = {} if add_special_tokens else {"add_special_tokens": False}
+    if MARK not in text:
+        return list(tokenizer.encode(text, **options))
+    pieces = text.split(MARK)
+    first = list(tokenizer.encode(pieces[0], add_special_tokens=False))
+    complete = list(tokenizer.encode(pieces[0], **options))
+    begin = next((i for i in range(len(complete)) if complete[i : i + len(first)] == first), 0)
+    known: dict[str, list[int]] = {}
+    encode_piece = _piece_encoder(tokenizer)
+    ids = complete[: begin + len(first)]
+    for piece in pieces[1:]:
+        if piece not in known:
+            known[piece] = encode_piece(piece)
+        ids += known[piece]
+    return ids + complete[begin + len(first) :]
+
+
+def num_marks(text: str) -> int:
+    """How many marks a text has: about as many tokens at least."""
+    return text.count(MARK)
+
+
+def remove_marks(text: str) -> str:
+    """The text as the client wrote it."""
+    return text.replace(MARK, "")
+
+
+def _piece_encoder(tokenizer: Any) -> Any:
+    """A function that tokenizes a text that is not the beginning of the prompt."""
+
+    def encode_plain(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+    anchor = encode_plain(_ANCHOR)
+    if anchor + encode_plain("a") == encode_plain(f"{_ANCHOR}a"):
+        return encode_plain
+
+    def encode_after_anchor(text: str) -> list[int]:
+        """For vocabularies that begin each text with a space (sentencepiece's dummy prefix)."""
+        ids = encode_plain(_ANCHOR + text)
+        return ids[len(anchor) :] if ids[: len(anchor)] == anchor else encode_plain(text)
+
+    return encode_after_anchor
+
+
+def _compile(tokens: list[str]) -> re.Pattern[str]:
+    """A pattern that finds the texts in one pass, whatever their number: alternatives share their beginnings."""
+    trie: dict[str, Any] = {}
+    for token in tokens:
+        node = trie
+        for char in token:
+            node = node.setdefault(char, {})
+        node[""] = {}
+    return re.compile(_pattern_of(trie))
+
+
+def _pattern_of(trie: dict[str, Any]) -> str:
+    if "" in trie:  # the shortest token is enough
+        return ""
+    branches = []
+    for char, node in trie.items():
+        text = re.escape(char)
+        while len(node) == 1 and "" not in node:
+            ((char, node),) = node.items()  # noqa: PLW2901
+            text += re.escape(char)
+        branches.append(text + _pattern_of(node))
+    return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"

@@ -1,0 +1,118 @@
+"""Chooses how a conversation is adapted to a chat template: the smallest change with which nothing is lost and nothing raises.
+
+The choice is made for a shape of conversation, by rendering its skeleton with one adaptation after the other, and remembered. Used by
+`renderer`. Independent of tokenizers: it is given a function that renders messages.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import NamedTuple
+
+from worker.text.templates.adaptations import Adaptation, candidates
+from worker.text.templates.shapes import Skeleton, make_skeleton, shape_of
+from worker.text.templates.support import Messages, ToolMessageStyle
+
+log = logging.getLogger(__name__)
+
+_MAX_PLANS = 1024
+"""Remembered; the least recently used one is forgotten."""
+
+Render = Callable[[Messages], str]
+"""Renders adapted messages; may raise any exception."""
+
+
+class _Loss(NamedTuple):
+    """What is wrong with a rendering; compared in this order."""
+
+    num_lost: int
+    num_out_of_order: int
+    num_repeated: int
+
+
+_NO_LOSS = _Loss(0, 0, 0)
+
+
+class Planner:
+    """See the module.
+
+    Args:
+        style: How the template expects calls and results; None: it does not support them.
+    """
+
+    def __init__(self, style: ToolMessageStyle | None) -> None:
+        self._style = style
+        self._plans: OrderedDict[Hashable, Adaptation] = OrderedDict()
+
+    def choose(
+        self,
+        messages: Messages,
+        situation: Hashable,
+        render: Render,
+        *,
+        words: Sequence[str] = (),
+        as_text: bool = False,
+    ) -> Adaptation:
+        """Choose the adaptation of a conversation.
+
+        Args:
+            situation: What else the rendering depends on.
+            words: That must be rendered besides those of the conversation.
+            as_text: Whether calls become text in any case.
+        """
+        shape = shape_of(messages)
+        key = (shape, situation, as_text)
+        if (known := self._plans.get(key)) is not None:
+            self._plans.move_to_end(key)
+            return known
+        chosen = self._search(make_skeleton(shape, words), render, as_text=as_text)
+        self._plans[key] = chosen
+        if len(self._plans) > _MAX_PLANS:
+            self._plans.popitem(last=False)
+        return chosen
+
+    def adapted(self, messages: Messages, *, as_text: bool) -> Iterator[tuple[Adaptation, Messages]]:
+        """All adaptations of a conversation that differ, the smallest first."""
+        seen: list[Messages] = []
+        has_calls = any(m.get("tool_calls") or m["role"] == "tool" for m in messages)
+        for adaptation in candidates(has_calls=has_calls, always_as_text=as_text or self._style is None):
+            new = adaptation.apply(messages, self._style)
+            if new not in seen:
+                seen.append(new)
+                yield adaptation, new
+
+    def apply(self, adaptation: Adaptation, messages: Messages) -> Messages:
+        """Adapt a conversation."""
+        return adaptation.apply(messages, self._style)
+
+    def _search(self, skeleton: Skeleton, render: Render, *, as_text: bool) -> Adaptation:
+        best: tuple[_Loss, Adaptation] | None = None
+        for adaptation, messages in self.adapted(skeleton.messages, as_text=as_text):
+            try:
+                text = render(messages)
+            except Exception:  # noqa: BLE001, S112 (templates raise any exception)
+                continue
+            loss = _measure(text, skeleton)
+            if loss == _NO_LOSS:
+                return adaptation
+            if best is None or loss < best[0]:
+                best = loss, adaptation
+        if best is None:
+            return Adaptation()
+        log.info("the chat template does not render every text of a conversation (%s)", best[0])
+        return best[1]
+
+
+def _measure(text: str, skeleton: Skeleton) -> _Loss:
+    lost = sum(word not in text for word in skeleton.others)
+    out_of_order = repeated = 0
+    for words in (skeleton.system, skeleton.contents):
+        positions = [text.find(word) for word in words]
+        found = [position for position in positions if position >= 0]
+        lost += len(positions) - len(found)
+        out_of_order += sum(a > b for a, b in itertools.pairwise(found))
+        repeated += sum(text.count(word) > 1 for word in words)
+    return _Loss(lost, out_of_order, repeated)
