@@ -35,7 +35,7 @@ from api.openapi import PATH as DESCRIPTION_PATH
 from api.openapi import Description
 from api.protocols import ERROR_FORMATS, FRONT_ENDS
 from api.tokenizing.client import TokenizeClient
-from common import connections
+from common import connections, model_aliases
 from common.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -82,11 +82,11 @@ def create_app(settings: Settings) -> App:
     """The ASGI application.
 
     Raises:
-        StartupError: The Redis URL or the origins are malformed, or the key file cannot be read.
+        StartupError: The Redis URL, the origins or the aliases are malformed, or the key file cannot be read.
     """
     client = connections.connect_async(settings.redis_url)
     reads = CommandBatch(client, transaction=False)
-    directory = ModelDirectory(reads, settings.default_model)
+    directory = ModelDirectory(reads, settings.default_model, model_aliases.parse(settings.model_aliases))
     relay = Relay(
         client, reads, max_events=settings.stream_buffer_events, queue_seconds=settings.queue_seconds
     )

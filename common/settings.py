@@ -71,6 +71,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     default_model: Annotated[
         str | None, _about("model of requests that name none; unset: the only one served")
     ] = None
+    model_aliases: Annotated[
+        str | None,
+        _about(
+            "other names of models, as alias=model pairs separated by commas; * in an alias matches any characters, such as "
+            "claude-*=my-model (docs/operations.md)"
+        ),
+    ] = None
+    thinking_budget: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        _about("tokens of reasoning before the answer, if a request sets no limit; unset: no limit"),
+    ] = None
     strict_parameters: Annotated[bool, _about("answer 400 to unknown request fields")] = False
 
     header_seconds: Annotated[float, _about("time for a client to send the request headers", gt=0)] = 10.0
@@ -120,6 +131,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = None
     adapter_path: Annotated[str | None, _about("LoRA adapter folder for the model")] = None
     chat_template: Annotated[str | None, _about("Jinja chat template, or a file that holds one")] = None
+    chat_template_args: Annotated[
+        str | None,
+        _about(
+            'arguments of the chat template as a JSON object, such as {"enable_thinking": false}; those of a request come first'
+        ),
+    ] = None
+    use_generation_config: Annotated[
+        bool, _about("apply the model's generation_config.json where a request is silent")
+    ] = True
     use_default_chat_template: Annotated[bool, _about("use the tokenizer class's default chat template")] = (
         False
     )
@@ -266,15 +286,23 @@ def describe() -> list[tuple[str, str, str]]:
 
 
 def add_flags(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
-    """Add `--name VALUE` for each setting (`--name` alone for a yes or no); a flag that is not given stays None."""
+    """Add `--name VALUE` for each setting; a flag that is not given stays None.
+
+    A yes or no has `--name` alone, or `--no-name` if it is yes by default.
+    """
     for variable, default, description in describe():
         name = variable.removeprefix(PREFIX).lower()
         if name not in names:
             continue
         flag = _flag(name)
         text = description.replace("%", "%%") + (f" (default: {default})" if default else "")
-        if default in ("True", "False"):
+        if default == "False":
             parser.add_argument(flag, action="store_const", const=True, default=None, help=text)
+        elif default == "True":
+            off = f"do not {description}"
+            parser.add_argument(
+                _flag(f"no_{name}"), dest=name, action="store_const", const=False, default=None, help=off
+            )
         else:
             parser.add_argument(flag, metavar="VALUE", default=None, help=text)
 

@@ -91,6 +91,7 @@ class FakeWorker:
             free_slots=8,
             quantization="none",
             can_tokenize=True,
+            sampling_defaults='{"temperature":0.25,"top_k":7}',
         )
         self._is_over = threading.Event()
         self._runs: list[threading.Thread] = []

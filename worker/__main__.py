@@ -26,6 +26,8 @@ FLAGS = (
     "redis_url",
     "adapter_path",
     "chat_template",
+    "chat_template_args",
+    "use_generation_config",
     "use_default_chat_template",
     "trust_remote_code",
     "cache_limit_gb",

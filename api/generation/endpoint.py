@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import falcon.asgi
+import msgspec
 
 from api.generation import delivery, overload
 from api.generation.active_request import ActiveRequest
@@ -84,6 +85,9 @@ class Endpoint:
         services = self._services
         seconds = timeout_seconds(req, services.settings.request_seconds)
         check_size(request, num_bytes)
+        if request.max_reasoning_tokens is None and services.settings.thinking_budget is not None:
+            budget = services.settings.thinking_budget
+            request = msgspec.structs.replace(request, max_reasoning_tokens=budget)
         jobs = request.jobs(
             self._front_end.name,
             model,

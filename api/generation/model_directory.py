@@ -20,9 +20,10 @@ import redis
 from rq.defaults import RQ_KEY_PREFIX
 
 from api.generation.command_batch import CommandBatch, queue_unavailable
-from api.generation.served_model import ServedModel
-from common import names
+from api.generation.served_model import DEFAULT_NAMES, ServedModel
+from common import names, sampling_defaults
 from common.errors import RequestError, invalid, unavailable
+from common.model_aliases import ModelAliases
 from common.protocol import ModelCard
 
 log = logging.getLogger(__name__)
@@ -38,9 +39,6 @@ MAX_KNOWN_MODELS = 1000
 MAX_SHOWN_CHARACTERS = 200
 """Of a model's name in an error message."""
 
-DEFAULT_MODEL = "default_model"
-"""The name by which clients of mlx_lm.server ask for its only model."""
-
 
 class ModelDirectory:
     """See the module.
@@ -50,12 +48,16 @@ class ModelDirectory:
 
     Args:
         default_model: For requests that name none; None: the only one that is served.
+        aliases: Other names of models.
     """
 
-    def __init__(self, reads: CommandBatch, default_model: str | None) -> None:
+    def __init__(
+        self, reads: CommandBatch, default_model: str | None, aliases: ModelAliases | None = None
+    ) -> None:
         self.is_suspended = False
         self._reads = reads
         self._default_model = default_model
+        self._aliases = aliases or ModelAliases()
         self._served: Mapping[str, ServedModel] = {}
         self._known: frozenset[str] = frozenset()
         self._refreshed_mono = -math.inf
@@ -93,21 +95,35 @@ class ModelDirectory:
         self._check_fresh()
         return self.served
 
+    @property
+    def aliases(self) -> list[tuple[str, ServedModel]]:
+        """See `api.generation.served_model.ModelLookup`."""
+        served = self._served if self.is_fresh else {}
+        return [
+            (alias, served[model])
+            for alias, model in sorted(self._aliases.plain.items())
+            if model in served and alias not in served
+        ]
+
     async def resolve(self, name: str | None) -> ServedModel:
         """See `api.generation.served_model.ModelLookup`."""
-        if name is None or (name == DEFAULT_MODEL and name not in self._served):
+        if name is None or (
+            name in DEFAULT_NAMES and name not in self._served and name not in self._aliases.plain
+        ):
             if self._default_model is None:
                 return await self._only_one()
             name = self._default_model
         self._check_fresh()
-        if name not in self._served:
+        served = self._served.get(self._real_name(name))
+        if served is None:
             await self._refresh_once()
-        served = self._served.get(name)
+            served = self._served.get(self._real_name(name))
         if served is not None:
             return served
-        if name in self._known or name == self._default_model:
+        real = self._real_name(name)
+        if real != name or name in self._known or name == self._default_model:
             raise unavailable(
-                f"No worker serves the model `{name}` at the moment.",
+                f"No worker serves the model `{real}` at the moment.",
                 RETRY_AFTER_SECONDS,
                 code="model_unavailable",
             )
@@ -117,6 +133,19 @@ class ModelDirectory:
             param="model",
             code="model_not_found",
         )
+
+    def _real_name(self, name: str) -> str:
+        """The model that a name stands for: itself if it is served, a plain alias, itself if it was served lately, a wildcard.
+
+        A model whose worker restarts is not replaced by another one that a wildcard names.
+        """
+        if name in self._served:
+            return name
+        if name in self._aliases.plain:
+            return self._aliases.plain[name]
+        if name in self._known:
+            return name
+        return self._aliases.by_wildcard(name) or name
 
     async def _only_one(self) -> ServedModel:
         served = self.current()
@@ -207,15 +236,7 @@ def _merge(cards: list[ModelCard]) -> ServedModel:
         tokens_per_second=sum(card.tokens_per_second for card in cards),
         can_fill=all(card.can_fill for card in cards),
         mean_tokens=statistics.fmean(means) if means else 0.0,
-        sampling_defaults=_sampling_defaults(cards[0]),
+        sampling_defaults=dict(sampling_defaults.from_text(cards[0].sampling_defaults)),
         can_reason=all(card.can_reason for card in cards),
         can_tokenize=any(card.can_tokenize for card in cards),
     )
-
-
-def _sampling_defaults(card: ModelCard) -> dict[str, float]:
-    """Those that a card has; none if they cannot be read."""
-    try:
-        return msgspec.json.decode(card.sampling_defaults or "{}", type=dict[str, float])
-    except (msgspec.DecodeError, RecursionError):
-        return {}

@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from api.generation.served_model import ServedModel
-from common import names
+from api.generation.served_model import DEFAULT_MODEL, ServedModel
+from common import names, sampling_defaults
 from common.errors import invalid
 from common.protocol import ChatPrompt, GenerationJob, SamplingParams, TextPrompt, TokenPrompt, ToolUse
 
@@ -28,6 +28,10 @@ MAX_COPIES_BYTES = 64 * 2**20
 """Each choice's job has a copy of its prompt and of what all jobs share, such as stop strings; the bound on all copies of one request."""
 
 
+_OTHER_NAMES: Mapping[str, str] = {"repetition_penalty": "repeat_penalty"}
+"""llama.cpp's name of a field."""
+
+
 class AnswerRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Everything that a rendering needs in addition to the events: together with the jobs' journals it determines every byte of the answer.
 
@@ -37,7 +41,7 @@ class AnswerRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         front_end: The name of the `FrontEnd` that renders it.
         job_ids: The request's jobs, in the order of the choices. The first one names the answer.
         created: Unix seconds.
-        model: As the client named it.
+        model: The model's id, also if the client named an alias.
         fingerprint: OpenAI's system_fingerprint: changes when what computes the answer does.
         stream: Whether the client asked for a stream.
         n: Choices of each prompt that are shown.
@@ -150,7 +154,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
             front_end=front_end,
             job_ids=[job_id for _, job_id, _ in prompts],
             created=int(submitted_at),
-            model=self.model or model.id,
+            model=DEFAULT_MODEL if self.model == DEFAULT_MODEL else model.id,
             fingerprint=fingerprint(model),
             stream=self.stream,
             n=self.n,
@@ -181,6 +185,22 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
             )
             for index, (prompt, job_id, choice) in enumerate(prompts)
         ]
+
+
+def unset(body: object) -> frozenset[str]:
+    """The fields of `SamplingParams` with a model's default that a request body leaves out, for `GenerationRequest.unset`.
+
+    Args:
+        body: A parsed body whose attributes have the same names; None, or no such attribute: not set.
+    """
+    names = {
+        name
+        for name in sampling_defaults.NAMES
+        if all(getattr(body, each, None) is None for each in (name, _OTHER_NAMES.get(name, name)))
+    }
+    if getattr(body, "top_p", None) == 0:  # greedy
+        names.discard("temperature")
+    return frozenset(names)
 
 
 def answer_record(first: GenerationJob) -> AnswerRecord:
@@ -244,7 +264,7 @@ def fingerprint(model: ServedModel) -> str:
 
 
 def _with_defaults(
-    sampling: SamplingParams, unset: frozenset[str], defaults: Mapping[str, float]
+    sampling: SamplingParams, unset: frozenset[str], defaults: Mapping[str, int | float]
 ) -> SamplingParams:
     """The request's parameters, with the model's own defaults for those that the client did not set."""
     changes = {name: value for name, value in defaults.items() if name in unset}

@@ -10,6 +10,11 @@ from typing import Protocol
 
 import msgspec
 
+DEFAULT_MODEL = "default_model"
+"""The name by which clients of mlx_lm.server ask for its only model."""
+
+DEFAULT_NAMES = (DEFAULT_MODEL, "default")
+
 
 class ServedModel(msgspec.Struct, frozen=True):
     """A model with at least one live worker.
@@ -40,7 +45,7 @@ class ServedModel(msgspec.Struct, frozen=True):
     mean_tokens: float = 0.0
     can_fill: bool = False
     busy_slots: int = 0
-    sampling_defaults: dict[str, float] = {}
+    sampling_defaults: dict[str, int | float] = {}
     can_reason: bool = False
     can_tokenize: bool = False
 
@@ -54,6 +59,10 @@ class ServedModel(msgspec.Struct, frozen=True):
 class ModelLookup(Protocol):
     """The models that can be used now."""
 
+    @property
+    def aliases(self) -> list[tuple[str, ServedModel]]:
+        """Other names that a client may choose, and the models that they stand for now."""
+
     def current(self) -> list[ServedModel]:
         """All of them, by name.
 
@@ -62,7 +71,7 @@ class ModelLookup(Protocol):
         """
 
     async def resolve(self, name: str | None) -> ServedModel:
-        """The model that a request names; None: the default.
+        """The model that a request names, or that the name is an alias of; None: the default.
 
         Raises:
             RequestError: 400, no model is named and there is no default; 404, the model is unknown; 503, it has no

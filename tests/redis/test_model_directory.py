@@ -12,7 +12,7 @@ import redis
 
 from api.generation.command_batch import CommandBatch
 from api.generation.model_directory import ModelDirectory
-from common import connections, names
+from common import connections, model_aliases, names
 from common.errors import RequestError
 from common.protocol import ModelCard
 
@@ -41,10 +41,17 @@ def show(client: redis.Redis, *cards: ModelCard) -> None:
         client.zadd(names.KNOWN_MODELS, {card.id: time.time()})
 
 
-def run(url: str, test: Callable[[ModelDirectory], Awaitable[None]], default: str | None = None) -> None:
+def run(
+    url: str,
+    test: Callable[[ModelDirectory], Awaitable[None]],
+    default: str | None = None,
+    aliases: str | None = None,
+) -> None:
     async def with_directory() -> None:
         connected = connections.connect_async(url)
-        directory = ModelDirectory(CommandBatch(connected, transaction=False), default)
+        directory = ModelDirectory(
+            CommandBatch(connected, transaction=False), default, model_aliases.parse(aliases)
+        )
         await directory.start()
         try:
             await test(directory)
@@ -116,7 +123,7 @@ def test_a_malformed_card_is_skipped(
     assert sum("bad" in record.getMessage() for record in caplog.records) == 1
 
 
-@pytest.mark.parametrize("name", [None, "default_model"])
+@pytest.mark.parametrize("name", [None, "default_model", "default"])
 def test_a_request_that_names_no_model(redis_url: str, client: redis.Redis, name: str | None) -> None:
     """The default model is used, or the only one; with none or several the error lists the models."""
 
@@ -141,6 +148,60 @@ def test_a_request_that_names_no_model(redis_url: str, client: redis.Redis, name
     run(redis_url, several)
     run(redis_url, one, default="org/a")
     run(redis_url, absent, default="soon")
+
+
+def test_aliases(redis_url: str, client: redis.Redis) -> None:
+    """A plain alias, then wildcards in order; a model that is served, or was lately, keeps its name."""
+    show(client, CARD, msgspec.structs.replace(CARD, id="b", worker="w2"))
+    client.zadd(names.KNOWN_MODELS, {"claude-own": time.time()})
+
+    async def test(directory: ModelDirectory) -> None:
+        resolved = {
+            name: (await directory.resolve(name)).id for name in ("org/a", "fast", "claude-4", "x", "default")
+        }
+        assert resolved == {"org/a": "org/a", "fast": "b", "claude-4": "org/a", "x": "b", "default": "b"}
+        assert await refusal(directory, "claude-own") == (503, "model_unavailable", None)
+        assert await refusal(directory, "later") == (503, "model_unavailable", None)
+        assert [(alias, model.id) for alias, model in directory.aliases] == [("b2", "b"), ("fast", "b")]
+
+    aliases = "fast=b, b2=b, claude-*=org/a, *=b, org/a=b, later=absent"
+    run(redis_url, test, default="fast", aliases=aliases)
+
+
+def test_an_alias_needs_no_look_at_redis(redis_url: str, client: redis.Redis) -> None:
+    """A name that is not served makes the directory read all cards, unless an alias answers it."""
+    show(client, CARD)
+
+    async def test(directory: ModelDirectory) -> None:
+        read = directory._refresh
+        await directory.resolve("fast")
+        await directory.resolve("anything")
+        assert directory._refresh is read
+
+    run(redis_url, test, aliases="fast=org/a,*=org/a")
+
+
+@pytest.mark.parametrize(
+    ("text", "defaults"),
+    [
+        ('{"temperature":0.6,"top_k":20}', {"temperature": 0.6, "top_k": 20}),
+        ("", {}),
+        ("[" * 5000, {}),
+        ('{"temperature":"hot","seed":1,"top_p":5,"min_p":0.5}', {"min_p": 0.5}),
+    ],
+)
+def test_sampling_defaults_of_a_card(
+    redis_url: str, client: redis.Redis, text: str, defaults: dict[str, float]
+) -> None:
+    """Only defaults within a request's ranges are taken from a card; whole numbers stay whole."""
+    show(client, msgspec.structs.replace(CARD, sampling_defaults=text))
+
+    async def test(directory: ModelDirectory) -> None:
+        [model] = directory.current()
+        assert model.sampling_defaults == defaults
+        assert type(model.sampling_defaults.get("top_k", 0)) is int
+
+    run(redis_url, test)
 
 
 def test_without_a_server() -> None:

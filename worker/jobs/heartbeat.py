@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rq.defaults import RQ_KEY_PREFIX
 from rq.executions import Execution, ExecutionRegistry
 
-from common import names
+from common import names, sampling_defaults
 from common.protocol import ModelCard
 from common.rq import JsonJob
 from worker.jobs.executions import BACKSTOP_SECONDS, Executions
@@ -143,6 +143,8 @@ class Heartbeat:
             has_chat_template=self._info.has_chat_template,
             can_fill=self._info.can_fill,
             can_tokenize=True,
+            can_reason=self._info.can_reason,
+            sampling_defaults=sampling_defaults.to_text(self._info.sampling_defaults),
             tokens_per_second=round(self._rate.per_second, 1),
             mean_tokens=round(self._loop.mean_tokens, 1),
             step=self._loop.num_steps,

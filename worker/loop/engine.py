@@ -6,6 +6,7 @@ without a model, and unit tests use a scripted one. Independent of MLX, RQ and R
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -88,6 +89,7 @@ class ModelInfo:
         context_length: In tokens, prompt and answer together.
         vocab_size: Number of logits.
         max_batch: How many sequences the engine holds at most.
+        sampling_defaults: As in `common.sampling_defaults`.
     """
 
     context_length: int
@@ -96,6 +98,8 @@ class ModelInfo:
     quantization: str = ""
     has_chat_template: bool = True
     can_fill: bool = False
+    can_reason: bool = False
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict)
 
 
 class PromptTokenizer(Protocol):

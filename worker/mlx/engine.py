@@ -66,7 +66,10 @@ class MLXEngine:
         # A prompt that can never fit is refused like one that is longer than the model's context.
         context_length = self._memory.longest_sequence(self._info.context_length)
         self._info = replace(self._info, context_length=context_length)
-        self._builder = GenerationBuilder(self._tokenizer, self._token_bytes, self._info)
+        self._builder = GenerationBuilder(
+            self._tokenizer, self._token_bytes, self._info, loaded.template_arguments
+        )
+        self._info = replace(self._info, can_reason=self._builder.can_reason)
         self._start_empty()
         warm_up(self, on_gpu=mlx_model.has_gpu())
         self._start_empty()  # the slow first steps must not influence the prefill budget

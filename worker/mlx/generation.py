@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from common.errors import invalid
 from common.protocol import ChatPrompt, GenerationJob
@@ -20,6 +23,7 @@ from worker.sampling.thinking import wrap_for_thinking
 from worker.text import answer_format, answer_parser, prompts
 from worker.text.detokenizer import Detokenizer, TokenBytes
 from worker.text.prompt_tokenizer import OwnPromptTokenizer
+from worker.text.template_defaults import with_defaults
 
 
 @dataclass(slots=True, eq=False)
@@ -53,16 +57,32 @@ class Generation:
 
 
 class GenerationBuilder:
-    """Creates the `Generation` of each job, with one model's tokenizer."""
+    """Creates the `Generation` of each job, with one model's tokenizer.
 
-    def __init__(self, tokenizer: Any, token_bytes: TokenBytes, info: ModelInfo) -> None:
+    Args:
+        template_arguments: See `worker.text.template_defaults`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        token_bytes: TokenBytes,
+        info: ModelInfo,
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self._token_bytes = token_bytes
         self._format = answer_format.detect_format(tokenizer)
+        self._template_arguments = template_arguments or {}
         self._context_length = info.context_length
         self._max_prompt_chars = prompts.max_prompt_chars(tokenizer, info.context_length)
         eos_token_ids = list(tokenizer.eos_token_ids)
         self._grammars = GrammarCompiler(tokenizer, info.vocab_size, eos_token_ids) if eos_token_ids else None
+
+    @property
+    def can_reason(self) -> bool:
+        """Whether the model has markers of reasoning."""
+        return self._format.can_reason
 
     def encode(self, job: GenerationJob) -> list[int]:
         """The prompt's token ids.
@@ -72,13 +92,16 @@ class GenerationBuilder:
         """
         # The Rust tokenizers (tokenizers 0.23) and llguidance (1.9) release the GIL while they work.
         self._compiled(job)  # cached for `build`
+        job = msgspec.structs.replace(job, prompt=with_defaults(job.prompt, self._template_arguments))
         return prompts.tokenize(
             job, self._tokenizer, self._context_length, self._format, self._max_prompt_chars
         )
 
     def make_prompt_tokenizer(self) -> OwnPromptTokenizer:
         """See `worker.loop.engine.Engine`."""
-        return OwnPromptTokenizer(self._tokenizer, self._format, self._max_prompt_chars)
+        return OwnPromptTokenizer(
+            self._tokenizer, self._format, self._max_prompt_chars, self._template_arguments
+        )
 
     def build(self, job: GenerationJob, prompt: list[int], replay: list[int], max_tokens: int) -> Generation:
         """Create the state of a job's generation, which continues after the tokens that other workers generated.

@@ -15,13 +15,14 @@ import mlx.core as mx
 import mlx_lm
 from mlx.utils import tree_flatten
 
+from common import sampling_defaults
 from common.errors import StartupError, one_line
 from common.machine import local_model
 from common.settings import Settings
 from worker.loop.engine import ModelInfo
 from worker.mlx import caches
 from worker.mlx.backends.blas import preload_blas
-from worker.text import fill_in_middle
+from worker.text import fill_in_middle, template_defaults
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +43,20 @@ _MAX_PLAUSIBLE_CONTEXT = 10**9
 
 
 class LoadedModel(NamedTuple):
-    """A model, mlx-lm's wrapper of its tokenizer, and its config.json as a dict."""
+    """A model and what belongs to it.
+
+    Attributes:
+        tokenizer: mlx-lm's wrapper.
+        config: Its config.json.
+        sampling_defaults: See `common.sampling_defaults`.
+        template_arguments: See `worker.text.template_defaults`.
+    """
 
     model: Any
     tokenizer: Any
     config: dict[str, Any]
+    sampling_defaults: dict[str, float]
+    template_arguments: dict[str, Any]
 
 
 def has_gpu() -> bool:
@@ -66,10 +76,11 @@ def load_model(
         before_loading: Called with the model's folder before its weights are read.
 
     Raises:
-        StartupError: The folder holds no model, or mlx-lm cannot load it.
+        StartupError: The folder holds no model, mlx-lm cannot load it, or the template's arguments are malformed.
     """
     if (missing := preload_blas()) and not has_gpu():
         logger.warning(missing)
+    template_arguments = template_defaults.parse(settings.chat_template_args)
     folder = folder or local_model.check_folder(Path(settings.model))
     if before_loading is not None:
         before_loading(folder)
@@ -93,7 +104,8 @@ def load_model(
     model, tokenizer, config = loaded
     if settings.use_default_chat_template:
         _use_default_chat_template(tokenizer)
-    return LoadedModel(model, tokenizer, config)
+    defaults = sampling_defaults.read(folder) if settings.use_generation_config else {}
+    return LoadedModel(model, tokenizer, config, defaults, template_arguments)
 
 
 def describe(loaded: LoadedModel, max_batch: int) -> ModelInfo:
@@ -105,6 +117,7 @@ def describe(loaded: LoadedModel, max_batch: int) -> ModelInfo:
         quantization=quantization(loaded.config) or weight_type(loaded.model),
         has_chat_template=bool(loaded.tokenizer.has_chat_template),
         can_fill=fill_in_middle.find_markers(loaded.tokenizer) is not None,
+        sampling_defaults=loaded.sampling_defaults,
     )
 
 

@@ -70,6 +70,12 @@ class ModelFormat:
     renderer: ChatRenderer | None = field(default=None, compare=False, repr=False)
 
     @property
+    def can_reason(self) -> bool:
+        """Whether the model has markers of reasoning."""
+        targets = (target for edges in self.transitions.values() for _, target in edges)
+        return self.initial_state == REASONING or REASONING in targets
+
+    @property
     def has_native_calls(self) -> bool:
         """Whether the model was trained to call functions: it has a format for calls, and its template describes the tools."""
         return self.parse_call is not None and self.template.renders_tools

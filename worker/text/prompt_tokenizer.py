@@ -7,6 +7,7 @@ Independent of MLX.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from common.errors import invalid
 from common.protocol import ChatPrompt, GenerationJob, TextPrompt, TokenPrompt, ToolUse
 from worker.text import prompts
 from worker.text.answer_format import ModelFormat
+from worker.text.template_defaults import with_defaults
 from worker.text.templates.renderer import ChatRenderer
 
 _UNLIMITED = 2**62
@@ -27,13 +29,21 @@ class OwnPromptTokenizer:
     Args:
         tokenizer: mlx-lm's `TokenizerWrapper`; only copied.
         max_prompt_chars: See `prompts.max_prompt_chars`.
+        template_arguments: See `worker.text.template_defaults`.
     """
 
-    def __init__(self, tokenizer: Any, model_format: ModelFormat, max_prompt_chars: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        model_format: ModelFormat,
+        max_prompt_chars: int,
+        template_arguments: Mapping[str, Any],
+    ) -> None:
         # mlx-lm's wrapper forwards unknown attributes, which confuses `deepcopy`.
         self._tokenizer = copy.copy(tokenizer)
         self._tokenizer._tokenizer = copy.deepcopy(tokenizer._tokenizer)  # noqa: SLF001
         self._format = replace(model_format, renderer=ChatRenderer(self._tokenizer, model_format.template))
+        self._template_arguments = template_arguments
         self._max_chars = max(max_prompt_chars, _MIN_LIMIT_CHARS)
 
     def encode(
@@ -48,6 +58,7 @@ class OwnPromptTokenizer:
             if len(prompt.text) > self._max_chars:
                 raise invalid(f"The text is longer than {self._max_chars} characters.", "prompt")
             return list(self._tokenizer.encode(prompt.text, add_special_tokens=False))
+        prompt = with_defaults(prompt, self._template_arguments)
         job = GenerationJob(
             job_id="", model="", channel="", prompt=prompt, tool_use=tool_use, grammar=grammar
         )

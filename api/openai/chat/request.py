@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from api.generation.request import GenerationRequest
+from api.generation.request import GenerationRequest, unset
 from api.http.json_body import BodyDecoder
 from api.openai import request_fields as fields
 from api.openai.answer import AnswerOptions
@@ -144,6 +144,7 @@ def parse(body: bytes) -> GenerationRequest:
         stop=fields.stops(chat),
         top_logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
         sampling=fields.sampling(chat),
+        unset=unset(chat),
         stream=bool(chat.stream),
         ignored=ignored,
         options=AnswerOptions(

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from api.generation.request import GenerationRequest
+from api.generation.request import GenerationRequest, unset
 from api.generation.served_model import ServedModel
 from api.http.json_body import BodyDecoder
 from api.openai import request_fields as fields
@@ -68,6 +68,7 @@ def parse(body: bytes) -> GenerationRequest:
         stop=fields.stops(completion),
         top_logprobs=completion.logprobs,
         sampling=fields.sampling(completion),
+        unset=unset(completion),
         stream=bool(completion.stream),
         ignored=ignored,
         options=AnswerOptions(

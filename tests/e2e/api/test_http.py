@@ -177,6 +177,38 @@ def test_what_is_not_http(api: ApiPool, sent: bytes, status: int) -> None:
     assert answer.headers["x-request-id"]
 
 
+def test_aliases() -> None:
+    """An alias serves its model, and the answer names that; `/v1/models` lists the plain ones and finds any."""
+    environ = {"MLXPOOL_MODEL_ALIASES": f"fast={MODEL},claude-*={MODEL}", "MLXPOOL_THINKING_BUDGET": "50"}
+    with api_pool(environ) as api:
+        for alias in ("fast", "claude-opus-4", "default"):
+            assert api.chat(model=alias).json["model"] == MODEL
+        listed = api.ask("GET", "/v1/models").json["data"]
+        assert [(each["id"], each["root"]) for each in listed] == [(MODEL, MODEL), ("fast", MODEL)]
+        found = api.ask("GET", "/v1/models/claude-x").json
+        assert (found["id"], found["root"]) == ("claude-x", MODEL)
+        assert {job.max_reasoning_tokens for job in api.worker.jobs} == {50}
+        unknown = api.chat(model="gpt")
+        assert (unknown.status, unknown.error["code"]) == (404, "model_not_found")
+
+
+def test_what_a_model_says_of_itself(api: ApiPool) -> None:
+    """The context and the vocabulary under the names that clients of several servers read."""
+    [model] = api.ask("GET", "/v1/models").json["data"]
+    assert model["max_model_len"] == model["max_context_length"] == model["context_length"] == 4096
+    assert model["meta"] == {"n_ctx": 4096, "n_vocab": 1000}
+    assert model["sampling_defaults"] == {"temperature": 0.25, "top_k": 7}
+
+
+def test_a_models_sampling_defaults(api: ApiPool) -> None:
+    """They hold where a request is silent, and nowhere else."""
+    api.chat()
+    api.chat(temperature=1.5, top_k=0)
+    api.chat(top_p=0)
+    used = [(job.sampling.temperature, job.sampling.top_k) for job in api.worker.jobs]
+    assert used == [(0.25, 7), (1.5, 0), (0.0, 7)]
+
+
 def test_a_strict_api_with_a_default_model() -> None:
     """Unknown fields are a 400, and the default model is looked for even if it has no worker."""
     environ = {"MLXPOOL_STRICT_PARAMETERS": "1", "MLXPOOL_DEFAULT_MODEL": "not there"}

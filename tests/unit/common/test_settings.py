@@ -159,6 +159,14 @@ def test_flags_are_settings() -> None:
     assert (settings.max_batch, settings.trust_remote_code, settings.model) == (8, True, "demo")
 
 
+def test_a_flag_turns_off_what_is_on() -> None:
+    """A yes or no that is yes by default has a flag that begins with `--no-`."""
+    parser = argparse.ArgumentParser()
+    add_flags(parser, ["use_generation_config"])
+    assert from_arguments(parser.parse_args([])).use_generation_config
+    assert not from_arguments(parser.parse_args(["--no-use-generation-config"])).use_generation_config
+
+
 def test_every_setting_is_described() -> None:
     """Every setting has a description for `--help` and docs/settings.md."""
     assert all(about for _, _, about in describe())

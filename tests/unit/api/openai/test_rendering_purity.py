@@ -77,14 +77,14 @@ def jobs(**fields: Any) -> list[GenerationJob]:
 
 
 def test_the_first_job_has_the_record() -> None:
-    """It lists all jobs and how to answer; the other jobs do not have it. All have the name of the API key."""
+    """It lists all jobs and how to answer, with the model's own name; the other jobs do not have it. All have the name of the API key."""
     made = jobs(n=3, stream=True, stream_options={"include_usage": True}, logprobs=True, service_tier="auto")
     described = answer_record(made[0])
     assert described == AnswerRecord(
         front_end="openai.chat",
         job_ids=[job.job_id for job in made],
         created=int(made[0].submitted_at),
-        model="alias",
+        model=MODEL.id,
         fingerprint=described.fingerprint,
         stream=True,
         n=3,

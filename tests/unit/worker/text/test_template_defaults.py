@@ -1,0 +1,45 @@
+"""The operator's arguments of the chat template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from common.errors import StartupError
+from common.protocol import ChatPrompt, TextPrompt
+from worker.text.template_defaults import parse, with_defaults
+
+
+@pytest.mark.parametrize(
+    ("own", "arguments"),
+    [
+        ({}, {"enable_thinking": False, "x": 1}),
+        ({"x": 2}, {"enable_thinking": False, "x": 2}),
+        ({"enable_thinking": True}, {"enable_thinking": True, "x": 1}),
+        ({"thinking": True}, {"thinking": True, "x": 1}),
+    ],
+)
+def test_a_request_comes_first(own: dict[str, Any], arguments: dict[str, Any]) -> None:
+    """Also if it uses the other name of the same argument."""
+    prompt = with_defaults(ChatPrompt([], template_arguments=own), {"enable_thinking": False, "x": 1})
+    assert isinstance(prompt, ChatPrompt)
+    assert prompt.template_arguments == arguments
+
+
+def test_other_prompts() -> None:
+    """Raw text has no template."""
+    assert with_defaults(TextPrompt("x"), {"x": 1}) == TextPrompt("x")
+
+
+def test_parse() -> None:
+    """A JSON object, or nothing."""
+    assert parse(None) == {}
+    assert parse('{"enable_thinking": false}') == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize("text", ["", "x", "[]", "{'a': 1}", "[" * 5000])
+def test_what_is_refused(text: str) -> None:
+    """One sentence that names the flag."""
+    with pytest.raises(StartupError, match="--chat-template-args must be a JSON object"):
+        parse(text)
