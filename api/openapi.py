@@ -23,6 +23,8 @@ from api.openai.answer_types import ChatCompletion, ChatCompletionChunk, Complet
 from api.openai.chat import request as chat_request
 from api.openai.completions import request as completion_request
 from api.openai.errors import ErrorBody
+from api.openai.responses import request as response_request
+from api.openai.responses.answer_types import ResponseEvent, ResponseObject
 from api.openai.tokenize import request as tokenize_request
 from api.openai.tokenize.resources import DetokenizeResponse, TokenizeResponse
 from common.settings import Settings
@@ -84,7 +86,7 @@ _NOT_SUPPORTED = "Part of OpenAI's API and not supported yet: only values withou
 
 
 class Generating(NamedTuple):
-    """An endpoint that generates."""
+    """An endpoint that generates; `has_events`: its stream's events have names, and no `[DONE]` comes last."""
 
     path: str
     operation_id: str
@@ -95,6 +97,7 @@ class Generating(NamedTuple):
     neutral: Mapping[str, tuple[Any, ...]]
     only_with: Mapping[str, str]
     example: Json
+    has_events: bool = False
 
 
 GENERATING = (
@@ -119,6 +122,18 @@ GENERATING = (
         completion_request.NEUTRAL,
         completion_request.ONLY_WITH,
         {"prompt": "The capital of France is"},
+    ),
+    Generating(
+        "/responses",
+        "createResponse",
+        "Answer a conversation of items",
+        response_request.ResponsesBody,
+        ResponseObject,
+        ResponseEvent,
+        response_request.NEUTRAL,
+        response_request.ONLY_WITH,
+        {"input": "What is the capital of France?"},
+        has_events=True,
     ),
 )
 _TOKENIZE_BODIES = (tokenize_request.TokenizeTextBody, tokenize_request.TokenizeChatBody)
@@ -382,6 +397,12 @@ def _generating(endpoint: Generating, suffix: str) -> Json:
         "properties": {"data": {"anyOf": [data, {"const": "[DONE]"}]}},
         "required": ["data"],
     }
+    if endpoint.has_events:
+        event |= {
+            "description": "With `stream`: one event of the stream, whose type is also its name.",
+            "properties": {"event": {"type": "string"}, "data": data},
+            "required": ["event", "data"],
+        }
     ok = _response("The answer.", endpoint.completed, ("X-Request-Id", "X-Ignored-Parameters"))
     ok["content"]["text/event-stream"] = {"schema": event}
     return {

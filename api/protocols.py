@@ -13,25 +13,30 @@ from api.http.errors import ErrorFormat, ErrorFormats
 from api.openai import errors as openai_errors
 from api.openai.chat.front_end import CHAT_COMPLETIONS
 from api.openai.completions.front_end import COMPLETIONS
+from api.openai.responses.errors import response_error_body
+from api.openai.responses.front_end import RESPONSES
 
 ANTHROPIC_HEADER = "anthropic-version"
 """Which all of Anthropic's clients send."""
 
-MESSAGES_PATH = "/messages"
+MESSAGES_PATH, RESPONSES_PATH = "/messages", "/responses"
 
 FRONT_ENDS: Mapping[str, FrontEnd] = {
     "/chat/completions": CHAT_COMPLETIONS,
     "/completions": COMPLETIONS,
+    RESPONSES_PATH: RESPONSES,
 }
 """By path, which is served with and without `/v1` before it."""
 
 _OPENAI = ErrorFormat(openai_errors.error_body)
+_RESPONSES = ErrorFormat(response_error_body)
 _ANTHROPIC = ErrorFormat(anthropic_errors.error_body, anthropic_errors.status)
+_BY_PATH = {MESSAGES_PATH: _ANTHROPIC, RESPONSES_PATH: _RESPONSES}
 
 ERROR_FORMATS = ErrorFormats(
     _OPENAI,
     {
-        prefix + path: _ANTHROPIC if path == MESSAGES_PATH else _OPENAI
+        prefix + path: _BY_PATH.get(path, _OPENAI)
         for path in (*FRONT_ENDS, MESSAGES_PATH)
         for prefix in ("/v1", "")
     },

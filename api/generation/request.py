@@ -47,6 +47,7 @@ class AnswerRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         n: Choices of each prompt that are shown.
         best_of: Choices of each prompt that are generated.
         options: The front end's own.
+        temperature: Of the jobs, and the next one; OpenAI's responses repeat them.
     """
 
     front_end: str
@@ -58,6 +59,8 @@ class AnswerRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     n: int = 1
     best_of: int = 1
     options: dict[str, Any] = {}
+    temperature: float = 1.0
+    top_p: float = 1.0
 
 
 class Retention(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,6 +163,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
             n=self.n,
             best_of=self.best_of,
             options={} if self.options is None else msgspec.to_builtins(self.options),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
         )
         return [
             GenerationJob(

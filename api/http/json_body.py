@@ -64,7 +64,7 @@ class BodyDecoder(Generic[B]):
         except RecursionError:
             raise invalid("The request body is nested too deeply.") from None
         except msgspec.ValidationError as error:
-            raise _refusal(str(error)) from None
+            raise refusal(str(error)) from None
         except msgspec.DecodeError as error:
             if _LONE_SURROGATE.search(body):
                 raise invalid("The request body has an unpaired surrogate in a string.") from None
@@ -85,11 +85,16 @@ class BodyDecoder(Generic[B]):
             return self._decode(msgspec.json.encode(fields | rewritten))
 
 
-def _refusal(message: str) -> RequestError:
-    """msgspec's message, with the field's name in `param`."""
+def refusal(message: str, path: str = "") -> RequestError:
+    """msgspec's message as a 400, with the field's name in `param`.
+
+    Args:
+        path: Of the object that did not validate; empty: the body.
+    """
     found = _LOCATION.match(message)
     what = (found["what"] if found else message).replace(" | null", "")
-    param = found["where"].replace("[...]", "") or None if found else None
+    where = found["where"].replace("[...]", "") if found else ""
+    param = f"{path}.{where}".strip(".") or None
     missing = re.match(r"Object missing required field `(.*)`", what)
     if missing:
         param = f"{param}.{missing[1]}" if param else missing[1]

@@ -154,6 +154,63 @@ _COMPLETION = st.builds(
     _STREAMS,
 )
 
+_TURN = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["system", "developer", "user", "assistant"]),
+        "content": _PLAIN
+        | st.lists(_PLAIN.map(lambda text: {"type": "input_text", "text": text}), max_size=3)
+        | st.none(),
+    },
+    optional={"type": st.just("message"), "id": _PLAIN},
+)
+_OTHER_ITEMS = st.sampled_from(
+    [
+        {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "hm"}]},
+        {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": "x"},
+        {"type": "custom_tool_call", "call_id": "c2", "name": "run", "input": "x"},
+        {"type": "custom_tool_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "x"}]},
+        {"type": "web_search_call", "id": "ws_1", "status": "completed"},
+    ]
+)
+_FUNCTION = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}}
+_TOOLS = st.lists(
+    st.sampled_from(
+        [
+            _FUNCTION,
+            {"type": "custom", "name": "run"},
+            {"type": "namespace", "name": "n", "description": "d", "tools": [_FUNCTION]},
+            {"type": "web_search"},
+        ]
+    ),
+    max_size=3,
+    unique_by=str,
+)
+_RESPONSE = st.builds(
+    lambda fields, stream: fields | stream,
+    st.fixed_dictionaries(
+        {
+            "input": _PLAIN
+            | st.builds(lambda turn, rest: [turn, *rest], _TURN, st.lists(_TURN | _OTHER_ITEMS)),
+            "max_output_tokens": st.integers(1, MAX_TOKENS),
+        },
+        optional={name: each for name, each in _SHARED.items() if name != "n"}
+        | {
+            "instructions": _PLAIN,
+            "tools": _TOOLS,
+            "tool_choice": st.sampled_from(["auto", "none"]),
+            "reasoning": st.sampled_from([{}, {"effort": "low"}, {"summary": "auto"}]),
+            "text": st.sampled_from([{}, {"format": {"type": "text"}}, {"verbosity": "low"}]),
+            "include": st.lists(st.sampled_from(["message.output_text.logprobs", "zzz"]), max_size=2),
+            "top_logprobs": st.integers(0, 20),
+            "truncation": st.sampled_from(["auto", "disabled"]),
+            "metadata": st.dictionaries(_PLAIN, _PLAIN, max_size=2),
+            "store": st.just(False),
+        },
+    ),
+    st.sampled_from([{}, {"stream": False}, {"stream": True}]),
+)
+
 
 @st.composite
 def _with_field_faults(draw: st.DrawFn, valid: st.SearchStrategy[dict[str, Any]], names: list[str]) -> Any:
@@ -238,6 +295,9 @@ def _bodies(endpoint: Any, valid: st.SearchStrategy[dict[str, Any]]) -> st.Searc
 
 
 BODIES: st.SearchStrategy[Body] = st.one_of(
-    *(_bodies(endpoint, valid) for endpoint, valid in zip(GENERATING, (_CHAT, _COMPLETION), strict=True))
+    *(
+        _bodies(endpoint, valid)
+        for endpoint, valid in zip(GENERATING, (_CHAT, _COMPLETION, _RESPONSE), strict=True)
+    )
 )
 """A nearly valid body."""

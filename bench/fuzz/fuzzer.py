@@ -34,6 +34,8 @@ MAX_BATCH = 8
 CONTEXT_LENGTH = 4096
 IDLE_SECONDS = 15.0
 
+BODY_TYPES = ("ChatBody", "CompletionBody", "ResponsesBody")
+
 _OK, _BAD_REQUEST, _NOT_FOUND = 200, 400, 404
 _TIMEOUT_SECONDS = 60.0
 _ROOT = re.compile(r"[^.\[]*")
@@ -56,6 +58,8 @@ _REFUSED_FIELDS = (
     "function_call",
     "chat_template_kwargs",
     "response_format",
+    "input",
+    "text",
 )
 """Fields with rules that JSON Schema cannot express: they refer to each other, or hold a schema that becomes a grammar."""
 
@@ -87,7 +91,7 @@ class Judge:
 
     def __init__(self, description: Any) -> None:
         components = description["components"]
-        self._requests = {name: _validator(name, components) for name in ("ChatBody", "CompletionBody")}
+        self._requests = {name: _validator(name, components) for name in BODY_TYPES}
         for schema in components["schemas"].values():
             if "properties" in schema:
                 schema.setdefault("additionalProperties", False)  # an undocumented field is an error
@@ -99,6 +103,10 @@ class Judge:
             "CompletionBody": (
                 _validator("Completion", components),
                 _validator("CompletionChunk", components),
+            ),
+            "ResponsesBody": (
+                _validator("ResponseObject", components),
+                _validator("ResponseEvent", components),
             ),
         }
         self._error = _validator("ErrorBody", components)
@@ -133,10 +141,27 @@ class Judge:
             return
         _expect(answer.content_type.startswith("text/event-stream"), answer.content_type, answer)
         frames = [f for f in answer.data.split(b"\n\n") if f and not f.startswith(b":")]
+        if body.type_name == "ResponsesBody":
+            self._check_events(frames, answer)
+            return
         _expect(all(frame.startswith(b"data: ") for frame in frames), "a frame without data:", answer)
         _expect(frames.pop() == b"data: [DONE]", "a stream without [DONE]", answer)
         for frame in frames:
             _conforms(chunk, json.loads(frame[6:]), answer)
+
+    def _check_events(self, frames: list[bytes], answer: Answer) -> None:
+        """Frames with a name, in order; the last one has the complete response."""
+        whole, event_schema = self._answers["ResponsesBody"]
+        event: Any = None
+        for i, frame in enumerate(frames):
+            lines = [line for line in frame.split(b"\n") if not line.startswith(b"id: ")]
+            _expect(len(lines) == 2, "a frame that is not a name and its data", answer)  # noqa: PLR2004
+            event = json.loads(lines[1].removeprefix(b"data: "))
+            _expect(lines[0] == b"event: " + event["type"].encode(), "a wrong name", answer)
+            _expect(event["sequence_number"] == i, "a wrong number", answer)
+            _conforms(event_schema, event, answer)
+        _expect(event is not None and "response" in event, "a stream without an end", answer)
+        _conforms(whole, event["response"], answer)
 
     def _check_refused(self, body: Body, value: Any, error: dict[str, Any], answer: Answer) -> None:
         _expect(error["param"] is not None, "no param is named", answer)

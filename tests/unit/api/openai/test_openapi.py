@@ -16,12 +16,17 @@ from api import app, openapi
 from api.openai.chat import request as chat_request
 from api.openai.completions import request as completion_request
 from api.openai.errors import error_body
+from api.openai.responses import request as response_request
 from common.errors import RequestError
 from common.settings import Settings
 
 HI = [{"role": "user", "content": "hi"}]
 SETTINGS = Settings()
-PARSERS = {"ChatBody": chat_request.parse, "CompletionBody": completion_request.parse}
+PARSERS = {
+    "ChatBody": chat_request.parse,
+    "CompletionBody": completion_request.parse,
+    "ResponsesBody": response_request.parse,
+}
 
 
 def described(settings: Settings = SETTINGS) -> Any:

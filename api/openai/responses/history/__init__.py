@@ -1,0 +1,1 @@
+"""The items that clients send: the history of a conversation, as messages for chat templates."""

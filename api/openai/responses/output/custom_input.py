@@ -1,0 +1,85 @@
+r"""The plain input of a custom tool, out of the JSON that the model generates: ``{"input": "print(1)\n"}``.
+
+The input is extracted while it arrives, however the JSON is cut into pieces. Used by the output items.
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from api.openai.responses.tools import CUSTOM_INPUT
+
+_START = re.compile(r'\s*\{\s*"' + CUSTOM_INPUT + r'"\s*:\s*"')
+_COMPLETE = re.compile(
+    r'(?:[^"\\]|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u(?![dD][89abAB])[0-9a-fA-F]{4}|\\[^u])*'
+)
+"""A part of a JSON string that ends neither within an escape nor between the two halves of a character."""
+
+
+class InputExtractor:
+    """See the module.
+
+    Attributes:
+        text: The input so far.
+    """
+
+    def __init__(self) -> None:
+        self.text = ""
+        self._json: list[str] = []
+        self._rest: str | None = (
+            None  # what of the string is not decoded yet; None: before or after the string
+        )
+        self._head = ""
+        self._is_closed = False
+
+    def feed(self, text: str) -> str:
+        """Add a part of the JSON; returns the part of the input that is certain now."""
+        self._json.append(text)
+        if self._is_closed:
+            return ""
+        if self._rest is None:
+            self._head += text
+            start = _START.match(self._head)
+            if start is None:
+                return ""
+            self._rest = self._head[start.end() :]
+        else:
+            self._rest += text
+        return self._decode_rest()
+
+    def finish(self) -> str:
+        """The part of the input that was not returned yet, once the JSON is complete or was cut."""
+        if self._rest is not None or self._is_closed:
+            return ""
+        # Not an object that begins with the input: what came is the input as it is.
+        arguments = "".join(self._json)
+        try:
+            decoded = msgspec.json.decode(arguments, type=dict[str, str])
+        except (msgspec.DecodeError, RecursionError):
+            decoded = {}
+        self.text = decoded.get(CUSTOM_INPUT, arguments)
+        return self.text
+
+    def _decode_rest(self) -> str:
+        assert self._rest is not None
+        found = _COMPLETE.match(self._rest)
+        assert found is not None
+        raw, self._rest = found[0], self._rest[found.end() :]
+        if self._rest.startswith('"'):
+            self._rest, self._is_closed = None, True
+        if not raw:
+            return ""
+        text = _decode_string(raw)
+        self.text += text
+        return text
+
+
+def _decode_string(raw: str) -> str:
+    """The value of a JSON string without its quotes; a model may write line breaks in it."""
+    escaped = raw.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t")
+    try:
+        return msgspec.json.decode(f'"{escaped}"', type=str)
+    except msgspec.DecodeError:
+        return raw

@@ -1,0 +1,204 @@
+"""Parses the body of `POST /v1/responses` into a typed and checked value.
+
+https://platform.openai.com/docs/api-reference/responses/create. What has no effect here is named in the request's `ignored`; what
+would change the answer and is not supported is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from api.generation.request import GenerationRequest
+from api.http.json_body import BodyDecoder
+from api.openai import request_fields as fields
+from api.openai.chat.request import Metadata
+from api.openai.chat.template_arguments import ReasoningEffort, template_arguments
+from api.openai.responses import text_format
+from api.openai.responses.history.conversation import Conversation, Item, as_items
+from api.openai.responses.options import ResponseOptions, changed
+from api.openai.responses.text_format import TextConfig
+from api.openai.responses.tools import ParsedTools, parse_tools
+from api.openai.responses.typed import Ignored, missing
+from common.errors import invalid
+from common.protocol import ChatPrompt
+
+LOGPROBS, THOUGHTS = "message.output_text.logprobs", "reasoning.encrypted_content"
+"""The values of `include` that have an effect."""
+
+Summary = Literal["auto", "concise", "detailed"]
+
+
+class Reasoning(msgspec.Struct, frozen=True):
+    """The field `reasoning`; `generate_summary` is the old name of `summary`."""
+
+    effort: ReasoningEffort | None = None
+    summary: Summary | None = None
+    generate_summary: Summary | None = None
+
+
+class ResponsesBody(fields.Body, frozen=True, kw_only=True):
+    """The fields of OpenAI's description, and those that local servers share; `max_tokens` is `max_output_tokens`."""
+
+    input: Annotated[
+        str | list[Any] | None,
+        Meta(
+            description="A text of the user, or items: messages, reasoning, calls and their outputs, as OpenAI describes them."
+        ),
+    ] = None
+    instructions: str | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    max_tool_calls: Annotated[int, Meta(ge=1)] | None = None
+    text: TextConfig | None = None
+    reasoning: Reasoning | None = None
+    include: list[str] | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    max_output_tokens: fields.TokenCount | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    metadata: Metadata | None = None
+    safety_identifier: Annotated[str, Meta(max_length=128)] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    store: bool | None = None
+    background: bool | None = None
+    previous_response_id: str | None = None
+    conversation: Any = None
+    prompt: Any = None
+    moderation: Any = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    **fields.NEUTRAL,
+    "conversation": (),
+    "prompt": (),
+    "moderation": (),
+    "n": (1,),
+}
+
+ONLY_WITH = fields.ONLY_WITH
+
+_decoder = BodyDecoder(ResponsesBody)
+
+
+def parse(body: bytes) -> GenerationRequest:
+    """Parse and check a request.
+
+    Raises:
+        RequestError: 400, in `param` what is wrong or not supported.
+    """
+    given, names = _decoder.decode(body)
+    ignored = Ignored(names)
+    fields.check_neutral(given, NEUTRAL)
+    fields.check_only_with(given, ONLY_WITH)
+    items = as_items(given.input, "input")
+    conversation = _conversation(given, items, ignored)
+    tools = parse_tools(
+        [(tool, f"tools[{i}]") for i, tool in enumerate(given.tools or [])] + conversation.extra_tools,
+        given.tool_choice,
+        is_parallel=given.parallel_tool_calls is not False,
+        ignored=ignored,
+    )
+    _note_ignored(given, ignored)
+    reasoning = given.reasoning or Reasoning()
+    with_logprobs = LOGPROBS in (given.include or ()) or bool(given.top_logprobs)
+    return GenerationRequest(
+        model=given.model,
+        prompts=[
+            ChatPrompt(
+                conversation.messages,
+                template_arguments=template_arguments(reasoning.effort, given.chat_template_kwargs),
+            )
+        ],
+        max_tokens=given.max_output_tokens or given.max_tokens,
+        stop=fields.stops(given),
+        top_logprobs=(given.top_logprobs or 0) if with_logprobs else None,
+        sampling=fields.sampling(given),
+        stream=bool(given.stream),
+        ignored=ignored.names,
+        options=_options(given, reasoning, tools, with_logprobs=with_logprobs),
+        grammar=text_format.grammar_of(given.text.format if given.text else None),
+        tool_use=tools.use,
+    )
+
+
+def _conversation(given: ResponsesBody, items: list[Item], ignored: Ignored) -> Conversation:
+    conversation = Conversation(ignored)
+    if given.instructions:
+        conversation.add_instructions(given.instructions)
+    for i, item in enumerate(items):
+        conversation.add(item, f"input[{i}]")
+    if not conversation.messages:
+        if given.input is None:
+            raise missing("input", "it must be a string or a list of items")
+        raise invalid("`input` must have at least one message.", "input")
+    return conversation
+
+
+def _note_ignored(given: ResponsesBody, ignored: Ignored) -> None:
+    """Name the values that have no effect here."""
+    for i, name in enumerate(given.include or ()):
+        if name not in (LOGPROBS, THOUGHTS):
+            ignored.add(f"include[{i}]")
+    if given.text is not None and given.text.verbosity in ("low", "high"):
+        ignored.add("text.verbosity")
+
+
+def _options(
+    given: ResponsesBody, reasoning: Reasoning, tools: ParsedTools, *, with_logprobs: bool
+) -> ResponseOptions:
+    summary = reasoning.summary or reasoning.generate_summary
+    text = given.text or TextConfig()
+    echo = {
+        "background": bool(given.background),
+        "frequency_penalty": given.frequency_penalty or 0.0,
+        "instructions": given.instructions,
+        "max_output_tokens": given.max_output_tokens or given.max_tokens,
+        "max_tool_calls": given.max_tool_calls,
+        "metadata": given.metadata or {},
+        "parallel_tool_calls": given.parallel_tool_calls is not False,
+        "presence_penalty": given.presence_penalty or 0.0,
+        "previous_response_id": given.previous_response_id,
+        "prompt_cache_key": given.prompt_cache_key,
+        "reasoning": {"effort": reasoning.effort, "summary": summary},
+        "safety_identifier": given.safety_identifier,
+        "text": {"format": _echoed_format(text), "verbosity": text.verbosity or "medium"},
+        "tool_choice": given.tool_choice or "auto",
+        "tools": [_echoed_tool(tool) for tool in given.tools or []],
+        "top_logprobs": given.top_logprobs or 0,
+        "truncation": given.truncation or "disabled",
+        "user": given.user,
+    }
+    return ResponseOptions(
+        echo=changed(echo),
+        called={name: list(called) for name, called in tools.called.items()},
+        with_logprobs=with_logprobs,
+        is_summarized=summary is not None,
+        is_encoded=THOUGHTS in (given.include or ()),
+    )
+
+
+def _echoed_format(text: TextConfig) -> dict[str, Any]:
+    given = text.format
+    if given is None or given.type != "json_schema":
+        return {"type": "text" if given is None else given.type}
+    return {
+        "type": given.type,
+        "description": given.description,
+        "name": given.name or "response",
+        "schema": given.schema,
+        "strict": given.strict is not False,
+    }
+
+
+def _echoed_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool as OpenAI repeats it: functions have all of their fields."""
+    if tool["type"] != "function" or "name" not in tool:
+        return tool
+    return {"description": None, "parameters": None, "strict": None} | tool

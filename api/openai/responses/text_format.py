@@ -1,0 +1,56 @@
+"""`text.format`, which says what the answer's text must match, as a grammar.
+
+https://platform.openai.com/docs/guides/structured-outputs. Used by `api.openai.responses.request`; grammars are checked as those
+of chats are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from common.errors import RequestError, invalid
+from common.schema import grammar, limits
+
+_SCHEMA = "text.format.schema"
+
+
+class TextFormat(msgspec.Struct, frozen=True):
+    """`strict` has no effect, since every answer validates; `description` has none either, since the model is not shown the format."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+    description: str | None = None
+
+
+class TextConfig(msgspec.Struct, frozen=True):
+    """The field `text`."""
+
+    format: TextFormat | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+
+
+def grammar_of(text_format: TextFormat | None) -> str | None:
+    """The grammar of the answer's text; None: any text.
+
+    Raises:
+        RequestError: 400.
+    """
+    if text_format is None or text_format.type == "text":
+        return None
+    schema = text_format.schema
+    if schema is None:
+        if text_format.type == "json_schema":
+            raise invalid(f"`{_SCHEMA}` is missing; it must be a JSON Schema.", _SCHEMA)
+        return grammar.for_json_object()
+    if complaint := limits.size_refusal(schema):
+        raise unsupported(complaint)
+    return grammar.for_json_schema(schema)
+
+
+def unsupported(complaint: str) -> RequestError:
+    """A 400 for a schema that no grammar can express."""
+    return invalid(f"`{_SCHEMA}` is not supported: {complaint}", _SCHEMA)
