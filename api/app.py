@@ -13,6 +13,7 @@ from typing import Any
 import falcon.asgi
 import redis.asyncio
 
+from api.anthropic.count_tokens import CountTokens
 from api.auth import key_file
 from api.auth.authentication import Authentication
 from api.generation.answer_store import AnswerStore
@@ -29,11 +30,11 @@ from api.http.hosts import HostCheck, Hosts
 from api.http.methods import UnknownMethods
 from api.http.open_paths import LIVE_PATH, READY_PATH, REPORT_PATH
 from api.http.origins import CrossOrigin, Origins
-from api.openai.models import Model, Models
+from api.model_resources import Model, Models
 from api.openai.tokenize.resources import Detokenize, Tokenize
 from api.openapi import PATH as DESCRIPTION_PATH
 from api.openapi import Description
-from api.protocols import ERROR_FORMATS, FRONT_ENDS
+from api.protocols import ERROR_FORMATS, FRONT_ENDS, MESSAGES_PATH
 from api.tokenizing.client import TokenizeClient
 from common import connections, model_aliases
 from common.settings import Settings
@@ -119,6 +120,7 @@ def create_app(settings: Settings) -> App:
             app.add_route(prefix + path, Endpoint(front_end, services))
         app.add_route(f"{prefix}/tokenize", Tokenize(directory, tokenizing, settings))
         app.add_route(f"{prefix}/detokenize", Detokenize(directory, tokenizing, settings))
+        app.add_route(f"{prefix}{MESSAGES_PATH}/count_tokens", CountTokens(directory, tokenizing, settings))
         app.add_route(f"{prefix}/models", Models(directory))
         app.add_route(f"{prefix}/models/{{model_id:path}}", Model(directory))
     return with_disconnects(app)

@@ -17,6 +17,7 @@ import falcon.asgi
 import msgspec
 
 from api import health
+from api.anthropic import description as anthropic
 from api.generation.request import VERSION
 from api.openai import models
 from api.openai.answer_types import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk
@@ -191,10 +192,14 @@ def document(settings: Settings) -> Json:
         "paths": _paths(),
         "components": {
             "schemas": _schemas(settings),
-            "responses": {str(status): _error(status) for status in _STATUSES},
+            "responses": {str(status): _error(status) for status in _STATUSES}
+            | anthropic.responses(_STATUSES, _ref(ErrorBody)),
             "headers": _HEADERS,
             "parameters": _parameters(settings),
-            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "key": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+            },
         },
     }
 
@@ -222,6 +227,7 @@ def _schemas(settings: Settings) -> Json:
     for schema in schemas.values():
         if schema.get("required") == []:
             del schema["required"]
+    schemas |= anthropic.schemas(is_strict=settings.strict_parameters)
     _use_ecma_patterns(schemas)
     return schemas
 
@@ -310,6 +316,7 @@ def _parameters(settings: Settings) -> Json:
             "description": "As `/models` lists it; a slash may be sent as `/` or as `%2F`.",
             "schema": {"type": "string", "minLength": 1},
         },
+        **anthropic.parameters(),
     }
 
 
@@ -320,6 +327,12 @@ def _paths() -> Json:
         for endpoint in GENERATING:
             paths[prefix + endpoint.path] = {"post": _generating(endpoint, suffix)}
         paths |= _tokenizing(prefix, suffix)
+        common = {
+            "parameters": [_parameter("RequestId"), _parameter("RequestTimeout")],
+            "security": _security(),
+            "responses": _responses({}, _GENERATING),
+        }
+        paths |= anthropic.paths(prefix, suffix, common)
         listed = {"200": _response("The models that can be used now.", models.ModelList)}
         listed["200"]["links"] = {
             "first": {
@@ -334,6 +347,8 @@ def _paths() -> Json:
         paths[prefix + MODEL_PATH] = {"parameters": [_parameter("ModelId")]} | _reading(
             f"retrieveModel{suffix}", "Look up a model", "Models", _responses(one, _ONE_MODEL), is_open=False
         )
+        anthropic.add_models(paths[f"{prefix}/models"], is_list=True)
+        anthropic.add_models(paths[prefix + MODEL_PATH], is_list=False)
     alive = {"200": _response("The process runs.", health.Alive)}
     ready = {
         "200": _response("Redis answers, and a model has a worker.", health.Alive),
@@ -463,4 +478,4 @@ def _parameter(name: str) -> Json:
 
 def _security() -> list[Json]:
     """A key, or none where the server asks for none."""
-    return [{"bearer": []}, {}]
+    return [{"bearer": []}, {"key": []}, {}]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from api.anthropic import errors as anthropic_errors
+from api.anthropic.messages.front_end import MESSAGES
 from api.generation.front_end import FrontEnd
 from api.http.errors import ErrorFormat, ErrorFormats
 from api.openai import errors as openai_errors
@@ -25,6 +26,7 @@ FRONT_ENDS: Mapping[str, FrontEnd] = {
     "/chat/completions": CHAT_COMPLETIONS,
     "/completions": COMPLETIONS,
     RESPONSES_PATH: RESPONSES,
+    MESSAGES_PATH: MESSAGES,
 }
 """By path, which is served with and without `/v1` before it."""
 
@@ -35,11 +37,7 @@ _BY_PATH = {MESSAGES_PATH: _ANTHROPIC, RESPONSES_PATH: _RESPONSES}
 
 ERROR_FORMATS = ErrorFormats(
     _OPENAI,
-    {
-        prefix + path: _BY_PATH.get(path, _OPENAI)
-        for path in (*FRONT_ENDS, MESSAGES_PATH)
-        for prefix in ("/v1", "")
-    },
+    {prefix + path: _BY_PATH.get(path, _OPENAI) for path in FRONT_ENDS for prefix in ("/v1", "")},
     {ANTHROPIC_HEADER: _ANTHROPIC},
 )
 """Anthropic's below its path, and at paths of both protocols, such as that of the models, if its version header is sent."""
