@@ -213,7 +213,8 @@ def _schemas(settings: Settings) -> Json:
         schema = schemas[body.__name__]
         for name, values in neutral.items():
             schema["properties"][name] = _neutral(schema["properties"][name], values)
-        schema["allOf"] = [_only_with(name, other) for name, other in only_with.items()]
+        if only_with:
+            schema["allOf"] = [_only_with(name, other) for name, other in only_with.items()]
     schemas["TokenizeChatBody"]["allOf"].append(_NOT_BOTH_ENDS)
     schemas["TokenizeTextBody"]["properties"]["messages"] = False
     schemas["TokenizeChatBody"]["properties"]["prompt"] = False
@@ -255,11 +256,11 @@ def _neutral(schema: Json, values: tuple[Any, ...]) -> Json:
 
 
 def _only_with(name: str, other: str) -> Json:
-    """`name` may be given only if `other` is true."""
+    """`name` may ask for something only if `other` is true."""
     return {
         "anyOf": [
-            {"properties": {name: {"type": "null"}}},
-            {"properties": {other: {"const": True}}, "required": [other]},
+            {"properties": {name: {"enum": [None, 0]}}},
+            {"properties": {other: {"enum": [True, 1]}}, "required": [other]},
         ]
     }
 

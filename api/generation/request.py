@@ -89,8 +89,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         max_tokens: None: up to the context.
         top_logprobs: As in `common.protocol.GenerationJob`.
         options: What the front end's rendering needs to know of the request (`AnswerRecord.options`).
-        grammar: As in `common.protocol.GenerationJob`, and the next two.
-        ignored: Names of unknown fields.
+        grammar: As in `common.protocol.GenerationJob`, as are `tool_use` and `echo`.
+        grammar_field: The field of the request that asks for it, for error messages.
+        ignored: Paths of unknown keys, and of parameters without an effect.
         unset: Fields of `sampling` that the client did not set: the model's own defaults apply to them.
         max_reasoning_tokens: As in `common.protocol.GenerationJob`, and the next one.
         journals_started: Set by a front end whose rendering needs the prompt's token count at the beginning.
@@ -111,6 +112,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     n: int = 1
     best_of: int = 1
     grammar: str | None = None
+    grammar_field: str | None = None
     tool_use: ToolUse | None = None
     echo: bool = False
     unset: frozenset[str] = frozenset()

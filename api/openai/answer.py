@@ -10,10 +10,10 @@ from typing import Any
 
 import msgspec
 
-from api.generation.front_end import total_usage
+from api.generation.front_end import AnswerEvent, total_usage
 from api.generation.request import AnswerRecord
 from api.http import sse
-from common.protocol import Finished, Usage
+from common.protocol import Delta, Finished, Started, Usage
 
 
 class AnswerOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -22,14 +22,18 @@ class AnswerOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     Attributes:
         include_usage: Whether a stream ends with the token counts.
         service_tier: Only if the client asked for one.
+        continuous_usage: Whether each chunk has the choice's token counts so far, as in vLLM.
         with_logprobs: Whether the client asked for log-probabilities.
         as_function_call: Whether a call is rendered in the deprecated form, as `function_call`.
+        hides_reasoning: Whether the answer leaves the model's reasoning out.
     """
 
     include_usage: bool = False
     service_tier: str | None = None
     with_logprobs: bool = False
     as_function_call: bool = False
+    continuous_usage: bool = False
+    hides_reasoning: bool = False
 
 
 class Answer:
@@ -54,6 +58,10 @@ class Answer:
             end: The same.
         """
         return self._chunk_head + start, end + b"]" + self._chunk_tail
+
+    def running_usage(self) -> RunningUsage | None:
+        """A choice's; None: its chunks have no token counts."""
+        return RunningUsage() if self.options.continuous_usage else None
 
     def closing(self, finished: list[Finished]) -> bytes:
         """The token counts, if they were asked for, and the end of the stream."""
@@ -82,6 +90,32 @@ class Answer:
 
     def _usage(self, finished: list[Finished]) -> bytes:
         return msgspec.json.encode(usage_object(total_usage(finished, self._record.best_of)))
+
+
+class RunningUsage:
+    """The token counts of one choice so far, for each of its chunks. The prompt's is known once its `Started` has come."""
+
+    def __init__(self) -> None:
+        self._prompt_tokens: int | None = None
+        self._completion_tokens = 0
+
+    def observe(self, event: AnswerEvent) -> None:
+        """Count the next event."""
+        if isinstance(event, Started):
+            self._prompt_tokens = event.prompt_tokens
+        elif isinstance(event, Delta):
+            self._completion_tokens += 1
+        elif isinstance(event, Finished):
+            self._prompt_tokens = event.usage.prompt_tokens
+            self._completion_tokens = event.usage.completion_tokens
+
+    def chunk_end(self) -> bytes:
+        """The end of a chunk, from the end of its choice on."""
+        if self._prompt_tokens is None:
+            return b'}],"usage":null}' + sse.END
+        prompt, completion = self._prompt_tokens, self._completion_tokens
+        counts = b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d}'
+        return b'}],"usage":' + counts % (prompt, completion, prompt + completion) + b"}" + sse.END
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:

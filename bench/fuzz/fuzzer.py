@@ -49,6 +49,8 @@ _REFUSED_WORDS = re.compile(
     r"|at most \d+ are allowed"
     r"|`echo` cannot be combined|With `suffix`|`best_of` (cannot|must)"
     r"|Only an assistant message"
+    r"|set the format of the answer; set only one"
+    r"|cannot both be true|asks to continue the last message"
 )
 _REFUSED_FIELDS = (
     "tools",
@@ -60,6 +62,14 @@ _REFUSED_FIELDS = (
     "response_format",
     "input",
     "text",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "json_schema",
+    "regex",
+    "format",
+    "thinking",
 )
 """Fields with rules that JSON Schema cannot express: they refer to each other, or hold a schema that becomes a grammar."""
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import json
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -33,6 +35,10 @@ _WHITESPACE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separ
 """At most one space after a comma and a colon, as in most JSON that models were trained on. If more is allowed, small models
 write white space until they run out of tokens."""
 
+_REGEX_PARTS = re.compile(r"\\.|/|\n", re.DOTALL)
+_ESCAPES = {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}
+"""In Lark, a slash and a line break end an expression."""
+
 _END = 256  # the only token that is not a byte
 
 
@@ -44,6 +50,18 @@ def for_json_object(schema: Schema | None = None) -> str:
 def for_json_schema(schema: Schema) -> str:
     """JSON that validates against `schema`, with the keys of objects in the schema's order."""
     return _text(_json_grammar("answer", schema))
+
+
+def for_regex(pattern: str) -> str:
+    """Text that matches a regular expression from its beginning to its end. The syntax is Rust's, without look-around."""
+    escaped = _REGEX_PARTS.sub(lambda part: _ESCAPES.get(part[0], part[0]), pattern)
+    return _text({"name": "answer", "lark_grammar": f"start: /{escaped}/\n"})
+
+
+def for_choice(choices: Sequence[str]) -> str:
+    """One of these texts, none of which is empty."""
+    quoted = (json.dumps(choice, ensure_ascii=False) for choice in choices)
+    return _text({"name": "answer", "lark_grammar": f"start: {' | '.join(quoted)}\n"})
 
 
 def for_tool_calls(tool_use: ToolUse, *, answer: str | None = None) -> str:

@@ -72,6 +72,15 @@ def size_refusal(schema: Any) -> str | None:
     return None
 
 
+def regex_refusal(pattern: str) -> str | None:
+    """Why a regular expression for a complete answer is refused, as a sentence; None if it is accepted."""
+    if len(pattern) > MAX_CHARACTERS:
+        return f"The expression is longer than {MAX_CHARACTERS} characters."
+    if pattern_steps(pattern) > MAX_PATTERN_STEPS:
+        return f"The expression has nested repetitions, more than {MAX_PATTERN_STEPS} in all."
+    return None
+
+
 def is_deeper(value: Any, max_levels: int) -> bool:
     """Whether a JSON value is nested more deeply than `max_levels`; without recursion, since it may be very deep."""
     num_levels, level = 0, [value]

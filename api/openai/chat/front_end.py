@@ -13,7 +13,7 @@ from api.openai.chat.rendering import ChatRendering
 
 async def _check(request: GenerationRequest, model: ServedModel) -> None:
     request_fields.check_logit_bias(request.sampling, model)
-    await response_format.check(request.grammar)
+    await response_format.check(request.grammar, request.grammar_field or "response_format")
 
 
 CHAT_COMPLETIONS = FrontEnd("openai.chat", chat_request.parse, _check, ChatRendering)

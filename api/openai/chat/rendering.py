@@ -22,6 +22,9 @@ from common.protocol import Delta, Finished, Reasoning
 
 _encode = msgspec.json.encode
 
+_NO_MORE = b'},"logprobs":null,"finish_reason":null'
+"""What follows the delta of a chunk with neither log-probabilities nor an end."""
+
 
 class ChatRendering:
     """See the module; one for each answer."""
@@ -60,26 +63,36 @@ class _Choice:
     def __init__(self, index: int, answer: Answer) -> None:
         self._index = index
         self._aligner = LogprobAligner() if answer.options.with_logprobs else None
-        self._tools = ToolRendering(f"{answer.id}/{index}", as_function_call=answer.options.as_function_call)
+        options = answer.options
+        self._tools = ToolRendering(
+            f"{answer.id}/{index}",
+            as_function_call=options.as_function_call,
+            hides_reasoning=options.hides_reasoning,
+        )
+        self._usage = answer.running_usage()
         self._texts: list[str] = []
         self._items: list[dict[str, Any]] = []
         self._before, self._end = answer.chunk_parts(b'{"index":%d,"delta":{' % index, b"}")
-        self._after = b'},"logprobs":null,"finish_reason":null' + self._end
+        self._after = _NO_MORE + self._end
 
     def opening(self) -> bytes:
         return self._before + b'"role":"assistant","content":"","refusal":null' + self._after
 
     def frames(self, events: list[AnswerEvent]) -> bytes:
         frames = []
-        before, after, aligner = self._before + b'"content":', self._after, self._aligner
+        before, aligner, usage = self._before + b'"content":', self._aligner, self._usage
         for event in events:
+            if usage is not None:
+                usage.observe(event)
+                self._end = usage.chunk_end()
+                self._after = _NO_MORE + self._end
             if isinstance(event, Delta):
                 if event.pieces:
                     frames.append(self._delta_with_pieces(event, aligner))
                 elif aligner is not None:
                     frames.append(self._delta_with_logprobs(event, aligner))
                 elif event.text:
-                    frames.append(before + _encode(event.text) + after)
+                    frames.append(before + _encode(event.text) + self._after)
             elif isinstance(event, Finished):
                 frames.append(self._last(event))
         return b"".join(frames)
@@ -89,7 +102,7 @@ class _Choice:
         items = chat_items(aligner.take(delta)) if aligner is not None else []
         content = self._chunk({"content": delta.text}, items, None) if delta.text or items else b""
         before, after = b"", b""
-        for piece in delta.pieces:
+        for piece in self._tools.shown(delta.pieces):
             chunk = self._chunk(self._tools.delta(piece), [], None)
             if isinstance(piece, Reasoning):
                 before += chunk

@@ -1,19 +1,49 @@
-"""Arguments for the model's chat template other than the messages: `reasoning_effort` and `chat_template_kwargs`.
+"""Arguments for the model's chat template other than the messages: `chat_template_kwargs` and `reasoning_effort`.
 
-Only an allowlist of names is accepted: they become keyword arguments of transformers, some of which would replace the
-template or change the type of its result. Used by `api.openai.chat.request`.
+Templates of different models name different arguments; those that a template does not name have no effect. Arguments are data: names
+that transformers would take as options of its own are refused. Used by the parsers of chats and responses.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
+import msgspec
+
 from common.errors import invalid
+from common.schema import limits
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 """OpenAI's (openai-python 3.54)."""
 
-ALLOWED: dict[str, type] = {
+RESERVED = frozenset(
+    (
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "documents",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "self",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    )
+)
+"""Parameters of transformers 5's `apply_chat_template`, and what it passes to templates by itself."""
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+_SPECIAL_TOKEN = re.compile(r".*_tokens?")
+"""Such as `bos_token`: a template writes it into the prompt, where it would count as a control token."""
+
+TYPES: dict[str, type] = {
     "enable_thinking": bool,  # Qwen 3, GLM 4.5, SmolLM 3
     "thinking": bool,  # DeepSeek V3.1, Kimi K2.5
     "thinking_budget": int,  # Seed-OSS
@@ -22,9 +52,12 @@ ALLOWED: dict[str, type] = {
     "reasoning_effort": str,  # gpt-oss
     "date_string": str,  # Llama 3
 }
-"""The accepted names, with the type of their value."""
+"""Of well-known arguments: with a value of another type a template would do something else than was meant."""
 
-MAX_CHARACTERS = 256
+MAX_BYTES = 16 * 1024
+"""Of all arguments together, as JSON."""
+
+MAX_LEVELS = 20
 """Of a value."""
 
 _KINDS = {bool: "a boolean", int: "an integer", str: "a string"}
@@ -36,26 +69,19 @@ def template_arguments(
     """Keyword arguments for the template.
 
     Raises:
-        RequestError: 400; a name is not allowed, a value has the wrong type, or both fields set a name to different values.
+        RequestError: 400; a name is reserved, a value has the wrong type or is too large, or both fields set a name to different
+            values.
     """
-    arguments: dict[str, Any] = {}
-    for name, value in (chat_template_kwargs or {}).items():
-        path = f"chat_template_kwargs.{name[:64]}"
-        if name not in ALLOWED:
-            raise invalid(f"`{path}` is not supported. Supported are: {', '.join(ALLOWED)}.", path)
-        if value is None:
-            continue
-        kind = ALLOWED[name]
-        if type(value) is not kind:
-            raise invalid(f"`{path}` must be {_KINDS[kind]}.", path)
-        if isinstance(value, str) and len(value) > MAX_CHARACTERS:
-            raise invalid(f"`{path}` is longer than {MAX_CHARACTERS} characters.", path)
-        arguments[name] = value
+    arguments = {name: value for name, value in (chat_template_kwargs or {}).items() if value is not None}
+    for name, value in arguments.items():
+        _check(name, value)
+    if arguments and len(msgspec.json.encode(arguments)) > MAX_BYTES:
+        raise invalid(f"`chat_template_kwargs` is longer than {MAX_BYTES} bytes.", "chat_template_kwargs")
     if reasoning_effort is None:
         return arguments
-    asked = {"reasoning_effort": reasoning_effort}
+    asked: dict[str, Any] = {"reasoning_effort": reasoning_effort}
     if reasoning_effort == "none":
-        asked["enable_thinking"] = False  # type: ignore[assignment]
+        asked["enable_thinking"] = False
     for name, value in asked.items():
         if arguments.get(name, value) != value:
             raise invalid(
@@ -63,3 +89,14 @@ def template_arguments(
                 "reasoning_effort",
             )
     return arguments | asked
+
+
+def _check(name: str, value: Any) -> None:
+    path = f"chat_template_kwargs.{name[:64]}"
+    if name in RESERVED or not _NAME.fullmatch(name) or _SPECIAL_TOKEN.fullmatch(name):
+        raise invalid(f"`{path}` is not supported: it is not an argument that a template can be given.", path)
+    kind = TYPES.get(name)
+    if kind is not None and type(value) is not kind:
+        raise invalid(f"`{path}` must be {_KINDS[kind]}.", path)
+    if limits.is_deeper(value, MAX_LEVELS):
+        raise invalid(f"`{path}` has more than {MAX_LEVELS} levels.", path)

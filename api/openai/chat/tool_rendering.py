@@ -21,14 +21,22 @@ class ToolRendering:
     Args:
         key: What the ids are derived from; unique to the choice.
         as_function_call: Render the deprecated form, which has at most one call and no id.
+        hides_reasoning: Leave the reasoning out.
     """
 
-    def __init__(self, key: str, *, as_function_call: bool) -> None:
+    def __init__(self, key: str, *, as_function_call: bool, hides_reasoning: bool = False) -> None:
         self._key = key
         self._as_function_call = as_function_call
+        self._hides_reasoning = hides_reasoning
         self._reasoning: list[str] = []
         self._names: list[str] = []
         self._arguments: list[list[str]] = []
+
+    def shown(self, pieces: list[Piece]) -> list[Piece]:
+        """The pieces that the client gets."""
+        if not self._hides_reasoning:
+            return pieces
+        return [piece for piece in pieces if not isinstance(piece, Reasoning)]
 
     def delta(self, piece: Piece) -> dict[str, Any]:
         """The delta of a chunk for a piece: a call's first one has its name, the next ones parts of its arguments."""
@@ -68,7 +76,7 @@ class ToolRendering:
     def message(self, content: str) -> dict[str, Any]:
         """The message with this content, which is null if there are only calls."""
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if self._reasoning:
+        if self._reasoning and not self._hides_reasoning:
             message["reasoning_content"] = "".join(self._reasoning)
         if not self._names:
             return message

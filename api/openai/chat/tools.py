@@ -17,7 +17,8 @@ from common.errors import RequestError, invalid
 from common.protocol import ToolUse
 from common.schema import function_schema, limits
 
-MAX_TOOLS = 128
+MAX_TOOLS = 512
+"""OpenAI's limit is 128; agents with several MCP servers have more."""
 
 MAX_LEVELS = 200
 """Of a function's parameters; those of a strict function have `limits.MAX_LEVELS`."""
@@ -25,21 +26,33 @@ MAX_LEVELS = 200
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 """Of a function without parameters, for templates and grammars."""
 
-FunctionName = Annotated[str, full_match("[a-zA-Z0-9_-]{1,64}")]
+FunctionName = Annotated[str, full_match(r"[a-zA-Z0-9_.:/@-]{1,128}")]
+"""OpenAI allows `[a-zA-Z0-9_-]{1,64}`; MCP clients send names such as `server.tool` and `server/tool`."""
 
 
 class FunctionDefinition(msgspec.Struct, frozen=True):
+    """`input_schema` is Anthropic's name of the parameters."""
+
     name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    input_schema: dict[str, Any] | None = None
 
 
 class Tool(msgspec.Struct, frozen=True):
-    """`custom` tools, whose input is not JSON, are not supported."""
+    """A function, or a tool of another type, which is not supported: `custom` tools, whose input is not JSON, and built-in ones.
 
-    type: str
+    A function may also stand in the tool itself, as in OpenAI's Responses API and Anthropic's API.
+    """
+
+    type: str | None = None
     function: FunctionDefinition | None = None
+    name: str | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    input_schema: dict[str, Any] | None = None
+    strict: bool | None = None
 
 
 class NamedFunction(msgspec.Struct, frozen=True):
@@ -47,8 +60,9 @@ class NamedFunction(msgspec.Struct, frozen=True):
 
 
 class AllowedTool(msgspec.Struct, frozen=True):
-    type: str
+    type: str | None = None
     function: NamedFunction | None = None
+    name: str | None = None
 
 
 class AllowedTools(msgspec.Struct, frozen=True):
@@ -59,11 +73,15 @@ class AllowedTools(msgspec.Struct, frozen=True):
 
 
 class ToolChoice(msgspec.Struct, frozen=True):
-    """`allowed_tools` has its definition in the field of that name."""
+    """`allowed_tools` has its definition in the field of that name.
 
-    type: str
+    Other types: `auto`, `none`, `required` and `any` as objects, and Anthropic's `tool`; a `name` next to the type is that of the function.
+    """
+
+    type: str | None = None
     function: NamedFunction | None = None
     allowed_tools: AllowedTools | None = None
+    name: str | None = None
 
 
 class ToolFields(Protocol):
@@ -95,28 +113,35 @@ class _Choice(msgspec.Struct, frozen=True):
     function: str | None = None
 
 
-def tool_use(chat: ToolFields) -> ToolUse | None:
+def tool_use(chat: ToolFields, ignored: list[str]) -> ToolUse | None:
     """The functions that may be called; None if there are none or calls are not allowed.
+
+    Args:
+        ignored: The paths of tools that are left out are added to it.
 
     Raises:
         RequestError: 400, in `param` what is wrong.
     """
     if chat.functions:
-        return _legacy_tool_use(chat, chat.functions)
-    _check_alone(chat)
+        return _legacy_tool_use(chat, chat.functions, ignored)
+    if chat.function_call not in (None, "none", "auto"):
+        raise invalid("`function_call` is only allowed with `functions`.", "function_call")
+    choice = _normalized(chat.tool_choice)
     if not chat.tools:
+        if choice not in ("none", "auto"):
+            raise invalid("`tool_choice` is only allowed with `tools`.", "tool_choice")
         return None
-    definitions = [_definition(tool, f"tools[{i}]") for i, tool in enumerate(chat.tools)]
-    tools = _checked(definitions, "tools", ".function")
-    choice = _choice(chat.tool_choice, [function.name for function in definitions])
-    if choice.is_none:
+    definitions = _definitions(chat.tools, ignored)
+    tools = _checked(definitions, "tools")
+    chosen = _choice(choice, [function.name for _, function in definitions])
+    if chosen.is_none:
         return None
     return ToolUse(
-        tools=[tool for tool in tools if tool["function"]["name"] in choice.names],
-        is_required=choice.is_required,
-        function=choice.function,
+        tools=[tool for tool in tools if tool["function"]["name"] in chosen.names],
+        is_required=chosen.is_required,
+        function=chosen.function,
         # A named function is called once: otherwise a model that may write nothing else would repeat the call.
-        is_parallel=chat.parallel_tool_calls is not False and choice.function is None,
+        is_parallel=chat.parallel_tool_calls is not False and chosen.function is None,
     )
 
 
@@ -125,11 +150,16 @@ def uses_functions(chat: ToolFields) -> bool:
     return bool(chat.functions)
 
 
-def _legacy_tool_use(chat: ToolFields, functions: list[FunctionDefinition]) -> ToolUse | None:
-    for name in ("tools", "tool_choice", "parallel_tool_calls"):
-        if getattr(chat, name) not in (None, []):
-            raise invalid(f"`{name}` cannot be combined with the deprecated `functions`.", name)
-    tools = _checked(functions, "functions", "")
+def _legacy_tool_use(
+    chat: ToolFields, functions: list[FunctionDefinition], ignored: list[str]
+) -> ToolUse | None:
+    if chat.tools:
+        raise invalid("`tools` cannot be combined with the deprecated `functions`.", "tools")
+    if chat.tool_choice not in (None, "none", "auto"):
+        raise invalid("`tool_choice` cannot be combined with the deprecated `functions`.", "tool_choice")
+    if chat.parallel_tool_calls:
+        ignored.append("parallel_tool_calls")  # the deprecated form of an answer has one call
+    tools = _checked([(f"functions[{i}]", function) for i, function in enumerate(functions)], "functions")
     call = chat.function_call
     if isinstance(call, NamedFunction):
         _check_known(call.name, [function.name for function in functions], "function_call.name")
@@ -142,69 +172,72 @@ def _legacy_tool_use(chat: ToolFields, functions: list[FunctionDefinition]) -> T
     return None if call == "none" else ToolUse(tools=tools, is_parallel=False)
 
 
-def _check_alone(chat: ToolFields) -> None:
-    """Refuse fields that require `tools` or `functions`.
-
-    Raises:
-        RequestError: 400.
-    """
-    if chat.function_call not in (None, "none", "auto"):
-        raise invalid("`function_call` is only allowed with `functions`.", "function_call")
-    if chat.tools:
-        return
-    if chat.tool_choice not in (None, "none", "auto"):
-        raise invalid("`tool_choice` is only allowed with `tools`.", "tool_choice")
-    if chat.parallel_tool_calls is not None:
-        raise invalid("`parallel_tool_calls` is only allowed with `tools`.", "parallel_tool_calls")
+_Definitions = list[tuple[str, FunctionDefinition]]
+"""Functions, with their paths in the request."""
 
 
-def _definition(tool: Tool, path: str) -> FunctionDefinition:
-    if tool.type != "function":
+def _definitions(tools: list[Tool], ignored: list[str]) -> _Definitions:
+    """The tools that are functions. Tools of other types are left out, but a request with only such tools is refused."""
+    definitions, others = [], []
+    for i, tool in enumerate(tools):
+        path = f"tools[{i}]"
+        if tool.type not in (None, "", "function"):
+            others.append((path, str(tool.type)))
+        elif tool.function is not None:
+            definitions.append((f"{path}.function", tool.function))
+        else:
+            definitions.append((path, _flat(tool, path)))
+    if others and not definitions:
+        path, kind = others[0]
         raise invalid(
-            f"`{path}.type` must be `function`; other tools are not supported.",
+            f"`{path}.type` is `{kind[:64]}`; only tools of the type `function` are supported.",
             f"{path}.type",
-            "unsupported_parameter" if tool.type == "custom" else None,
+            "unsupported_parameter",
         )
-    if tool.function is None:
+    ignored += [path for path, _ in others]
+    return definitions
+
+
+def _flat(tool: Tool, path: str) -> FunctionDefinition:
+    """A function whose fields stand in the tool itself."""
+    if tool.name is None:
         raise invalid(f"`{path}.function` is missing.", f"{path}.function")
-    return tool.function
+    fields = {name: getattr(tool, name) for name in FunctionDefinition.__struct_fields__}
+    try:
+        return msgspec.convert(fields, FunctionDefinition)
+    except msgspec.ValidationError:
+        raise invalid(f"`{path}.name` is not the name of a function.", f"{path}.name") from None
 
 
-def _checked(functions: list[FunctionDefinition], param: str, inside: str) -> list[dict[str, Any]]:
-    """The functions as tools.
-
-    Args:
-        inside: The path of the function in an item of `param`.
+def _checked(functions: _Definitions, param: str) -> list[dict[str, Any]]:
+    """The functions as tools; a function that is given twice counts once.
 
     Raises:
-        RequestError: 400; there are too many, two have the same name, parameters are not an object's schema or are nested
-            too deeply, or those of a strict function cannot be expressed as a grammar.
+        RequestError: 400; there are too many, two different ones have the same name, parameters are not an object's schema or are
+            nested too deeply, or those of a strict function cannot be expressed as a grammar.
     """
     if len(functions) > MAX_TOOLS:
         raise invalid(f"`{param}` has {len(functions)} functions; at most {MAX_TOOLS} are allowed.", param)
-    names = set()
-    tools = []
-    for i, function in enumerate(functions):
-        path = f"{param}[{i}]{inside}"
-        if function.name in names:
-            raise invalid(f"`{param}` has two functions named `{function.name}`.", f"{path}.name")
-        names.add(function.name)
+    by_name: dict[str, dict[str, Any]] = {}
+    for path, function in functions:
         plain = _plain(function, f"{path}.parameters")
+        if plain != by_name.setdefault(function.name, plain):
+            raise invalid(f"`{param}` has two functions named `{function.name}`.", f"{path}.name")
         if function.strict and (complaint := function_schema.refusal(plain)):
             raise invalid(
                 f"`{path}.parameters` is not supported with `strict`: {complaint}", f"{path}.parameters"
             )
-        tools.append({"type": "function", "function": plain})
-    return tools
+    return [{"type": "function", "function": plain} for plain in by_name.values()]
 
 
 def _plain(function: FunctionDefinition, path: str) -> dict[str, Any]:
     """A definition in the form that templates and grammars expect; missing parameters become an empty object's schema."""
-    parameters = function.parameters or _NO_PARAMETERS
+    given = function.parameters or function.input_schema or {}
+    if limits.is_deeper(given, MAX_LEVELS):
+        raise invalid(f"`{path}` has more than {MAX_LEVELS} levels.", path)
+    parameters = _without_nulls(given) or _NO_PARAMETERS
     if parameters.get("type", "object") != "object":
         raise invalid(f"`{path}` must be a schema of an object: its `type` must be `object`.", path)
-    if limits.is_deeper(parameters, MAX_LEVELS):
-        raise invalid(f"`{path}` has more than {MAX_LEVELS} levels.", path)
     if not isinstance(parameters.get("properties", {}), dict):
         raise invalid(f"`{path}.properties` must be an object.", f"{path}.properties")
     plain: dict[str, Any] = {"name": function.name}
@@ -216,9 +249,65 @@ def _plain(function: FunctionDefinition, path: str) -> dict[str, Any]:
     return plain
 
 
-def _choice(given: str | ToolChoice | None, names: list[str]) -> _Choice:
-    if given is None or isinstance(given, str):
-        if given not in (None, "none", "auto", "required"):
+_KEYWORDS_NOT_NULL = frozenset(
+    (
+        "$defs",
+        "$schema",
+        "additionalProperties",
+        "anyOf",
+        "description",
+        "enum",
+        "items",
+        "properties",
+        "required",
+        "title",
+        "type",
+    )
+)
+"""Keywords of JSON Schema for which null is no value; serializers write it for what is absent."""
+
+
+def _without_nulls(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema without such keywords, at every level of properties, items and options. PHP's empty object, `[]`, is one for properties."""
+    cleaned: dict[str, Any] = {}
+    for key, value in schema.items():
+        if value is None and key in _KEYWORDS_NOT_NULL:
+            continue
+        if key in ("properties", "$defs", "definitions"):
+            cleaned[key] = _each_without_nulls(value)
+        elif key == "items" and isinstance(value, dict):
+            cleaned[key] = _without_nulls(value)
+        elif key in ("anyOf", "oneOf", "allOf") and isinstance(value, list):
+            cleaned[key] = [_without_nulls(each) if isinstance(each, dict) else each for each in value]
+        else:
+            cleaned[key] = value
+    return cleaned
+
+
+def _each_without_nulls(schemas: Any) -> Any:
+    if schemas == []:
+        return {}
+    if not isinstance(schemas, dict):
+        return schemas
+    return {name: _without_nulls(each) if isinstance(each, dict) else each for name, each in schemas.items()}
+
+
+def _normalized(given: str | ToolChoice | None) -> str | ToolChoice:
+    """As a string, if it is one of those that name no function."""
+    kind = given.type if isinstance(given, ToolChoice) else given
+    if kind in (None, "auto") and not (isinstance(given, ToolChoice) and (given.function or given.name)):
+        return "auto"
+    if kind in ("required", "any"):  # `any` is Anthropic's and Mistral's
+        return "required"
+    return "none" if kind == "none" else given or "auto"
+
+
+def _choice(given: str | ToolChoice, names: list[str]) -> _Choice:
+    """Args:
+    given: As `_normalized`.
+    """
+    if isinstance(given, str):
+        if given not in ("none", "auto", "required"):
             raise invalid(
                 "`tool_choice` must be `none`, `auto`, `required`, or an object that names a function.",
                 "tool_choice",
@@ -226,12 +315,16 @@ def _choice(given: str | ToolChoice | None, names: list[str]) -> _Choice:
         return _Choice(names, is_none=given == "none", is_required=given == "required")
     if given.type == "allowed_tools":
         return _allowed(given.allowed_tools, names)
-    if given.type != "function":
+    if given.type not in (None, "function", "tool"):
         raise invalid("`tool_choice.type` must be `function` or `allowed_tools`.", "tool_choice.type")
-    if given.function is None:
+    if given.function is not None:
+        name, path = given.function.name, "tool_choice.function.name"
+    elif given.name is not None:
+        name, path = given.name, "tool_choice.name"
+    else:
         raise invalid("`tool_choice.function` is missing.", "tool_choice.function")
-    _check_known(given.function.name, names, "tool_choice.function.name")
-    return _Choice(names, is_required=True, function=given.function.name)
+    _check_known(name, names, path)
+    return _Choice(names, is_required=True, function=name)
 
 
 def _allowed(allowed: AllowedTools | None, names: list[str]) -> _Choice:
@@ -244,10 +337,11 @@ def _allowed(allowed: AllowedTools | None, names: list[str]) -> _Choice:
         raise invalid(f"`{path}.tools` must have at least one tool.", f"{path}.tools")
     chosen = []
     for i, tool in enumerate(allowed.tools):
-        if tool.type != "function" or tool.function is None:
+        name = tool.name if tool.function is None else tool.function.name
+        if tool.type not in (None, "function") or name is None:
             raise invalid(f"`{path}.tools[{i}]` must name a function.", f"{path}.tools[{i}]")
-        _check_known(tool.function.name, names, f"{path}.tools[{i}].function.name")
-        chosen.append(tool.function.name)
+        _check_known(name, names, f"{path}.tools[{i}].function.name")
+        chosen.append(name)
     return _Choice(chosen, is_required=allowed.mode == "required")
 
 

@@ -6,6 +6,7 @@ from api.generation.front_end import FrontEnd
 from api.generation.request import GenerationRequest
 from api.generation.served_model import ServedModel
 from api.openai import request_fields
+from api.openai.chat import response_format
 from api.openai.completions import request as completion_request
 from api.openai.completions.rendering import CompletionRendering
 
@@ -13,6 +14,7 @@ from api.openai.completions.rendering import CompletionRendering
 async def _check(request: GenerationRequest, model: ServedModel) -> None:
     request_fields.check_logit_bias(request.sampling, model)
     completion_request.check_prompts(request, model)
+    await response_format.check(request.grammar, request.grammar_field or "response_format")
 
 
 COMPLETIONS = FrontEnd("openai.completions", completion_request.parse, _check, CompletionRendering)

@@ -22,6 +22,9 @@ from common.protocol import Delta, Echo, Finished
 
 _encode = msgspec.json.encode
 
+_NO_MORE = b',"logprobs":null,"finish_reason":null'
+"""What follows the text of a chunk with neither log-probabilities nor an end."""
+
 
 class CompletionRendering:
     """See the module; one for each answer."""
@@ -74,7 +77,8 @@ class _Choice:
         self._items: list[Item] = []
         self._logprobs: list[float] = []
         self._before, self._end = answer.chunk_parts(b'{"index":%d,"text":' % index, b"}")
-        self._after = b',"logprobs":null,"finish_reason":null' + self._end
+        self._after = _NO_MORE + self._end
+        self._usage = answer.running_usage()
 
     @property
     def mean_logprob(self) -> float:
@@ -84,6 +88,10 @@ class _Choice:
     def frames(self, events: list[AnswerEvent]) -> bytes:
         frames = []
         for event in events:
+            if self._usage is not None:
+                self._usage.observe(event)
+                self._end = self._usage.chunk_end()
+                self._after = _NO_MORE + self._end
             if isinstance(event, Delta):
                 if self._aligner is not None:
                     items = self._aligner.take(event)

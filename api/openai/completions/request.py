@@ -1,6 +1,7 @@
 """Parses the body of `POST /v1/completions` into a typed and checked value.
 
-https://platform.openai.com/docs/api-reference/completions/create. Unsupported parameters are refused by name, not ignored.
+https://platform.openai.com/docs/api-reference/completions/create. A field is honoured, refused by name, or
+ignored and named; docs/clients.md has the decisions.
 """
 
 from __future__ import annotations
@@ -9,15 +10,20 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from api.generation.request import GenerationRequest, unset
+from api.generation.request import GenerationRequest
 from api.generation.served_model import ServedModel
 from api.http.json_body import BodyDecoder
 from api.openai import request_fields as fields
 from api.openai.answer import AnswerOptions
+from api.openai.chat import response_format
+from api.openai.chat.response_format import FormatFields
 from common.errors import invalid
 from common.protocol import ChatPrompt, TextPrompt, TokenPrompt
 
 DEFAULT_MAX_TOKENS = 16
+
+MAX_LOGPROBS = 20
+"""As in chats; OpenAI's limit is 5, and evaluation tools ask for 10."""
 
 TokenId = Annotated[int, Meta(extra_json_schema={"minimum": 0})]  # the upper bound is the model's vocabulary
 TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
@@ -31,12 +37,12 @@ Prompts = Annotated[
 ]
 
 
-class CompletionBody(fields.Body, frozen=True, kw_only=True):
-    """The fields of OpenAI's description."""
+class CompletionBody(FormatFields, frozen=True, kw_only=True):
+    """The fields of OpenAI's description, and those that vLLM and llama.cpp have beside them."""
 
     prompt: str | Prompts | None
-    max_tokens: Annotated[int, Meta(ge=0, le=fields.MAX_TOKENS)] | None = None
-    logprobs: Annotated[int, Meta(ge=0, le=5)] | None = None
+    max_tokens: Annotated[int, Meta(ge=-1, le=fields.MAX_TOKENS)] | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: Annotated[int, Meta(ge=1, le=20)] | None = None
     echo: bool | None = None
     suffix: str | None = None
@@ -44,6 +50,10 @@ class CompletionBody(fields.Body, frozen=True, kw_only=True):
 
 NEUTRAL = fields.NEUTRAL
 ONLY_WITH = fields.ONLY_WITH
+INEFFECTIVE = fields.INEFFECTIVE
+
+MAX_TOKENS_FIELDS = ("max_tokens", "n_predict")
+"""OpenAI's, and llama.cpp's."""
 
 _decoder = BodyDecoder(CompletionBody)
 
@@ -56,7 +66,9 @@ def parse(body: bytes) -> GenerationRequest:
     """
     completion, ignored = _decoder.decode(body)
     fields.check_neutral(completion, NEUTRAL)
-    fields.check_only_with(completion, ONLY_WITH)
+    ignored += fields.ineffective(completion, INEFFECTIVE)
+    answer_grammar = response_format.grammar_of(completion, ignored)
+    stream_options = fields.stream_options(completion)
     n = completion.n or 1
     return GenerationRequest(
         model=completion.model,
@@ -64,19 +76,22 @@ def parse(body: bytes) -> GenerationRequest:
         n=n,
         best_of=_best_of(completion, n),
         echo=bool(completion.echo),
-        max_tokens=DEFAULT_MAX_TOKENS if completion.max_tokens is None else completion.max_tokens,
+        max_tokens=fields.max_tokens(completion, MAX_TOKENS_FIELDS, ignored, DEFAULT_MAX_TOKENS),
         stop=fields.stops(completion),
         top_logprobs=completion.logprobs,
-        sampling=fields.sampling(completion),
-        unset=unset(completion),
+        sampling=fields.sampling(completion, ignored),
+        unset=fields.unset_sampling(completion),
         stream=bool(completion.stream),
-        ignored=ignored,
         options=AnswerOptions(
-            include_usage=completion.stream_options is not None
-            and bool(completion.stream_options.include_usage),
+            include_usage=bool(stream_options.include_usage),
+            continuous_usage=bool(stream_options.continuous_usage_stats),
             service_tier="default" if completion.service_tier is not None else None,
             with_logprobs=completion.logprobs is not None,
         ),
+        journals_started=bool(stream_options.continuous_usage_stats),
+        grammar=None if answer_grammar is None else answer_grammar.text,
+        grammar_field=None if answer_grammar is None else answer_grammar.field,
+        ignored=ignored,
     )
 
 

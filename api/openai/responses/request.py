@@ -58,7 +58,7 @@ class ResponsesBody(fields.Body, frozen=True, kw_only=True):
     reasoning: Reasoning | None = None
     include: list[str] | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    max_output_tokens: fields.TokenCount | None = None
+    max_output_tokens: fields.MaxTokens | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     metadata: Metadata | None = None
     safety_identifier: Annotated[str, Meta(max_length=128)] | None = None
@@ -83,6 +83,10 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 }
 
 ONLY_WITH = fields.ONLY_WITH
+INEFFECTIVE = fields.INEFFECTIVE
+
+MAX_TOKENS_FIELDS = ("max_output_tokens", "max_tokens", "n_predict")
+"""OpenAI's, that of its chats, and llama.cpp's."""
 
 _decoder = BodyDecoder(ResponsesBody)
 
@@ -97,6 +101,8 @@ def parse(body: bytes) -> GenerationRequest:
     ignored = Ignored(names)
     fields.check_neutral(given, NEUTRAL)
     fields.check_only_with(given, ONLY_WITH)
+    fields.check_max_tokens(given, MAX_TOKENS_FIELDS)
+    ignored.names += fields.ineffective(given, INEFFECTIVE)
     items = as_items(given.input, "input")
     conversation = _conversation(given, items, ignored)
     tools = parse_tools(
@@ -116,10 +122,11 @@ def parse(body: bytes) -> GenerationRequest:
                 template_arguments=template_arguments(reasoning.effort, given.chat_template_kwargs),
             )
         ],
-        max_tokens=given.max_output_tokens or given.max_tokens,
+        max_tokens=fields.max_tokens(given, MAX_TOKENS_FIELDS, ignored.names),
         stop=fields.stops(given),
         top_logprobs=(given.top_logprobs or 0) if with_logprobs else None,
-        sampling=fields.sampling(given),
+        sampling=fields.sampling(given, ignored.names),
+        unset=fields.unset_sampling(given),
         stream=bool(given.stream),
         ignored=ignored.names,
         options=_options(given, reasoning, tools, with_logprobs=with_logprobs),
@@ -159,7 +166,7 @@ def _options(
         "background": bool(given.background),
         "frequency_penalty": given.frequency_penalty or 0.0,
         "instructions": given.instructions,
-        "max_output_tokens": given.max_output_tokens or given.max_tokens,
+        "max_output_tokens": fields.max_tokens(given, MAX_TOKENS_FIELDS, []),
         "max_tool_calls": given.max_tool_calls,
         "metadata": given.metadata or {},
         "parallel_tool_calls": given.parallel_tool_calls is not False,

@@ -126,8 +126,8 @@ def test_gaps_are_filled_by_models_that_can() -> None:
         ({"prompt": [1, [2]]}, "prompt"),
         ({"prompt": [["a"]]}, "prompt[0][0]"),
         ({"prompt": [[1], []]}, "prompt[1]"),
-        ({"max_tokens": -1}, "max_tokens"),
-        ({"logprobs": 6}, "logprobs"),
+        ({"max_tokens": -2}, "max_tokens"),
+        ({"logprobs": 21}, "logprobs"),
         ({"logprobs": -1}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
         ({"best_of": 2, "stream": True}, "best_of"),
@@ -139,7 +139,7 @@ def test_gaps_are_filled_by_models_that_can() -> None:
         ({"echo": 0}, "echo"),
         ({"echo": True, "suffix": "x"}, "echo"),
         ({"prompt": [1], "suffix": "x"}, "suffix"),
-        ({"stream_options": {}}, "stream_options"),
+        ({"guided_json": {}, "guided_regex": "a"}, "guided_regex"),
     ],
 )
 def test_invalid_and_unsupported_values_are_refused_by_name(fields: dict[str, Any], param: str) -> None:

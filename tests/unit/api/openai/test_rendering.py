@@ -12,7 +12,7 @@ from api.generation.front_end import AnswerEvent, Rendering, total_usage
 from api.generation.request import fingerprint
 from api.openai.chat.rendering import ChatRendering
 from api.openai.completions.rendering import CompletionRendering
-from common.protocol import Delta, Echo, Finished, TokenLogprob, Usage
+from common.protocol import Delta, Echo, Finished, Reasoning, Started, TokenLogprob, Usage
 from tests.unit.api.openai.records import MODEL, record
 
 USAGE = {
@@ -270,3 +270,48 @@ def test_each_prompt_counts_once() -> None:
     """One of a prompt's choices prefills it, not always the first: its number of cached tokens counts."""
     ends = [Finished(1, "stop", Usage(10, 2, cached)) for cached in (9, 0, 9, 9, 9, 9)]
     assert total_usage(ends, 3) == Usage(20, 12, 9)
+
+
+STARTED = Started(1, 3, 1)
+
+
+@pytest.mark.parametrize("kind", [ChatRendering, CompletionRendering])
+@pytest.mark.parametrize("in_one_burst", [True, False])
+def test_usage_in_each_chunk(kind: Any, in_one_burst: bool) -> None:
+    """The choice's counts so far in each chunk, the exact ones in its last, and the request's at the end if asked for."""
+    rendering: Rendering = kind(record(include_usage=True, continuous_usage=True))
+    events: list[Any] = [STARTED, Delta(2, 7, "a"), Delta(3, 8, "b"), Finished(4, "stop", Usage(3, 3, 1))]
+    bursts = [events] if in_one_burst else [[event] for event in events]
+    data = b"".join(rendering.frames(0, burst) for burst in bursts)
+    *chunks, end, done = frames(data + rendering.closing(last(events)))
+    usages = [chunk["usage"] for chunk in chunks]
+    assert [(u["prompt_tokens"], u["completion_tokens"], u["total_tokens"]) for u in usages] == [
+        (3, 1, 4),
+        (3, 2, 5),
+        (3, 3, 6),
+    ]
+    assert (end["choices"], end["usage"]["completion_tokens"], done) == ([], 3, "[DONE]")
+
+
+@pytest.mark.parametrize("kind", [ChatRendering, CompletionRendering])
+def test_usage_in_each_chunk_of_an_older_worker(kind: Any) -> None:
+    """It does not report the prompt's length at the beginning: the counts are null until the end."""
+    rendering: Rendering = kind(record(continuous_usage=True))
+    events: list[AnswerEvent] = [Delta(1, 7, "a"), Finished(2, "stop", Usage(3, 1, 1))]
+    first, final, done = frames(rendering.frames(0, events) + rendering.closing(last(events)))
+    assert (first["usage"], final["usage"]["prompt_tokens"], done) == (None, 3, "[DONE]")
+
+
+def test_reasoning_that_is_left_out() -> None:
+    """Neither in chunks nor in the message; the answer after it is."""
+    events: list[AnswerEvent] = [
+        Delta(1, 7, "", pieces=[Reasoning("hm")]),
+        Delta(2, 8, "a"),
+        Finished(3, "stop", Usage(3, 2, 1)),
+    ]
+    text = ChatRendering(record(hides_reasoning=True)).frames(0, events)
+    assert [chunk["choices"][0]["delta"] for chunk in frames(text)] == [{"content": "a"}, {}]
+    rendering = ChatRendering(record(hides_reasoning=True))
+    rendering.add(0, events)
+    message = json.loads(rendering.body(last(events)))["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": "a", "refusal": None}

@@ -423,3 +423,22 @@ def test_grammars_are_json() -> None:
 def test_excluded_characters_and_bounds(schema: dict[str, Any], answer: str, matches: bool) -> None:
     """Escapes of characters that a class excludes, and exclusive bounds, are refused: such answers would not validate."""
     assert accepts(grammar.for_json_schema(schema), answer) == matches
+
+
+@pytest.mark.parametrize(
+    ("text", "accepted"),
+    [
+        (grammar.for_regex(r"^a/b\d+$"), {"a/b12": True, "a/b": False, "xa/b1": False}),
+        (grammar.for_regex("a\nb|\\/"), {"a\nb": True, "/": True, "a": False}),
+        (grammar.for_regex('a/\nstart: "z"'), {'a/\nstart: "z"': True, "z": False}),
+        (
+            grammar.for_choice(['say "hi"', "é😀\n", "x\\n"]),
+            {'say "hi"': True, "é😀\n": True, "x\\n": True, "\n": False},
+        ),
+        (grammar.for_choice(["a", "ab"]), {"a": True, "ab": True, "b": False}),
+    ],
+)
+def test_expressions_and_choices(text: str, accepted: dict[str, bool]) -> None:
+    """The complete answer matches; no character of an expression or a choice is syntax of the grammar around it."""
+    assert grammar.check(text) is None
+    assert {answer: accepts(text, answer) for answer in accepted} == accepted

@@ -148,7 +148,6 @@ def test_what_has_no_effect_is_named() -> None:
         ({"metadata": {"k": 5}}, "metadata"),
         ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
         ({"include": "x"}, "include"),
-        ({"stream_options": {}}, "stream_options"),
         ({"tools": {}}, "tools"),
         ({"tool_choice": 5}, "tool_choice"),
     ],

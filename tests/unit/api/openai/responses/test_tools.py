@@ -209,7 +209,7 @@ def test_a_choice_in_a_namespace(choice: Any) -> None:
             {"tools": [F | {"strict": True, "parameters": {"type": "object", "not": {}}}]},
             "tools[0].parameters",
         ),
-        ({"tools": [{"type": "function", "name": f"f{i}"} for i in range(129)]}, "tools"),
+        ({"tools": [{"type": "function", "name": f"f{i}"} for i in range(513)]}, "tools"),
     ],
 )
 def test_refusals(fields: dict[str, Any], param: str) -> None:
