@@ -36,6 +36,8 @@ class Thirds:
         assert token_id % 3 == 0
         self.seen.append(token_id)
 
+    is_open = False
+
     def fill(self, words: Any) -> None:
         bits = np.zeros(32 * len(words), dtype=np.uint8)
         bits[:VOCAB:3] = 1

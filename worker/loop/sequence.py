@@ -18,7 +18,6 @@ from common.protocol import (
     FinishReason,
     GenerationJob,
     Piece,
-    Reasoning,
     Started,
     Usage,
 )
@@ -53,14 +52,16 @@ class Sequence:
     is_echoed: bool = field(init=False)
     _stop_matcher: StopMatcher = field(init=False)
     _num_reasoning_tokens: int = field(init=False, default=0)
+    _num_fed: int = field(init=False, default=0)  # tokens whose text was searched for stop strings
 
     def __post_init__(self) -> None:
         self.is_echoed = not self.job.echo
         self._stop_matcher = StopMatcher(self.job.stop)
         parser = self.insert_result.parser
         for text in self.insert_result.replayed_texts:
+            self._num_fed += 1
             if parser is None:
-                self._stop_matcher.feed(text)
+                self._find_stop_string(text)
             else:
                 self._apply_stop_strings(self._feed_parser(parser, text))
 
@@ -97,10 +98,11 @@ class Sequence:
             self.first_token_at = now()
         self.num_generated_here += 1
         self.num_tokens += 1
+        self._num_fed = self.num_tokens
         self.last_n += 1
         if self.insert_result.parser is not None:
             return self._make_parsed_delta(self.insert_result.parser, token)
-        text, is_stopped = self._stop_matcher.feed(token.text)
+        text, is_stopped = self._find_stop_string(token.text)
         reason: FinishReason | None = "stop" if is_stopped else token.finish_reason
         if reason is not None and not is_stopped:
             text += self._stop_matcher.flush()
@@ -110,13 +112,14 @@ class Sequence:
         """As `make_delta`, for an answer with reasoning or tool calls.
 
         1. A stop string in the content ends the answer; text after it is dropped.
-        2. The parser may end the answer, for example after the only tool call allowed.
+        2. The parser may end the answer, for example after the only tool call allowed, but not before `min_tokens`.
         3. Otherwise the engine decides; text that was held back is released with the last token.
         4. An answer with a call finishes with `tool_calls`, unless its length ended it.
         5. A token has log-probabilities only if its text is content, or may still become content.
         """
         text, pieces, is_stopped = self._apply_stop_strings(self._feed_parser(parser, token.text))
-        reason: FinishReason | None = "stop" if is_stopped or parser.is_finished else token.finish_reason
+        is_finished = parser.is_finished and self.num_tokens > self.job.sampling.min_tokens
+        reason: FinishReason | None = "stop" if is_stopped or is_finished else token.finish_reason
         if reason is not None and not is_stopped:
             rest, more, is_stopped = self._apply_stop_strings(parser.flush(is_cut=reason == "length"))
             text, pieces = text + rest, pieces + more
@@ -131,12 +134,16 @@ class Sequence:
         return Delta(self.last_n, token.token_id, text, token.logprob, token.top, pieces), reason
 
     def _feed_parser(self, parser: AnswerParser, text: str) -> list[Part]:
-        """Feed one token's text; the token counts as reasoning if any of it is."""
-        was_reasoning = parser.is_reasoning
-        parts = parser.feed(text)
-        if was_reasoning or parser.is_reasoning or any(isinstance(part, Reasoning) for part in parts):
-            self._num_reasoning_tokens += 1
+        """Feed one token's text, and count the token if it is reasoning."""
+        parts, is_reasoning = parser.feed_token(text)
+        self._num_reasoning_tokens += is_reasoning
         return parts
+
+    def _find_stop_string(self, text: str) -> tuple[str, bool]:
+        """As `StopMatcher.feed`; as in vLLM, text of the first `min_tokens` tokens is not searched."""
+        if self._num_fed <= self.job.sampling.min_tokens:
+            return text, False
+        return self._stop_matcher.feed(text)
 
     def _apply_stop_strings(self, parts: list[Part]) -> tuple[str, list[Piece], bool]:
         """Split parts into content, other pieces, and whether a stop string ended the content.
@@ -149,7 +156,7 @@ class Sequence:
                 text += self._stop_matcher.flush()
                 pieces.append(part)
                 continue
-            certain, is_stopped = self._stop_matcher.feed(part)
+            certain, is_stopped = self._find_stop_string(part)
             text += certain
             if is_stopped:
                 return text, pieces, True

@@ -58,7 +58,10 @@ class Batch:
         self.decoding = DecodeBatch(
             model,
             BatchSampler(
-                np if on_cpu else mx, async_eval=mx.async_eval, xtc_special_token_ids=xtc_special_token_ids
+                np if on_cpu else mx,
+                async_eval=mx.async_eval,
+                xtc_special_token_ids=xtc_special_token_ids,
+                eos_token_ids=eos_token_ids,
             ),
             eos_token_ids=eos_token_ids,
             max_sequences=max_sequences,

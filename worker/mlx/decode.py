@@ -40,6 +40,8 @@ class BatchSequence:
         max_tokens: How many to generate, at least 1.
         num_cached: How many of `token_ids` are in the caches, including those of the step under way.
         caches: The sequence's own, with `num_cached` tokens, until it is prefilled; None: there are none yet.
+        ignores_eos: Whether an end-of-text token does not end the answer.
+        min_tokens: One of the first so many does not either.
         context: The token ids that the processors receive, on the device; created in the first step.
     """
 
@@ -51,6 +53,8 @@ class BatchSequence:
     num_cached: int = 0
     caches: kv.Caches | None = None
     num_generated: int = 0
+    ignores_eos: bool = False
+    min_tokens: int = 0
     context: TokenBuffer | None = None
 
     @property
@@ -161,7 +165,11 @@ class DecodeBatch:
         return tokens
 
     def _finish_reason(self, sequence: BatchSequence, token_id: int) -> Literal["stop", "length"] | None:
-        if token_id in self._eos_token_ids:
+        if (
+            token_id in self._eos_token_ids
+            and not sequence.ignores_eos
+            and sequence.num_generated > sequence.min_tokens
+        ):
             return "stop"
         return "length" if sequence.num_generated >= sequence.max_tokens else None
 

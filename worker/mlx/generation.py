@@ -18,8 +18,8 @@ from worker.mlx.decode import BatchSequence, logits_processors
 from worker.mlx.memory import expected_tokens
 from worker.mlx.scoring import PromptScoring
 from worker.sampling.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher
-from worker.sampling.sampler import SequenceSampler
-from worker.sampling.thinking import wrap_for_thinking
+from worker.sampling.sampler import Matcher, SequenceSampler
+from worker.sampling.thinking import ReasoningMeter, ThinkingBudget, wrap_for_thinking
 from worker.text import answer_format, answer_parser, prompts
 from worker.text.detokenizer import Detokenizer, TokenBytes
 from worker.text.prompt_tokenizer import OwnPromptTokenizer
@@ -77,7 +77,19 @@ class GenerationBuilder:
         self._context_length = info.context_length
         self._max_prompt_chars = prompts.max_prompt_chars(tokenizer, info.context_length)
         eos_token_ids = list(tokenizer.eos_token_ids)
+        self._eos_token_ids = frozenset(eos_token_ids)
         self._grammars = GrammarCompiler(tokenizer, info.vocab_size, eos_token_ids) if eos_token_ids else None
+        end = self._format.reasoning_end
+        self._reasoning_end_ids = (
+            () if end is None else tuple(tokenizer.encode(end, add_special_tokens=False))
+        )
+
+    def _encode_reasoning_end(self) -> tuple[int, ...]:
+        """The token ids of the marker that closes reasoning; empty: the model does not reason."""
+        if self._tokenizer.has_thinking:
+            return tuple(self._tokenizer.think_end_tokens)
+        end = self._format.reasoning_end
+        return () if end is None else tuple(self._tokenizer.encode(end, add_special_tokens=False))
 
     @property
     def can_reason(self) -> bool:
@@ -109,18 +121,19 @@ class GenerationBuilder:
         Raises:
             RequestError: 400; its grammar cannot be compiled.
         """
-        is_new_turn = isinstance(job.prompt, ChatPrompt) and not job.prompt.continue_final
-        detokenizer = self._token_bytes.new_detokenizer(after_template=is_new_turn)
+        detokenizer = self._token_bytes.new_detokenizer(after_template=is_new_turn(job))
         insert_result = InsertResult(
             len(prompt),
             max_tokens,
-            replayed_texts=[detokenizer.add(token_id) for token_id in replay],
+            replayed_texts=[
+                "" if token_id in self._eos_token_ids else detokenizer.add(token_id) for token_id in replay
+            ],
             parser=answer_parser.make_parser(job, self._format, prompt, self._token_bytes),
         )
         sampler = SequenceSampler(
             job.sampling,
             num_sampled=len(replay),
-            matcher=self._matcher(job, insert_result),
+            matcher=self._matcher(job, insert_result, prompt),
             wants_logprobs=job.top_logprobs is not None,
         )
         sampler.observe(replay)
@@ -130,6 +143,8 @@ class GenerationBuilder:
             max_tokens - len(replay),
             sampler,
             processors=logits_processors(job.sampling, sampler),
+            ignores_eos=job.sampling.ignore_eos,
+            min_tokens=job.sampling.min_tokens - len(replay),
         )
         return Generation(job, sequence, detokenizer, len(prompt), len(replay), max_tokens, insert_result)
 
@@ -143,9 +158,23 @@ class GenerationBuilder:
             raise invalid("This model has no end-of-text token, so its answers cannot be constrained.", param)
         return self._grammars.compile(text, param)
 
-    def _matcher(self, job: GenerationJob, insert_result: InsertResult) -> Any:
+    def _matcher(self, job: GenerationJob, insert_result: InsertResult, prompt: list[int]) -> Matcher | None:
         compiled = self._compiled(job)
-        if compiled is None:
-            return None
         is_thinking = insert_result.parser is not None and insert_result.parser.is_reasoning
-        return wrap_for_thinking(GrammarMatcher(compiled), self._tokenizer, is_thinking=is_thinking)
+        matcher: Matcher | None = None
+        if compiled is not None:
+            matcher = wrap_for_thinking(GrammarMatcher(compiled), self._tokenizer, is_thinking=is_thinking)
+        max_tokens = job.max_reasoning_tokens
+        if max_tokens is None or not self._reasoning_end_ids:
+            return matcher
+        parser = answer_parser.make_parser(job, self._format, prompt, self._token_bytes)
+        if parser is None:
+            return matcher
+        detokenizer = self._token_bytes.new_detokenizer(after_template=is_new_turn(job))
+        meter = ReasoningMeter(parser, detokenizer, self._eos_token_ids)
+        return ThinkingBudget(meter, max_tokens, self._reasoning_end_ids, matcher)
+
+
+def is_new_turn(job: GenerationJob) -> bool:
+    """Whether the answer begins a turn after a chat template."""
+    return isinstance(job.prompt, ChatPrompt) and not job.prompt.continue_final

@@ -16,7 +16,7 @@ Array = Any
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 FloatArray = np.ndarray[Any, np.dtype[np.float32]]
 
-_BANNED_LOGPROB = -1e9
+BANNED_LOGPROB = -1e9
 """Added to the log-probability of a token that may not be chosen. Far from any real value; unlike infinity it cannot become NaN."""
 
 
@@ -70,11 +70,11 @@ def apply_mask(xp: Any, words: np.ndarray[Any, Any], values: Array) -> Array:
     vocab_size = values.shape[-1]
     if xp is np:
         bits = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")[:, :vocab_size]
-        return np.where(bits, values, values + np.float32(_BANNED_LOGPROB))
+        return np.where(bits, values, values + np.float32(BANNED_LOGPROB))
     shifts = xp.arange(32, dtype=xp.uint32)
     bits = (xp.array(words)[:, :, None] >> shifts) & 1
     allowed = bits.reshape(words.shape[0], -1)[:, :vocab_size] > 0
-    return xp.where(allowed, values, values + _BANNED_LOGPROB)
+    return xp.where(allowed, values, values + BANNED_LOGPROB)
 
 
 def log_softmax(xp: Any, values: Array) -> Array:

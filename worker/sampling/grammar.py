@@ -122,6 +122,9 @@ class GrammarMatcher:
         self._is_ended = False
         self._scratch: Words = np.empty(self._compiler.num_ll_words, np.uint32)
 
+    is_open = False
+    """See `worker.sampling.sampler.Matcher`."""
+
     @property
     def eos_words(self) -> Words:
         """The mask of the end-of-text tokens, (num_words,)."""

@@ -19,6 +19,7 @@ import numpy as np
 
 from common.protocol import SamplingParams
 from worker.sampling.arrays import (
+    BANNED_LOGPROB,
     Array,
     FloatArray,
     IntArray,
@@ -43,6 +44,10 @@ _NO_TOP_K = 2**31 - 1  # int32
 
 class Matcher(Protocol):
     """The tokens with which one answer may continue; see `worker.sampling.grammar.GrammarMatcher`."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether any token may come next, so that no mask is needed."""
 
     def advance(self, token_id: int) -> None:
         """Append a token of the answer.
@@ -103,8 +108,26 @@ class SequenceSampler:
         self.is_greedy = s.temperature < _GREEDY_BELOW_TEMPERATURE
         self.is_penalized = bool(s.presence_penalty or s.frequency_penalty)
         self.depends_on_history = self.is_penalized or self.matcher is not None
-        self.has_adjustments = self.depends_on_history or bool(s.logit_bias)
+        self.has_adjustments = self.depends_on_history or bool(s.logit_bias) or s.min_tokens > 0
         self.is_filtered = s.top_p < 1.0 or s.top_k > 0 or s.min_p > 0.0 or s.xtc_probability > 0.0
+
+    @property
+    def bans_eos(self) -> bool:
+        """Whether the next token may not end the answer."""
+        return self.num_sampled < self.sampling.min_tokens
+
+    @property
+    def is_adjusted(self) -> bool:
+        """Whether the next token's log-probabilities are changed; only if `has_adjustments`.
+
+        If they are reported they may cease to be changed, but not become so later: see `logprobs`.
+        """
+        return (
+            self.is_penalized
+            or bool(self.sampling.logit_bias)
+            or self.bans_eos
+            or (self.matcher is not None and (self.wants_logprobs or not self.matcher.is_open))
+        )
 
     def observe(self, token_ids: Sequence[int]) -> None:
         """Record tokens of the answer, in order. An error of the matcher is kept in `error`."""
@@ -151,14 +174,22 @@ class BatchSampler:
         xp: `numpy`, to sample on the CPU, or `mlx.core`.
         async_eval: Starts evaluating an array without waiting for it, as `mlx.core.async_eval`; CPU work overlaps with it.
         xtc_special_token_ids: Tokens that XTC never excludes: line breaks and end of text, without which an answer would not end.
+        eos_token_ids: End-of-text tokens, which `min_tokens` bans.
     """
 
     def __init__(
-        self, xp: Any, *, async_eval: Callable[[Array], None], xtc_special_token_ids: Sequence[int] = ()
+        self,
+        xp: Any,
+        *,
+        async_eval: Callable[[Array], None],
+        xtc_special_token_ids: Sequence[int] = (),
+        eos_token_ids: Sequence[int] = (),
     ) -> None:
         self._xp = xp
         self._async_eval = async_eval
         self._xtc_special_token_ids = list(xtc_special_token_ids)
+        eos = np.array(sorted(eos_token_ids), np.int64)
+        self._eos_ban = eos, np.full(len(eos), BANNED_LOGPROB, np.float32)
         self._unobserved: list[tuple[list[SequenceSampler], Array]] = []
         self._token_hashes: Array = None
 
@@ -183,6 +214,7 @@ class BatchSampler:
         if depends_on_history:
             self._async_eval(logprobs)
             self._observe_sampled()
+        adjusted = [i for i in adjusted if samplers[i].is_adjusted]
         values = np.array(logprobs, copy=False) if xp is np else logprobs
         if adjusted:
             values = self._adjust(samplers, adjusted, values)
@@ -216,8 +248,8 @@ class BatchSampler:
         """
         xp = self._xp
         part = take_rows(xp, values, adjusted, len(samplers))
-        part = add_sparse(xp, part, [samplers[i].sparse_adjustments() for i in adjusted])
-        constrained = [k for k, i in enumerate(adjusted) if samplers[i].matcher is not None]
+        part = add_sparse(xp, part, [self._sparse_adjustments(samplers[i]) for i in adjusted])
+        constrained = [k for k, i in enumerate(adjusted) if _is_constrained(samplers[i])]
         if constrained:
             words = self._fill_masks([samplers[adjusted[k]] for k in constrained], values.shape[-1])
             masked = apply_mask(xp, words, take_rows(xp, part, constrained, len(adjusted)))
@@ -230,16 +262,33 @@ class BatchSampler:
                 samplers[adjusted[k]].logprobs.append(normalized[index])
         return replace_rows(xp, values, adjusted, part)
 
+    def _sparse_adjustments(self, sampler: SequenceSampler) -> list[tuple[IntArray, FloatArray]]:
+        adjustments = sampler.sparse_adjustments()
+        if sampler.bans_eos and not _is_constrained(sampler):
+            adjustments.append(self._eos_ban)
+        return adjustments
+
     def _fill_masks(self, samplers: list[SequenceSampler], vocab_size: int) -> np.ndarray[Any, Any]:
         words = np.zeros((len(samplers), -(-vocab_size // 32)), dtype=np.uint32)
         for sampler, row_words in zip(samplers, words, strict=True):
             assert sampler.matcher is not None
             try:
                 sampler.matcher.fill(row_words)
+                if sampler.bans_eos:
+                    self._ban_eos(row_words)
             except Exception as error:  # noqa: BLE001 (it concerns this sequence alone; the engine reports it)
                 sampler.error = error
                 row_words[:] = 0xFFFFFFFF
         return words
+
+    def _ban_eos(self, words: np.ndarray[Any, Any]) -> None:
+        """Forbid end-of-text tokens, unless a grammar allows nothing else: then they come until there are enough tokens."""
+        banned = words.copy()
+        for token_id in self._eos_ban[0].tolist():
+            if token_id // 32 < len(banned):
+                banned[token_id // 32] &= ~np.uint32(1 << token_id % 32)
+        if banned.any():
+            words[:] = banned
 
     def _draw(self, samplers: list[SequenceSampler], values: Array) -> Array:
         """Draw one token for each sequence, by its temperature, filters and seed.
@@ -330,6 +379,11 @@ class BatchSampler:
             is_excludable[[i for i in self._xtc_special_token_ids if i < len(is_excludable)]] = False
             excluded = excluded & xp.array(is_excludable)[None, :]
         return xp.where(excluded, -math.inf, scaled)
+
+
+def _is_constrained(sampler: SequenceSampler) -> bool:
+    """Whether a mask restricts the next token."""
+    return sampler.matcher is not None and not sampler.matcher.is_open
 
 
 def _filter_thresholds(xp: Any, samplings: list[SamplingParams], scaled: Array) -> Array:

@@ -1,16 +1,21 @@
-"""Grammars for models that reason before they answer: the reasoning is unconstrained, the answer after it matches the grammar.
+"""Matchers for models that reason before they answer: a grammar that applies to the answer only, and a limit of the reasoning.
 
-Wraps a sequence's `GrammarMatcher` and is fed the same tokens; the engine creates it. Recognizes the markers of reasoning by their token ids.
+Both wrap a sequence's matcher and are fed the same tokens; the engine creates them. `ThinkingMatcher` recognizes the markers of
+reasoning by their token ids; `ThinkingBudget` by text, as the answer's parser does.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from worker.sampling.grammar import GrammarMatcher, Words
+from worker.sampling.sampler import Matcher
+from worker.text.answer_parser import AnswerParser
+from worker.text.detokenizer import Detokenizer
 
 _WORD_BITS = 32
 
@@ -38,6 +43,9 @@ class ThinkingMatcher:
         self._is_thinking = is_thinking
         self._is_first = True
         self._last_token_ids: deque[int] = deque(maxlen=len(end_ids))
+
+    is_open = False
+    """See `worker.sampling.sampler.Matcher`."""
 
     def fill(self, words: Words) -> None:
         """As `GrammarMatcher.fill`.
@@ -79,3 +87,94 @@ def wrap_for_thinking(
         return matcher
     start_ids, end_ids = tuple(tokenizer.think_start_tokens), tuple(tokenizer.think_end_tokens)
     return ThinkingMatcher(matcher, start_ids, end_ids, is_thinking=is_thinking)
+
+
+class ReasoningMeter:
+    """Counts an answer's tokens of reasoning, as `worker.loop.sequence` does for the usage.
+
+    Attributes:
+        num_tokens: Of reasoning so far, markers included.
+
+    Args:
+        parser: Of this meter alone, in its initial state.
+        detokenizer: The same.
+        eos_token_ids: Tokens without text.
+    """
+
+    def __init__(
+        self, parser: AnswerParser, detokenizer: Detokenizer, eos_token_ids: Collection[int] = ()
+    ) -> None:
+        self._parser = parser
+        self._detokenizer = detokenizer
+        self._eos_token_ids = eos_token_ids
+        self.num_tokens = 0
+
+    def add(self, token_id: int) -> None:
+        """Append a token of the answer."""
+        text = "" if token_id in self._eos_token_ids else self._detokenizer.add(token_id)
+        self.num_tokens += self._parser.feed_token(text)[1]
+
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether the next token is reasoning."""
+        return self._parser.is_reasoning
+
+    @property
+    def is_inside_character(self) -> bool:
+        """Whether the answer so far ends inside a character."""
+        return self._detokenizer.is_inside_character
+
+
+class ThinkingBudget:
+    """Ends reasoning after a number of tokens, by allowing only those of the marker that closes it; a `worker.sampling.sampler.Matcher`.
+
+    The tokens of all blocks of reasoning count together; a block that opens when none are left is closed at once. If the grammar inside
+    does not allow the marker, it decides.
+
+    Args:
+        end_ids: The token ids of the marker that closes reasoning, at least one.
+        inner: The grammar; None: there is none.
+    """
+
+    def __init__(
+        self, meter: ReasoningMeter, max_tokens: int, end_ids: Sequence[int], inner: Matcher | None
+    ) -> None:
+        self._meter = meter
+        self._max_tokens = max_tokens
+        self._end_ids = tuple(end_ids)
+        self._inner = inner
+        self._forced: deque[int] = deque()
+        self._force_if_used_up()
+
+    @property
+    def is_open(self) -> bool:
+        """See `worker.sampling.sampler.Matcher`."""
+        return self._inner is None and not self._forced
+
+    def fill(self, words: Words) -> None:
+        """As `GrammarMatcher.fill`."""
+        if self._inner is None:
+            words[:] = 0xFFFFFFFF
+        else:
+            self._inner.fill(words)
+        if not self._forced:
+            return
+        index, bit = divmod(self._forced[0], _WORD_BITS)
+        if index < len(words) and words[index] >> np.uint32(bit) & 1:
+            words[:] = 0
+            words[index] = np.uint32(1 << bit)
+
+    def advance(self, token_id: int) -> None:
+        """As `GrammarMatcher.advance`."""
+        self._meter.add(token_id)
+        if self._inner is not None:
+            self._inner.advance(token_id)
+        if self._forced and self._forced.popleft() != token_id:
+            self._forced.clear()
+        if not self._forced:
+            self._force_if_used_up()
+
+    def _force_if_used_up(self) -> None:
+        meter = self._meter
+        if meter.is_reasoning and meter.num_tokens >= self._max_tokens and not meter.is_inside_character:
+            self._forced.extend(self._end_ids)

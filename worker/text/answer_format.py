@@ -76,6 +76,15 @@ class ModelFormat:
         return self.initial_state == REASONING or REASONING in targets
 
     @property
+    def reasoning_end(self) -> str | None:
+        """The marker that closes reasoning; None: the model does not reason."""
+        if not self.can_reason:
+            return None
+        return next(
+            (marker for marker, state in self.transitions.get(REASONING, ()) if state != REASONING), None
+        )
+
+    @property
     def has_native_calls(self) -> bool:
         """Whether the model was trained to call functions: it has a format for calls, and its template describes the tools."""
         return self.parse_call is not None and self.template.renders_tools

@@ -96,6 +96,15 @@ class AnswerParser:
                 self._follow_marker(marker)
         return parts
 
+    def feed_token(self, text: str) -> tuple[list[Part], bool]:
+        """As `feed`, with one token's text; also returns whether the token counts as reasoning: if any of its text is."""
+        was_reasoning = self.is_reasoning
+        parts = self.feed(text)
+        is_reasoning = (
+            was_reasoning or self.is_reasoning or any(isinstance(part, Reasoning) for part in parts)
+        )
+        return parts, is_reasoning
+
     def flush(self, *, is_cut: bool) -> list[Part]:
         """Release held-back text at the end of the answer.
 

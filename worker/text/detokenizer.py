@@ -18,6 +18,10 @@ _MAX_INCOMPLETE_BYTES = 3
 class Detokenizer(Protocol):
     """Converts the tokens of one sequence to text."""
 
+    @property
+    def is_inside_character(self) -> bool:
+        """Whether the last token ended inside a character, as far as that is known."""
+
     def add(self, token_id: int) -> str:
         """Add a token; returns the characters that it completed, which may be none."""
 
@@ -67,8 +71,13 @@ class _ByteDetokenizer:
 
     def __init__(self, token_bytes: TokenBytes, *, strip: bool) -> None:
         self._bytes = token_bytes
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decode = self._decoder.decode
         self._strips = strip
+
+    @property
+    def is_inside_character(self) -> bool:
+        return bool(self._decoder.getstate()[0])
 
     def add(self, token_id: int) -> str:
         return self._strip_first_space(self._decode(self._bytes[token_id]))
@@ -89,6 +98,10 @@ class _DecodingDetokenizer:
     def __init__(self, streaming: Any) -> None:
         self._streaming = copy.copy(streaming)  # building one costs tens of ms; its state is reset
         self._streaming.reset()
+
+    @property
+    def is_inside_character(self) -> bool:
+        return False  # mlx-lm's detokenizers do not tell
 
     def add(self, token_id: int) -> str:
         self._streaming.add_token(token_id)

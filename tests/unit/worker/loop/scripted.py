@@ -16,7 +16,12 @@ from worker.text.answer_parser import AnswerParser
 
 
 def make_job(
-    job_id: str, *, max_tokens: int = 3, stop: list[str] | None = None, channel: str = "c"
+    job_id: str,
+    *,
+    max_tokens: int = 3,
+    stop: list[str] | None = None,
+    channel: str = "c",
+    sampling: SamplingParams | None = None,
 ) -> GenerationJob:
     return GenerationJob(
         job_id=job_id,
@@ -25,7 +30,7 @@ def make_job(
         prompt=TextPrompt("x"),
         max_tokens=max_tokens,
         stop=stop or [],
-        sampling=SamplingParams(),
+        sampling=sampling or SamplingParams(),
     )
 
 

@@ -15,6 +15,7 @@ from common.protocol import (
     GenerationJob,
     Piece,
     Reasoning,
+    SamplingParams,
     TokenLogprob,
     ToolArguments,
     ToolCall,
@@ -184,3 +185,29 @@ def test_finished_names_the_stop_string() -> None:
     sequence = make_sequence(stop=["one", "END"])
     _, reason = generate(sequence, "Hello ", "EN", end="stop")
     assert sequence.make_finished(reason).stop_string is None
+
+
+@pytest.mark.parametrize("num_replayed", [0, 1, 2, 3])
+def test_stop_strings_after_min_tokens(num_replayed: int) -> None:
+    """A stop string in the first `min_tokens` tokens does not end the answer, also after a takeover; a later one does."""
+    texts = ["one STOP ", "two STOP ", "three ", "STOP four"]
+    fields: dict[str, Any] = {"stop": ["STOP"], "sampling": SamplingParams(min_tokens=2)}
+    sequence = make_sequence(texts[:num_replayed], **fields)
+    deltas, reason = generate(sequence, *texts[num_replayed:])
+    assert "".join(delta.text for delta in deltas) == "".join([*texts[:3]][num_replayed:])
+    assert reason == "stop"
+
+
+def test_a_plain_answer_after_min_tokens() -> None:
+    """The same without a parser."""
+    job = make_job("a", stop=["x"], sampling=SamplingParams(min_tokens=1))
+    sequence = Sequence(job, "a-1", InsertResult(5, 99))
+    deltas, reason = generate(sequence, "x", "ax")
+    assert ([delta.text for delta in deltas], reason) == (["x", "a"], "stop")
+
+
+def test_the_only_call_does_not_end_an_answer_too_early() -> None:
+    """The answer goes on, without text, until it has `min_tokens` tokens and one more."""
+    sequence = make_sequence(is_parallel=False, sampling=SamplingParams(min_tokens=len(CALL) + 2))
+    deltas, reason = generate(sequence, *CALL, "", "", "", "")
+    assert (len(deltas), reason) == (len(CALL) + 3, "tool_calls")

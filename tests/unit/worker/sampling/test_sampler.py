@@ -187,6 +187,8 @@ class Evens:
         assert token_id % 2 == 0
         self.seen.append(token_id)
 
+    is_open = False
+
     def fill(self, words: Any) -> None:
         words[:] = 0x55555555
 
@@ -208,6 +210,8 @@ def test_grammars() -> None:
 class Broken:
     def advance(self, token_id: int) -> None:
         raise ValueError("no")
+
+    is_open = False
 
     def fill(self, words: Any) -> None:
         words[:] = 0xFFFFFFFF
@@ -274,3 +278,83 @@ def test_apply_mask() -> None:
     assert (masked[1, 32:] == values[1, 32:]).all()
     assert masked[0, 1] < -1e8
     assert masked.dtype == np.float32
+
+
+EOS = (3, 35)
+
+
+def eos_sampler() -> BatchSampler:
+    return BatchSampler(np, async_eval=lambda _array: None, eos_token_ids=EOS)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_min_tokens_bans_the_end(temperature: float) -> None:
+    """Until there are so many tokens, the ends of text are not chosen, however likely; then they are."""
+    values = np.full((1, VOCAB), -20.0, np.float32)
+    values[0, list(EOS)] = (-0.1, -3.0)
+    row, batch = SequenceSampler(SamplingParams(temperature=temperature, min_tokens=3, seed=5)), eos_sampler()
+    tokens = [int(batch.sample([row], values)[0]) for _ in range(3)]
+    assert not set(tokens) & set(EOS)
+    last = batch.sample([row], values)
+    assert last is None or int(last[0]) in EOS
+    continued = SequenceSampler(SamplingParams(temperature=temperature, min_tokens=3, seed=5), num_sampled=3)
+    again = eos_sampler().sample([continued], values)
+    assert (again is None) == (last is None)
+
+
+def test_min_tokens_leaves_other_sequences_alone() -> None:
+    """Only the row that asks for it is changed, and only its reported log-probabilities."""
+    values = np.full((2, VOCAB), -20.0, np.float32)
+    values[:, EOS[0]] = 0.0
+    values[:, 7] = -1.0
+    asking = SequenceSampler(SamplingParams(temperature=0, min_tokens=1), wants_logprobs=True)
+    other = SequenceSampler(SamplingParams(temperature=0), wants_logprobs=True)
+    assert eos_sampler().sample([asking, other], values).tolist() == [7, EOS[0]]
+    assert not other.logprobs
+    [reported] = asking.logprobs
+    assert reported[7] == pytest.approx(0.0, abs=1e-3)
+
+
+def test_min_tokens_with_a_grammar() -> None:
+    """The end is banned while the grammar allows anything else; where it allows nothing else, the end comes."""
+
+    class EndOnly(Evens):
+        def fill(self, words: Any) -> None:
+            words[:] = 0
+            words[EOS[0] // 32] = np.uint32(1 << EOS[0])
+
+    class EndToo(Evens):
+        def fill(self, words: Any) -> None:
+            words[:] = 0
+            words[0] = np.uint32(1 << EOS[0] | 1 << 8)
+
+    values = np.full((1, VOCAB), -20.0, np.float32)
+    values[0, EOS[0]] = 0.0
+    params = SamplingParams(temperature=0, min_tokens=5)
+    chosen = [
+        int(eos_sampler().sample([SequenceSampler(params, matcher=matcher)], values)[0])
+        for matcher in (EndOnly(), EndToo())
+    ]
+    assert chosen == [EOS[0], 8]
+
+
+def test_an_open_matcher_costs_no_mask() -> None:
+    """While any token may come, neither mask nor copy is made; it still receives every token."""
+
+    class Open(Evens):
+        is_open = True
+
+        def __init__(self) -> None:
+            self.seen: list[int] = []
+
+        def fill(self, words: Any) -> None:
+            raise AssertionError
+
+        def advance(self, token_id: int) -> None:
+            self.seen.append(token_id)
+
+    matcher = Open()
+    row, batch = SequenceSampler(SamplingParams(temperature=0), matcher=matcher), sampler()
+    for seed in range(3):
+        batch.sample([row], logprobs(seed))
+    assert len(matcher.seen) == 2

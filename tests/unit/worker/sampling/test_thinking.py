@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from worker.sampling.thinking import ThinkingMatcher, wrap_for_thinking
+from common.protocol import ChatPrompt, GenerationJob
+from worker.sampling.thinking import ReasoningMeter, ThinkingBudget, ThinkingMatcher, wrap_for_thinking
+from worker.text.answer_format import NORMAL, REASONING, ModelFormat
+from worker.text.answer_parser import AnswerParser
 
 EOS, START, END_1, END_2 = 0, 40, 41, 42
 
@@ -33,7 +36,7 @@ def matcher(*, is_thinking: bool, start: tuple[int, ...] = (START,)) -> tuple[Th
     return ThinkingMatcher(inner, start, (END_1, END_2), is_thinking=is_thinking), inner
 
 
-def allowed(held: ThinkingMatcher) -> set[int]:
+def allowed(held: ThinkingMatcher | ThinkingBudget) -> set[int]:
     words = np.zeros(2, dtype=np.uint32)
     held.fill(words)
     return {i for i in range(64) if words[i // 32] >> np.uint32(i % 32) & 1}
@@ -79,3 +82,110 @@ def test_only_matchers_of_reasoning_models_are_wrapped(thinks: bool) -> None:
     inner: Any = Digits()
     tokenizer = SimpleNamespace(has_thinking=thinks, think_start_tokens=(START,), think_end_tokens=(END_1,))
     assert (wrap_for_thinking(inner, tokenizer, is_thinking=False) is inner) is not thinks
+
+
+OPEN, CLOSE = "<think>", "</think>"
+TEXTS = {0: "", 1: "a ", 2: "b ", 3: OPEN, 4: CLOSE, 5: "<call>", 6: "</", 7: "think", 8: ">"}
+THINKING = ModelFormat({NORMAL: [(OPEN, REASONING)], REASONING: [(CLOSE, NORMAL)]})
+
+
+class Words:
+    """A detokenizer of the texts above."""
+
+    is_inside_character = False
+
+    def add(self, token_id: int) -> str:
+        return TEXTS[token_id]
+
+    def flush(self) -> str:
+        return ""
+
+
+def budget(
+    max_tokens: int, *, opened: bool = False, end: tuple[int, ...] = (4,), inner: Any = None
+) -> ThinkingBudget:
+    prompt = ChatPrompt([{"role": "user", "content": "hi"}])
+    job = GenerationJob(job_id="a", model="m", channel="c", prompt=prompt)
+    parser = AnswerParser(job, THINKING, REASONING if opened else NORMAL)
+    return ThinkingBudget(ReasoningMeter(parser, Words(), {0}), max_tokens, end, inner)
+
+
+def forced(held: ThinkingBudget) -> int | None:
+    """The only token that may come next; None: any."""
+    tokens = allowed(held)
+    assert held.is_open == (len(tokens) == 64)
+    return None if held.is_open else tokens.pop()
+
+
+def followed(held: ThinkingBudget, *token_ids: int) -> list[int | None]:
+    """What was forced before each token, and after the last."""
+    states = [forced(held)]
+    for token_id in token_ids:
+        held.advance(token_id)
+        states.append(forced(held))
+    return states
+
+
+def test_a_budget_of_reasoning_that_the_prompt_opened() -> None:
+    """After so many tokens the marker is forced, once; the answer is free."""
+    assert followed(budget(2, opened=True), 1, 2, 4, 1, 2, 1, 1) == [None, None, 4, *[None] * 5]
+
+
+def test_a_budget_of_reasoning_that_the_model_opens() -> None:
+    """The marker that opens it counts, as in the usage; text before it does not."""
+    assert followed(budget(2), 1, 1, 1, 3, 1, 4) == [None, None, None, None, None, 4, None]
+
+
+def test_a_budget_of_zero() -> None:
+    """Reasoning ends where it begins."""
+    assert followed(budget(0, opened=True), 4, 1) == [4, None, None]
+    assert followed(budget(0), 3, 4, 1) == [None, 4, None, None]
+
+
+def test_reasoning_that_ends_by_itself() -> None:
+    """Nothing is forced, unless a later block uses up what is left; one after that ends at once."""
+    assert followed(budget(4, opened=True), 1, 4, 2, 3, 1, 4, 3, 4) == [*[None] * 5, 4, None, 4, None]
+
+
+def test_a_marker_of_several_tokens_is_forced_in_order() -> None:
+    """Also when the model has written a part of it by chance."""
+    assert followed(budget(1, opened=True, end=(6, 7, 8)), 1, 6, 7, 8, 1) == [None, 6, 7, 8, None, None]
+
+
+def test_the_budget_is_a_function_of_the_tokens() -> None:
+    """After a takeover, tokens of a worker without the limit included, the same is forced."""
+    tokens = [1, 2, 1, 1, 4, 3, 1]
+    at_once = budget(2, opened=True)
+    states = followed(at_once, *tokens)
+    assert states == [None, None, 4, 4, 4, None, 4, 4]
+    for k in range(len(tokens)):
+        replayed = budget(2, opened=True)
+        for token_id in tokens[:k]:
+            replayed.advance(token_id)
+        assert forced(replayed) == states[k]
+
+
+def test_a_budget_waits_for_the_end_of_a_character() -> None:
+    """The marker never follows half a character."""
+    held = budget(1, opened=True)
+    words: Any = held._meter._detokenizer
+    words.is_inside_character = True
+    assert followed(held, 1) == [None, None]
+    words.is_inside_character = False
+    assert followed(held, 1)[-1] == 4
+
+
+def test_a_budget_and_a_grammar() -> None:
+    """Both apply; the grammar decides if it does not allow the marker."""
+    inner: Any = ThinkingMatcher(Digits(), (START,), (4,), is_thinking=True)  # type: ignore[arg-type]
+    held = budget(1, opened=True, inner=inner)
+    assert allowed(held) == set(range(64)) - {EOS}
+    held.advance(1)
+    assert allowed(held) == {4}
+    held.advance(4)
+    assert allowed(held) == set(range(10))
+    assert not held.is_open
+    refusing: Any = SimpleNamespace(
+        fill=lambda words: words.__setitem__(slice(None), 2), advance=lambda _: None, is_open=False
+    )
+    assert allowed(budget(0, opened=True, inner=refusing)) == {1, 33}
