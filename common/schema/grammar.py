@@ -28,6 +28,8 @@ CALL_BEGIN = "<tool_call>"
 CALL_END = "</tool_call>"
 
 MAX_BYTES = 512 * 1024
+_MAX_CALLS = 16
+"""In one answer: a small model may repeat a call until it runs out of tokens."""
 _MAX_MESSAGE_CHARACTERS = 300
 _MAX_VERDICTS = 512
 
@@ -38,6 +40,8 @@ write white space until they run out of tokens."""
 _REGEX_PARTS = re.compile(r"\\.|/|\n", re.DOTALL)
 _ESCAPES = {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}
 """In Lark, a slash and a line break end an expression."""
+
+_TEXT_OR_CALLS = "start: TEXT | until_call calls"
 
 _END = 256  # the only token that is not a byte
 
@@ -78,14 +82,16 @@ def for_tool_calls(tool_use: ToolUse, *, answer: str | None = None) -> str:
         functions = [function for function in functions if function["name"] == tool_use.function]
     grammars = [_json_grammar(f"arguments{i}", _parameters(function)) for i, function in enumerate(functions)]
     must_call = tool_use.is_required or tool_use.function is not None
-    lines = _call_rules([function["name"] for function in functions], is_parallel=tool_use.is_parallel)
+    # A named function is called once, as with OpenAI.
+    num_calls = _MAX_CALLS if tool_use.is_parallel and tool_use.function is None else 1
+    lines = _call_rules([function["name"] for function in functions], num_calls)
     begin, text = _quoted(CALL_BEGIN), f"/(?s:.*)/ & ~/(?s:.*){CALL_BEGIN}(?s:.*)/"
     if must_call:
         lines += [f"start: {begin} calls"]
     elif answer is None:
         # Lazy: it ends with the first marker. An answer without one is TEXT.
         lines += [
-            "start: TEXT | until_call calls",
+            _TEXT_OR_CALLS,
             f"until_call[lazy]: /(?s:.*){CALL_BEGIN}/",
             f"TEXT: {text}",
         ]
@@ -93,6 +99,11 @@ def for_tool_calls(tool_use: ToolUse, *, answer: str | None = None) -> str:
         lines += [f"start: @answer | {begin} calls"]
         grammars += _named_answer(answer)
     return _text({"name": "calls", "lark_grammar": "\n".join(lines) + "\n"}, *grammars)
+
+
+def json_begins_after(grammar: str) -> str:
+    """The marker behind which a grammar of this module has JSON; empty if the answer begins with it."""
+    return CALL_BEGIN if _TEXT_OR_CALLS in grammar else ""
 
 
 def check(grammar: str) -> str | None:
@@ -180,10 +191,10 @@ def _bytes_tokenizer() -> LLTokenizer:
     return LLTokenizer(TokenizerWrapper(Bytes()), eos_token=_END, slices=[])
 
 
-def _call_rules(names: list[str], *, is_parallel: bool) -> list[str]:
+def _call_rules(names: list[str], num_calls: int) -> list[str]:
     """The rule `calls`: what follows the first begin marker, up to the end marker of the last call."""
     begin, end = _quoted(CALL_BEGIN), _quoted(CALL_END)
-    more = f" (NEWLINES? {begin} call)*" if is_parallel else ""
+    more = f" (NEWLINES? {begin} call){{0,{num_calls - 1}}}" if num_calls > 1 else ""
     functions = [
         f'function{i}: "{{\\"name\\":" SPACE? {_quoted(json.dumps(name))} "," SPACE? "\\"arguments\\":" SPACE? '
         f'@arguments{i} "}}"'

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from common.digest_cache import DigestCache
 from common.errors import MLXPoolError, invalid
 from common.schema import grammar as texts
+from worker.sampling.json_limits import JSONLimiter, LimitMasks
 from worker.text.detokenizer import TokenBytes
 
 if TYPE_CHECKING:
@@ -43,13 +44,15 @@ class CompiledGrammar:
     Attributes:
         initial: llguidance's matcher in the state before the first token; only ever copied.
         compiler: What compiled it.
+        json_begins_after: The marker behind which JSON begins; empty: at once.
     """
 
-    __slots__ = ("compiler", "initial")
+    __slots__ = ("compiler", "initial", "json_begins_after")
 
-    def __init__(self, initial: LLMatcher, compiler: GrammarCompiler) -> None:
+    def __init__(self, initial: LLMatcher, compiler: GrammarCompiler, json_begins_after: bytes) -> None:
         self.initial = initial
         self.compiler = compiler
+        self.json_begins_after = json_begins_after
 
 
 class GrammarCompiler:
@@ -64,6 +67,8 @@ class GrammarCompiler:
         num_words: Length of a mask, in words.
         num_ll_words: Length of llguidance's own masks, in words; may differ.
         eos_words: The mask of the end-of-text tokens, (num_words,).
+        tokens: The bytes of each token.
+        limit_masks: What bounds numbers and nesting.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
@@ -73,9 +78,10 @@ class GrammarCompiler:
         self.num_words = num_words(vocab_size)
         self.eos_token_ids = frozenset(eos_token_ids)
         eos = sorted(self.eos_token_ids)
-        self._tokenizer = LLTokenizer(
-            TokenizerWrapper(_Vocabulary(tokenizer, vocab_size, eos)), eos_token=eos
-        )
+        vocabulary = _Vocabulary(tokenizer, vocab_size, eos)
+        self._tokenizer = LLTokenizer(TokenizerWrapper(vocabulary), eos_token=eos)
+        self.tokens = vocabulary.tokens
+        self.limit_masks = LimitMasks(self.tokens, self.num_words)
         self.num_ll_words = num_words(int(self._tokenizer.vocab_size))
         self.eos_words: Words = np.zeros(self.num_words, np.uint32)
         for token_id in self.eos_token_ids:
@@ -97,9 +103,8 @@ class GrammarCompiler:
     def _compile(self, grammar: str, param: str) -> CompiledGrammar:
         from llguidance import LLMatcher
 
-        compiled = CompiledGrammar(
-            LLMatcher(self._tokenizer, grammar, log_level=0, limits=texts.limits()), self
-        )
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=texts.limits())
+        compiled = CompiledGrammar(matcher, self, texts.json_begins_after(grammar).encode())
         if not compiled.initial.is_error():
             try:
                 # The first mask is part of the check. It is computed on a copy.
@@ -119,6 +124,7 @@ class GrammarMatcher:
     def __init__(self, compiled: CompiledGrammar) -> None:
         self._compiler = compiled.compiler
         self._matcher = compiled.initial.deep_copy()
+        self._limiter = JSONLimiter(compiled.compiler.limit_masks, compiled.json_begins_after)
         self._is_ended = False
         self._scratch: Words = np.empty(self._compiler.num_ll_words, np.uint32)
 
@@ -161,6 +167,7 @@ class GrammarMatcher:
             out |= self._compiler.eos_words
         if not out.any():
             raise GrammarError("The grammar allows no token of this model's vocabulary.")
+        self._limiter.narrow(out)
 
     def advance(self, token_id: int) -> None:
         """Append a token.
@@ -174,6 +181,8 @@ class GrammarMatcher:
             self._is_ended = True
         elif self.is_finished or not self._matcher.consume_token(token_id):
             raise GrammarError(f"The grammar does not allow token {token_id}.")
+        else:
+            self._limiter.advance(self._compiler.tokens[token_id])
 
 
 def num_words(vocab_size: int) -> int:

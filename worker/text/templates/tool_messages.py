@@ -36,7 +36,9 @@ def instructions(tool_use: ToolUse) -> str:
     else:
         when = "If no function is needed, answer in plain text."
     several = (
-        "Several calls may follow each other." if tool_use.is_parallel else "Make no more than one call."
+        "Several calls may follow each other."
+        if tool_use.is_parallel and tool_use.function is None
+        else "Make no more than one call."
     )
     return "\n".join(
         [

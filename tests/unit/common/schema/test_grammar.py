@@ -193,8 +193,17 @@ def test_named_function() -> None:
     """If a function is named, only that one may be called."""
     text = grammar.for_tool_calls(ToolUse(tools=TOOLS, function="get-all_2"))
     assert accepts(text, f"<tool_call>{ALL}</tool_call>")
+    assert not accepts(text, f"<tool_call>{ALL}</tool_call><tool_call>{ALL}</tool_call>")
     assert not accepts(text, f"<tool_call>{GET}</tool_call>")
     assert not accepts(text, "Hello.")
+
+
+@pytest.mark.parametrize("is_required", [False, True])
+def test_the_number_of_calls_is_bounded(is_required: bool) -> None:
+    """Many calls may follow each other, but a model that repeats one comes to an end."""
+    text = grammar.for_tool_calls(ToolUse(tools=TOOLS, is_required=is_required))
+    assert accepts(text, f"<tool_call>{ALL}</tool_call>" * 16)
+    assert not accepts(text, f"<tool_call>{ALL}</tool_call>" * 17)
 
 
 def test_not_parallel() -> None:
