@@ -42,6 +42,7 @@ _ESCAPES = {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}
 """In Lark, a slash and a line break end an expression."""
 
 _TEXT_OR_CALLS = "start: TEXT | until_call calls"
+_TEXT_ANSWER = '{"name":"answer","lark_grammar":'
 
 _END = 256  # the only token that is not a byte
 
@@ -102,8 +103,9 @@ def for_tool_calls(tool_use: ToolUse, *, answer: str | None = None) -> str:
 
 
 def json_begins_after(grammar: str) -> str:
-    """The marker behind which a grammar of this module has JSON; empty if the answer begins with it."""
-    return CALL_BEGIN if _TEXT_OR_CALLS in grammar else ""
+    """The marker behind which a grammar of this module has JSON, if at all; empty if the answer begins with it."""
+    is_text_first = _TEXT_OR_CALLS in grammar or _TEXT_ANSWER in grammar
+    return CALL_BEGIN if is_text_first else ""
 
 
 def check(grammar: str) -> str | None:

@@ -131,6 +131,15 @@ def test_numbers_of_calls(is_required: bool) -> None:
     assert accepted(text, first) == first + "."
 
 
+@pytest.mark.parametrize("has_tools", [False, True])
+@pytest.mark.parametrize("answer", ["1" * 50 + "[" * 100, "0." + "1" * 30])
+def test_regular_expressions_and_choices(answer: str, has_tools: bool) -> None:
+    """An answer that need not be JSON is not bounded, also if calls are possible instead of it."""
+    for text in (grammar.for_regex("[0-9.\\[]*x?"), grammar.for_choice([answer, answer + "x"])):
+        held = grammar.for_tool_calls(ToolUse(tools=TOOLS), answer=text) if has_tools else text
+        assert accepted(held, answer) == answer + "."
+
+
 def test_tokens_of_several_digits() -> None:
     """A token with more digits than are left is not allowed, one with fewer is."""
     compiler = GrammarCompiler(Bytes(*(b"1" * n for n in range(2, 13))), 300, [END])
