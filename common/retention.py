@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from common import names
+from common.protocol import Finished, Usage, encode
 
 MAX_RUN_SECONDS = 24 * 3600
 """The longest that a job runs, and the record of an answer lives before its end."""
@@ -129,7 +130,8 @@ return redis.call('UNLINK', answer_key(ARGV[1]))
 """
 )
 
-_CANCELLED_EVENT = ('["f",', ',"cancelled",[0,0,0,0]]')
+_CANCELLED_EVENT = encode(Finished(0, "cancelled", Usage(0, 0))).split(b"0", 1)
+"""What comes before and after its n."""
 
 
 def on_start(answer_id: str, ttl_seconds: int) -> Command:

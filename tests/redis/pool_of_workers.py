@@ -130,10 +130,16 @@ class Workers:
         return sorted(int(card[b"free_slots"]) for card in self.cards())
 
     def submit(
-        self, model: str = "m", max_tokens: int = 20, retries: int = 3, text: str = "x", **job: Any
+        self,
+        model: str = "m",
+        max_tokens: int = 20,
+        retries: int = 3,
+        text: str = "x",
+        job_id: str | None = None,
+        **job: Any,
     ) -> str:
         """Enqueue a request as the API does; returns its job id."""
-        job_id = secrets.token_hex(12)
+        job_id = job_id or secrets.token_hex(12)
         request = GenerationJob(
             job_id=job_id,
             model=model,

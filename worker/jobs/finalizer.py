@@ -16,6 +16,7 @@ import redis
 from rq.exceptions import NoSuchJobError
 from rq.executions import Execution
 
+from common import retention
 from common.protocol import Failed, Finished
 from common.rq import JsonJob
 from worker.jobs.executions import Executions
@@ -85,7 +86,8 @@ class Finalizer:
            connection, our previous attempt has done it.
         3. The job was deleted (`rq empty`, `Job.delete`): its execution is removed too.
         4. A step failed with it: its lease is ended, and the next takeover treats it as if its worker had died.
-        5. Else RQ's own handling of a success or a failure, or back to the front of the queue.
+        5. Else RQ's own handling of a success or a failure, or back to the front of the queue. A stored answer gets its final time to
+           live.
 
         Raises:
             redis.ConnectionError: Redis is away; nothing or all of it was written.
@@ -102,6 +104,8 @@ class Finalizer:
         except NoSuchJobError:
             executions.drop(JsonJob(job_end.job_id, connection=executions.connection), execution)
             return
+        if job_end.terminal is not None:
+            self._end_stored_answer(job_end, job)
         match job_end.outcome:
             case Outcome.FINISHED:
                 executions.finish(job, execution, _result(job_end.terminal))
@@ -110,6 +114,13 @@ class Finalizer:
             case _:
                 reason = job_end.terminal.message if isinstance(job_end.terminal, Failed) else ""
                 executions.fail(job, execution, reason, is_stopped=job_end.outcome is Outcome.STOPPED)
+
+    def _end_stored_answer(self, job_end: JobEnd, job: JsonJob) -> None:
+        """Before RQ's bookkeeping: if this worker dies in between, another one does both again."""
+        request = job.request() if job_end.sequence is None else job_end.sequence.job
+        if request.answer_id is not None and request.final_ttl_seconds is not None:
+            command = retention.on_end(request.answer_id, request.job_id, request.final_ttl_seconds)
+            self._executions.connection.execute_command(*command)
 
 
 def _result(terminal: Finished | Failed | None) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import redis
 from rq.defaults import RQ_KEY_PREFIX
 
-from common import names
+from common import names, retention
 from common.rq import ForeignJobError, JsonJob, JsonQueue
 from worker.jobs.executions import Executions
 from worker.jobs.prompt_encoder import PromptEncoder, RegisteredJob
 from worker.jobs.records import (
+    cancellation,
     guard_against_job,
     read_crash_count,
     read_journal,
@@ -300,9 +301,9 @@ class Intake:
         1. A job that another worker has put back is not ours: this worker slept. (If that happens after the read, `LREM` returns
            0, and the execution is dropped again.)
         2. A job without a hash expired in the queue, or never was one.
-        3. A job whose client has left is deleted.
+        3. A job whose client has left is deleted; if its answer is stored, its journal says that it was cancelled.
         4. A job of another program fails, with the reason in RQ's bookkeeping.
-        5. All others become executions with a lease.
+        5. All others become executions with a lease. A stored answer lives at least as long as its job may run.
 
         Raises:
             ForeignJobError: 4.
@@ -312,11 +313,22 @@ class Intake:
         job_id = taken.raw_id.decode(errors="replace")
         if taken.is_cancelled:
             pipe.delete(JsonJob.key_for(job_id))
+            self._record_cancellation(job_id, taken.fields, pipe)
             return []
         job = restore_job(job_id, taken.fields, self._redis)
         request, journal = job.request(), read_journal(taken.entries)
         execution = self._executions.start(job, pipe)
+        if request.answer_id is not None and request.final_ttl_seconds is not None:
+            pipe.execute_command(*retention.on_start(request.answer_id, request.final_ttl_seconds))
         return [RegisteredJob(taken.raw_id, job, execution, request, journal, taken.is_poison_candidate)]
+
+    def _record_cancellation(self, job_id: str, fields: dict[bytes, bytes], pipe: Pipeline) -> None:
+        try:
+            command = cancellation(restore_job(job_id, fields, self._redis))
+        except ForeignJobError:
+            return
+        if command is not None:
+            pipe.execute_command(*command)
 
     def _fail(self, job_id: str, reason: str) -> None:
         """Record a failure in RQ, if RQ can read the job."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import redis
 
+from common import retention
 from common.protocol import Event, Failed, Finished, decode_event
 from common.rq import MAX_NUMBER, ForeignJobError, JsonJob
 
@@ -112,6 +113,19 @@ def read_journal(entries: list[Any]) -> list[Event]:
         return [decode_event(fields[b"d"]) for _, fields in entries]
     except Exception as error:  # such as a RecursionError
         raise ForeignJobError(f"its journal cannot be read ({type(error).__name__}: {error})") from error
+
+
+def cancellation(job: JsonJob) -> retention.Command | None:
+    """What records the cancellation of a job that no worker runs, if its answer is stored; a job that cannot be read has none."""
+    try:
+        request = job.request()
+    except ForeignJobError:
+        return None
+    if request.answer_id is None or request.final_ttl_seconds is None:
+        return None
+    return retention.cancel(
+        request.answer_id, request.job_id, request.final_ttl_seconds, channel=request.channel
+    )
 
 
 def has_ended(events: list[Event]) -> bool:

@@ -16,7 +16,7 @@ from rq.defaults import RQ_KEY_PREFIX
 from rq.executions import Execution, ExecutionRegistry
 from rq.job import JobStatus
 
-from common import names
+from common import names, retention
 from common.errors import RequestError
 from common.protocol import encode
 from common.rq import ForeignJobError, JsonJob, JsonQueue
@@ -24,6 +24,7 @@ from worker.jobs.records import (
     CRASHES_FIELD,
     LAST_N_FIELD,
     CrashCount,
+    cancellation,
     guard_against_job,
     has_ended,
     read_crash_count,
@@ -115,10 +116,17 @@ _NUM_READS = 4
 
 
 class Plan(NamedTuple):
-    """What becomes of a job: recorded commands, and the end of its log line; "": nothing is logged."""
+    """What becomes of a job.
+
+    Attributes:
+        commands: Recorded, for the script.
+        outcome: The end of its log line; "": nothing is logged.
+        after: A command that follows once the job was taken over; a script cannot run another one.
+    """
 
     commands: list[Any]
     outcome: str = ""
+    after: retention.Command | None = None
 
 
 class Takeover:
@@ -201,6 +209,8 @@ class Takeover:
                 raise reply
             elif reply == _DONE and plan.outcome:
                 log.warning("job %s: its worker died or hung; %s", dead.execution.job_id[:80], plan.outcome)
+                if plan.after is not None:
+                    self._redis.execute_command(*plan.after)
         return _CHANGED not in replies
 
     def _read(self, entries: list[str]) -> list[DeadExecution]:
@@ -245,7 +255,7 @@ class Takeover:
         """Decide what becomes of a job. That it runs under no other execution is checked by the script.
 
         1. It was deleted, or RQ does not count it as running: only the entry is removed.
-        2. Its client has left: it is deleted, as intake would do.
+        2. Its client has left: it is deleted, as intake would do; if its answer is stored, its journal says that it was cancelled.
         3. Its journal has a terminal event: only RQ's bookkeeping is missing; the worker that takes it does that.
         4. Else it is tried again, as often in a row as its retries allow. An execution that generated a new token restarts the
            count: this job did not kill its worker.
@@ -262,7 +272,7 @@ class Takeover:
             return Plan([])
         if dead.is_cancelled:
             commands = record(self._redis, lambda pipe: pipe.delete(job.key))
-            return Plan(commands, "its client has left, so it is deleted")
+            return Plan(commands, "its client has left, so it is deleted", cancellation(job))
         if has_answer:
             commands = record(self._redis, lambda pipe: self._put_back(job, pipe))
             return Plan(commands, "its answer is complete, and another worker does RQ's bookkeeping")
@@ -271,7 +281,7 @@ class Takeover:
         crashes = crashes.after_death(dead.num_events)
         if crashes.num > num_allowed:
             commands = record(self._redis, lambda pipe: self._fail(pipe, job, dead.num_events))
-            return Plan(commands, "no takeovers are left, so it fails")
+            return Plan(commands, "no takeovers are left, so it fails", _stored_end(job))
         job.retries_left = num_allowed - crashes.num
         commands = record(self._redis, lambda pipe: self._put_back(job, pipe, crashes))
         return Plan(commands, "it is back in front of the queue")
@@ -293,7 +303,7 @@ class Takeover:
         event = encode(failed_event(num_events + 1, _LOST))
         journal_key = names.journal(job.id)
         pipe.xadd(journal_key, {"x": "", "d": event}, id=f"{num_events + 1}-0")
-        pipe.expire(journal_key, self._final_ttl_seconds)
+        pipe.expire(journal_key, request.final_ttl_seconds or self._final_ttl_seconds)
         pipe.publish(request.channel, b'[["' + job.id.encode() + b'",' + event + b"]]")
 
     def _rescue(self) -> None:
@@ -317,6 +327,17 @@ class Takeover:
                     log.warning(
                         "job %s was taken and never started; it is back in front of the queue", job_id
                     )
+
+
+def _stored_end(job: JsonJob) -> retention.Command | None:
+    """What records the end of a job whose answer is stored."""
+    try:
+        request = job.request()
+    except ForeignJobError:
+        return None
+    if request.answer_id is None or request.final_ttl_seconds is None:
+        return None
+    return retention.on_end(request.answer_id, request.job_id, request.final_ttl_seconds)
 
 
 def _is_wrong_type(reply: Any) -> bool:

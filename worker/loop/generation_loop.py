@@ -64,8 +64,8 @@ class GenerationLoop:
     Args:
         on_job_end: Called on the loop's thread when a job has ended, exactly once for each `Admit`.
         live_ttl_seconds: The journal's time to live while its job is generated.
-        final_ttl_seconds: The journal's time to live after its terminal event.
-        orphan_seconds: Jobs whose channel has had no subscriber for this long are cancelled.
+        final_ttl_seconds: The journal's time to live after its terminal event, unless the job has one of its own.
+        orphan_seconds: Jobs whose channel has had no subscriber for this long are cancelled, unless they are detached.
         is_intake_busy: Whether intake is currently taking jobs from the queue. Called on the loop's thread.
         clock: Monotonic seconds.
     """
@@ -335,7 +335,7 @@ class GenerationLoop:
     def _make_entry(self, job: GenerationJob, execution_id: str, event: Event) -> JournalEntry:
         ttl_seconds = 0
         if isinstance(event, Finished | Failed):
-            ttl_seconds = self._final_ttl_seconds
+            ttl_seconds = job.final_ttl_seconds or self._final_ttl_seconds
         elif event.n == 1:
             ttl_seconds = self._live_ttl_seconds
         return JournalEntry(job.channel, job.job_id, execution_id, event.n, encode(event), ttl_seconds)
@@ -378,7 +378,7 @@ class GenerationLoop:
             elif (
                 now_mono - self._no_listeners_since_mono.setdefault(channel, now_mono) >= self._orphan_seconds
             ):
-                for sequence in [s for s in self._running.values() if s.job.channel == channel]:
+                for sequence in [s for s in self._attached() if s.job.channel == channel]:
                     log.warning(
                         "job %s is cancelled: its API process no longer subscribes to it",
                         sequence.job.job_id,
@@ -386,9 +386,13 @@ class GenerationLoop:
                     self._abort(Abort(sequence.job.job_id, AbortReason.CANCELLED))
                 del self._no_listeners_since_mono[channel]
         if self._no_listeners_since_mono:  # a channel without running jobs publishes nothing: forget it
-            channels = {sequence.job.channel for sequence in self._running.values()}
+            channels = {sequence.job.channel for sequence in self._attached()}
             self._no_listeners_since_mono = {
                 channel: since_mono
                 for channel, since_mono in self._no_listeners_since_mono.items()
                 if channel in channels
             }
+
+    def _attached(self) -> list[Sequence]:
+        """The sequences whose clients listen; the others go on without."""
+        return [sequence for sequence in self._running.values() if not sequence.job.is_detached]

@@ -75,10 +75,11 @@ class Admit:
 
     @property
     def remaining_job(self) -> GenerationJob:
-        """The job, with `echo` off if another worker has already echoed the prompt."""
-        if any(isinstance(event, Echo) for event in self.journal):
-            return msgspec.structs.replace(self.job, echo=False)
-        return self.job
+        """The job without what other workers have done already: the echo of the prompt, and `Started` as the journal's first event."""
+        if not self.journal:
+            return self.job
+        is_echoed = any(isinstance(event, Echo) for event in self.journal)
+        return msgspec.structs.replace(self.job, echo=self.job.echo and not is_echoed, journals_started=False)
 
     @property
     def replayed_token_ids(self) -> list[int]:

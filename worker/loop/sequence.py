@@ -74,8 +74,12 @@ class Sequence:
         return self.is_echoed and self.num_tokens >= self.insert_result.max_tokens
 
     def make_started(self) -> Started:
-        """The event which reports that the prompt was accepted; published only, so it has no number."""
-        return Started(0, self.insert_result.prompt_tokens, self.insert_result.cached_tokens)
+        """The event which reports that the prompt was accepted; it has a number only if it belongs into the journal."""
+        n = 0
+        if self.job.journals_started:
+            self.last_n += 1
+            n = self.last_n
+        return Started(n, self.insert_result.prompt_tokens, self.insert_result.cached_tokens)
 
     def make_echo(self, echo: PromptEcho) -> Echo:
         """The event with the prompt."""

@@ -22,6 +22,7 @@ def make_job(
     stop: list[str] | None = None,
     channel: str = "c",
     sampling: SamplingParams | None = None,
+    **fields: Any,
 ) -> GenerationJob:
     return GenerationJob(
         job_id=job_id,
@@ -31,6 +32,7 @@ def make_job(
         max_tokens=max_tokens,
         stop=stop or [],
         sampling=sampling or SamplingParams(),
+        **fields,
     )
 
 

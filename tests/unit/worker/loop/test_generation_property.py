@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.protocol import Failed, Finished
+from common.protocol import Failed, Finished, Started
 from tests.unit.worker.loop.scripted import LoopHarness, admit, refusal
 from worker.loop.messages import Abort, AbortReason, Outcome, Shutdown
 
@@ -48,6 +48,7 @@ class Scenario:
                 journal,
                 max_tokens=max_tokens,
                 is_poison_candidate=is_poison_candidate,
+                journals_started=job_id in "ab",
             )
         )
 
@@ -107,6 +108,9 @@ def test_every_job_ends_exactly_once(actions: list[tuple[str, str, Any]]) -> Non
     for job_id in harness.journal.entries:  # the scripted journal asserts that there are no gaps
         events = harness.journal.events(job_id)
         assert not any(isinstance(event, Finished | Failed) for event in events[:-1])
+        assert [e.n for e in events if isinstance(e, Started)] == [
+            1 for e in events[:1] if isinstance(e, Started)
+        ]
     for job_end in harness.job_ends:
         if job_end.terminal is not None:
             assert harness.journal.events(job_end.job_id)[-1] == job_end.terminal
