@@ -19,9 +19,10 @@ from api.auth.authentication import Authentication
 from api.generation.answer_store import AnswerStore
 from api.generation.command_batch import CommandBatch
 from api.generation.endpoint import Endpoint, Services
+from api.generation.events.relay import Relay
 from api.generation.job_queue import JobQueue
 from api.generation.model_directory import ModelDirectory
-from api.generation.relay import Relay
+from api.generation.streams import Streams
 from api.health import Health
 from api.http.disconnect import App, with_disconnects
 from api.http.errors import ErrorHandlers
@@ -93,7 +94,7 @@ def create_app(settings: Settings) -> App:
     )
     writes = CommandBatch(client, transaction=True)
     job_queue = JobQueue(settings, writes)
-    answers = AnswerStore(settings, reads, writes, job_queue)
+    answers = AnswerStore(settings, reads, writes, job_queue, relay)
     services = Services(settings, directory, relay, job_queue, answers)
     tokenizing = TokenizeClient(client, reads)
     middleware: list[Any] = [
@@ -115,9 +116,11 @@ def create_app(settings: Settings) -> App:
     app.add_route(READY_PATH, health, suffix="ready")
     app.add_route(REPORT_PATH, health)
     app.add_route(DESCRIPTION_PATH, Description(settings))
+    streams = Streams(FRONT_ENDS.values(), answers, settings)
     for prefix in ("/v1", ""):
         for path, front_end in FRONT_ENDS.items():
             app.add_route(prefix + path, Endpoint(front_end, services))
+        app.add_route(f"{prefix}/streams/{{stream_id}}", streams)
         app.add_route(f"{prefix}/tokenize", Tokenize(directory, tokenizing, settings))
         app.add_route(f"{prefix}/detokenize", Detokenize(directory, tokenizing, settings))
         app.add_route(f"{prefix}{MESSAGES_PATH}/count_tokens", CountTokens(directory, tokenizing, settings))

@@ -8,8 +8,8 @@ import falcon
 import falcon.asgi
 import msgspec
 
+from api.generation.events.relay import Relay
 from api.generation.model_directory import ModelDirectory
-from api.generation.relay import Relay
 
 
 class Alive(msgspec.Struct, frozen=True, tag_field="status", tag="ok"):

@@ -35,6 +35,7 @@ Json = dict[str, Any]
 PATH = "/openapi.json"
 PREFIXES = ("/v1", "")
 MODEL_PATH = "/models/{model_id}"
+STREAM_PATH = "/streams/{stream_id}"
 
 _JSON = falcon.MEDIA_JSON
 _REF = "#/components/schemas/{name}"
@@ -43,7 +44,7 @@ _STATUSES: Mapping[int, str] = {
     400: "Something in the request is wrong or not supported; `param` names it.",
     401: "The API key is missing or invalid.",
     403: "A page of this origin may not call the API, or the API does not answer to this host name.",
-    404: "The model does not exist.",
+    404: "The model or the stream does not exist.",
     405: "The path does not support the method; `Allow` lists those that it does.",
     408: "The request's body did not arrive in time.",
     413: "The request's body is too large.",
@@ -53,7 +54,7 @@ _STATUSES: Mapping[int, str] = {
     431: "The request's headers are too large.",
     500: "An error in the server.",
     501: "The request's Transfer-Encoding is not supported.",
-    503: "The queue is unavailable, or the model has no worker at the moment.",
+    503: "The queue is unavailable or the store of answers full, or the model has no worker at the moment.",
     504: "The answer was not complete by the request's deadline.",
 }
 _TOO_MANY_REQUESTS, _UNAVAILABLE, _NOT_ALLOWED = 429, 503, 405
@@ -62,6 +63,7 @@ _ALWAYS = (400, 405, 414, 431, 500, 501)
 _LISTING = (401, 403, 503)
 _ONE_MODEL = (401, 403, 404, 503)
 _TOKENIZING = (401, 403, 404, 408, 413, 415, 503)
+_RESUMING = (401, 403, 404, 429, 503, 504)
 _GENERATING = (401, 403, 404, 408, 413, 415, 429, 503, 504)
 
 _HEADERS: Mapping[str, Json] = {
@@ -78,6 +80,10 @@ _HEADERS: Mapping[str, Json] = {
     "Allow": {"description": "The path's methods.", "required": True, "schema": {"type": "string"}},
     "X-Ignored-Parameters": {
         "description": "Unknown fields of the request.",
+        "schema": {"type": "string"},
+    },
+    "X-Stream-Id": {
+        "description": "With `X-Resumable`: the id under which `/streams/{stream_id}` continues the stream.",
         "schema": {"type": "string"},
     },
     "ETag": {"required": True, "schema": {"type": "string"}},
@@ -310,6 +316,34 @@ def _parameters(settings: Settings) -> Json:
             "description": "The request's deadline in seconds.",
             "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": settings.request_seconds},
         },
+        "Resumable": {
+            "name": "X-Resumable",
+            "in": "header",
+            "description": (
+                "Whether generation goes on without the client, which can continue the stream at `/streams/{stream_id}`; needs "
+                "`stream`."
+            ),
+            "schema": {"type": "string", "pattern": "^([Tt][Rr][Uu][Ee]|[Ff][Aa][Ll][Ss][Ee])$"},
+        },
+        "StreamId": {
+            "name": "stream_id",
+            "in": "path",
+            "required": True,
+            "description": "As the header `X-Stream-Id` of the stream's response gives it.",
+            "schema": {"type": "string", "minLength": 1, "pattern": "^[^/]+$"},
+        },
+        "LastEventId": {
+            "name": "Last-Event-ID",
+            "in": "header",
+            "description": "The id of the last frame that the client has; without it, the stream comes from its start.",
+            "schema": {"type": "string", "pattern": "^(.+:[0-9]{1,9})?$"},
+        },
+        "StartingAfter": {
+            "name": "starting_after",
+            "in": "query",
+            "description": "In place of `Last-Event-ID`: the number at the end of that id.",
+            "schema": {"type": "integer", "minimum": 0, "maximum": 999_999_999},
+        },
         "ModelId": {
             "name": "model_id",
             "in": "path",
@@ -329,11 +363,12 @@ def _paths() -> Json:
             paths[prefix + endpoint.path] = {"post": _generating(endpoint, suffix)}
         paths |= _tokenizing(prefix, suffix)
         common = {
-            "parameters": [_parameter("RequestId"), _parameter("RequestTimeout")],
+            "parameters": [_parameter(name) for name in ("RequestId", "RequestTimeout", "Resumable")],
             "security": _security(),
             "responses": _responses({}, _GENERATING),
         }
         paths |= anthropic.paths(prefix, suffix, common)
+        paths[prefix + STREAM_PATH] = _resuming(suffix)
         listed = {"200": _response("The models that can be used now.", models.ModelList)}
         listed["200"]["links"] = {
             "first": {
@@ -407,25 +442,27 @@ def _generating(endpoint: Generating, suffix: str) -> Json:
         "contentMediaType": _JSON,
         "contentSchema": {"anyOf": [_ref(endpoint.chunk), _ref(ErrorBody)]},
     }
-    event = {
+    frame_id = {"type": "string", "description": "Of the frame; `Last-Event-ID` takes it."}
+    event: Json = {
         "description": "With `stream`: one event of the stream. An error, or `[DONE]`, is the last one.",
         "type": "object",
-        "properties": {"data": {"anyOf": [data, {"const": "[DONE]"}]}},
+        "properties": {"data": {"anyOf": [data, {"const": "[DONE]"}]}, "id": frame_id},
         "required": ["data"],
     }
     if endpoint.has_events:
         event |= {
             "description": "With `stream`: one event of the stream, whose type is also its name.",
-            "properties": {"event": {"type": "string"}, "data": data},
+            "properties": {"event": {"type": "string"}, "data": data, "id": frame_id},
             "required": ["event", "data"],
         }
-    ok = _response("The answer.", endpoint.completed, ("X-Request-Id", "X-Ignored-Parameters"))
+    headers = ("X-Request-Id", "X-Ignored-Parameters", "X-Stream-Id")
+    ok = _response("The answer.", endpoint.completed, headers)
     ok["content"]["text/event-stream"] = {"schema": event}
     return {
         "operationId": endpoint.operation_id + suffix,
         "summary": endpoint.summary,
         "tags": ["Generation"],
-        "parameters": [_parameter("RequestId"), _parameter("RequestTimeout")],
+        "parameters": [_parameter(name) for name in ("RequestId", "RequestTimeout", "Resumable")],
         "requestBody": {
             "required": True,
             "content": {
@@ -434,6 +471,24 @@ def _generating(endpoint: Generating, suffix: str) -> Json:
         },
         "responses": _responses({"200": ok}, _GENERATING),
         "security": _security(),
+    }
+
+
+def _resuming(suffix: str) -> Json:
+    headers = _headers(("X-Request-Id", "X-Stream-Id"))
+    event = {"description": "The events of the stream.", "type": "object"}
+    ok = {"description": "The rest of the stream.", "headers": headers}
+    ok["content"] = {"text/event-stream": {"schema": event}}
+    return {
+        "parameters": [_parameter("StreamId")],
+        "get": {
+            "operationId": "resumeStream" + suffix,
+            "summary": "Continue a resumable stream",
+            "tags": ["Generation"],
+            "parameters": [_parameter(name) for name in ("RequestId", "LastEventId", "StartingAfter")],
+            "responses": _responses({"200": ok}, _RESUMING),
+            "security": _security(),
+        },
     }
 
 

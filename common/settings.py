@@ -103,6 +103,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         int, _about("events buffered for a slow client; further ones are read from the journal", ge=16)
     ] = 1024
 
+    sse_ids: Annotated[
+        bool,
+        _about(
+            "number the frames of every stream (SSE id lines); false: only of resumable streams, for clients that fail on id lines"
+        ),
+    ] = True
+
     request_seconds: Annotated[
         float, _about("deadline of a request; the header X-Request-Timeout may shorten it", gt=0)
     ] = 1800.0

@@ -15,6 +15,9 @@ import msgspec
 import redis
 
 from api.generation.command_batch import CommandBatch, queue_unavailable
+from api.generation.events.choices import as_error
+from api.generation.events.followed_answer import FollowedAnswer
+from api.generation.events.relay import Relay
 from api.generation.job_queue import JobQueue, NewRecord
 from api.generation.request import AnswerRecord, Retention
 from api.generation.stored_answer import AnswerState, AnswerStatus, StoredAnswer
@@ -49,12 +52,18 @@ class AnswerStore:
     """
 
     def __init__(
-        self, settings: Settings, reads: CommandBatch, writes: CommandBatch, job_queue: JobQueue
+        self,
+        settings: Settings,
+        reads: CommandBatch,
+        writes: CommandBatch,
+        job_queue: JobQueue,
+        relay: Relay,
     ) -> None:
         self._settings = settings
         self._reads = reads
         self._writes = writes
         self._job_queue = job_queue
+        self._relay = relay
 
     async def new_record(
         self, jobs: list[GenerationJob], options: Retention, owner: str, num_answer_tokens: int
@@ -157,6 +166,10 @@ class AnswerStore:
         self.cancel_jobs(answer)
         await self._write([retention.delete(answer.id, answer.record.job_ids)])
 
+    def follow(self, answer: StoredAnswer) -> FollowedAnswer:
+        """As `AnswerLookup.follow`."""
+        return FollowedAnswer(answer, self._relay)
+
     async def _read(self, commands: list[tuple[Any, ...]]) -> list[Any]:
         return await _guarded(self._reads, commands)
 
@@ -239,18 +252,6 @@ def _status(
         )
     has_begun = any(choices) or b"started" in statuses
     return ("in_progress" if has_begun else "queued"), None  # 5
-
-
-def as_error(failed: Failed) -> RequestError:
-    """The error that a terminal event reports."""
-    return RequestError(
-        failed.message,
-        status=failed.status,
-        type=failed.kind,
-        param=failed.param,
-        code=failed.code,
-        retry_after_seconds=failed.retry_after_seconds,
-    )
 
 
 def store_full() -> RequestError:

@@ -9,15 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import falcon
 import falcon.asgi
 
-from api.generation.active_request import ActiveRequest
-from api.generation.choices import ChoiceEvents
-from api.generation.front_end import AnswerEvent, Rendering
-from api.http import errors
+from api.generation.front_end import AnswerEvent, ChoiceEvents, Rendering
+from api.generation.stored_answer import EventSource
+from api.http import errors, sse
 from common.errors import RequestError
 from common.protocol import Failed
 from common.settings import Settings
@@ -25,7 +24,7 @@ from common.settings import Settings
 log = logging.getLogger(__name__)
 
 
-async def send_complete(resp: falcon.asgi.Response, request: ActiveRequest, rendering: Rendering) -> None:
+async def send_complete(resp: falcon.asgi.Response, request: EventSource, rendering: Rendering) -> None:
     """Answer with one JSON object.
 
     Raises:
@@ -39,23 +38,42 @@ async def send_complete(resp: falcon.asgi.Response, request: ActiveRequest, rend
 
 
 async def send_stream(
-    resp: falcon.asgi.Response, request: ActiveRequest, rendering: Rendering, settings: Settings
+    resp: falcon.asgi.Response,
+    request: EventSource,
+    rendering: Rendering,
+    settings: Settings,
+    *,
+    skip: int = 0,
+    with_ids: bool | None = None,
 ) -> None:
     """Answer with a stream, which falcon reads once this has returned.
 
+    Args:
+        skip: The number of frames that the client has already.
+        with_ids: Whether frames have ids; None: as the settings say.
+
     Raises:
-        RequestError: The request failed before its first event.
+        RequestError: The request failed before its first event, and the client has nothing of it.
     """
     first = await _first_events(request, settings.sse_header_seconds)
+    if request.is_done and not skip:
+        request.finished()
+    if with_ids is None:
+        with_ids = settings.sse_ids
+    number = sse.FrameNumbers(request.job_id, skip).number if with_ids else _unnumbered
     resp.status = falcon.HTTP_200
     resp.content_type = "text/event-stream; charset=utf-8"
     resp.set_header("cache-control", "no-cache")
     resp.set_header("x-accel-buffering", "no")
     # Not `resp.sse`: falcon 4.4 would watch for a disconnect with a task of its own, and serialize what is bytes already.
-    resp.stream = _frames(first, request, rendering, settings.sse_comment_seconds)
+    resp.stream = _frames(first, request, rendering, number, settings.sse_comment_seconds)
 
 
-async def _first_events(request: ActiveRequest, header_seconds: float) -> ChoiceEvents:
+def _unnumbered(frames: bytes) -> bytes:
+    return frames
+
+
+async def _first_events(request: EventSource, header_seconds: float) -> ChoiceEvents:
     """The first events; none if they do not come in time, when the headers have to go out."""
     try:
         async with asyncio.timeout(header_seconds):
@@ -63,29 +81,37 @@ async def _first_events(request: ActiveRequest, header_seconds: float) -> Choice
                 pass
     except TimeoutError:
         return []
-    if request.is_done:
-        request.finished()
     return taken
 
 
 async def _frames(
-    taken: ChoiceEvents, request: ActiveRequest, rendering: Rendering, keep_alive_seconds: float
+    taken: ChoiceEvents,
+    request: EventSource,
+    rendering: Rendering,
+    number: Callable[[bytes], bytes],
+    keep_alive_seconds: float,
 ) -> AsyncIterator[bytes]:
-    """The stream's bytes. A stream that fails ends with an error frame, it never just stops."""
+    """The stream's bytes. A stream that fails ends with an error frame, it never just stops.
+
+    What is part of the answer is numbered: everything but keep-alives, and errors of this process.
+    """
     try:
-        frames = rendering.opening() + _rendered(taken, rendering)
+        frames = number(rendering.opening() + _rendered(taken, rendering))
         yield frames or rendering.keep_alive()  # some bytes, since the headers go out with them
         sent_mono = time.monotonic()
         while not request.is_done:
-            frames = _rendered(await request.take(), rendering)
+            frames = number(_rendered(await request.take(), rendering))
             if not frames and time.monotonic() - sent_mono >= keep_alive_seconds:
                 frames = rendering.keep_alive()
             if frames:
                 yield frames
                 sent_mono = time.monotonic()
-        yield rendering.closing(request.finished())
+        if frames := number(rendering.closing(request.finished())):
+            yield frames
     except RequestError as error:
-        yield rendering.error(errors.masked_error(error))
+        frames = rendering.error(errors.masked_error(error))
+        if frames := frames if request.is_aborted else number(frames):
+            yield frames
     except Exception:
         log.exception("job %s: its stream failed", request.job_id)
         yield rendering.error(errors.internal())

@@ -11,18 +11,19 @@ import falcon.asgi
 import msgspec
 
 from api.generation import delivery, overload
-from api.generation.active_request import ActiveRequest
 from api.generation.answer_store import AnswerStore, store_full
+from api.generation.events.active_request import ActiveRequest
+from api.generation.events.relay import Relay
 from api.generation.front_end import FrontEnd
 from api.generation.job_queue import JobQueue, QueueFullError, StoreFullError
 from api.generation.model_directory import ModelDirectory
-from api.generation.relay import Relay
-from api.generation.request import GenerationRequest, answer_record, check_size
+from api.generation.request import GenerationRequest, Retention, answer_record, check_size
 from api.generation.served_model import ServedModel
 from api.generation.stored_answer import owner_of
 from api.http.body import parsed, read_json, report_ignored
 from api.http.disconnect import CLIENT, Client
-from api.http.headers import timeout_seconds
+from api.http.headers import is_resumable, timeout_seconds
+from common.errors import invalid
 from common.protocol import GenerationJob
 from common.settings import Settings
 
@@ -56,17 +57,21 @@ class Endpoint:
         report_ignored(req, resp, request.ignored, strict=services.settings.strict_parameters)
         if front_end.complete is not None:
             request = await front_end.complete(request, services.answers, owner_of(req))
+        request = _resumable(req, request, services.settings)
         model = await services.directory.resolve(request.model)
         await front_end.check(request, model)
         jobs, active = await self._begin(req, request, model, len(body))
         # From the record and nothing else, as another process would render it.
-        record = answer_record(jobs[0])
+        record, is_detached = answer_record(jobs[0]), jobs[0].is_detached
+        if is_detached:
+            resp.set_header("x-stream-id", jobs[0].job_id)
         if request.is_background and not request.stream and front_end.accepted is not None:
             resp.data = front_end.accepted(record)
             return
         rendering = front_end.rendering(record)
         if request.stream:
-            await delivery.send_stream(resp, active, rendering, services.settings)
+            with_ids = True if is_detached else None
+            await delivery.send_stream(resp, active, rendering, services.settings, with_ids=with_ids)
         else:
             await delivery.send_complete(resp, active, rendering)
 
@@ -83,7 +88,8 @@ class Endpoint:
                 store of answers is full, or Redis is unavailable.
         """
         services = self._services
-        seconds = timeout_seconds(req, services.settings.request_seconds)
+        is_detached = request.retention is not None and request.retention.is_detached
+        seconds: float | None = timeout_seconds(req, services.settings.request_seconds)
         check_size(request, num_bytes)
         if request.max_reasoning_tokens is None and services.settings.thinking_budget is not None:
             budget = services.settings.thinking_budget
@@ -99,6 +105,8 @@ class Endpoint:
         if request.retention is not None:
             num_tokens = overload.estimated_answer_tokens(request, model)
             record = await services.answers.new_record(jobs, request.retention, owner_of(req), num_tokens)
+        if is_detached and req.get_header("x-request-timeout") is None:
+            seconds = None
         active = ActiveRequest(jobs, request.best_of, services.relay, services.job_queue, seconds)
         client: Client = req.scope[CLIENT]
         client.on_end(active.release)
@@ -110,3 +118,25 @@ class Endpoint:
         except QueueFullError as full:
             raise overload.refusal(model, full.num_requests, is_tokens=full.is_tokens) from None
         return jobs, active
+
+
+def _resumable(req: falcon.asgi.Request, request: GenerationRequest, settings: Settings) -> GenerationRequest:
+    """The request as the header `X-Resumable` changes it.
+
+    Raises:
+        RequestError: 400, the header is wrong, or the request is not streamed.
+    """
+    if not is_resumable(req):
+        return request
+    retention = request.retention
+    if not request.stream and (retention is None or not retention.is_detached):
+        raise invalid(
+            "The header X-Resumable needs `stream: true`: without a stream there is no id by which the client could come back.",
+            "X-Resumable",
+        )
+    if retention is None:
+        retention = Retention(ttl_seconds=settings.resumable_ttl_seconds, is_detached=True)
+    else:
+        ttl_seconds = max(retention.ttl_seconds, settings.resumable_ttl_seconds)
+        retention = msgspec.structs.replace(retention, ttl_seconds=ttl_seconds, is_detached=True)
+    return msgspec.structs.replace(request, retention=retention)

@@ -12,12 +12,11 @@ from typing import Protocol
 
 from api.generation.request import AnswerRecord, GenerationRequest
 from api.generation.served_model import ServedModel
-from api.generation.stored_answer import AnswerLookup
+from api.generation.stored_answer import AnswerEvent, AnswerLookup, ChoiceEvents
 from common.errors import RequestError
-from common.protocol import Delta, Echo, Finished, Usage
+from common.protocol import Finished, Usage
 
-AnswerEvent = Echo | Delta | Finished
-"""What an answer is rendered from. `Started` is not among them: it is published only, so a journal lacks it."""
+__all__ = ["AnswerEvent", "ChoiceEvents", "FrontEnd", "Rendering", "total_usage"]
 
 
 class Rendering(Protocol):

@@ -13,7 +13,13 @@ import msgspec
 from api.generation.request import AnswerRecord, Retention
 from common import names
 from common.errors import RequestError
-from common.protocol import Event, Finished
+from common.protocol import Delta, Echo, Event, Failed, Finished, Started
+
+AnswerEvent = Started | Echo | Delta | Finished
+"""What an answer is rendered from. `Started` is among them only if the request asks for it in the journal (n is 1)."""
+
+ChoiceEvents = list[tuple[int, list[AnswerEvent | Failed]]]
+"""Events in order, by the index of their choice. An empty list of events: the choice's prefill has begun."""
 
 AnswerStatus = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 """`incomplete`: complete, but a choice was cut off by its maximum length."""
@@ -76,6 +82,35 @@ class AnswerState(msgspec.Struct, frozen=True, kw_only=True):
         return [choice[-1] for choice in self.choices if choice and isinstance(choice[-1], Finished)]
 
 
+class EventSource(Protocol):
+    """Where a response's events come from: a request of this process, or an answer that it follows."""
+
+    @property
+    def job_id(self) -> str:
+        """The first job's, which names the answer."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no more events follow."""
+
+    @property
+    def is_aborted(self) -> bool:
+        """Whether it failed in this process; its jobs may go on."""
+
+    async def take(self) -> ChoiceEvents:
+        """Wait for events; empty on a tick of the clock. Must not be called once `is_done`."""
+
+    def finished(self) -> list[Finished]:
+        """How the choices ended, once `is_done`.
+
+        Raises:
+            RequestError: The answer is incomplete: the request failed or was cancelled.
+        """
+
+    def release(self) -> None:
+        """Unsubscribe; called exactly once."""
+
+
 class AnswerLookup(Protocol):
     """The stored answers of all API processes. Each method raises a RequestError, 503, while Redis is unavailable."""
 
@@ -94,3 +129,6 @@ class AnswerLookup(Protocol):
 
     async def delete(self, answer: StoredAnswer) -> None:
         """Delete the answer and its journals; jobs that have not ended are cancelled."""
+
+    def follow(self, answer: StoredAnswer) -> EventSource:
+        """Its events from the journals' start, then live until its end if it is detached. Give `release` to `Client.on_end`."""

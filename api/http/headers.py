@@ -42,6 +42,20 @@ def timeout_seconds(req: falcon.asgi.Request, max_seconds: float) -> float:
     return seconds
 
 
+def is_resumable(req: falcon.asgi.Request) -> bool:
+    """Whether the stream can be resumed and goes on without its client: `x-resumable`, true or false.
+
+    Raises:
+        RequestError: 400, the header is something else.
+    """
+    given = req.get_header("x-resumable")
+    if given is None:
+        return False
+    if given.lower() not in ("true", "false"):
+        raise invalid(f"The header X-Resumable must be true or false, not '{given[:40]}'.", "X-Resumable")
+    return given.lower() == "true"
+
+
 class RequestIds:
     """Sets `x-request-id`, OpenAI's name, and `request-id`, Anthropic's: the client's own id if it is well-formed, otherwise a new one."""
 

@@ -30,8 +30,8 @@ LOCAL_ORIGINS = (
 """Pages of this machine and desktop apps, as Ollama allows them. `null` is not among them: every page can make a
 sandboxed frame of that origin."""
 
-EXPOSED_HEADERS = "x-request-id, request-id, x-ignored-parameters, x-should-retry, retry-after"
-ALLOWED_HEADERS = "authorization, x-api-key, anthropic-version, content-type, x-request-id, x-request-timeout"
+EXPOSED_HEADERS = "x-request-id, request-id, x-ignored-parameters, x-stream-id, x-should-retry, retry-after"
+ALLOWED_HEADERS = "authorization, x-api-key, anthropic-version, content-type, last-event-id, x-request-id, x-request-timeout, x-resumable"
 """By name: browsers do not accept `*` for authorization."""
 
 ALLOWED_METHODS = "GET, HEAD, POST, OPTIONS"

@@ -15,6 +15,9 @@ END = b"\n\n"
 DONE = DATA + b"[DONE]" + END
 """OpenAI's last frame of a stream."""
 
+ID = b"id: "
+"""What the id line of a frame begins with."""
+
 KEEP_ALIVE = b": keep-alive" + END
 """A comment, which clients skip."""
 
@@ -28,3 +31,30 @@ def frame(data: bytes, *, event: str | None = None) -> bytes:
     """
     name = b"" if event is None else b"event: " + event.encode() + b"\n"
     return name + DATA + data + END
+
+
+class FrameNumbers:
+    """Gives each frame of a stream an id, `<stream id>:<number>` from 0, by which a client can resume after it.
+
+    Args:
+        skip: So many frames are dropped: the client has them.
+    """
+
+    def __init__(self, stream_id: str, skip: int = 0) -> None:
+        self._start = ID + stream_id.encode() + b":"
+        self._skip = skip
+        self._next = 0
+
+    def number(self, frames: bytes) -> bytes:
+        """The next complete frames, with an id line before each."""
+        if not frames:
+            return frames
+        if self._next >= self._skip and frames.find(END) == len(frames) - len(END):  # one, the usual case
+            self._next += 1
+            return b"%b%d\n%b" % (self._start, self._next - 1, frames)
+        numbered = []
+        for each in frames.split(END)[:-1]:
+            if self._next >= self._skip:
+                numbered.append(b"%b%d\n%b%b" % (self._start, self._next, each, END))
+            self._next += 1
+        return b"".join(numbered)

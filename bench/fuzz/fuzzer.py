@@ -53,6 +53,7 @@ _REFUSED_WORDS = re.compile(
     r"|cannot both be true|asks to continue the last message"
 )
 _REFUSED_FIELDS = (
+    "X-Resumable",  # only for a stream
     "tools",
     "tool_choice",
     "parallel_tool_calls",
@@ -83,6 +84,10 @@ class Answer:
     status: int
     content_type: str
     data: bytes
+
+
+def _without_id(frame: bytes) -> bytes:
+    return frame.partition(b"\n")[2] if frame.startswith(b"id: ") else frame
 
 
 def is_beyond_description(error: dict[str, Any]) -> bool:
@@ -150,7 +155,7 @@ class Judge:
             _conforms(whole, _json(answer), answer)
             return
         _expect(answer.content_type.startswith("text/event-stream"), answer.content_type, answer)
-        frames = [f for f in answer.data.split(b"\n\n") if f and not f.startswith(b":")]
+        frames = [_without_id(f) for f in answer.data.split(b"\n\n") if f and not f.startswith(b":")]
         if body.type_name == "ResponsesBody":
             self._check_events(frames, answer)
             return

@@ -129,8 +129,9 @@ class Stream:
         self._body = events.pop()
         now, now_us = time.monotonic(), time.time_ns() // 1000
         for event in events:
-            if event.startswith(b"data: "):
-                self._take(event[6:], now, now_us)
+            start = event.find(b"data: ")  # perhaps after an id line
+            if start >= 0:
+                self._take(event[start + 6 :], now, now_us)
 
     def _read_transfer_chunks(self) -> None:
         raw, at, parts = self._raw, 0, [self._body]

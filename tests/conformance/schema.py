@@ -38,7 +38,7 @@ def complaints(path: str, content_type: str, body: bytes) -> list[str]:
 
 
 def _frames(body: bytes) -> list[Any]:
-    frames = [text[5:].strip() for text in body.decode().split("\n\n") if text.startswith("data:")]
+    frames = [text[5:].strip() for text in body.decode().split("\n") if text.startswith("data:")]
     found = [json.loads(frame) for frame in frames if frame != "[DONE]"]
     return [item for item in found if "error" not in item]
 

@@ -62,7 +62,7 @@ class Answer:
     @property
     def frames(self) -> list[str]:
         """The contents of a stream's `data:` lines."""
-        texts = self.body.decode(errors="replace").split("\n\n")
+        texts = self.body.decode(errors="replace").split("\n")
         return [text.removeprefix("data:").strip() for text in texts if text.startswith("data:")]
 
     @property

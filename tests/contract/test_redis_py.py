@@ -185,7 +185,7 @@ def test_errors_in_place_of_answers() -> None:
 
 
 def test_messages_of_a_subscription() -> None:
-    """The relay distinguishes messages by `type`, and pings a silent channel. Open api/generation/relay.py, `_listen_on`."""
+    """The relay distinguishes messages by `type`, and pings a silent channel. Open api/generation/events/relay.py, `_listen_on`."""
     answers = {
         "SUBSCRIBE": b">3\r\n$9\r\nsubscribe\r\n$1\r\nc\r\n:1\r\n>3\r\n$7\r\nmessage\r\n$1\r\nc\r\n$2\r\nhi\r\n",
         "PING": b"+PONG\r\n",

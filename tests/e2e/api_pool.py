@@ -71,7 +71,7 @@ class Response:
     @property
     def frames(self) -> list[Any]:
         """The frames of a stream."""
-        data = [frame for frame in self.body.decode().split("\n\n") if frame.startswith("data: ")]
+        data = [line for line in self.body.decode().splitlines() if line.startswith("data: ")]
         return ["[DONE]" if frame == "data: [DONE]" else json.loads(frame[6:]) for frame in data]
 
 

@@ -148,7 +148,7 @@ def test_curl(pool: Pool) -> None:
         body,
     ]
     output = subprocess.run(curl, capture_output=True, text=True, timeout=60, check=True).stdout
-    frames = [line.removeprefix("data: ") for line in output.split("\n\n") if line.startswith("data: ")]
+    frames = [line.removeprefix("data: ") for line in output.splitlines() if line.startswith("data: ")]
     assert frames[-1] == "[DONE]"
     deltas = [json.loads(frame)["choices"][0]["delta"].get("content", "") for frame in frames[:-1]]
     assert "".join(deltas) == ANSWER

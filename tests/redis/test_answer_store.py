@@ -12,6 +12,7 @@ import redis
 
 from api.generation.answer_store import AnswerStore
 from api.generation.command_batch import CommandBatch
+from api.generation.events.relay import Relay
 from api.generation.job_queue import JobQueue, QueueFullError, StoreFullError
 from api.generation.request import GenerationRequest, Retention
 from api.generation.served_model import ServedModel
@@ -98,7 +99,9 @@ def run(url: str, test: Callable[[Store], Awaitable[None]], **settings: Any) -> 
         config = Settings(redis_url=url, **settings)
         writes = CommandBatch(client, transaction=True)
         queue = JobQueue(config, writes)
-        answers = AnswerStore(config, CommandBatch(client, transaction=False), writes, queue)
+        reads = CommandBatch(client, transaction=False)
+        relay = Relay(client, reads, max_events=100, queue_seconds=60)
+        answers = AnswerStore(config, reads, writes, queue, relay)
         with connections.connect(url) as worker:
             try:
                 await test(Store(answers, queue, worker))

@@ -13,11 +13,11 @@ import pytest
 import redis
 import redis.asyncio
 
-from api.generation import relay as module
-from api.generation import subscription as subscription_module
 from api.generation.command_batch import CommandBatch
-from api.generation.relay import Relay
-from api.generation.subscription import Subscription
+from api.generation.events import relay as module
+from api.generation.events import subscription as subscription_module
+from api.generation.events.relay import Relay
+from api.generation.events.subscription import Subscription
 from common import connections, names
 from common.errors import StartupError
 from common.protocol import Delta, Event, Failed, Finished, Started, Usage, encode
@@ -94,7 +94,10 @@ def test_a_step_reaches_every_subscription(redis_url: str) -> None:
     """One message carries events of many jobs; those of unknown jobs are ignored."""
 
     async def test(side: Side) -> None:
-        mine, other = side.relay.subscribe(JOB), side.relay.subscribe("other")
+        mine, other = (
+            side.relay.subscribe(JOB, side.relay.channel),
+            side.relay.subscribe("other", side.relay.channel),
+        )
         message = [
             (JOB, Started(0, 5)),
             ("stranger", ALL[0]),
@@ -116,7 +119,7 @@ def test_losses_and_repetitions(redis_url: str) -> None:
 
     async def test(side: Side) -> None:
         chance = random.Random(5)  # noqa: S311 (a seed for repetition)
-        subscription = side.relay.subscribe(JOB)
+        subscription = side.relay.subscribe(JOB, side.relay.channel)
         taking = asyncio.create_task(take_all(subscription))
         for event in ALL:
             await side.write(event)
@@ -133,7 +136,7 @@ def test_a_dropped_connection(redis_url: str) -> None:
     """After CLIENT KILL the channel is subscribed again, and missed events are read from the journal."""
 
     async def test(side: Side) -> None:
-        subscription = side.relay.subscribe(JOB)
+        subscription = side.relay.subscribe(JOB, side.relay.channel)
         taking = asyncio.create_task(take_all(subscription))
         for event in ALL:
             if event.n % 10 == 5:
@@ -152,7 +155,7 @@ def test_an_end_that_is_published_while_the_connection_is_down(redis_url: str) -
     """It is read from the journal when the connection is back, without waiting for the status check."""
 
     async def test(side: Side) -> None:
-        subscription = side.relay.subscribe(JOB)
+        subscription = side.relay.subscribe(JOB, side.relay.channel)
         await side.kill_subscribed()
         for event in ALL:
             await side.write(event)
@@ -166,7 +169,7 @@ def test_a_half_open_connection(redis_url: str, monkeypatch: pytest.MonkeyPatch)
     """A socket that is silent but not closed is detected by a ping, and replaced."""
 
     async def test(side: Side) -> None:
-        subscription = side.relay.subscribe(JOB)
+        subscription = side.relay.subscribe(JOB, side.relay.channel)
         forwarding.stall()
         for event in ALL:
             await side.write(event)
@@ -225,7 +228,10 @@ def test_a_slow_client_costs_no_memory(redis_url: str) -> None:
     """No more than its buffer is held, and it receives all events."""
 
     async def test(side: Side) -> None:
-        slow, quick = side.relay.subscribe(JOB), side.relay.subscribe("quick")
+        slow, quick = (
+            side.relay.subscribe(JOB, side.relay.channel),
+            side.relay.subscribe("quick", side.relay.channel),
+        )
         for event in ALL:
             await side.write(event)
             await side.client.publish(side.relay.channel, encode([(JOB, event), ("quick", event)]))
@@ -258,7 +264,7 @@ def test_a_job_that_ends_without_a_published_event(
     """The status check ends its stream once, with a reason; later events are dropped."""
 
     async def test(side: Side) -> None:
-        subscription = side.relay.subscribe(JOB)
+        subscription = side.relay.subscribe(JOB, side.relay.channel)
         subscription.last_event_mono = asyncio.get_running_loop().time()
         await side.set_status(status)
         [failed] = await take_all(subscription)
@@ -277,7 +283,7 @@ def test_the_status_check_reads_the_journal_first(redis_url: str, status: str | 
     """The client gets the end that is in the journal, even if its message was lost."""
 
     async def test(side: Side) -> None:
-        subscription = side.relay.subscribe(JOB)
+        subscription = side.relay.subscribe(JOB, side.relay.channel)
         subscription.last_event_mono = asyncio.get_running_loop().time()
         for event in ALL:
             await side.write(event)
@@ -293,7 +299,7 @@ def test_a_silent_job_that_still_runs_continues(redis_url: str, status: str) -> 
     """Long waits and slow prompts are no errors; the handler wakes up meanwhile."""
 
     async def test(side: Side) -> None:
-        subscription = side.relay.subscribe(JOB)
+        subscription = side.relay.subscribe(JOB, side.relay.channel)
         subscription.last_event_mono = asyncio.get_running_loop().time()
         await side.set_status(status)
         for _ in range(20):
@@ -311,7 +317,7 @@ def test_a_message_that_cannot_be_decoded(redis_url: str) -> None:
     """It is logged and skipped, and the journals are read, in case it was one of ours."""
 
     async def test(side: Side) -> None:
-        subscription = side.relay.subscribe(JOB)
+        subscription = side.relay.subscribe(JOB, side.relay.channel)
         await side.write(ALL[0])
         await side.client.publish(side.relay.channel, b"\xff{")
         assert await take_some(subscription) == [ALL[0]]
@@ -331,7 +337,7 @@ def test_shutting_down_ends_every_stream(redis_url: str) -> None:
     """With an error, and marked as aborted, since the job itself has not ended."""
 
     async def test(side: Side) -> None:
-        subscription = side.relay.subscribe(JOB)
+        subscription = side.relay.subscribe(JOB, side.relay.channel)
         side.relay.end_all()
         [failed] = await take_all(subscription)
         assert isinstance(failed, Failed)
@@ -386,6 +392,8 @@ def test_a_server_that_refuses_the_password(
         finally:
             client.auth("right")
             client.config_set("requirepass", "")
-    [said] = [record.getMessage() for record in caplog.records if record.name == "api.generation.relay"]
+    [said] = [
+        record.getMessage() for record in caplog.records if record.name == "api.generation.events.relay"
+    ]
     assert sentence in said
     assert "away" not in said

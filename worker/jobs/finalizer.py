@@ -10,11 +10,12 @@ import logging
 import time
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, cast
 
 import redis
 from rq.exceptions import NoSuchJobError
 from rq.executions import Execution
+from rq.job import Job
 
 from common import retention
 from common.protocol import Failed, Finished
@@ -115,9 +116,9 @@ class Finalizer:
                 reason = job_end.terminal.message if isinstance(job_end.terminal, Failed) else ""
                 executions.fail(job, execution, reason, is_stopped=job_end.outcome is Outcome.STOPPED)
 
-    def _end_stored_answer(self, job_end: JobEnd, job: JsonJob) -> None:
+    def _end_stored_answer(self, job_end: JobEnd, job: Job) -> None:
         """Before RQ's bookkeeping: if this worker dies in between, another one does both again."""
-        request = job.request() if job_end.sequence is None else job_end.sequence.job
+        request = cast("JsonJob", job).request() if job_end.sequence is None else job_end.sequence.job
         if request.answer_id is not None and request.final_ttl_seconds is not None:
             command = retention.on_end(request.answer_id, request.job_id, request.final_ttl_seconds)
             self._executions.connection.execute_command(*command)

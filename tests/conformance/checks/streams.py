@@ -22,11 +22,12 @@ def request_id(server: Server) -> None:
 
 
 def frames(server: Server) -> None:
-    """Comments between frames are allowed (WHATWG, server-sent events)."""
+    """Comments between frames are allowed, and a line with an id in each (WHATWG, server-sent events)."""
     answer = _stream(server)
     require(answer.chunks, "there are no chunks")
     require(answer.body.endswith(b"\n\n"), "the last frame does not end in an empty line")
-    for frame in answer.body.removesuffix(b"\n\n").split(b"\n\n"):
+    for text in answer.body.removesuffix(b"\n\n").split(b"\n\n"):
+        frame = text.partition(b"\n")[2] if text.startswith(b"id: ") else text
         require(frame.startswith((b"data: ", b": ")) and b"\n" not in frame, f"a frame is {frame[:40]!r}")
 
 

@@ -31,7 +31,7 @@ def test_a_stream_on_the_wire(api: ApiPool) -> None:
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.headers["cache-control"] == "no-cache"
     assert answer.headers["x-accel-buffering"] == "no"
-    assert answer.body.endswith(b"\n\ndata: [DONE]\n\n")
+    assert answer.body.endswith(b"\ndata: [DONE]\n\n")
     assert answer.body.count(b"[DONE]") == 1
 
 

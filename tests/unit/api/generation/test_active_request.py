@@ -9,10 +9,10 @@ from typing import Any, cast
 
 import pytest
 
-from api.generation.active_request import ActiveRequest
+from api.generation.events.active_request import ActiveRequest
+from api.generation.events.relay import Relay
+from api.generation.events.subscription import Subscription
 from api.generation.job_queue import JobQueue
-from api.generation.relay import Relay
-from api.generation.subscription import Subscription
 from common.errors import RequestError
 from common.protocol import Delta, Event, Finished, GenerationJob, TextPrompt, Usage
 
@@ -25,7 +25,7 @@ class FakeRelay:
     def __init__(self) -> None:
         self.subscriptions: list[Subscription] = []
 
-    def subscribe(self, job_id: str) -> Subscription:
+    def subscribe(self, job_id: str, _channel: str) -> Subscription:
         self.subscriptions.append(Subscription(job_id, self._read_journal, 100))
         return self.subscriptions[-1]
 
@@ -117,7 +117,7 @@ def test_a_cancelled_job_ends_the_request(caplog: pytest.LogCaptureFixture) -> N
         active.release()
         assert queue.cancelled == ["a", "c"]
 
-    with caplog.at_level(logging.INFO, "api.generation.active_request"):
+    with caplog.at_level(logging.INFO, "api.generation.events.active_request"):
         run(test)
     (line,) = caplog.messages
     assert "failed (cancelled), status 503" in line

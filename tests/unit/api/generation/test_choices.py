@@ -5,10 +5,15 @@ from __future__ import annotations
 import asyncio
 from typing import Any, cast
 
-from api.generation.choices import Choices
-from api.generation.relay import Relay
-from api.generation.subscription import Subscription
-from common.protocol import Delta, Event, Failed, Finished, GenerationJob, Started, TextPrompt, Usage
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from api.generation.events.choices import Choices
+from api.generation.events.relay import Relay
+from api.generation.events.subscription import Subscription
+from common.protocol import Delta, Event, Failed, Finished, Started, Usage
 
 END = Finished(2, "stop", Usage(5, 1))
 
@@ -19,7 +24,7 @@ class FakeRelay:
     def __init__(self) -> None:
         self.subscriptions: list[Subscription] = []
 
-    def subscribe(self, job_id: str) -> Subscription:
+    def subscribe(self, job_id: str, _channel: str) -> Subscription:
         self.subscriptions.append(Subscription(job_id, self._read_journal, 100))
         return self.subscriptions[-1]
 
@@ -27,12 +32,10 @@ class FakeRelay:
         raise AssertionError("no event is missed in these tests")
 
 
-def choices_of(num_jobs: int) -> tuple[Choices, list[Subscription]]:
+def choices_of(num_jobs: int, *, in_order: bool = False) -> tuple[Choices, list[Subscription]]:
     relay = FakeRelay()
-    jobs = [
-        GenerationJob(job_id=f"{i}", model="m", channel="c", prompt=TextPrompt("")) for i in range(num_jobs)
-    ]
-    return Choices(jobs, cast("Relay", relay)), relay.subscriptions
+    ids = [f"{i}" for i in range(num_jobs)]
+    return Choices(ids, "c", cast("Relay", relay), in_order=in_order), relay.subscriptions
 
 
 async def take_all(choices: Choices) -> dict[int, list[Any]]:
@@ -86,5 +89,79 @@ def test_a_started_event_is_not_part_of_the_answer() -> None:
         only.offer(Delta(1, 7, "a"))
         only.offer(END)
         assert await choices.take() == [(0, [Delta(1, 7, "a"), END])]
+
+    asyncio.run(test())
+
+
+def test_a_started_event_of_the_journal_is_part_of_the_answer() -> None:
+    """Event 1 of a job that asks for it; it is no token."""
+
+    async def test() -> None:
+        choices, (only,) = choices_of(1)
+        only.offer(Started(1, 5))
+        only.offer(Delta(2, 7, "a"))
+        assert await choices.take() == [(0, [Started(1, 5), Delta(2, 7, "a")])]
+        assert (choices.prompt_tokens, choices.num_tokens) == ({0: 5}, 1)
+        only.offer(Finished(3, "stop", Usage(5, 1)))
+        await choices.take()
+        assert choices.num_tokens == 1
+
+    asyncio.run(test())
+
+
+async def take_in_order(choices: Choices) -> list[tuple[int, Any]]:
+    taken: list[tuple[int, Any]] = []
+    while not choices.is_done:
+        for index, events in await choices.take():
+            taken += [(index, event) for event in events]
+    return taken
+
+
+@pytest.mark.parametrize("last", [END, Finished(2, "cancelled", Usage(1, 1)), Failed(2, "no", 400)])
+@settings(deadline=None)
+@given(data=st.data())
+def test_the_order_of_resumable_choices(last: Any, data: st.DataObject) -> None:
+    """However events arrive, they come out in the same order, the first of each choice first; a failure ends it where it stands."""
+    journals: list[list[Any]] = [
+        [*(Delta(n, n, str(n)) for n in range(1, num + 1)), msgspec.structs.replace(end, n=num + 1)]
+        for num, end in zip((3, 1, 5), (END, last, END), strict=True)
+    ]
+    arrivals = data.draw(st.permutations([0] * 4 + [1] * 2 + [2] * 6))
+    is_collected = data.draw(st.lists(st.booleans(), min_size=12, max_size=12))
+
+    async def test() -> list[tuple[int, Any]]:
+        choices, subscriptions = choices_of(3, in_order=True)
+        reader = asyncio.create_task(take_in_order(choices))
+        for index, is_now in zip(arrivals, is_collected, strict=True):
+            subscriptions[index].offer(Started(0, 5))
+            position = sum(1 for each in seen if each == index)
+            seen.append(index)
+            subscriptions[index].offer(journals[index][position])
+            if is_now:
+                await asyncio.sleep(0)
+        return await asyncio.wait_for(reader, 5)
+
+    seen: list[int] = []
+    taken = [(index, event.n) for index, event in asyncio.run(test())]
+    expected = [(0, 1), (1, 1), (2, 1), (0, 2), (1, 2)]
+    if last is END:
+        expected += [(2, 2), (0, 3), (2, 3), (0, 4), (2, 4), (2, 5), (2, 6)]
+    assert taken == expected
+
+
+def test_an_abort_in_this_process() -> None:
+    """It is told apart from a failure of the job, which another process would see too."""
+
+    async def test() -> None:
+        choices, (first, second) = choices_of(2, in_order=True)
+        first.offer(Delta(1, 7, "a"))
+        choices.abort(Failed(0, "over"))
+        assert [index for index, _ in await take_in_order(choices)] == [0, 1]
+        assert choices.is_aborted
+        other, (only,) = choices_of(1)
+        only.offer(Failed(1, "no"))
+        await take_in_order(other)
+        assert not other.is_aborted
+        assert second.terminal is not None
 
     asyncio.run(test())

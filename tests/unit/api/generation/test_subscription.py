@@ -11,8 +11,8 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.generation import subscription as module
-from api.generation.subscription import Subscription
+from api.generation.events import subscription as module
+from api.generation.events.subscription import Subscription
 from common.protocol import Delta, Event, Failed, Finished, Started, Usage
 
 NUM_TOKENS = 10

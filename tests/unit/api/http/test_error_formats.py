@@ -17,9 +17,9 @@ from gunicorn.config import Config
 
 from api import app, keys
 from api.generation import delivery
-from api.generation.active_request import ActiveRequest
 from api.generation.front_end import AnswerEvent, FrontEnd
 from api.generation.request import GenerationRequest
+from api.generation.stored_answer import EventSource
 from api.http import sse
 from api.http.connection import Connection
 from api.http.errors import ErrorFormat, ErrorFormats
@@ -189,6 +189,7 @@ class FakeRequest:
     def __init__(self, *batches: list[Any]) -> None:
         self._batches = list(batches)
         self.job_id = "a"
+        self.is_aborted = False
 
     @property
     def is_done(self) -> bool:
@@ -206,14 +207,14 @@ def test_a_stream_fails_in_its_own_format() -> None:
 
     async def run() -> bytes:
         resp = falcon.asgi.Response()
-        request = cast("ActiveRequest", FakeRequest([], [Delta(1, 7, "a"), Failed(2, "no")]))
+        request = cast("EventSource", FakeRequest([], [Delta(1, 7, "a"), Failed(2, "no")]))
         await delivery.send_stream(resp, request, OtherRendering(record()), Settings())
         return b"".join([frame async for frame in cast("Any", resp.stream)])
 
     assert asyncio.run(run()) == (
         b"event: ping\ndata: {}\n\n"
-        b'event: text\ndata: "a"\n\n'
-        b'event: error\ndata: {"kind":400,"text":"No, sk-....","request":""}\n\n'
+        b'id: a:0\nevent: text\ndata: "a"\n\n'
+        b'id: a:1\nevent: error\ndata: {"kind":400,"text":"No, sk-....","request":""}\n\n'
     )
 
 
@@ -221,7 +222,7 @@ def test_a_request_that_fails_at_once() -> None:
     """It is an error with a status, not a stream."""
 
     async def run() -> None:
-        request = cast("ActiveRequest", FakeRequest([Failed(1, "no")]))
+        request = cast("EventSource", FakeRequest([Failed(1, "no")]))
         await delivery.send_stream(falcon.asgi.Response(), request, OtherRendering(record()), Settings())
 
     with pytest.raises(RequestError, match="No"):

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 import redis
 
-from common.protocol import Event, Failed, Finished, Started
+from common.protocol import Delta, Event, Failed, Finished, Started
 
 JournalReader = Callable[[str, int, int], Awaitable[list[Event]]]
 """(job id, first n, maximum number of events) to the journal's events from that n on."""
@@ -28,7 +28,11 @@ _LOST = Failed(0, "Part of the answer was lost.", code="answer_lost")
 class Subscription:
     """See the module.
 
+    Args:
+        channel: Where the relay receives the job's events.
+
     Attributes:
+        num_tokens: Tokens received, taken or not.
         terminal: The last event, once it is among those taken or waiting.
         is_aborted: Whether it came from this process and not from the job, which may still be queued or running.
         last_event_mono: The event loop's clock at the last event; infinite before the job is in the queue.
@@ -45,14 +49,18 @@ class Subscription:
         "_read_journal",
         "_verdict",
         "_waiter",
+        "channel",
         "is_aborted",
         "job_id",
         "last_event_mono",
+        "num_tokens",
         "terminal",
     )
 
-    def __init__(self, job_id: str, read_journal: JournalReader, max_events: int) -> None:
+    def __init__(self, job_id: str, read_journal: JournalReader, max_events: int, channel: str = "") -> None:
         self.job_id = job_id
+        self.channel = channel
+        self.num_tokens = 0
         self.last_event_mono = math.inf
         self.is_aborted = False
         self.terminal: Finished | Failed | None = None
@@ -66,11 +74,6 @@ class Subscription:
         self._is_started = False
         self._verdict: Failed | None = None
         self._waiter: asyncio.Future[None] | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens received, taken or not."""
-        return self._next_n - (1 if self.terminal is None or self.is_aborted else 2)
 
     @property
     def has_started(self) -> bool:
@@ -141,7 +144,9 @@ class Subscription:
     def _accept(self, event: Event) -> None:
         self._events.append(event)
         self._next_n += 1
-        if isinstance(event, Finished | Failed):
+        if isinstance(event, Delta):
+            self.num_tokens += 1
+        elif isinstance(event, Finished | Failed):
             self.terminal = event
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)

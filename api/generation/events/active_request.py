@@ -1,7 +1,7 @@
 """One accepted request from its subscription to its release.
 
 Made by the endpoint. It subscribes, submits, receives events, and releases everything in one place, `release`, however
-the request ends. `api.generation.delivery` turns its events into a response. Must not know HTTP or any protocol.
+the request ends; a detached request's jobs go on after that. `api.generation.delivery` turns its events into a response. Must not know HTTP or any protocol.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ import asyncio
 import logging
 import time
 
-from api.generation.choices import ChoiceEvents, Choices
 from api.generation.command_batch import queue_unavailable
-from api.generation.front_end import total_usage
+from api.generation.events.choices import Choices
+from api.generation.events.relay import Relay
+from api.generation.front_end import ChoiceEvents, total_usage
 from api.generation.job_queue import JobQueue, NewRecord, QueueFullError, StoreFullError
-from api.generation.relay import Relay
-from common.errors import RequestError
 from common.protocol import Delta, Failed, Finished, GenerationJob
 
 log = logging.getLogger(__name__)
@@ -27,7 +26,7 @@ class ActiveRequest:
     Args:
         jobs: In the order of the choices; at least one.
         best_of: How many of them belong to each prompt.
-        timeout_seconds: From now to the request's deadline.
+        timeout_seconds: From now to the request's deadline; None: it has none. The jobs of a detached request go on after it.
     """
 
     def __init__(
@@ -36,19 +35,25 @@ class ActiveRequest:
         best_of: int,
         relay: Relay,
         job_queue: JobQueue,
-        timeout_seconds: float,
+        timeout_seconds: float | None,
     ) -> None:
         self.job_id = jobs[0].job_id
+        self._jobs = jobs
+        self._is_detached = jobs[0].is_detached
         self._best_of = best_of
         self._relay = relay
         self._job_queue = job_queue
-        self._choices = Choices(jobs, relay)
+        self._choices = Choices(
+            [job.job_id for job in jobs], jobs[0].channel, relay, in_order=self._is_detached
+        )
         self._is_submitted = False
         self._is_queued = False
         self._cancelled_ids: set[str] = set()
-        self._deadline = asyncio.get_running_loop().call_later(
-            timeout_seconds, self._abort, _deadline_exceeded(timeout_seconds)
-        )
+        self._deadline: asyncio.TimerHandle | None = None
+        if timeout_seconds is not None:
+            self._deadline = asyncio.get_running_loop().call_later(
+                timeout_seconds, self._abort, _deadline_exceeded(timeout_seconds)
+            )
         self._began_mono = time.monotonic()
         self._first_token_mono: float | None = None
 
@@ -56,6 +61,11 @@ class ActiveRequest:
     def is_done(self) -> bool:
         """Whether no more events follow."""
         return self._choices.is_done
+
+    @property
+    def is_aborted(self) -> bool:
+        """Whether it failed in this process; its jobs may go on."""
+        return self._choices.is_aborted
 
     async def submit(self, num_bytes: int, record: NewRecord | None = None) -> None:
         """Put the jobs into their queue, all or none.
@@ -72,7 +82,7 @@ class ActiveRequest:
             raise queue_unavailable()
         self._is_submitted = True
         try:
-            await self._job_queue.submit(self._choices.jobs, num_bytes, record)
+            await self._job_queue.submit(self._jobs, num_bytes, record)
         except (QueueFullError, StoreFullError):
             self._is_submitted = False
             raise
@@ -96,21 +106,12 @@ class ActiveRequest:
         Raises:
             RequestError: The answer is incomplete: the request failed or was cancelled.
         """
-        failed = self._choices.failed
-        if failed is not None:
-            raise RequestError(
-                failed.message,
-                status=failed.status,
-                type=failed.kind,
-                param=failed.param,
-                code=failed.code,
-                retry_after_seconds=failed.retry_after_seconds,
-            )
-        return self._choices.finished
+        return self._choices.ends()
 
     def release(self) -> None:
         """Release everything; called exactly once, however the request has ended."""
-        self._deadline.cancel()
+        if self._deadline is not None:
+            self._deadline.cancel()
         self._cancel_unfinished()
         self._choices.release()
         self._log_end()
@@ -121,10 +122,17 @@ class ActiveRequest:
         self._cancel_unfinished()
 
     def _cancel_unfinished(self) -> None:
-        """Cancel the jobs that may still be queued or running; each once, unless it may have been queued since."""
+        """Cancel the jobs that may still be queued or running; each once, unless it may have been queued since.
+
+        Those of a detached request go on, unless one of them has failed, or the client does not know whether they are queued.
+        """
         if not self._is_submitted:
             return
-        for job in self._choices.unfinished():
+        has_failed = self._choices.failed is not None and not self._choices.is_aborted
+        if self._is_detached and self._is_queued and not has_failed:
+            return
+        for index in self._choices.unfinished():
+            job = self._jobs[index]
             if job.job_id not in self._cancelled_ids:
                 self._job_queue.cancel(job)
                 if self._is_queued:
@@ -137,6 +145,8 @@ class ActiveRequest:
         completion_tokens = choices.num_tokens
         prompt_tokens, cached = self._prompt_tokens(), ""
         outcome, status = ("client left", "499") if self._is_submitted else ("not queued", "429 or 503")
+        if self._is_detached and self._is_queued:
+            outcome = "client left, generation goes on"
         if choices.failed is not None:
             outcome = f"failed ({choices.failed.code or choices.failed.kind})"
             status = str(choices.failed.status)
@@ -157,9 +167,9 @@ class ActiveRequest:
             "job %s: model %s, key %s, %d choices, %s prompt tokens%s, %d completion tokens, first token after %s, "
             "%.3f s, %.1f tokens/s, %s, status %s",
             self.job_id,
-            choices.jobs[0].model,
-            choices.jobs[0].api_key_name or "-",
-            len(choices.jobs),
+            self._jobs[0].model,
+            self._jobs[0].api_key_name or "-",
+            len(self._jobs),
             prompt_tokens,
             cached,
             completion_tokens,
