@@ -89,6 +89,46 @@ def _last_result(stdout: str) -> str:
     return str((value[-1] if isinstance(value, list) else value)["result"])
 
 
+def _codex(url: str, model: str, task: str) -> Start:
+    config = f"""
+model = "{model}"
+model_provider = "pool"
+check_for_update_on_startup = false
+analytics = {{ enabled = false }}
+
+[model_providers.pool]
+name = "pool"
+base_url = "{url}/v1"
+env_key = "POOL_API_KEY"
+wire_api = "responses"
+"""
+    no_sandbox = "--dangerously-bypass-approvals-and-sandbox"
+    return Start(
+        ["codex", "exec", "--json", no_sandbox, task], {"POOL_API_KEY": KEY}, {".codex/config.toml": config}
+    )
+
+
+def _codex_report(stdout: str) -> str:
+    items = [event["item"] for event in _json_lines(stdout) if event["type"] == "item.completed"]
+    return str([item["text"] for item in items if item["type"] == "agent_message"][-1])
+
+
+def _claude(url: str, model: str, task: str) -> Start:
+    return Start(
+        ["claude", "--print", "--output-format", "json", "--allowedTools", "Bash,Read,Edit", "--", task],
+        {
+            "ANTHROPIC_BASE_URL": url,
+            "ANTHROPIC_API_KEY": KEY,
+            "ANTHROPIC_MODEL": model,
+            "ANTHROPIC_DEFAULT_HAIKU_MODEL": model,
+            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+            "DISABLE_AUTOUPDATER": "1",
+            "DISABLE_TELEMETRY": "1",
+            "DISABLE_ERROR_REPORTING": "1",
+        },
+    )
+
+
 def _json_lines(stdout: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
 
@@ -98,6 +138,8 @@ AGENTS = {
     for agent in (
         Agent("opencode", _opencode, _opencode_report),
         Agent("qwen", _qwen, _last_result),
+        Agent("codex", _codex, _codex_report),
+        Agent("claude", _claude, _last_result),
     )
 }
 

@@ -91,7 +91,9 @@ def read_record(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def run_task(agent: Agent, url: str, modules: Path, folder: Path) -> dict[str, Any]:
+def run_task(
+    agent: Agent, url: str, modules: Path, folder: Path, *, is_disturbed: bool = False
+) -> dict[str, Any]:
     """Let the agent do the task in a new repository; what came of it."""
     repository, home = folder / "repository", folder / "home"
     for each in (repository, home):
@@ -102,7 +104,7 @@ def run_task(agent: Agent, url: str, modules: Path, folder: Path) -> dict[str, A
     author = ["-c", "user.name=Test", "-c", "user.email=test@example.com"]
     for arguments in (["init", "--quiet"], ["add", "--all"], [*author, "commit", "--quiet", "-m", "Start"]):
         subprocess.run(["git", *arguments], cwd=repository, env=environ, check=True)
-    start = agent.start(url, MODEL, task.task(str(repository)))
+    start = agent.start(url, MODEL, task.task(str(repository), is_disturbed=is_disturbed))
     write_files(start, home)
     started_mono = time.monotonic()
     done = subprocess.run(
@@ -177,7 +179,7 @@ def run_session(agent: Agent, modules: Path, folder: Path) -> dict[str, Any]:
         thread = threading.Thread(target=killer.run)
         thread.start()
         try:
-            outcomes["killed"] = run_task(agent, pool.url, modules, folder / "killed")
+            outcomes["killed"] = run_task(agent, pool.url, modules, folder / "killed", is_disturbed=True)
         finally:
             killer.is_stopped.set()
             thread.join()

@@ -20,7 +20,7 @@ from mlx_lm.utils import load_tokenizer
 from common.errors import RequestError
 from common.protocol import GenerationJob
 from tests.clients.scripted.conversation import Conversation, Script, ScriptError, encode_answer
-from worker.loop.engine import InsertResult, ModelInfo, SequenceFailure, StepEvent, StepToken
+from worker.loop.engine import InsertResult, ModelInfo, PromptTokenizer, SequenceFailure, StepEvent, StepToken
 from worker.mlx.generation import Generation, GenerationBuilder
 from worker.sampling.grammar import num_words
 from worker.text import answer_format
@@ -97,6 +97,9 @@ class ScriptedEngine:
 
     def encode(self, job: GenerationJob) -> list[int]:
         return self._builder.encode(job)
+
+    def make_prompt_tokenizer(self) -> PromptTokenizer:
+        return self._builder.make_prompt_tokenizer()
 
     def insert(self, job: GenerationJob, prompt: list[int], replay: list[int]) -> InsertResult:
         room = self.info.context_length - len(prompt)

@@ -1,7 +1,7 @@
 """The script of a coding task: list the files, read one, edit it, run its test, report.
 
 The step follows from the results in the conversation alone. The script also checks the history that the agent sends back: every
-call exactly once and as it was made, every result with what the call must have produced. `SOURCE` and `TEST` are the files of
+call exactly once and as it was made, with the text before it, every result with what the call must have produced. `SOURCE` and `TEST` are the files of
 the repository; `check` says whether the task is done. Pure.
 """
 
@@ -22,7 +22,7 @@ TEST: Final = """from pathlib import Path
 
 from calc import add
 
-with Path("runs.log").open("a") as log:
+with Path(__file__).with_name("runs.log").open("a") as log:
     log.write("run\\n")
 assert add(2, 3) == 5, add(2, 3)
 print("PASSED with code", 7 * 6 * 1000 + add(2, 3))
@@ -32,16 +32,21 @@ REPORT: Final = "The function add now returns the sum. Its test printed: "
 NUM_STEPS: Final = 5
 
 _TASK = re.compile(r"The function add in the repository (\S+) is wrong")
+_DISTURBED: Final = " If the connection breaks, try again."
 _ABORTED: Final = "Tool execution aborted"
 """The result that OpenCode sends for a call whose stream broke; it keeps the fragment and asks again."""
 _TITLE: Final = "Fix the function add"
 
 
-def task(repository: str) -> str:
-    """The user's message."""
+def task(repository: str, *, is_disturbed: bool = False) -> str:
+    """The user's message.
+
+    Args:
+        is_disturbed: Connections will break: agents may then keep fragments of an answer, and ask again.
+    """
     return (
         f"The function add in the repository {repository} is wrong. List the files, read {SOURCE_NAME}, correct it, "
-        f"run {TEST_NAME} and report what it printed."
+        f"run {TEST_NAME} and report what it printed.{_DISTURBED if is_disturbed else ''}"
     )
 
 
@@ -56,9 +61,10 @@ def answer(conversation: Conversation) -> Answer:
         return _answer_side_request(conversation)
     steps = _steps(Toolbox(conversation.functions), found[1])
     made = conversation.calls
-    completed = [each for each in made if _ABORTED not in each.result]
+    is_disturbed = _DISTURBED in conversation.text_of("user")
+    completed = [each for each in made if not (is_disturbed and _ABORTED in each.result)]
     _check_calls(completed, steps)
-    _check_texts(conversation.text_of("assistant"), steps[: len(completed)], len(made) - len(completed))
+    _check_texts(conversation.text_of("assistant"), steps[: len(completed)], 2 if is_disturbed else 1)
     if len(completed) < len(steps):
         return steps[len(completed)]
     if PASSED not in completed[-1].result:
@@ -101,7 +107,7 @@ def _steps(tools: Toolbox, repository: str) -> list[Answer]:
         step(
             "test",
             "Now I run the test, which prints a code if the function returns the sum of its arguments.",
-            tools.run(f"cd {repository} && python3 {TEST_NAME}"),
+            tools.run(f"python3 {repository}/{TEST_NAME}"),
         ),
     ]
 
@@ -121,8 +127,8 @@ def _check_calls(made: list[MadeCall], steps: list[Answer]) -> None:
             raise ScriptError(f"the result of step {step.name!r} lacks {expected!r}: {each.result[:500]}")
 
 
-def _check_texts(said: str, steps: list[Answer], num_aborted: int) -> None:
-    """Raises: ScriptError: The text before a call is missing, or there too often: an aborted attempt may have left it."""
+def _check_texts(said: str, steps: list[Answer], max_times: int) -> None:
+    """Raises: ScriptError: The text before a call is missing, or there too often."""
     for step in steps:
-        if not 1 <= said.count(step.text) <= 1 + num_aborted:
+        if not 1 <= said.count(step.text) <= max_times:
             raise ScriptError(f"the text of step {step.name!r} came back {said.count(step.text)} times")

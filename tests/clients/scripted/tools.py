@@ -30,7 +30,12 @@ _READS: dict[str, Maker] = {
     "read_file": lambda path: {"file_path": path},  # Qwen Code
 }
 _EDITS: dict[str, Callable[[str, str, str], dict[str, Any]]] = {
-    "Edit": lambda path, old, new: {"file_path": path, "old_string": old, "new_string": new},  # Claude Code
+    "Edit": lambda path, old, new: {
+        "file_path": path,
+        "old_string": old,
+        "new_string": new,
+        "replace_all": False,
+    },  # Claude Code
     "edit": lambda path, old, new: {"filePath": path, "oldString": old, "newString": new},  # OpenCode
 }
 
