@@ -42,6 +42,7 @@ class Adaptation:
         splits_calls: Whether parallel calls become consecutive ones, each followed by its results.
         wraps_arguments: Whether arguments that are not a JSON object become the value of one.
         drops_reasoning: Whether the reasoning of messages with calls is left out.
+        answers_results: Whether an empty message of the assistant is put between results and a user message.
         orphans_as_text: Whether results without a call become user messages.
         calls_as_text: Whether all calls and results become text.
     """
@@ -54,6 +55,7 @@ class Adaptation:
     splits_calls: bool = False
     wraps_arguments: bool = False
     drops_reasoning: bool = False
+    answers_results: bool = False
     orphans_as_text: bool = False
     calls_as_text: bool = False
 
@@ -92,32 +94,63 @@ class Adaptation:
             messages = _split_calls(messages)
         if self.splits_content:
             messages = [part for m in messages for part in _split_content(m)]
+        if self.answers_results:
+            messages = _answer_results(messages)
         if style is ToolMessageStyle.STRINGS:
             messages = with_text_arguments(messages)
         return messages
 
 
-def candidates(*, has_calls: bool, always_as_text: bool) -> Iterator[Adaptation]:
-    """All adaptations that can make a difference, the smallest first.
+_CALL_CHANGES = (
+    "splits_content",
+    "splits_calls",
+    "wraps_arguments",
+    "drops_reasoning",
+    "answers_results",
+    "orphans_as_text",
+)
+
+
+def candidates(messages: Messages, style: ToolMessageStyle | None, *, as_text: bool) -> Iterator[Adaptation]:
+    """All adaptations of a conversation that can make a difference, the smallest first.
 
     Args:
-        has_calls: Whether the conversation has calls or results.
-        always_as_text: Whether they become text in any case.
+        style: How the template expects calls and results; None: it does not support them.
+        as_text: Whether calls and results become text in any case.
     """
     options = (False, True)
     calls: list[dict[str, Any]] = [{}]
-    if has_calls and always_as_text:
+    if any(m.get("tool_calls") or m["role"] == "tool" for m in messages):
         calls = [{"calls_as_text": True}]
-    elif has_calls:
-        names = ("splits_content", "splits_calls", "wraps_arguments", "drops_reasoning", "orphans_as_text")
-        calls = [dict(zip(names, values, strict=True)) for values in product(options, repeat=len(names))]
-        calls.sort(key=lambda flags: sum(flags.values()))
-        calls.append({"calls_as_text": True})
+        if style is not None and not as_text:
+            unchanged = Adaptation().apply(messages, style)
+            single: list[dict[str, Any]] = [{name: True} for name in _CALL_CHANGES]
+            names = [
+                name
+                for flags in single
+                for name in flags
+                if replace(Adaptation(), **flags).apply(messages, style) != unchanged
+            ]
+            changes = [
+                dict(zip(names, values, strict=True)) for values in product(options, repeat=len(names))
+            ]
+            calls = [*sorted(changes, key=lambda flags: sum(flags.values())), *calls]
     turns = list(product(SystemPlacement, options, options, options))
     # A change to calls is smaller than a change to turns; all calls as text is larger than any.
     ranked = [(rank + 2 * sum(turn), turn, flags) for rank, flags in enumerate(calls) for turn in turns]
     for _, turn, flags in sorted(ranked, key=lambda each: each[0]):
         yield replace(Adaptation(*turn), **flags)
+
+
+STRONGEST = (
+    Adaptation(
+        SystemPlacement.FIRST, drops_empty=True, merges_turns=True, supplies_user=True, calls_as_text=True
+    ),
+    Adaptation(
+        SystemPlacement.USER, drops_empty=True, merges_turns=True, supplies_user=True, calls_as_text=True
+    ),
+)
+"""With which hardly any template raises."""
 
 
 def _text(message: dict[str, Any]) -> str:
@@ -182,6 +215,15 @@ def _orphans_as_text(messages: Messages) -> Messages:
         is_orphan = message["role"] == "tool" and message.get("tool_call_id") not in called
         converted += tool_messages.render_as_text([message]) if is_orphan else [message]
     return converted
+
+
+def _answer_results(messages: Messages) -> Messages:
+    answered: Messages = []
+    for message in messages:
+        if message["role"] == "user" and answered and answered[-1]["role"] == "tool":
+            answered.append({"role": "assistant", "content": ""})
+        answered.append(message)
+    return answered
 
 
 def _without_reasoning(message: dict[str, Any]) -> dict[str, Any]:

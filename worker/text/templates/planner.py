@@ -6,13 +6,13 @@ The choice is made for a shape of conversation, by rendering its skeleton with o
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import chain, islice, pairwise
 from typing import NamedTuple
 
-from worker.text.templates.adaptations import Adaptation, candidates
+from worker.text.templates.adaptations import STRONGEST, Adaptation, candidates
 from worker.text.templates.shapes import Skeleton, make_skeleton, shape_of
 from worker.text.templates.support import Messages, ToolMessageStyle
 
@@ -20,6 +20,10 @@ log = logging.getLogger(__name__)
 
 _MAX_PLANS = 1024
 """Remembered; the least recently used one is forgotten."""
+
+_MAX_ADAPTED_MESSAGES = 20_000
+_MIN_ADAPTATIONS = 20
+"""Bounds on the search, for conversations of thousands of messages: then the strongest adaptations come next."""
 
 Render = Callable[[Messages], str]
 """Renders adapted messages; may raise any exception."""
@@ -77,8 +81,9 @@ class Planner:
     def adapted(self, messages: Messages, *, as_text: bool) -> Iterator[tuple[Adaptation, Messages]]:
         """All adaptations of a conversation that differ, the smallest first."""
         seen: list[Messages] = []
-        has_calls = any(m.get("tool_calls") or m["role"] == "tool" for m in messages)
-        for adaptation in candidates(has_calls=has_calls, always_as_text=as_text or self._style is None):
+        limit = max(_MIN_ADAPTATIONS, _MAX_ADAPTED_MESSAGES // (len(messages) or 1))
+        changes = candidates(messages, self._style, as_text=as_text)
+        for adaptation in chain(islice(changes, limit), STRONGEST):
             new = adaptation.apply(messages, self._style)
             if new not in seen:
                 seen.append(new)
@@ -113,6 +118,6 @@ def _measure(text: str, skeleton: Skeleton) -> _Loss:
         positions = [text.find(word) for word in words]
         found = [position for position in positions if position >= 0]
         lost += len(positions) - len(found)
-        out_of_order += sum(a > b for a, b in itertools.pairwise(found))
+        out_of_order += sum(a > b for a, b in pairwise(found))
         repeated += sum(text.count(word) > 1 for word in words)
     return _Loss(lost, out_of_order, repeated)

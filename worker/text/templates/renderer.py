@@ -106,9 +106,9 @@ class ChatRenderer:
         try:
             return self._render(self._planner.apply(adaptation, prepared.messages), prepared, tools)
         except Exception as error:
-            for messages, changed_tools in islice(self._attempts(prepared, tools), _MAX_ATTEMPTS):
+            for messages, changed, changed_tools in islice(self._attempts(prepared, tools), _MAX_ATTEMPTS):
                 try:
-                    return self._render(messages, prepared, changed_tools)
+                    return self._render(messages, changed, changed_tools)
                 except Exception:  # noqa: BLE001, S112 (the first error is reported)
                     continue
             raise _refusal(error) from error
@@ -132,11 +132,25 @@ class ChatRenderer:
         arguments = tuple(sorted((name, repr(value)) for name, value in prepared.arguments.items()))
         return prepared.in_template, prepared.continue_final, prepared.opens_turn, arguments
 
-    def _attempts(self, prepared: Conversation, tools: _Tools) -> Iterator[tuple[Messages, _Tools]]:
+    def _attempts(
+        self, prepared: Conversation, tools: _Tools
+    ) -> Iterator[tuple[Messages, Conversation, _Tools]]:
         """What to try if the template raises because of the texts, not of the conversation's shape."""
+        adapted = [
+            messages for _, messages in self._planner.adapted(prepared.messages, as_text=prepared.as_text)
+        ]
+        # DeepSeek V3.2 refuses a last message of the assistant without reasoning, unless reasoning is off.
+        names = (
+            ("enable_thinking", "thinking")
+            if isinstance(self._tokenizer.chat_template, str)
+            else ("enable_thinking",)
+        )
+        off = dict.fromkeys(names, False)
+        without_thinking = replace(prepared, arguments=prepared.arguments | off)
+        yield adapted[0], without_thinking, tools
         for changed_tools in [tools, normalize_tools(tools)] if prepared.in_template else [tools]:
-            for _, messages in self._planner.adapted(prepared.messages, as_text=prepared.as_text):
-                yield messages, changed_tools
+            for messages in adapted:
+                yield messages, prepared, changed_tools
 
     def _render(self, messages: Messages, prepared: Conversation, tools: _Tools) -> str:
         """Render adapted messages.

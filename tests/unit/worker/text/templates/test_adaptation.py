@@ -8,6 +8,7 @@ from typing import Any
 import hypothesis
 import pytest
 from hypothesis import strategies as st
+from mlx_lm.chat_templates import deepseek_v32
 
 from common.errors import RequestError
 from tests.unit.worker.text.templates.traits import (
@@ -239,3 +240,56 @@ def test_json_of_arguments_is_exact() -> None:
         [user("A."), assistant("", call(0, {"k": "ü"})), result(0, "R.")]
     )
     assert f"text: {json.dumps({'k': 'ü'}, ensure_ascii=False)}" in prompt
+
+
+def test_a_user_message_after_a_result() -> None:
+    """Some templates want the assistant to speak in between: an empty message does."""
+    prompt = MODELS["no user after a result"].prompt(
+        [user("A."), assistant("", call(0, {})), result(0, "R."), user("B.")]
+    )
+    assert "<|im_start|>tool\nR.<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n<|im_start|>user\nB." in prompt
+
+
+def test_a_template_that_is_a_function() -> None:
+    """DeepSeek V3.2's raises if the last message is an answer without reasoning; then reasoning is off. Arguments are JSON text."""
+    model = Model(
+        deepseek_v32.apply_chat_template,
+        ["<think>", "</think>", "<\uff5cUser\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"],
+    )
+    messages = [
+        system("S."),
+        user("U. <\uff5cUser\uff5c>"),
+        assistant("", call(0, {"k": "v"})),
+        result(0, "R."),
+        assistant("A."),
+    ]
+    ids = model.ids(messages)
+    prompt = model.tokenizer.decode(ids)
+    positions = [prompt.index(text) for text in ("S.", "U.", "lookup", ">v<", "R.", "</think>A.")]
+    assert positions == sorted(positions)
+    assert ids.count(model.tokenizer.convert_tokens_to_ids("<\uff5cUser\uff5c>")) == 1
+    assert model.prompt(messages, continue_final=True).endswith("</think>A.")
+    assert model.prompt([user("U.")]).endswith("<think>")
+
+
+def test_a_long_conversation_that_needs_all_changes() -> None:
+    """The search is bounded; then the strongest changes come, and nothing is lost."""
+    messages: list[dict[str, Any]] = []
+    for number in range(600):
+        kinds = [system, user, assistant]
+        messages.append(kinds[number * number % 7 % 3](f"text{number:03}."))
+        if number % 5 == 0:
+            messages += [assistant("", call(number, {"k": 1})), result(number, f"text{number:03}r.")]
+    renderings = 0
+    model = Model(TRAITS["alternates, nothing else"])
+    apply = model.tokenizer._tokenizer.apply_chat_template
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        nonlocal renderings
+        renderings += 1
+        return apply(*arguments, **options)
+
+    model.tokenizer._tokenizer.apply_chat_template = count
+    prompt = model.prompt(messages)
+    assert all(prompt.count(m["content"]) == 1 for m in messages if m["content"])
+    assert renderings < 100

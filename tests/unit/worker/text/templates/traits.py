@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -44,6 +45,9 @@ TRAITS = {
     "no system, raises": _guarded("m.role == 'system'"),
     "no system, lost": _silent("m.role == 'system'"),
     "alternates": _guarded("(m.role == 'user') != (loop.index0 % 2 == 0)"),
+    "alternates, nothing else": _guarded(
+        "m.role not in ('user', 'assistant') or (m.role == 'user') != (loop.index0 % 2 == 0)"
+    ),
     "user first": _guarded("loop.first and m.role not in ('user', 'system')"),
     "needs a user": "{% if 'user' not in messages | map(attribute='role') %}{{ raise_exception('no user') }}{% endif %}"
     + CHATML,
@@ -67,6 +71,7 @@ TRAITS = {
         "{% if c.id | length != 9 %}{{ raise_exception('id') }}{% endif %}{{ c.function.arguments",
     ),
     "no orphans": _guarded("m.role == 'tool' and (loop.first or loop.previtem.role in ('user', 'system'))"),
+    "no user after a result": _guarded("m.role == 'user' and not loop.first and loop.previtem.role == 'tool'"),
     "contents are parts": CHATML.replace("{{ m.content }}", "{{ m.content[0].text }}"),
     "trims": CHATML.replace("{{ m.content }}", "{{ m.content | trim }}"),
     "drops thoughts": CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}"),
@@ -87,15 +92,16 @@ TRAITS = {
 class Model:
     """A byte-level tokenizer with one of the templates, and its detected format."""
 
-    def __init__(self, template: str | None, markers: list[str] = MARKERS) -> None:
+    def __init__(self, template: str | Callable[..., str] | None, markers: list[str] = MARKERS) -> None:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.add_special_tokens([AddedToken(marker, special=True) for marker in markers])
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=markers[-1])
-        fast.chat_template = template
-        self.tokenizer: Any = TokenizerWrapper(fast)
+        if not callable(template):
+            fast.chat_template = template
+        self.tokenizer: Any = TokenizerWrapper(fast, chat_template=template if callable(template) else None)
         self.format: ModelFormat = answer_format.detect_format(self.tokenizer)
 
     def ids(self, messages: list[dict[str, Any]], tools: Any = None, **options: Any) -> list[int]:
