@@ -16,6 +16,7 @@ class Tokenizer:
 
     bos_token_id: int | None = 1
     eos_token_id: int | None = 2
+    chat_template = "a template"
 
     def __init__(self, *, has_chat_template: bool = True, error: Exception | None = None) -> None:
         self.has_chat_template = has_chat_template
