@@ -13,6 +13,8 @@ from typing import Any
 import falcon.asgi
 import redis.asyncio
 
+from api.about import PATHS as ABOUT_PATHS
+from api.about import Root
 from api.anthropic.count_tokens import CountTokens
 from api.auth import key_file
 from api.auth.authentication import Authentication
@@ -29,8 +31,9 @@ from api.http.errors import ErrorHandlers
 from api.http.headers import ConnectionClose, RequestIds
 from api.http.hosts import HostCheck, Hosts
 from api.http.methods import UnknownMethods
-from api.http.open_paths import LIVE_PATH, READY_PATH, REPORT_PATH
+from api.http.open_paths import HEALTH_PATHS, LIVE_PATH, READY_PATH, REPORT_PATH
 from api.http.origins import CrossOrigin, Origins
+from api.http.paths import NormalizedPaths, NotFound
 from api.model_resources import Model, Models
 from api.openai.tokenize.resources import Detokenize, Tokenize
 from api.openapi import PATH as DESCRIPTION_PATH
@@ -42,6 +45,17 @@ from common.settings import Settings
 
 log = logging.getLogger(__name__)
 
+
+ENDPOINTS = (
+    *(f"POST /v1{path}" for path in FRONT_ENDS),
+    f"POST /v1{MESSAGES_PATH}/count_tokens",
+    "POST /v1/tokenize",
+    "POST /v1/detokenize",
+    "GET /v1/models",
+    f"GET {DESCRIPTION_PATH}",
+    *(f"GET {path}" for path in HEALTH_PATHS),
+)
+"""For clients that ask for another one."""
 
 FINAL_FRAMES_SECONDS = 0.1
 """Time for handlers to write the final frames of their streams at shutdown."""
@@ -98,6 +112,7 @@ def create_app(settings: Settings) -> App:
     services = Services(settings, directory, relay, job_queue, answers)
     tokenizing = TokenizeClient(client, reads)
     middleware: list[Any] = [
+        NormalizedPaths(),
         Lifespan(client, directory, relay, job_queue, tokenizing),
         RequestIds(),
         ConnectionClose(),
@@ -110,13 +125,15 @@ def create_app(settings: Settings) -> App:
         key_path = Path(settings.api_keys_file).expanduser()
         middleware += [CrossOrigin(origins), Authentication(key_file.opened(key_path))]
     app: falcon.asgi.App[Any, Any] = falcon.asgi.App(media_type=falcon.MEDIA_JSON, middleware=middleware)
-    ErrorHandlers(ERROR_FORMATS).install(app)
+    ErrorHandlers(ERROR_FORMATS, NotFound(ENDPOINTS)).install(app)
     health = Health(directory, relay)
     app.add_route(LIVE_PATH, health, suffix="live")
     app.add_route(READY_PATH, health, suffix="ready")
     app.add_route(REPORT_PATH, health)
     app.add_route(DESCRIPTION_PATH, Description(settings))
     streams = Streams(FRONT_ENDS.values(), answers, settings)
+    for path in ABOUT_PATHS:
+        app.add_route(path, Root(ENDPOINTS, DESCRIPTION_PATH))
     for prefix in ("/v1", ""):
         for path, front_end in FRONT_ENDS.items():
             app.add_route(prefix + path, Endpoint(front_end, services))

@@ -16,7 +16,7 @@ import falcon
 import falcon.asgi
 import msgspec
 
-from api import health
+from api import about, health
 from api.anthropic import description as anthropic
 from api.generation.request import VERSION
 from api.openai import models
@@ -60,6 +60,7 @@ _STATUSES: Mapping[int, str] = {
 _TOO_MANY_REQUESTS, _UNAVAILABLE, _NOT_ALLOWED = 429, 503, 405
 
 _ALWAYS = (400, 405, 414, 431, 500, 501)
+_OPEN = (403,)
 _LISTING = (401, 403, 503)
 _ONE_MODEL = (401, 403, 404, 503)
 _TOKENIZING = (401, 403, 404, 408, 413, 415, 503)
@@ -154,6 +155,7 @@ _OTHER_TYPES = (
     health.Alive,
     health.Unready,
     health.HealthReport,
+    about.About,
     ErrorBody,
 )
 
@@ -397,6 +399,10 @@ def _paths() -> Json:
         ("health", "What the process sees", report),
     ):
         paths[f"/{path}"] = _reading(path, summary, "Health", _responses(ok, ()), is_open=True)
+    for path in about.PATHS:
+        ok = {"200": _response("The name, the version and the endpoints.", about.About)}
+        name = "about" + path.replace("/", "").title()
+        paths[path] = _reading(name, "What answers here", "Description", _responses(ok, _OPEN), is_open=True)
     paths[PATH] = _reading("describe", "This description", "Description", _described(), is_open=True)
     return paths
 

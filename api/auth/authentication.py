@@ -1,7 +1,7 @@
 """Checks `Authorization: Bearer KEY` or `X-Api-Key: KEY` against the key file, before routing and before the body is read.
 
-falcon middleware, installed by `api.app` if there is a key file. Health checks, the API's description and preflights need
-no key. Independent of routes and protocols.
+falcon middleware, installed by `api.app` if there is a key file. Health checks, the API's description, its name at `/` and
+preflights need no key. Independent of routes and protocols.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from common.errors import RequestError
 
 log = logging.getLogger(__name__)
 
-_OPEN_PATHS = (*HEALTH_PATHS, "/openapi.json")
+_OPEN_PATHS = (*HEALTH_PATHS, "/openapi.json", "/", "/v1")
 
 
 class Authentication:

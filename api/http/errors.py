@@ -15,6 +15,7 @@ from typing import Any
 import falcon
 import falcon.asgi
 
+from api.http.paths import NotFound
 from common.errors import RequestError
 from common.masking import masked
 
@@ -110,10 +111,12 @@ class ErrorHandlers:
 
     Args:
         formats: For the bodies.
+        not_found: For the messages of 404s.
     """
 
-    def __init__(self, formats: ErrorFormats) -> None:
+    def __init__(self, formats: ErrorFormats, not_found: NotFound) -> None:
         self._formats = formats
+        self._not_found = not_found
 
     def install(self, app: falcon.asgi.App[Any, Any]) -> None:
         """Handle everything that `app` raises."""
@@ -149,7 +152,7 @@ class ErrorHandlers:
         """Errors that falcon itself raises: an unknown path, a method that the path does not have."""
         status = error.status_code
         if isinstance(error, falcon.HTTPNotFound):
-            message = f"Unknown request URL: {req.method} {req.path}."
+            message = self._not_found.message(req.method, req.path)
         elif isinstance(error, falcon.HTTPMethodNotAllowed):
             message = f"{req.method} is not allowed for {req.path}."
         else:

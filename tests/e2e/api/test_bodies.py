@@ -119,7 +119,7 @@ def test_expect_100_continue(api: ApiPool) -> None:
         (b'{"unknown":' + b"[" * 40_000 + b"]" * 40_000 + b"}", None),
         (chat_body(temperature="hot"), "temperature"),
         (chat_body(logit_bias={"1000": 1}), "logit_bias"),
-        (chat_body(store=True), "store"),
+        (chat_body(web_search_options={}), "web_search_options"),
     ],
     ids=["empty", "broken", "array", "bytes", "deep", "type", "vocabulary", "unsupported"],
 )

@@ -29,6 +29,65 @@ def test_chat_with_and_without_v1(api: ApiPool, path: str) -> None:
     assert (answer.status, answer.json["choices"][0]["message"]["content"]) == (200, "".join(WORDS))
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["//v1/chat/completions", "/v1/chat/completions/", "/v1/v1/chat/completions", "//chat//completions"],
+)
+def test_other_spellings_of_a_path(api: ApiPool, path: str) -> None:
+    """Clients join a base address and a path in many ways."""
+    assert api.ask("POST", path, chat_body(), content_type="application/json").status == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/"])
+def test_the_root_says_what_answers(api: ApiPool, path: str) -> None:
+    """For people, and for clients that look at a base address first."""
+    answer = api.ask("GET", path)
+    assert (answer.status, answer.json["name"]) == (200, "mlx-pool")
+    assert "POST /v1/chat/completions" in answer.json["endpoints"]
+    assert api.ask("HEAD", path).status == 200
+
+
+def test_a_404_says_what_is_served(api: ApiPool) -> None:
+    """In the format of the path's protocol."""
+    refused = api.ask("POST", "/v1/embeddings", b"{}", content_type="application/json")
+    assert refused.status == 404
+    assert "embeddings" in refused.error["message"]
+    assert "POST /v1/responses" in refused.error["message"]
+    anthropic = api.ask("POST", "/v1/messages/batches", b"{}", content_type="application/json")
+    assert (anthropic.status, anthropic.json["type"]) == (404, "error")
+    assert "batches" in anthropic.json["error"]["message"]
+
+
+def test_a_request_of_clients_of_local_servers(api: ApiPool) -> None:
+    """Fields of many servers at once: what is honoured reaches the worker, what is not is named, at every depth."""
+    messages = [
+        {"role": "user", "content": "hi", "cache_control": {"type": "ephemeral"}},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning": "hm",
+            "tool_calls": [{"function": {"name": "f"}}],
+        },
+        {"role": "tool", "content": []},
+    ]
+    answer = api.chat(
+        messages=messages,
+        tools=[{"name": "f", "input_schema": {"type": "object", "properties": None}}, {"type": "web_search"}],
+        tool_choice={"type": "auto"},
+        max_tokens=-1,
+        repeat_penalty=1.1,
+        ignore_eos=True,
+        thinking={"type": "enabled", "budget_tokens": 9},
+        store=True,
+        keep_alive="5m",
+    )
+    assert answer.status == 200
+    assert answer.headers["x-ignored-parameters"] == "keep_alive, messages[0].cache_control, store, tools[1]"
+    job = api.worker.jobs[-1]
+    assert (job.max_tokens, job.max_reasoning_tokens) == (None, 9)
+    assert (job.sampling.repetition_penalty, job.sampling.ignore_eos) == (1.1, True)
+
+
 @pytest.mark.parametrize("path", ["/v1/completions", "/completions"])
 def test_completions_with_and_without_v1(api: ApiPool, path: str) -> None:
     """`/v1` may be left out."""
@@ -66,7 +125,7 @@ def test_health(api: ApiPool) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/nothing", "/v1/chat", "/v2/models", "/v1/chat/completions/x", "/%ff"]
+    "path", ["/v2", "/v1/nothing", "/v1/chat", "/v2/models", "/v1/chat/completions/x", "/%ff"]
 )
 def test_an_unknown_path(api: ApiPool, path: str) -> None:
     """404 in OpenAI's error format."""
