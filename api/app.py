@@ -52,6 +52,7 @@ ENDPOINTS = (
     "POST /v1/tokenize",
     "POST /v1/detokenize",
     "GET /v1/models",
+    "GET /v1/streams/{id}",
     f"GET {DESCRIPTION_PATH}",
     *(f"GET {path}" for path in HEALTH_PATHS),
 )
@@ -131,9 +132,9 @@ def create_app(settings: Settings) -> App:
     app.add_route(READY_PATH, health, suffix="ready")
     app.add_route(REPORT_PATH, health)
     app.add_route(DESCRIPTION_PATH, Description(settings))
-    streams = Streams(FRONT_ENDS.values(), answers, settings)
     for path in ABOUT_PATHS:
         app.add_route(path, Root(ENDPOINTS, DESCRIPTION_PATH))
+    streams = Streams(FRONT_ENDS.values(), answers, settings)
     for prefix in ("/v1", ""):
         for path, front_end in FRONT_ENDS.items():
             app.add_route(prefix + path, Endpoint(front_end, services))
