@@ -18,7 +18,7 @@ from api.anthropic.messages.conversation import Message, conversation
 from api.anthropic.messages.rendering import MessageOptions
 from api.anthropic.messages.thinking import Effort, Thinking
 from api.anthropic.messages.tools import Tool, ToolChoice, tool_use
-from api.generation.request import GenerationRequest
+from api.generation.request import GenerationRequest, unset
 from api.http.json_body import BodyDecoder
 from common.errors import invalid
 from common.protocol import ChatPrompt, SamplingParams
@@ -140,7 +140,7 @@ def parse(body: bytes) -> GenerationRequest:
         stop=given.stop_sequences or [],
         top_logprobs=None,
         sampling=_sampling(given),
-        unset=frozenset(name for name in _SAMPLING_FIELDS if getattr(given, name) is None),
+        unset=unset(given),
         stream=bool(given.stream),
         ignored=[*unknown, *said.skipped, *skipped.paths],
         options=MessageOptions(max_tokens=given.max_tokens, thinking=thinking_field.display(given.thinking)),
