@@ -20,7 +20,7 @@ from api.http import connection
 from api.http.hosts import is_loopback
 from api.http.origins import Origins
 from api.protocols import ERROR_FORMATS
-from common import connections, garbage
+from common import connections, garbage, model_aliases
 from common import logging as common_logging
 from common.errors import StartupError
 from common.settings import PREFIX, Settings
@@ -42,11 +42,12 @@ def options(settings: Settings) -> dict[str, Any]:
     """gunicorn's settings.
 
     Raises:
-        StartupError: The API may not listen there, its key file cannot be read, or its origins or Redis URL are malformed.
+        StartupError: The API may not listen there, its key file cannot be read, or its origins, aliases or Redis URL are malformed.
     """
     check_host(settings)
     raise_open_files_limit()
     origins = Origins.from_settings(settings)
+    model_aliases.parse(settings.model_aliases)
     if settings.api_keys_file is not None:
         key_file.opened(Path(settings.api_keys_file).expanduser())  # inherited by all forked processes
     connections.connect(settings.redis_url).close()  # only parses the URL; no connection is made

@@ -52,10 +52,12 @@ class Sequence:
     is_echoed: bool = field(init=False)
     _stop_matcher: StopMatcher = field(init=False)
     _num_reasoning_tokens: int = field(init=False, default=0)
+    _min_tokens: int = field(init=False)
     _num_fed: int = field(init=False, default=0)  # tokens whose text was searched for stop strings
 
     def __post_init__(self) -> None:
         self.is_echoed = not self.job.echo
+        self._min_tokens = self.job.sampling.min_tokens
         self._stop_matcher = StopMatcher(self.job.stop)
         parser = self.insert_result.parser
         for text in self.insert_result.replayed_texts:
@@ -122,7 +124,7 @@ class Sequence:
         5. A token has log-probabilities only if its text is content, or may still become content.
         """
         text, pieces, is_stopped = self._apply_stop_strings(self._feed_parser(parser, token.text))
-        is_finished = parser.is_finished and self.num_tokens > self.job.sampling.min_tokens
+        is_finished = parser.is_finished and self.num_tokens > self._min_tokens
         reason: FinishReason | None = "stop" if is_stopped or is_finished else token.finish_reason
         if reason is not None and not is_stopped:
             rest, more, is_stopped = self._apply_stop_strings(parser.flush(is_cut=reason == "length"))
@@ -145,7 +147,7 @@ class Sequence:
 
     def _find_stop_string(self, text: str) -> tuple[str, bool]:
         """As `StopMatcher.feed`; as in vLLM, text of the first `min_tokens` tokens is not searched."""
-        if self._num_fed <= self.job.sampling.min_tokens:
+        if self._num_fed <= self._min_tokens:
             return text, False
         return self._stop_matcher.feed(text)
 

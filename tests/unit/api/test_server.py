@@ -97,3 +97,9 @@ def test_the_limit_of_open_files_is_raised(hard: int | None) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     wanted = OPEN_FILES if allowed == resource.RLIM_INFINITY else min(OPEN_FILES, allowed)
     assert done.stdout.split() == [str(wanted), str(allowed)]
+
+
+def test_malformed_aliases() -> None:
+    """The API does not start with aliases that it cannot read."""
+    with pytest.raises(StartupError, match="MLXPOOL_MODEL_ALIASES"):
+        options(Settings(model_aliases="claude"))
