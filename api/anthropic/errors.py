@@ -16,6 +16,10 @@ from common.errors import RequestError
 OVERLOADED = 529
 """Not in any RFC. Anthropic's clients try again after it, at the time that `retry-after` says."""
 
+THREAD_UNSUPPORTED = "thread_unsupported_request"
+"""A code for which Anthropic's SDKs (1.14 for Node, 2.14 for Python) look: their tool runners send each turn as part of a thread, and
+on this error send the complete conversation instead."""
+
 _QUEUE_FULL_CODE = "rate_limit_exceeded"
 _FIRST_SERVER_ERROR = 500
 
@@ -32,11 +36,19 @@ _TYPES = {
 """By status. The others are `invalid_request_error` below 500, and `api_error` from there."""
 
 
+class ErrorDetails(msgspec.Struct, frozen=True):
+    """For programs: the code, and the fields that it is about."""
+
+    error_code: str
+    unsupported: list[str]
+
+
 class ErrorObject(msgspec.Struct, frozen=True):
     """What is wrong; the message names the field, for which Anthropic's error has no key."""
 
     type: str
     message: str
+    details: ErrorDetails | msgspec.UnsetType = msgspec.UNSET
 
 
 class ErrorEvent(msgspec.Struct, frozen=True, tag_field="type", tag="error"):
@@ -74,4 +86,7 @@ def _object(error: RequestError) -> ErrorObject:
     message = error.message
     if error.param is not None and error.param not in message:
         message = f"{error.param}: {message}"
-    return ErrorObject(_TYPES.get(code, default), message)
+    details: ErrorDetails | msgspec.UnsetType = msgspec.UNSET
+    if error.code == THREAD_UNSUPPORTED and error.param is not None:
+        details = ErrorDetails(error.code, [error.param])
+    return ErrorObject(_TYPES.get(code, default), message, details)

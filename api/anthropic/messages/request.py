@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from api.anthropic.errors import THREAD_UNSUPPORTED
 from api.anthropic.messages import thinking as thinking_field
 from api.anthropic.messages.blocks import Block, Skipped
 from api.anthropic.messages.conversation import Message, conversation
@@ -157,9 +158,9 @@ def _check_state(given: PromptBody) -> None:
     Raises:
         RequestError: 400.
     """
-    for name in ("thread", "compaction"):
+    for name, code in (("thread", THREAD_UNSUPPORTED), ("compaction", None)):
         if getattr(given, name) is not None:
-            raise invalid(f"`{name}` is not supported: no conversations are stored here.", name)
+            raise invalid(f"`{name}` is not supported: no conversations are stored here.", name, code)
 
 
 def _format(given: PromptBody) -> JsonFormat | None:

@@ -48,6 +48,14 @@ def test_the_message_names_the_field() -> None:
     )
 
 
+def test_a_refused_thread_has_the_details_that_tool_runners_look_for() -> None:
+    """With them, Anthropic's SDKs send the complete conversation instead; no other error has details."""
+    error = json.loads(errors.error_body(invalid("No.", "thread", errors.THREAD_UNSUPPORTED), "req_1"))[
+        "error"
+    ]
+    assert error["details"] == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+
+
 def message(error: RequestError) -> str:
     return str(json.loads(errors.error_body(error, ""))["error"]["message"])
 

@@ -346,6 +346,7 @@ def test_what_is_ignored_is_named() -> None:
 def test_state_on_anthropic_servers() -> None:
     """What refers to it is refused: without it, the prompt would be another one."""
     assert refusal(thread={"type": "create"}).param == "thread"
+    assert refusal(thread={"type": "create"}).code == "thread_unsupported_request"
     assert refusal(compaction={"type": "summarize"}).param == "compaction"
 
 
