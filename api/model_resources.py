@@ -12,7 +12,7 @@ from api.protocols import ANTHROPIC_HEADER
 
 
 class Models:
-    """All models that can be used now."""
+    """All models that can be used now, and their aliases."""
 
     def __init__(self, models: ModelLookup) -> None:
         self._lookup = models
@@ -23,7 +23,8 @@ class Models:
             await self._openai.on_get(req, resp)
         else:
             named = [(model.id, model) for model in self._lookup.current()]
-            resp.data = msgspec.json.encode(anthropic_models.page(named, req.params))
+            page = anthropic_models.page([*named, *self._lookup.aliases], req.params)
+            resp.data = msgspec.json.encode(page)
         resp.append_header("vary", ANTHROPIC_HEADER)
 
     on_head = on_get
