@@ -23,8 +23,8 @@ MAX_TOOLS = 512
 MAX_LEVELS = 200
 """Of an input schema; those of a strict tool have `limits.MAX_LEVELS`."""
 
-_NAME = re.compile(r"[a-zA-Z0-9_.:-]{1,256}")
-"""Anthropic allows neither dots nor colons, and 128 characters; agents generate such names from those of servers."""
+_NAME = re.compile(r"[a-zA-Z0-9_.:/@-]{1,256}")
+"""Anthropic allows letters, digits, dashes and underscores, and 128 characters; agents generate such names from those of servers."""
 
 _NO_INPUT = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -127,7 +127,7 @@ def _functions(tools: list[Tool], skipped: Skipped) -> dict[str, dict[str, Any]]
                 continue
             tool = msgspec.structs.replace(given, **known)
         function = _function(tool, path, skipped)
-        if function["name"] in functions:
+        if functions.get(function["name"], function) != function:
             raise invalid(f"`tools` has two tools named `{function['name']}`.", f"{path}.name")
         functions[function["name"]] = function
     return functions
@@ -141,7 +141,7 @@ def _function(tool: Tool, path: str, skipped: Skipped) -> dict[str, Any]:
     """
     if tool.name is None or not _NAME.fullmatch(tool.name):
         raise invalid(
-            f"`{path}.name` must have 1 to 256 letters, digits, underscores, dashes, dots or colons.",
+            f"`{path}.name` must have 1 to 256 letters, digits or characters of `_-.:/@`.",
             f"{path}.name",
         )
     if tool.defer_loading:  # it is loaded now: nothing here could load it later

@@ -143,8 +143,9 @@ def test_wrong_tools(tool: Any, where: str) -> None:
 
 
 def test_names() -> None:
-    """Those of agents may be long and have dots; two tools cannot have the same."""
+    """Those of agents may be long and have dots; two different tools cannot have the same, but one may be there twice."""
     name = "mcp__server.example:8080__" + "x" * 100
     assert functions(request(tools=[F | {"name": name}]).tool_use)[0]["name"] == name
-    assert refusal(tools=[F, F]).param == "tools[1].name"
+    assert len(functions(request(tools=[F, F]).tool_use)) == 1
+    assert refusal(tools=[F, F | {"description": "Other."}]).param == "tools[1].name"
     assert refusal(tools=[F | {"name": f"f{i}"} for i in range(513)]).param == "tools"
