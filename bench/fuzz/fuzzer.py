@@ -92,6 +92,8 @@ def _without_id(frame: bytes) -> bytes:
 
 def is_beyond_description(error: dict[str, Any]) -> bool:
     """Whether a refusal is for something that JSON Schema cannot express, or that is documented as unsupported."""
+    if "code" not in error:  # Anthropic's; what is not of its described type has this message
+        return not str(error["message"]).startswith("Invalid value for")
     root = re.split(r"[.\[]", error["param"] or "")[0]
     is_known = error["code"] in _REFUSED_CODES or root in _REFUSED_FIELDS
     return is_known or _REFUSED_WORDS.search(error["message"]) is not None
