@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -16,7 +18,8 @@ import pytest
 from mlx import nn
 from mlx_lm.models import base, cache
 from mlx_lm.sample_utils import make_logits_processors
-from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_config
 
 from tests.contract.signatures import accepts, parameters
 from worker.models import model_folder
@@ -268,3 +271,34 @@ def test_attention_is_called_by_its_name(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", lambda *_, **options: seen.append(options))
     base.scaled_dot_product_attention("q", "k", "v", cache.KVCache(), scale=1.0, mask=None)
     assert seen == [{"scale": 1.0, "mask": None, "sinks": None}]
+
+
+class _Tokenizer(SimpleNamespace):
+    """As transformers', as far as the wrapper looks at it."""
+
+    def apply_chat_template(self) -> None:
+        raise NotImplementedError
+
+
+def test_a_tokenizers_wrapper_can_be_copied() -> None:
+    """The wrapper calls its `_tokenizer`: a copy with a tokenizer of its own serves another thread. Open worker/text/prompt_tokenizer.py."""
+    source = inspect.getsource(TokenizerWrapper.__init__)
+    assert "self._tokenizer = tokenizer" in source
+    inner = _Tokenizer(
+        chat_template=None,
+        eos_token_id=0,
+        get_vocab=lambda: {"a": 0},
+        encode=lambda *_, **__: [0],
+        decode=lambda *_, **__: "original",
+    )
+    wrapper = TokenizerWrapper(inner)
+    copied = copy.copy(wrapper)
+    copied._tokenizer = SimpleNamespace(decode=lambda *_, **__: "copy")
+    assert (wrapper.decode([0]), copied.decode([0])) == ("original", "copy")
+
+
+def test_ends_of_text_of_the_generation_config(tmp_path: Path) -> None:
+    """`load` takes them from the file that has a model's sampling defaults, which we read ourselves. Open common/sampling_defaults.py."""
+    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 3], "temperature": 0.5}')
+    assert load_config(tmp_path)["eos_token_id"] == [2, 3]
