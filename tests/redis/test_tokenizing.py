@@ -132,7 +132,7 @@ def _num_blocked(workers: Workers) -> int:
 
 
 def test_no_reply_is_a_503(workers: Workers) -> None:
-    """Without a worker the client gives up after the last attempt, and takes its request back."""
+    """Without a worker the last attempt ends in an error, and the request is deleted."""
     with pytest.raises(RequestError) as raised:
         ask(workers, lambda client: client.count(MODEL, TextPrompt("a")), (0.1, 0.1))
     assert (raised.value.status, raised.value.code) == (503, "tokenizing_timeout")
@@ -188,7 +188,7 @@ def test_expired_requests_are_skipped(workers: Workers) -> None:
     ],
 )
 def test_garbage_in_redis(workers: Workers, garbage: bytes) -> None:
-    """What is not a request is skipped, whoever wrote it, and the next one is answered."""
+    """What is not a request is skipped, and the next one is answered."""
     worker = workers.start()
     workers.client.set(names.tokenize_request("garbage"), garbage)
     workers.client.rpush(names.tokenize_queue("m"), "garbage")

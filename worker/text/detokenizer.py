@@ -101,7 +101,7 @@ class _DecodingDetokenizer:
 
     @property
     def is_inside_character(self) -> bool:
-        return False  # mlx-lm's detokenizers do not tell
+        return False  # mlx-lm's detokenizers do not expose it
 
     def add(self, token_id: int) -> str:
         self._streaming.add_token(token_id)
