@@ -46,16 +46,17 @@ def words(
 ) -> Iterator[Event | float]:
     """A short answer, cut off at max_tokens, with log-probabilities if requested."""
     texts = WORDS if texts is None else texts
-    yield Started(0, PROMPT_TOKENS, 2)
+    first = 1 if job.journals_started else 0
+    yield Started(first, PROMPT_TOKENS, 2)
     limit = min(len(texts), job.max_tokens or len(texts))
     for i, text in enumerate(texts[:limit]):
         own = TokenLogprob(i, -0.5, text.encode()) if job.top_logprobs is not None else None
         top = [TokenLogprob(i + j, -0.5 - j, text.encode() + b"x" * j) for j in range(job.top_logprobs or 0)]
-        yield Delta(i + 1, i, text, own, top)
+        yield Delta(first + i + 1, i, text, own, top)
         if pause:
             yield pause
     reason = "length" if limit < len(texts) else "stop"
-    yield Finished(limit + 1, reason, Usage(PROMPT_TOKENS, limit, 2))
+    yield Finished(first + limit + 1, reason, Usage(PROMPT_TOKENS, limit, 2))
 
 
 class FakeWorker:

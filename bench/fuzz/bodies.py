@@ -126,6 +126,12 @@ _SHARED: dict[str, st.SearchStrategy[Any]] = {
     "xtc_probability": st.floats(0, 1),
     "xtc_threshold": st.floats(0, 0.5),
     "user": _PLAIN,
+    "repeat_penalty": st.floats(0.1, 10),
+    "repeat_last_n": st.integers(-1, 100),
+    "ignore_eos": st.booleans(),
+    "min_tokens": st.integers(0, MAX_TOKENS),
+    "n_predict": st.integers(1, MAX_TOKENS),
+    "service_tier": st.sampled_from(["auto", "default", "flex"]),
 }
 _CHAT = st.builds(
     lambda fields, stream, logprobs: fields | stream | logprobs,
@@ -137,6 +143,8 @@ _CHAT = st.builds(
             "reasoning_effort": st.sampled_from(["none", "low", "high"]),
             "response_format": st.just({"type": "text"}),
             "chat_template_kwargs": st.just({"enable_thinking": False}),
+            "thinking": st.sampled_from([False, {"type": "disabled"}, {"type": "adaptive"}]),
+            "store": st.booleans(),
         },
     ),
     _STREAMS,

@@ -19,6 +19,8 @@ from mlx_lm.tokenizer_utils import (
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from api.openai.chat.template_arguments import RESERVED
+
 WORDS = ("<s>", "a", "b", "</s>", "[U]", "user")
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
@@ -212,3 +214,18 @@ def test_code_of_a_model_is_a_question(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(ValueError, match="trust_remote_code"):
         resolve_trust_remote_code(False, "m", has_local_code=False, has_remote_code=True)
+
+
+def test_template_arguments_are_not_options() -> None:
+    """A request can set no parameter of `apply_chat_template` by an argument of the template.
+
+    Open api/openai/chat/template_arguments.py.
+    """
+    for method in (PreTrainedTokenizerFast.apply_chat_template, TokenizerWrapper.apply_chat_template):
+        named = [
+            name
+            for name, parameter in inspect.signature(method).parameters.items()
+            if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        ]
+        assert "self" in named
+        assert set(named) <= RESERVED

@@ -30,6 +30,7 @@ RESERVED = frozenset(
         "return_assistant_tokens_mask",
         "return_dict",
         "return_tensors",
+        "sanitize_control_tokens",
         "self",
         "tokenize",
         "tokenizer_kwargs",

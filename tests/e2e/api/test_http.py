@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -86,6 +87,17 @@ def test_a_request_of_clients_of_local_servers(api: ApiPool) -> None:
     job = api.worker.jobs[-1]
     assert (job.max_tokens, job.max_reasoning_tokens) == (None, 9)
     assert (job.sampling.repetition_penalty, job.sampling.ignore_eos) == (1.1, True)
+
+
+def test_usage_in_each_chunk(api: ApiPool) -> None:
+    """`continuous_usage_stats`, which load generators ask for: one more completion token with each chunk."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    answer = api.chat(stream=True, stream_options=options)
+    frames = answer.body.decode().split("\n\n")
+    chunks = [json.loads(line[line.index("data: ") + 6 :]) for line in frames if "data: {" in line]
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks if chunk["usage"] is not None]
+    assert counts == [1, 2, 3, 4, 5, 6, 6, 6]
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks if chunk["usage"] is not None} == {7}
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/completions"])
