@@ -44,23 +44,23 @@ def shape_of(messages: Messages) -> Shape:
     """The shape of a conversation, with repetitions cut."""
     calls: dict[str, tuple[int, int]] = {}
     shape: list[MessageShape] = []
+    known: dict[MessageShape, MessageShape] = {}  # equal ones are the same object, which is faster to compare
     for index, message in enumerate(messages):
-        own = message.get("tool_calls") or []
+        content, own = message.get("content"), message.get("tool_calls") or ()
         for number, call in enumerate(own):
             calls[call.get("id") or ""] = (index, number)
         result_of = None
         if message["role"] == "tool" and (found := calls.get(message.get("tool_call_id") or "")):
             result_of = (index - found[0], found[1])
-        shape.append(
-            MessageShape(
-                message["role"],
-                bool((message.get("content") or "").strip()),
-                bool(message.get("reasoning_content")),
-                message.get("name") is not None,
-                tuple(_call_shape(call["function"]["arguments"]) for call in own),
-                result_of,
-            )
+        new = MessageShape(
+            message["role"],
+            bool(content and not content.isspace()),
+            bool(message.get("reasoning_content")),
+            message.get("name") is not None,
+            tuple([_call_shape(call["function"]["arguments"]) for call in own]),
+            result_of,
         )
+        shape.append(known.setdefault(new, new))
         _cut_repetition(shape)
     return tuple(shape)
 
@@ -72,7 +72,7 @@ def _call_shape(arguments: Any) -> CallShape:
 def _cut_repetition(shape: list[MessageShape]) -> None:
     """Remove the end of a list if it is there twice before already."""
     for period in range(1, min(_MAX_PERIOD, len(shape) // 3) + 1):
-        if shape[-1] == shape[-1 - period] and (
+        if shape[-1] is shape[-1 - period] and (
             shape[-period:] == shape[-2 * period : -period] == shape[-3 * period : -2 * period]
         ):
             del shape[-period:]
