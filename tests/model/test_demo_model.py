@@ -13,9 +13,11 @@ import mlx_lm
 import pytest
 
 from common.errors import StartupError
+from common.protocol import ChatPrompt, GenerationJob
 from common.settings import Settings
 from worker.mlx import model as mlx_model
 from worker.models import demo_model
+from worker.text import answer_format, prompts
 
 ROOT = Path(__file__).parents[2]
 
@@ -170,3 +172,15 @@ def test_an_engine_does_not_fork(demo_folder: Path) -> None:
     command = [sys.executable, "-c", LOAD_WITHOUT_FORKS, str(demo_folder)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_a_continued_message(demo: mlx_model.LoadedModel) -> None:
+    """The prompt of a message to be continued ends inside it, and the greedy answer completes the sentence."""
+    messages = [
+        {"role": "user", "content": "What is the capital of France?"},
+        {"role": "assistant", "content": "The capital of France"},
+    ]
+    job = GenerationJob(job_id="a", model="m", channel="c", prompt=ChatPrompt(messages, continue_final=True))
+    prompt = prompts.tokenize(job, demo.tokenizer, 8192, answer_format.detect_format(demo.tokenizer))
+    # mlx-lm drops a space at the beginning of an answer.
+    assert mlx_lm.generate(demo.model, demo.tokenizer, prompt, max_tokens=10) == "is Paris."
