@@ -35,10 +35,12 @@ from api.http.open_paths import HEALTH_PATHS, LIVE_PATH, READY_PATH, REPORT_PATH
 from api.http.origins import CrossOrigin, Origins
 from api.http.paths import NormalizedPaths, NotFound
 from api.model_resources import Model, Models
+from api.openai.responses.stored.input_tokens import InputTokens
+from api.openai.responses.stored.resources import InputItems, ResponseCancellation, StoredResponse
 from api.openai.tokenize.resources import Detokenize, Tokenize
 from api.openapi import PATH as DESCRIPTION_PATH
 from api.openapi import Description
-from api.protocols import ERROR_FORMATS, FRONT_ENDS, MESSAGES_PATH
+from api.protocols import ERROR_FORMATS, FRONT_ENDS, MESSAGES_PATH, RESPONSES_PATH
 from api.tokenizing.client import TokenizeClient
 from common import connections, model_aliases
 from common.settings import Settings
@@ -142,6 +144,11 @@ def create_app(settings: Settings) -> App:
         app.add_route(f"{prefix}/tokenize", Tokenize(directory, tokenizing, settings))
         app.add_route(f"{prefix}/detokenize", Detokenize(directory, tokenizing, settings))
         app.add_route(f"{prefix}{MESSAGES_PATH}/count_tokens", CountTokens(directory, tokenizing, settings))
+        responses = prefix + RESPONSES_PATH
+        app.add_route(f"{responses}/input_tokens", InputTokens(directory, tokenizing, answers, settings))
+        app.add_route(f"{responses}/{{response_id}}", StoredResponse(answers, settings))
+        app.add_route(f"{responses}/{{response_id}}/cancel", ResponseCancellation(answers))
+        app.add_route(f"{responses}/{{response_id}}/input_items", InputItems(answers))
         app.add_route(f"{prefix}/models", Models(directory))
         app.add_route(f"{prefix}/models/{{model_id:path}}", Model(directory))
     return with_disconnects(app)

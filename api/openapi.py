@@ -24,6 +24,7 @@ from api.openai.answer_types import ChatCompletion, ChatCompletionChunk, Complet
 from api.openai.chat import request as chat_request
 from api.openai.completions import request as completion_request
 from api.openai.errors import ErrorBody
+from api.openai.responses import description as responses
 from api.openai.responses import request as response_request
 from api.openai.responses.answer_types import ResponseEvent, ResponseObject
 from api.openai.tokenize import request as tokenize_request
@@ -44,9 +45,10 @@ _STATUSES: Mapping[int, str] = {
     400: "Something in the request is wrong or not supported; `param` names it.",
     401: "The API key is missing or invalid.",
     403: "A page of this origin may not call the API, or the API does not answer to this host name.",
-    404: "The model or the stream does not exist.",
+    404: "The model, the stream, or what else the request names does not exist.",
     405: "The path does not support the method; `Allow` lists those that it does.",
     408: "The request's body did not arrive in time.",
+    409: "The response that the request continues is still being generated.",
     413: "The request's body is too large.",
     414: "The request's URL is too long.",
     415: "The request's body is not declared as JSON, or is compressed.",
@@ -57,8 +59,9 @@ _STATUSES: Mapping[int, str] = {
     503: "The queue is unavailable or the store of answers full, or the model has no worker at the moment.",
     504: "The answer was not complete by the request's deadline.",
 }
-_TOO_MANY_REQUESTS, _UNAVAILABLE, _NOT_ALLOWED = 429, 503, 405
+_TOO_MANY_REQUESTS, _UNAVAILABLE, _NOT_ALLOWED, _CONFLICT = 429, 503, 405, 409
 
+_STORED = (401, 403, 404, 503)
 _ALWAYS = (400, 405, 414, 431, 500, 501)
 _OPEN = (403,)
 _LISTING = (401, 403, 503)
@@ -146,6 +149,7 @@ GENERATING = (
 )
 _TOKENIZE_BODIES = (tokenize_request.TokenizeTextBody, tokenize_request.TokenizeChatBody)
 _OTHER_TYPES = (
+    *responses.TYPES,
     *_TOKENIZE_BODIES,
     tokenize_request.DetokenizeBody,
     TokenizeResponse,
@@ -279,7 +283,7 @@ def _ref(kind: Any) -> Json:
 
 def _error(status: int) -> Json:
     names = ["X-Request-Id"]
-    if status in (_TOO_MANY_REQUESTS, _UNAVAILABLE):
+    if status in (_TOO_MANY_REQUESTS, _UNAVAILABLE, _CONFLICT):
         names.append("Retry-After")
     if status == _NOT_ALLOWED:
         names.append("Allow")
@@ -354,6 +358,7 @@ def _parameters(settings: Settings) -> Json:
             "schema": {"type": "string", "minLength": 1},
         },
         **anthropic.parameters(),
+        **responses.parameters(),
     }
 
 
@@ -370,6 +375,13 @@ def _paths() -> Json:
             "responses": _responses({}, _GENERATING),
         }
         paths |= anthropic.paths(prefix, suffix, common)
+        looking_up = {
+            "parameters": [_parameter("RequestId")],
+            "security": _security(),
+            "responses": _responses({}, _STORED),
+        }
+        counting = looking_up | {"responses": _responses({}, (*_TOKENIZING, _CONFLICT))}
+        paths |= responses.paths(prefix, suffix, looking_up, counting)
         paths[prefix + STREAM_PATH] = _resuming(suffix)
         listed = {"200": _response("The models that can be used now.", models.ModelList)}
         listed["200"]["links"] = {
@@ -475,7 +487,9 @@ def _generating(endpoint: Generating, suffix: str) -> Json:
                 _JSON: {"schema": _ref(endpoint.body), "examples": {"plain": {"value": endpoint.example}}}
             },
         },
-        "responses": _responses({"200": ok}, _GENERATING),
+        "responses": _responses(
+            {"200": ok}, (*_GENERATING, _CONFLICT) if endpoint.has_events else _GENERATING
+        ),
         "security": _security(),
     }
 

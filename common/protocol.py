@@ -61,6 +61,7 @@ class ChatPrompt(msgspec.Struct, frozen=True, tag="chat"):
         template_arguments: Further arguments of the template, such as ``enable_thinking``.
         continue_final: Whether the answer continues the last message, the assistant's, in place of a new turn.
         opens_turn: Whether the template opens the assistant's turn after the last message (``add_generation_prompt``).
+        truncate_to: A prompt of so many tokens or more loses its oldest messages; None: it is refused if it is too long.
     """
 
     messages: list[dict[str, Any]]
@@ -68,6 +69,7 @@ class ChatPrompt(msgspec.Struct, frozen=True, tag="chat"):
     template_arguments: dict[str, Any] = {}
     continue_final: bool = False
     opens_turn: bool = True
+    truncate_to: int | None = None
 
 
 class TextPrompt(msgspec.Struct, frozen=True, tag="text"):

@@ -65,6 +65,11 @@ class AnswerStore:
         self._job_queue = job_queue
         self._relay = relay
 
+    @property
+    def response_ttl_seconds(self) -> int:
+        """As `AnswerLookup.response_ttl_seconds`."""
+        return self._settings.response_ttl_seconds
+
     async def new_record(
         self, jobs: list[GenerationJob], options: Retention, owner: str, num_answer_tokens: int
     ) -> NewRecord:

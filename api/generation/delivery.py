@@ -45,18 +45,21 @@ async def send_stream(
     *,
     skip: int = 0,
     with_ids: bool | None = None,
+    is_new: bool = True,
 ) -> None:
     """Answer with a stream, which falcon reads once this has returned.
 
     Args:
         skip: The number of frames that the client has already.
         with_ids: Whether frames have ids; None: as the settings say.
+        is_new: Whether the answer is that of this request: if it fails before its first event, it has a status of its own. The
+            stream of an earlier request's answer ends with an error frame.
 
     Raises:
         RequestError: The request failed before its first event, and the client has nothing of it.
     """
     first = await _first_events(request, settings.sse_header_seconds)
-    if request.is_done and not skip:
+    if request.is_done and is_new and not skip:
         request.finished()
     if with_ids is None:
         with_ids = settings.sse_ids
@@ -66,7 +69,10 @@ async def send_stream(
     resp.set_header("cache-control", "no-cache")
     resp.set_header("x-accel-buffering", "no")
     # Not `resp.sse`: falcon 4.4 would watch for a disconnect with a task of its own, and serialize what is bytes already.
-    resp.stream = _frames(first, request, rendering, number, settings.sse_comment_seconds)
+    # An event that a client which comes back has already would confuse it; a comment does not.
+    first_bytes = sse.KEEP_ALIVE if skip else None
+    keep_alive_seconds = settings.sse_comment_seconds
+    resp.stream = _frames(first, request, rendering, number, keep_alive_seconds, first_bytes=first_bytes)
 
 
 def _unnumbered(frames: bytes) -> bytes:
@@ -90,6 +96,8 @@ async def _frames(
     rendering: Rendering,
     number: Callable[[bytes], bytes],
     keep_alive_seconds: float,
+    *,
+    first_bytes: bytes | None,
 ) -> AsyncIterator[bytes]:
     """The stream's bytes. A stream that fails ends with an error frame, it never just stops.
 
@@ -97,7 +105,9 @@ async def _frames(
     """
     try:
         frames = number(rendering.opening() + _rendered(taken, rendering))
-        yield frames or rendering.keep_alive()  # some bytes, since the headers go out with them
+        yield (
+            frames or first_bytes or rendering.keep_alive()
+        )  # some bytes, since the headers go out with them
         sent_mono = time.monotonic()
         while not request.is_done:
             frames = number(_rendered(await request.take(), rendering))

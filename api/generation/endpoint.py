@@ -54,13 +54,13 @@ class Endpoint:
         front_end, services = self._front_end, self._services
         body = await read_json(req, services.settings)
         request = await parsed(body, front_end.parse)
-        report_ignored(req, resp, request.ignored, strict=services.settings.strict_parameters)
         if front_end.complete is not None:
             request = await front_end.complete(request, services.answers, owner_of(req))
+        report_ignored(req, resp, request.ignored, strict=services.settings.strict_parameters)
         request = _resumable(req, request, services.settings)
         model = await services.directory.resolve(request.model)
         await front_end.check(request, model)
-        jobs, active = await self._begin(req, request, model, len(body))
+        jobs, active = await self._accept(req, request, model, len(body) + request.extra_bytes)
         # From the record and nothing else, as another process would render it.
         record, is_detached = answer_record(jobs[0]), jobs[0].is_detached
         if is_detached:
@@ -75,17 +75,34 @@ class Endpoint:
         else:
             await delivery.send_complete(resp, active, rendering)
 
+    async def _accept(
+        self, req: falcon.asgi.Request, request: GenerationRequest, model: ServedModel, num_bytes: int
+    ) -> tuple[list[GenerationJob], ActiveRequest]:
+        """As `_begin`; without storing the answer if the store is full and the client did not ask for it.
+
+        Raises:
+            RequestError: As `_begin`; 503, the store is full.
+        """
+        try:
+            return await self._begin(req, request, model, num_bytes)
+        except StoreFullError:
+            if request.retention is None or not request.retention.is_optional:
+                raise store_full() from None
+        request = msgspec.structs.replace(request, retention=None)
+        return await self._begin(req, request, model, num_bytes)
+
     async def _begin(
         self, req: falcon.asgi.Request, request: GenerationRequest, model: ServedModel, num_bytes: int
     ) -> tuple[list[GenerationJob], ActiveRequest]:
         """Subscribe, then submit.
 
         Args:
-            num_bytes: The size of the request's body.
+            num_bytes: The size of the request.
 
         Raises:
-            RequestError: 400, a header is wrong or the request is too large; 429, the queue is full; 503, the
-                store of answers is full, or Redis is unavailable.
+            StoreFullError: The store of answers is full; nothing was submitted.
+            RequestError: 400, a header is wrong or the request is too large; 429, the queue is full; 503, Redis is
+                unavailable.
         """
         services = self._services
         is_detached = request.retention is not None and request.retention.is_detached
@@ -113,8 +130,6 @@ class Endpoint:
         client.watch()
         try:
             await active.submit(num_bytes, record)
-        except StoreFullError:
-            raise store_full() from None
         except QueueFullError as full:
             raise overload.refusal(model, full.num_requests, is_tokens=full.is_tokens) from None
         return jobs, active
@@ -138,5 +153,7 @@ def _resumable(req: falcon.asgi.Request, request: GenerationRequest, settings: S
         retention = Retention(ttl_seconds=settings.resumable_ttl_seconds, is_detached=True)
     else:
         ttl_seconds = max(retention.ttl_seconds, settings.resumable_ttl_seconds)
-        retention = msgspec.structs.replace(retention, ttl_seconds=ttl_seconds, is_detached=True)
+        retention = msgspec.structs.replace(
+            retention, ttl_seconds=ttl_seconds, is_detached=True, is_optional=False
+        )
     return msgspec.structs.replace(request, retention=retention)

@@ -48,6 +48,7 @@ class AnswerRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
         best_of: Choices of each prompt that are generated.
         options: The front end's own.
         temperature: Of the jobs, and the next one; OpenAI's responses repeat them.
+        is_stored: Whether clients can look the answer up by its id (`Retention.details`).
     """
 
     front_end: str
@@ -61,6 +62,7 @@ class AnswerRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     options: dict[str, Any] = {}
     temperature: float = 1.0
     top_p: float = 1.0
+    is_stored: bool = False
 
 
 class Retention(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,12 +72,14 @@ class Retention(msgspec.Struct, frozen=True, kw_only=True):
         ttl_seconds: How long the answer is kept after its end.
         is_detached: Whether generation goes on without its client: the request has no deadline and is not cancelled when the
             client disconnects or the API process ends.
-        details: Data of the front end, returned unchanged by the store; JSON.
+        details: Data of the front end, returned unchanged by the store; JSON. None: the answer can be resumed, but not looked up.
+        is_optional: Whether the request is served without being stored if the store is full.
     """
 
     ttl_seconds: int
     is_detached: bool = False
     details: dict[str, Any] | None = None
+    is_optional: bool = False
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,6 +102,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         retention: How the answer outlives the request; None: it does not.
         is_background: Whether the response is sent as soon as the jobs are queued (`FrontEnd.accepted`); needs a detached
             `retention`. A stream is not affected.
+        is_truncated: Whether a chat that is too long for the model loses its oldest messages.
+        extra_bytes: The size of what is not in the request's body, such as a stored conversation that it continues.
     """
 
     model: str | None
@@ -120,6 +126,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     journals_started: bool = False
     retention: Retention | None = None
     is_background: bool = False
+    extra_bytes: int = 0
+    is_truncated: bool = False
 
     @property
     def num_jobs(self) -> int:
@@ -149,7 +157,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         submitted_at = time.time()
         prompts = [
             (prompt, names.new_job_id(num_tokens), choice)
-            for prompt, num_tokens in zip(self.prompts, estimated_tokens, strict=True)
+            for prompt, num_tokens in zip(_truncatable(self, model), estimated_tokens, strict=True)
             for choice in range(self.best_of)
         ]
         retention, answer_id = self.retention, prompts[0][1]
@@ -167,6 +175,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
             options={} if self.options is None else msgspec.to_builtins(self.options),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
+            is_stored=retention is not None and retention.details is not None,
         )
         return [
             GenerationJob(
@@ -208,6 +217,18 @@ def unset(body: object) -> frozenset[str]:
     if getattr(body, "top_p", None) == 0:  # greedy
         names.discard("temperature")
     return frozenset(names)
+
+
+def _truncatable(request: GenerationRequest, model: ServedModel) -> list[Prompt]:
+    """The request's prompts; chats say from which length on messages are dropped, if they are."""
+    if not request.is_truncated:
+        return request.prompts
+    return [
+        msgspec.structs.replace(prompt, truncate_to=model.context_length)
+        if isinstance(prompt, ChatPrompt)
+        else prompt
+        for prompt in request.prompts
+    ]
 
 
 def answer_record(first: GenerationJob) -> AnswerRecord:

@@ -114,6 +114,10 @@ class EventSource(Protocol):
 class AnswerLookup(Protocol):
     """The stored answers of all API processes. Each method raises a RequestError, 503, while Redis is unavailable."""
 
+    @property
+    def response_ttl_seconds(self) -> int:
+        """How long a response that a client stores is kept after its end."""
+
     async def load(self, answer_id: str, owner: str) -> StoredAnswer:
         """A stored answer.
 

@@ -86,8 +86,9 @@ class Client:
         return b"".join(chunks)
 
     def watch(self) -> None:
-        """Cancel the handler when the client disconnects; call this after the body was read."""
-        self._watcher = asyncio.create_task(self._watch())
+        """Cancel the handler when the client disconnects; call this after the body was read. May be called again."""
+        if self._watcher is None:
+            self._watcher = asyncio.create_task(self._watch())
 
     def on_end(self, callback: Callable[[], None]) -> None:
         """Call `callback` when the request has ended, however it ends."""

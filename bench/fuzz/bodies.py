@@ -213,7 +213,7 @@ _RESPONSE = st.builds(
             "top_logprobs": st.integers(0, 20),
             "truncation": st.sampled_from(["auto", "disabled"]),
             "metadata": st.dictionaries(_PLAIN, _PLAIN, max_size=2),
-            "store": st.just(False),
+            "store": st.booleans(),
         },
     ),
     st.sampled_from([{}, {"stream": False}, {"stream": True}]),

@@ -49,6 +49,7 @@ _REFUSED_WORDS = re.compile(
     r"|at most \d+ are allowed"
     r"|`echo` cannot be combined|With `suffix`|`best_of` (cannot|must)"
     r"|Only an assistant message"
+    r"|`background` needs a stored response"
     r"|set the format of the answer; set only one"
     r"|cannot both be true|asks to continue the last message"
 )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from common.errors import RequestError, invalid
 from common.protocol import ChatPrompt, GenerationJob, TextPrompt, TokenPrompt
-from worker.text import answer_format, fill_in_middle
+from worker.text import answer_format, fill_in_middle, truncation
 from worker.text.answer_format import CallFormat, ModelFormat
 from worker.text.templates import control_text
 from worker.text.templates.renderer import ChatRenderer, Conversation
@@ -59,6 +59,23 @@ def tokenize(
     Raises:
         RequestError: 400; the template refuses the messages, the model cannot serve this kind of prompt, or it is too long.
     """
+
+    def tokenize_whole(each: GenerationJob, max_tokens: int) -> list[int]:
+        return _tokenize_whole(each, tokenizer, min(max_tokens, context_length), model_format, max_chars)
+
+    if isinstance(job.prompt, ChatPrompt) and job.prompt.truncate_to is not None:
+        return truncation.tokenize_newest(job, job.prompt.truncate_to, tokenize_whole)
+    return tokenize_whole(job, context_length)
+
+
+def _tokenize_whole(
+    job: GenerationJob,
+    tokenizer: Any,
+    context_length: int,
+    model_format: ModelFormat | None,
+    max_chars: int | None,
+) -> list[int]:
+    """As `tokenize`, with nothing dropped."""
     limit = _TextLimit(context_length, max_chars)
     limit.check(job)
     match job.prompt:

@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict, deque
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
 
 from api.openai import request_fields as fields
+from api.openai.functions import call_arguments
 from common.errors import RequestError, invalid
-from common.schema import limits
-
-MAX_ARGUMENT_LEVELS = 200
-"""Of a call's arguments as an object; deeper ones stay text."""
 
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("thinking", "reasoning")
@@ -244,24 +240,8 @@ def _call(call: ToolCall, path: str, calls: _Calls) -> dict[str, Any]:
 
 
 def _call_of_function(call_id: str | None, call: FunctionCall, calls: _Calls) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": _arguments(call.arguments or "")}
+    function = {"name": call.name, "arguments": call_arguments(call.arguments or "")}
     return {"id": calls.add(call_id, call.name), "type": "function", "function": function}
-
-
-def _arguments(given: str | Mapping[str, Any]) -> Mapping[str, Any] | str:
-    """Arguments as an object, as templates expect them (mlx_lm.server 0.32 does the same); some models call a function without
-    parameters with an empty string. Text that is not a JSON object, such as that of a truncated call, is kept, as is one that is
-    nested too deeply: any answer can be sent back unchanged.
-    """
-    if not isinstance(given, str):
-        if limits.is_deeper(given, MAX_ARGUMENT_LEVELS):
-            return msgspec.json.encode(given).decode()
-        return given
-    try:
-        arguments = msgspec.json.decode(given, type=dict[str, Any]) if given.strip() else {}
-    except (msgspec.DecodeError, RecursionError):
-        return given
-    return given if limits.is_deeper(arguments, MAX_ARGUMENT_LEVELS) else arguments
 
 
 def _texts(content: str | list[ContentPart | str] | None, path: str) -> tuple[str, str]:

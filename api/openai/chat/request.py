@@ -20,6 +20,7 @@ from api.openai.chat import response_format
 from api.openai.chat import tools as tool_request
 from api.openai.chat.messages import Message
 from api.openai.chat.reasoning import ReasoningFields, reasoning_of
+from api.openai.functions import FunctionDefinition
 from common.errors import invalid
 from common.protocol import ChatPrompt
 
@@ -60,7 +61,7 @@ class ChatBody(ReasoningFields, frozen=True, kw_only=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     tools: list[tool_request.Tool] | None = None
     tool_choice: str | tool_request.ToolChoice | None = None
-    functions: list[tool_request.FunctionDefinition] | None = None
+    functions: list[FunctionDefinition] | None = None
     function_call: str | tool_request.NamedFunction | None = None
     modalities: list[str] | None = None
     audio: Any = None

@@ -8,36 +8,13 @@ https://platform.openai.com/docs/guides/function-calling
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
 import msgspec
 
-from api.http.json_body import full_match
+from api.openai.functions import MAX_TOOLS, FunctionDefinition, checked_function
 from common.errors import RequestError, invalid
 from common.protocol import ToolUse
-from common.schema import function_schema, limits
-
-MAX_TOOLS = 512
-"""OpenAI's limit is 128; agents with several MCP servers have more."""
-
-MAX_LEVELS = 200
-"""Of a function's parameters; those of a strict function have `limits.MAX_LEVELS`."""
-
-_NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
-"""Of a function without parameters, for templates and grammars."""
-
-FunctionName = Annotated[str, full_match(r"[a-zA-Z0-9_.:/@-]{1,128}")]
-"""OpenAI allows `[a-zA-Z0-9_-]{1,64}`; MCP clients send names such as `server.tool` and `server/tool`."""
-
-
-class FunctionDefinition(msgspec.Struct, frozen=True):
-    """`input_schema` is Anthropic's name of the parameters."""
-
-    name: FunctionName
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-    input_schema: dict[str, Any] | None = None
 
 
 class Tool(msgspec.Struct, frozen=True):
@@ -220,76 +197,10 @@ def _checked(functions: _Definitions, param: str) -> list[dict[str, Any]]:
         raise invalid(f"`{param}` has {len(functions)} functions; at most {MAX_TOOLS} are allowed.", param)
     by_name: dict[str, dict[str, Any]] = {}
     for path, function in functions:
-        plain = _plain(function, f"{path}.parameters")
+        plain = checked_function(function, path)
         if plain != by_name.setdefault(function.name, plain):
             raise invalid(f"`{param}` has two functions named `{function.name}`.", f"{path}.name")
-        if function.strict and (complaint := function_schema.refusal(plain)):
-            raise invalid(
-                f"`{path}.parameters` is not supported with `strict`: {complaint}", f"{path}.parameters"
-            )
     return [{"type": "function", "function": plain} for plain in by_name.values()]
-
-
-def _plain(function: FunctionDefinition, path: str) -> dict[str, Any]:
-    """A definition in the form that templates and grammars expect; missing parameters become an empty object's schema."""
-    given = function.parameters or function.input_schema or {}
-    if limits.is_deeper(given, MAX_LEVELS):
-        raise invalid(f"`{path}` has more than {MAX_LEVELS} levels.", path)
-    parameters = _without_nulls(given) or _NO_PARAMETERS
-    if parameters.get("type", "object") != "object":
-        raise invalid(f"`{path}` must be a schema of an object: its `type` must be `object`.", path)
-    if not isinstance(parameters.get("properties", {}), dict):
-        raise invalid(f"`{path}.properties` must be an object.", f"{path}.properties")
-    plain: dict[str, Any] = {"name": function.name}
-    if function.description is not None:
-        plain["description"] = function.description
-    plain["parameters"] = parameters
-    if function.strict is not None:
-        plain["strict"] = function.strict
-    return plain
-
-
-_KEYWORDS_NOT_NULL = frozenset(
-    (
-        "$defs",
-        "$schema",
-        "additionalProperties",
-        "anyOf",
-        "description",
-        "enum",
-        "items",
-        "properties",
-        "required",
-        "title",
-        "type",
-    )
-)
-"""Keywords of JSON Schema for which null is no value; serializers write it for what is absent."""
-
-
-def _without_nulls(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema without such keywords, at every level of properties, items and options. PHP's empty object, `[]`, is one for properties."""
-    cleaned: dict[str, Any] = {}
-    for key, value in schema.items():
-        if value is None and key in _KEYWORDS_NOT_NULL:
-            continue
-        if key in ("properties", "$defs", "definitions"):
-            cleaned[key] = _each_without_nulls(value)
-        elif key == "items" and isinstance(value, dict):
-            cleaned[key] = _without_nulls(value)
-        elif key in ("anyOf", "oneOf", "allOf") and isinstance(value, list):
-            cleaned[key] = [_without_nulls(each) if isinstance(each, dict) else each for each in value]
-        else:
-            cleaned[key] = value
-    return cleaned
-
-
-def _each_without_nulls(schemas: Any) -> Any:
-    if schemas == []:
-        return {}
-    if not isinstance(schemas, dict):
-        return schemas
-    return {name: _without_nulls(each) if isinstance(each, dict) else each for name, each in schemas.items()}
 
 
 def _normalized(given: str | ToolChoice | None) -> str | ToolChoice:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from api.generation.front_end import FrontEnd
-from api.generation.request import GenerationRequest
+from api.generation.request import AnswerRecord, GenerationRequest
 from api.generation.served_model import ServedModel
 from api.openai import request_fields
 from api.openai.chat import response_format
 from api.openai.responses import request as response_request
 from api.openai.responses import text_format
 from api.openai.responses.rendering import ResponseRendering
-from common.errors import RequestError
+from api.openai.responses.stored.completion import complete
+from api.openai.responses.stored.lookup import FRONT_END
 
 
 async def _check(request: GenerationRequest, model: ServedModel) -> None:
     request_fields.check_logit_bias(request.sampling, model)
-    try:
-        await response_format.check(request.grammar)
-    except RequestError as error:
-        raise text_format.unsupported(error.message.partition(": ")[2]) from None
+    await response_format.check(request.grammar, request.grammar_field or text_format.SCHEMA_FIELD)
 
 
-RESPONSES = FrontEnd("openai.responses", response_request.parse, _check, ResponseRendering)
+def _accepted(record: AnswerRecord) -> bytes:
+    """The body for a request with `background: true`."""
+    return ResponseRendering(record).unfinished_body("queued")
+
+
+RESPONSES = FrontEnd(
+    FRONT_END, response_request.parse, _check, ResponseRendering, complete=complete, accepted=_accepted
+)

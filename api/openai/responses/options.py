@@ -28,6 +28,11 @@ class ResponseOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     is_summarized: bool = False
     is_encoded: bool = False
 
+    @property
+    def is_background(self) -> bool:
+        """Whether the response is queued first, and generated without its client."""
+        return bool(self.echo.get("background"))
+
 
 DEFAULT_ECHO: dict[str, Any] = {
     "background": False,
@@ -43,7 +48,6 @@ DEFAULT_ECHO: dict[str, Any] = {
     "reasoning": {"effort": None, "summary": None},
     "safety_identifier": None,
     "service_tier": "default",
-    "store": False,
     "text": {"format": {"type": "text"}, "verbosity": "medium"},
     "tool_choice": "auto",
     "tools": [],

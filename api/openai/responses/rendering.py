@@ -31,7 +31,7 @@ class ResponseRendering:
     def __init__(self, record: AnswerRecord) -> None:
         options = msgspec.convert(record.options, ResponseOptions)
         self._head, self._tail = _constant_parts(record, options)
-        self._is_background = bool(options.echo.get("background"))
+        self._is_background = options.is_background
         self._has_begun = not self._is_background
         self._writer = EventWriter()
         self._output = Output(record.job_ids[0], options, self._writer)
@@ -71,6 +71,10 @@ class ResponseRendering:
     def body(self, finished: list[Finished]) -> bytes:
         [end] = finished
         return self._complete(end)
+
+    def output_items(self) -> list[dict[str, Any]]:
+        """The output that `add` collected."""
+        return self._output.items("incomplete")
 
     def unfinished_body(self, status: Literal["queued", "in_progress"]) -> bytes:
         """The response while it is not complete, with the output so far."""
@@ -123,7 +127,8 @@ def _constant_parts(record: AnswerRecord, options: ResponseOptions) -> tuple[byt
         "completed_at": None,
         "model": record.model,
     }
-    echo = DEFAULT_ECHO | {"temperature": record.temperature, "top_p": record.top_p} | options.echo
+    used = {"temperature": record.temperature, "top_p": record.top_p, "store": record.is_stored}
+    echo = DEFAULT_ECHO | used | options.echo
     return _encode(head)[:-1] + b",", b"," + _encode(echo)[1:]
 
 

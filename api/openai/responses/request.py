@@ -1,7 +1,8 @@
 """Parses the body of `POST /v1/responses` into a typed and checked value.
 
 https://platform.openai.com/docs/api-reference/responses/create. What has no effect here is named in the request's `ignored`; what
-would change the answer and is not supported is refused by name.
+would change the answer and is not supported is refused by name. A request that refers to stored responses is parsed in two steps:
+`api.openai.responses.stored.completion` looks these up in between.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ from msgspec import Meta
 from api.generation.request import GenerationRequest
 from api.http.json_body import BodyDecoder
 from api.openai import request_fields as fields
+from api.openai.chat.reasoning import Budget, ReasoningFields, ReasoningOptions, reasoning_of
 from api.openai.chat.request import Metadata
-from api.openai.chat.template_arguments import ReasoningEffort, template_arguments
+from api.openai.chat.template_arguments import ReasoningEffort
 from api.openai.responses import text_format
-from api.openai.responses.history.conversation import Conversation, Item, as_items
+from api.openai.responses.history.conversation import Conversation, Item, as_items, kind_of
 from api.openai.responses.options import ResponseOptions, changed
 from api.openai.responses.text_format import TextConfig
 from api.openai.responses.tools import ParsedTools, parse_tools
 from api.openai.responses.typed import Ignored, missing
 from common.errors import invalid
-from common.protocol import ChatPrompt
+from common.protocol import ChatPrompt, SamplingParams
 
 LOGPROBS, THOUGHTS = "message.output_text.logprobs", "reasoning.encrypted_content"
 """The values of `include` that have an effect."""
@@ -33,11 +35,13 @@ Summary = Literal["auto", "concise", "detailed"]
 
 
 class Reasoning(msgspec.Struct, frozen=True):
-    """The field `reasoning`; `generate_summary` is the old name of `summary`."""
+    """The field `reasoning`; `generate_summary` is the old name of `summary`. `max_tokens` and `enabled` are OpenRouter's."""
 
     effort: ReasoningEffort | None = None
     summary: Summary | None = None
     generate_summary: Summary | None = None
+    max_tokens: Budget | None = None
+    enabled: bool | None = None
 
 
 class ResponsesBody(fields.Body, frozen=True, kw_only=True):
@@ -91,7 +95,23 @@ MAX_TOKENS_FIELDS = ("max_output_tokens", "max_tokens", "n_predict")
 _decoder = BodyDecoder(ResponsesBody)
 
 
-def parse(body: bytes) -> GenerationRequest:
+class ResponseRequest(GenerationRequest, frozen=True, kw_only=True):
+    """A request with the parts that are needed to look up what it refers to, and to store its response.
+
+    Attributes:
+        given: The body.
+        items: Its input.
+        earlier: The conversation of the response that it continues; empty until it is looked up.
+        is_complete: Whether it refers to nothing that is still to be looked up; otherwise it has no prompt yet.
+    """
+
+    given: ResponsesBody
+    items: list[Item]
+    earlier: list[Item] = msgspec.field(default_factory=list)
+    is_complete: bool = True
+
+
+def parse(body: bytes) -> ResponseRequest:
     """Parse and check a request.
 
     Raises:
@@ -102,9 +122,39 @@ def parse(body: bytes) -> GenerationRequest:
     fields.check_neutral(given, NEUTRAL)
     fields.check_only_with(given, ONLY_WITH)
     fields.check_max_tokens(given, MAX_TOKENS_FIELDS)
-    ignored.names += fields.ineffective(given, INEFFECTIVE)
+    if given.background and given.store is False:
+        raise invalid("`background` needs a stored response: `store` must not be false.", "store")
     items = as_items(given.input, "input")
-    conversation = _conversation(given, items, ignored)
+    refers = [kind_of(item, f"input[{i}]") == "item_reference" for i, item in enumerate(items)]
+    if given.previous_response_id is None and not any(refers):
+        return build(given, items, ignored)
+    return ResponseRequest(
+        model=given.model,
+        prompts=[],
+        max_tokens=None,
+        stop=[],
+        top_logprobs=None,
+        sampling=SamplingParams(),
+        stream=bool(given.stream),
+        ignored=ignored.names,
+        given=given,
+        items=items,
+        is_complete=False,
+    )
+
+
+def build(
+    given: ResponsesBody, items: list[Item], ignored: Ignored, earlier: list[Item] | None = None
+) -> ResponseRequest:
+    """A request whose items are all known.
+
+    Args:
+        earlier: The conversation that it continues.
+
+    Raises:
+        RequestError: 400, in `param` what is wrong.
+    """
+    conversation = _conversation(given, items, earlier or [], ignored)
     tools = parse_tools(
         [(tool, f"tools[{i}]") for i, tool in enumerate(given.tools or [])] + conversation.extra_tools,
         given.tool_choice,
@@ -113,15 +163,16 @@ def parse(body: bytes) -> GenerationRequest:
     )
     _note_ignored(given, ignored)
     reasoning = given.reasoning or Reasoning()
+    options = ReasoningOptions(
+        effort=reasoning.effort, max_tokens=reasoning.max_tokens, enabled=reasoning.enabled
+    )
+    thoughts = reasoning_of(
+        ReasoningFields(reasoning=options, chat_template_kwargs=given.chat_template_kwargs)
+    )
     with_logprobs = LOGPROBS in (given.include or ()) or bool(given.top_logprobs)
-    return GenerationRequest(
+    return ResponseRequest(
         model=given.model,
-        prompts=[
-            ChatPrompt(
-                conversation.messages,
-                template_arguments=template_arguments(reasoning.effort, given.chat_template_kwargs),
-            )
-        ],
+        prompts=[ChatPrompt(conversation.messages, template_arguments=thoughts.template_arguments)],
         max_tokens=fields.max_tokens(given, MAX_TOKENS_FIELDS, ignored.names),
         stop=fields.stops(given),
         top_logprobs=(given.top_logprobs or 0) if with_logprobs else None,
@@ -131,14 +182,25 @@ def parse(body: bytes) -> GenerationRequest:
         ignored=ignored.names,
         options=_options(given, reasoning, tools, with_logprobs=with_logprobs),
         grammar=text_format.grammar_of(given.text.format if given.text else None),
+        grammar_field=text_format.SCHEMA_FIELD,
+        max_reasoning_tokens=thoughts.max_tokens,
         tool_use=tools.use,
+        is_background=bool(given.background),
+        is_truncated=given.truncation == "auto",
+        given=given,
+        items=items,
+        earlier=earlier or [],
     )
 
 
-def _conversation(given: ResponsesBody, items: list[Item], ignored: Ignored) -> Conversation:
+def _conversation(
+    given: ResponsesBody, items: list[Item], earlier: list[Item], ignored: Ignored
+) -> Conversation:
     conversation = Conversation(ignored)
-    if given.instructions:
+    if given.instructions:  # those of earlier responses are not inherited
         conversation.add_instructions(given.instructions)
+    for i, item in enumerate(earlier):
+        conversation.add(item, f"previous_response_id.input[{i}]")
     for i, item in enumerate(items):
         conversation.add(item, f"input[{i}]")
     if not conversation.messages:
@@ -150,6 +212,8 @@ def _conversation(given: ResponsesBody, items: list[Item], ignored: Ignored) -> 
 
 def _note_ignored(given: ResponsesBody, ignored: Ignored) -> None:
     """Name the values that have no effect here."""
+    for name in fields.ineffective(given, INEFFECTIVE):
+        ignored.add(name)
     for i, name in enumerate(given.include or ()):
         if name not in (LOGPROBS, THOUGHTS):
             ignored.add(f"include[{i}]")

@@ -13,7 +13,7 @@ import msgspec
 from common.errors import RequestError, invalid
 from common.schema import grammar, limits
 
-_SCHEMA = "text.format.schema"
+SCHEMA_FIELD = "text.format.schema"
 
 
 class TextFormat(msgspec.Struct, frozen=True):
@@ -44,7 +44,7 @@ def grammar_of(text_format: TextFormat | None) -> str | None:
     schema = text_format.schema
     if schema is None:
         if text_format.type == "json_schema":
-            raise invalid(f"`{_SCHEMA}` is missing; it must be a JSON Schema.", _SCHEMA)
+            raise invalid(f"`{SCHEMA_FIELD}` is missing; it must be a JSON Schema.", SCHEMA_FIELD)
         return grammar.for_json_object()
     if complaint := limits.size_refusal(schema):
         raise unsupported(complaint)
@@ -53,4 +53,4 @@ def grammar_of(text_format: TextFormat | None) -> str | None:
 
 def unsupported(complaint: str) -> RequestError:
     """A 400 for a schema that no grammar can express."""
-    return invalid(f"`{_SCHEMA}` is not supported: {complaint}", _SCHEMA)
+    return invalid(f"`{SCHEMA_FIELD}` is not supported: {complaint}", SCHEMA_FIELD)

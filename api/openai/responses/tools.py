@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from api.openai.chat.tools import MAX_TOOLS, FunctionDefinition, FunctionName
-from api.openai.chat.tools import _plain as plain_function
+from api.openai.functions import MAX_TOOLS, FunctionDefinition, FunctionName, checked_function
 from api.openai.responses.typed import Ignored, missing, typed
 from common.errors import RequestError, invalid
 from common.protocol import ToolUse
@@ -195,11 +194,7 @@ class _Offered:
         definition = FunctionDefinition(
             function.name, function.description, function.parameters, function.strict
         )
-        plain = plain_function(definition, f"{path}.parameters")
-        if function.strict and (complaint := function_schema.refusal(plain)):
-            raise invalid(
-                f"`{path}.parameters` is not supported with `strict`: {complaint}", f"{path}.parameters"
-            )
+        plain = checked_function(definition, path)
         self._put(
             plain, CalledTool(function.name, None if namespace is None else namespace.name), path, namespace
         )
@@ -218,14 +213,13 @@ class _Offered:
         self, plain: dict[str, Any], called: CalledTool, path: str, namespace: NamespaceTool | None
     ) -> None:
         name = plain["name"] = flat_name(called.namespace, called.name)
-        if name in self.functions:
-            raise invalid(f"`tools` has two functions named `{name}`.", f"{path}.name")
         if namespace is not None and namespace.description:
             own = plain.get("description")
             is_first = path.endswith(".tools[0]")  # repeated before each, it would cost many tokens
             if not own or is_first:
                 plain["description"] = f"{namespace.description}\n\n{own}" if own else namespace.description
-        self.functions[name] = plain
+        if self.functions.setdefault(name, plain) != plain:  # one that is given twice counts once
+            raise invalid(f"`tools` has two different functions named `{name}`.", f"{path}.name")
         if called != CalledTool(name):
             self.called[name] = called
 

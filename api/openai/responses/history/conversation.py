@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from api.openai.chat.messages import _arguments as arguments_of
+from api.openai.functions import call_arguments
 from api.openai.responses.history import builtin_items, contents
 from api.openai.responses.history.item_types import (
     CallOutputItem,
@@ -171,7 +171,7 @@ class Conversation:
         call_id = call_id or f"call_{len(self._called)}"
         self._called[call_id] = name
         turn = self._open_turn(is_free=lambda _last: True)
-        function = {"name": name, "arguments": arguments_of(arguments)}
+        function = {"name": name, "arguments": call_arguments(arguments)}
         turn.setdefault("tool_calls", []).append({"id": call_id, "type": "function", "function": function})
 
     def _add_output(self, item: Item, path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
@@ -66,6 +67,7 @@ def body(described: AnswerRecord, events: list[AnswerEvent]) -> Any:
     return made
 
 
+@functools.cache
 def described_as(name: str) -> Draft202012Validator:
     """A validator that refuses undescribed fields."""
     components = json.loads(msgspec.json.encode(openapi.document(Settings())))["components"]

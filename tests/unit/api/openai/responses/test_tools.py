@@ -199,7 +199,7 @@ def test_a_choice_in_a_namespace(choice: Any) -> None:
         ({"tools": [{}]}, "tools[0].type"),
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
-        ({"tools": [F, F]}, "tools[1].name"),
+        ({"tools": [F, F | {"description": "other"}]}, "tools[1].name"),
         (
             {"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function", "name": 5}]}]},
             "tools[0].tools[0].name",
