@@ -1,4 +1,4 @@
-"""A pool with the real demo model for all clients, and the results of each client's script.
+"""Pools for all clients, one with the real demo model and one with a scripted one, and the results of each client's script.
 
 A module's script runs once, as a process of its own in the clients' environment; each test looks at one of its cases.
 """
@@ -22,7 +22,7 @@ from tests.conftest import missing
 HERE = Path(__file__).parent
 PYTHON_SCRIPTS = HERE / "python"
 SCRIPT_SECONDS = 400
-CLIENTS_VARIABLES = ("OPENAI_", "LANGCHAIN_", "LANGSMITH_", "LITELLM_", "LLM_", "PYTHON")
+CLIENTS_VARIABLES = ("OPENAI_", "ANTHROPIC_", "LANGCHAIN_", "LANGSMITH_", "LITELLM_", "LLM_", "PYTHON")
 """Prefixes of environment variables that would change a client's defaults."""
 
 
@@ -57,6 +57,23 @@ def pool() -> Iterator[Pool]:
 
 
 @pytest.fixture(scope="session")
+def scripted_pool() -> Iterator[Pool]:
+    """Two API processes and one worker that serves `scripted`, which calls functions and follows schemas as a good model does."""
+    with Pool({"MLXPOOL_MODEL": "demo"}) as running:
+        running.start_worker(
+            ["tests.clients.scripted.worker", "--script", "assistant", "--name", "scripted"], "scripted"
+        )
+        running.start_api(num_processes=2)
+        yield running
+
+
+@pytest.fixture(scope="session")
+def sdk_python() -> Path:
+    """The Python of the environment with the newest SDKs."""
+    return environments.sdk_environment()
+
+
+@pytest.fixture(scope="session")
 def python() -> Path:
     """The Python of the clients' environment."""
     return environments.python_environment()
@@ -77,11 +94,20 @@ def node_scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_script(pool: Pool) -> RunScript:
-    """Runs a script against the pool."""
+    """Runs a script against the pool with the demo model."""
+    return _script_runner(pool, "demo")
 
+
+@pytest.fixture(scope="session")
+def run_scripted(scripted_pool: Pool) -> RunScript:
+    """Runs a script against the pool with the scripted model."""
+    return _script_runner(scripted_pool, "scripted")
+
+
+def _script_runner(pool: Pool, model: str) -> RunScript:
     def run(interpreter: Path | str, script: Path) -> Outcomes:
         done = subprocess.run(
-            [interpreter, script, f"{pool.url}/v1", "demo"],
+            [interpreter, script, f"{pool.url}/v1", model],
             env={k: v for k, v in os.environ.items() if not k.startswith(CLIENTS_VARIABLES)},
             capture_output=True,
             text=True,

@@ -1,4 +1,4 @@
-"""The clients' own environments, made on demand in the user's cache folder: for Python, for Node, and for the coding agents.
+"""The clients' own environments, made on demand in the user's cache folder: for Python, for Node, for coding agents.
 
 Each is kept under a hash of what it is made from, so that another version of the list makes another environment; what
 is no longer used may be deleted. Called by the fixtures; knows package managers, and nothing of the clients.
@@ -24,17 +24,29 @@ INSTALL_SECONDS = 900
 
 
 def python_environment() -> Path:
-    """The Python of an environment with everything in `requirements.txt`."""
-    requirements = HERE / "python" / "requirements.txt"
+    """The Python of an environment with everything in `python/requirements.txt`."""
+    return _python("python", HERE / "python" / "requirements.txt")
 
+
+def sdk_environment() -> Path:
+    """The Python of an environment with the newest SDKs and agent frameworks."""
+    return _python("sdks", HERE / "python" / "requirements-sdks.txt")
+
+
+def guidellm_environment() -> Path:
+    """The Python of an environment with guidellm, without PyTorch."""
+    return _python("guidellm", HERE / "guidellm" / "requirements.txt", "--no-deps")
+
+
+def _python(kind: str, requirements: Path, *options: str) -> Path:
     def make(folder: Path) -> None:
         _run([sys.executable, "-m", "venv", str(folder)])
         python = str(folder / "bin" / "python")
-        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *options]
         _run([*pip, "--requirement", str(requirements)])
 
     version = f"{sys.implementation.cache_tag}-{os.uname().sysname}-{os.uname().machine}"
-    return _made("python", version.encode() + requirements.read_bytes(), make) / "bin" / "python"
+    return _made(kind, version.encode() + requirements.read_bytes(), make) / "bin" / "python"
 
 
 def node_modules() -> Path:

@@ -1,7 +1,7 @@
 """A worker with a scripted engine: `python -m tests.clients.scripted.worker --name MODEL_ID --tokens-per-second R`.
 
-The real worker: RQ, leases, journal, generation loop, template, grammar, parser. Only the choice of tokens is a script's
-(`tests.clients.scripted.task`).
+The real worker: RQ, leases, journal, generation loop, template, grammar, parser. Only the choice of tokens is a script's:
+`task` for coding agents, `assistant` for SDKs.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 from common.settings import Settings
-from tests.clients.scripted import task
+from tests.clients.scripted import assistant, task
 from worker.__main__ import WorkerFlags, run
 from worker.models import model_folder
+
+SCRIPTS = {"assistant": assistant.answer, "task": task.answer}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,6 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = WorkerFlags(
         "python -m tests.clients.scripted.worker", "A worker whose answers come from a script."
     )
+    flags.parser.add_argument("--script", choices=SCRIPTS, default="task")
     flags.parser.add_argument("--tokens-per-second", type=float, default=1000.0, metavar="R")
     flags.parser.add_argument(
         "--record", type=Path, metavar="FILE", help="append what happens, as lines of JSON"
@@ -34,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return ScriptedEngine(
             model_folder.find(settings),
-            task.answer,
+            SCRIPTS[flags.arguments.script],
             max_batch=settings.max_batch,
             tokens_per_second=flags.arguments.tokens_per_second,
             record=flags.arguments.record,
