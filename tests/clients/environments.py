@@ -1,4 +1,4 @@
-"""The clients' own environments, made on demand in the user's cache folder: for Python, for Node, for coding agents.
+"""The clients' own environments, made on demand in the user's cache folder: for Python, Node, coding agents, others' suites.
 
 Each is kept under a hash of what it is made from, so that another version of the list makes another environment; what
 is no longer used may be deleted. Called by the fixtures; knows package managers, and nothing of the clients.
@@ -36,6 +36,11 @@ def sdk_environment() -> Path:
 def guidellm_environment() -> Path:
     """The Python of an environment with guidellm, without PyTorch."""
     return _python("guidellm", HERE / "guidellm" / "requirements.txt", "--no-deps")
+
+
+def suites_environment() -> Path:
+    """The Python of an environment with everything in `suites/requirements.txt`."""
+    return _python("suites", HERE / "suites" / "requirements.txt")
 
 
 def _python(kind: str, requirements: Path, *options: str) -> Path:

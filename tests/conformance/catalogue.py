@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from tests.conformance import judge
-from tests.conformance.server import CHAT, Server, require
+from tests.conformance.server import CHAT, MESSAGES, RESPONSES, Server, require
 
 SECTIONS = (
     "errors",
@@ -30,10 +30,16 @@ SECTIONS = (
     "legacy",
     "structured",
     "tools",
+    "responses",
+    "responses_calls",
+    "messages",
+    "resume",
+    "clients",
     "concurrency",
     "http",
 )
 
+_ENDPOINTS = {CHAT: "chat", RESPONSES: "responses", MESSAGES: "messages"}
 _FOLDER = Path(__file__).parent / "sections"
 _SHOWN = 48
 
@@ -142,7 +148,7 @@ def _behaviors(name: str, section: Section, *, with_key: bool) -> Iterator[Behav
 def _refusal(name: str, refused: Refused, value: str) -> Behavior:
     """The behavior that a value is refused; its id and sentence are derived from the data."""
     field = refused.field or refused.param or ""
-    endpoint = "chat" if "chat" in refused.path else "legacy"
+    endpoint = _ENDPOINTS.get(refused.path, "legacy")
     shown = (value if len(value) <= _SHOWN else value[: _SHOWN - 1] + "…") or "nothing"
     beside = "".join(f",{k}={v}" for k, v in refused.fields.items() if len(v) <= _SHOWN)
     named = f" with param `{refused.param}`" if refused.param else ""
@@ -163,7 +169,7 @@ def body(server: Server, path: str, fields: dict[str, str]) -> bytes:
 
 def _check_refused(server: Server, *, refused: Refused, field: str, value: str) -> None:
     asked = server.ask("POST", refused.path, body(server, refused.path, refused.fields | {field: value}))
-    judge.check_error(asked, refused.status, param=refused.param, code=refused.code)
+    judge.check_error_at(refused.path, asked, refused.status, param=refused.param, code=refused.code)
 
 
 def _check_answered(server: Server, *, answered: Answered) -> None:
@@ -175,7 +181,7 @@ def _check_answered(server: Server, *, answered: Answered) -> None:
         sent = body(server, path, answered.fields)
     answer = server.ask_once(answered.method, path, sent, answered.headers)
     if answered.error is not None:
-        judge.check_error(answer, answered.status, **answered.error)
+        judge.check_error_at(path, answer, answered.status, **answered.error)
     require(
         answer.status == answered.status,
         f"status {answer.status}, not {answered.status}: {answer.body[:60]!r}",

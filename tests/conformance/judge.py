@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from tests.conformance.server import Answer, NotShown, require
+from tests.conformance.server import MESSAGES, Answer, NotShown, require
 
 KEYS = {"message", "type", "param", "code"}
 
@@ -117,6 +117,34 @@ def check_error(
     if code is not None:
         require(error["code"] == code, f"code is {error['code']!r}, not {code!r}")
     require(answer.headers.get("x-request-id"), "there is no x-request-id")
+
+
+def check_error_at(path: str, answer: Answer, status: int, **wanted: str | None) -> None:
+    """Check that the answer is a complete error in the format of the path's protocol.
+
+    Args:
+        wanted: `param`, `code` and `kind` of `check_error`; Anthropic's errors have neither `param` nor `code`, and their message names
+            the parameter.
+
+    Raises:
+        NotShown: Something is missing or different.
+    """
+    if not path.startswith(MESSAGES):
+        check_error(answer, status, **{name: text for name, text in wanted.items() if text is not None})
+        return
+    require(answer.status == status, f"status {answer.status}, not {status}")
+    content_type = answer.headers.get("content-type", "none")
+    require(content_type.partition(";")[0] == "application/json", f"the content type is {content_type}")
+    require(find(answer.json, "type") == "error", f"the type is {find(answer.json, 'type')!r}, not 'error'")
+    error = find(answer.json, "error")
+    if not isinstance(error, dict) or set(error) != {"type", "message"}:
+        raise NotShown(f"no error object of type and message: {answer.body[:60]!r}")
+    kind = wanted.get("kind") or "invalid_request_error"
+    require(error["type"] == kind, f"the type is {error['type']!r}, not {kind!r}")
+    require(isinstance(error["message"], str) and error["message"], "the message is not text")
+    param = (wanted.get("param") or "").rpartition(".")[2]
+    require(param in error["message"], f"the message does not name {param}: {error['message'][:60]!r}")
+    require(find(answer.json, "request_id") is not _ABSENT, "there is no request_id")
 
 
 def _is_at(given: str | None, wanted: str) -> bool:

@@ -11,10 +11,12 @@ from typing import Any
 import pydantic
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from openai.types.responses import Response, ResponseStreamEvent
 
-_ROOTS: dict[str, tuple[type[pydantic.BaseModel], type[pydantic.BaseModel]]] = {
+_ROOTS: dict[str, tuple[Any, Any]] = {
     "chat/completions": (ChatCompletion, ChatCompletionChunk),
     "completions": (Completion, Completion),
+    "responses": (Response, ResponseStreamEvent),
 }
 
 
@@ -43,7 +45,7 @@ def _frames(body: bytes) -> list[Any]:
     return [item for item in found if "error" not in item]
 
 
-def _ended(chunk: type[pydantic.BaseModel], item: Any) -> Any:
+def _ended(chunk: Any, item: Any) -> Any:
     """Allow the null of OpenAI's own streams in a type that the SDK uses for both streams and answers, without null."""
     if chunk is not Completion:
         return item
@@ -51,7 +53,7 @@ def _ended(chunk: type[pydantic.BaseModel], item: Any) -> Any:
     return _echoed(chunk, {**item, "choices": choices})
 
 
-def _echoed(kind: type[pydantic.BaseModel], item: Any) -> Any:
+def _echoed(kind: Any, item: Any) -> Any:
     """Allow the null that OpenAI's own echo has for the prompt's first token, where the type has only numbers."""
     if kind is not Completion:
         return item
@@ -67,10 +69,11 @@ def _echoed(kind: type[pydantic.BaseModel], item: Any) -> Any:
     return {**item, "choices": choices}
 
 
-def _wrong(kind: type[pydantic.BaseModel], item: Any) -> list[str]:
+def _wrong(kind: Any, item: Any) -> list[str]:
     try:
-        kind.model_validate_json(json.dumps(item), strict=True)
+        pydantic.TypeAdapter(kind).validate_json(json.dumps(item), strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        return [f"{kind.__name__}: {'.'.join(map(str, first['loc']))}: {first['msg']}"]
+        name = getattr(kind, "__name__", "ResponseStreamEvent")
+        return [f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}"]
     return []

@@ -20,6 +20,9 @@ from tests.conformance import schema
 
 CHAT = "/v1/chat/completions"
 LEGACY = "/v1/completions"
+RESPONSES = "/v1/responses"
+MESSAGES = "/v1/messages"
+ANTHROPIC_VERSION = "2023-06-01"
 
 MAX_SECONDS = 30.0
 """Time limit of one behavior."""
@@ -75,6 +78,27 @@ class Answer:
             raise NotShown(f"a frame is not JSON: {error}") from None
         require(found, "the stream has no frames")
         failed = [chunk["error"] for chunk in found if "error" in chunk]
+        require(not failed, f"the stream ended in an error: {failed[:1]}")
+        return found
+
+    @property
+    def events(self) -> list[Any]:
+        """The events of a stream of `/v1/responses` or `/v1/messages`: the data of each, whose `type` is the event's name."""
+        require(self.status == _OK, f"status {self.status}: {self.body[:80]!r}")
+        found = []
+        for frame in self.body.decode(errors="replace").split("\n\n"):
+            lines = dict(line.split(": ", 1) for line in frame.split("\n") if ": " in line and line[0] != ":")
+            if "data" not in lines or lines["data"] == "[DONE]":
+                continue
+            try:
+                data = json.loads(lines["data"])
+            except ValueError as error:
+                raise NotShown(f"a frame is not JSON: {error}") from None
+            require("event" in lines, "a frame has no event name")
+            require(data.get("type") == lines["event"], f"{lines['event']} has the type {data.get('type')!r}")
+            found.append(data)
+        require(found, "the stream has no events")
+        failed = [event for event in found if event["type"] in ("error", "response.failed")]
         require(not failed, f"the stream ended in an error: {failed[:1]}")
         return found
 
@@ -156,6 +180,8 @@ class Server:
         sent = {"content-type": "application/json"} if body is not None else {}
         if self.key:
             sent["authorization"] = f"Bearer {self.key}"
+        if path.startswith(MESSAGES):
+            sent["anthropic-version"] = ANTHROPIC_VERSION
         sent |= headers or {}
         try:
             with self._client.stream(
@@ -208,6 +234,15 @@ class Server:
     def fields(self, path: str) -> dict[str, Any]:
         """The default fields of a request."""
         given: dict[str, Any] = {"model": self.model, "max_tokens": 1, "temperature": 0}
+        if path.startswith(RESPONSES):
+            return {
+                "model": self.model,
+                "max_output_tokens": 1,
+                "temperature": 0,
+                "input": "Say hello to the sea.",
+            }
+        if path.startswith(MESSAGES):
+            return given | {"messages": [{"role": "user", "content": "Say hello to the sea."}]}
         if path.partition("?")[0].endswith("chat/completions"):
             return given | {"messages": [{"role": "user", "content": "Say hello to the sea."}]}
         return given | {"prompt": "The sea is"}
