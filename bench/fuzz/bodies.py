@@ -14,10 +14,11 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from api.anthropic.messages.request import MessagesBody
+from api.openai.tokenize import request as tokenizing
 from api.openapi import GENERATING
-
-MODEL = "synthetic"
-MAX_TOKENS = 6
+from bench.fuzz.other_bodies import DETOKENIZE, MESSAGE, TOKENIZE
+from bench.fuzz.texts import MAX_TOKENS, MODEL, PLAIN
 
 _HUGE_DIGITS = 5000
 _DEPTHS = (3, 100, 100_000)
@@ -93,15 +94,14 @@ _ODD = st.one_of(
     st.sampled_from(_LENGTHS).map(lambda length: "x" * length),
 )
 
-_PLAIN = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 _MESSAGES = st.lists(
     st.fixed_dictionaries(
         {
             "role": st.sampled_from(["system", "developer", "user", "assistant"]),
-            "content": _PLAIN
-            | st.lists(_PLAIN.map(lambda text: {"type": "text", "text": text}), min_size=1, max_size=3),
+            "content": PLAIN
+            | st.lists(PLAIN.map(lambda text: {"type": "text", "text": text}), min_size=1, max_size=3),
         },
-        optional={"name": _PLAIN},
+        optional={"name": PLAIN},
     ),
     min_size=1,
     max_size=3,
@@ -113,7 +113,7 @@ _SHARED: dict[str, st.SearchStrategy[Any]] = {
     "model": st.just(MODEL),
     "temperature": st.floats(0, 2),
     "top_p": st.floats(0, 1),
-    "stop": _PLAIN.filter(bool) | st.lists(_PLAIN.filter(bool), max_size=4),
+    "stop": PLAIN.filter(bool) | st.lists(PLAIN.filter(bool), max_size=4),
     "seed": st.integers(-(2**63), 2**63 - 1),
     "repetition_penalty": st.floats(0.1, 10),
     "repetition_context_size": st.integers(1, 2**31 - 1),
@@ -125,7 +125,7 @@ _SHARED: dict[str, st.SearchStrategy[Any]] = {
     "min_p": st.floats(0, 1),
     "xtc_probability": st.floats(0, 1),
     "xtc_threshold": st.floats(0, 0.5),
-    "user": _PLAIN,
+    "user": PLAIN,
     "repeat_penalty": st.floats(0.1, 10),
     "repeat_last_n": st.integers(-1, 100),
     "ignore_eos": st.booleans(),
@@ -139,7 +139,7 @@ _CHAT = st.builds(
         {"messages": _MESSAGES, "max_tokens": st.integers(1, MAX_TOKENS)},
         optional=_SHARED
         | {
-            "role_mapping": st.dictionaries(_PLAIN, _PLAIN, max_size=3),
+            "role_mapping": st.dictionaries(PLAIN, PLAIN, max_size=3),
             "reasoning_effort": st.sampled_from(["none", "low", "high"]),
             "response_format": st.just({"type": "text"}),
             "chat_template_kwargs": st.just({"enable_thinking": False}),
@@ -154,7 +154,7 @@ _COMPLETION = st.builds(
     lambda fields, stream: fields | stream,
     st.fixed_dictionaries(
         {
-            "prompt": _PLAIN | st.lists(st.integers(0, 999), min_size=1, max_size=5),
+            "prompt": PLAIN | st.lists(st.integers(0, 999), min_size=1, max_size=5),
             "max_tokens": st.integers(1, MAX_TOKENS),
         },
         optional=_SHARED | {"logprobs": st.integers(0, 5), "echo": st.just(False)},
@@ -165,11 +165,11 @@ _COMPLETION = st.builds(
 _TURN = st.fixed_dictionaries(
     {
         "role": st.sampled_from(["system", "developer", "user", "assistant"]),
-        "content": _PLAIN
-        | st.lists(_PLAIN.map(lambda text: {"type": "input_text", "text": text}), max_size=3)
+        "content": PLAIN
+        | st.lists(PLAIN.map(lambda text: {"type": "input_text", "text": text}), max_size=3)
         | st.none(),
     },
-    optional={"type": st.just("message"), "id": _PLAIN},
+    optional={"type": st.just("message"), "id": PLAIN},
 )
 _OTHER_ITEMS = st.sampled_from(
     [
@@ -198,13 +198,13 @@ _RESPONSE = st.builds(
     lambda fields, stream: fields | stream,
     st.fixed_dictionaries(
         {
-            "input": _PLAIN
+            "input": PLAIN
             | st.builds(lambda turn, rest: [turn, *rest], _TURN, st.lists(_TURN | _OTHER_ITEMS)),
             "max_output_tokens": st.integers(1, MAX_TOKENS),
         },
         optional={name: each for name, each in _SHARED.items() if name != "n"}
         | {
-            "instructions": _PLAIN,
+            "instructions": PLAIN,
             "tools": _TOOLS,
             "tool_choice": st.sampled_from(["auto", "none"]),
             "reasoning": st.sampled_from([{}, {"effort": "low"}, {"summary": "auto"}]),
@@ -212,7 +212,7 @@ _RESPONSE = st.builds(
             "include": st.lists(st.sampled_from(["message.output_text.logprobs", "zzz"]), max_size=2),
             "top_logprobs": st.integers(0, 20),
             "truncation": st.sampled_from(["auto", "disabled"]),
-            "metadata": st.dictionaries(_PLAIN, _PLAIN, max_size=2),
+            "metadata": st.dictionaries(PLAIN, PLAIN, max_size=2),
             "store": st.booleans(),
         },
     ),
@@ -295,17 +295,21 @@ def _replaced(_body: dict[str, Any], data: bytes) -> st.SearchStrategy[bytes]:
     return st.sampled_from(others)
 
 
-def _bodies(endpoint: Any, valid: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[Body]:
-    names = sorted(endpoint.body.__struct_fields__)
-    paths = st.sampled_from([f"/v1{endpoint.path}", endpoint.path])
-    data = _with_field_faults(valid, names).flatmap(_as_bytes)
-    return st.builds(Body, paths, st.just(endpoint.body.__name__), data)
+def _bodies(
+    type_name: str, body: Any, paths: list[str], valid: st.SearchStrategy[dict[str, Any]]
+) -> st.SearchStrategy[Body]:
+    data = _with_field_faults(valid, sorted(body.__struct_fields__)).flatmap(_as_bytes)
+    return st.builds(Body, st.sampled_from(paths), st.just(type_name), data)
 
 
 BODIES: st.SearchStrategy[Body] = st.one_of(
     *(
-        _bodies(endpoint, valid)
+        _bodies(endpoint.body.__name__, endpoint.body, [f"/v1{endpoint.path}", endpoint.path], valid)
         for endpoint, valid in zip(GENERATING, (_CHAT, _COMPLETION, _RESPONSE), strict=True)
-    )
+    ),
+    _bodies("MessagesBody", MessagesBody, ["/v1/messages", "/v1/messages?beta=true"], MESSAGE),
+    _bodies("CountTokens", MessagesBody, ["/v1/messages/count_tokens"], MESSAGE),
+    _bodies("Tokenize", tokenizing.TokenizeTextBody, ["/tokenize"], TOKENIZE),
+    _bodies("Detokenize", tokenizing.DetokenizeBody, ["/detokenize"], DETOKENIZE),
 )
 """A nearly valid body."""

@@ -8,7 +8,7 @@ from typing import Any
 import schemathesis
 from schemathesis import Case, CheckContext, HookContext, Response
 
-from bench.fuzz.fuzzer import is_beyond_description
+from bench.fuzz.judge import is_beyond_description
 
 MIN_SECONDS = 10.0
 HEADER = "X-Request-Timeout"

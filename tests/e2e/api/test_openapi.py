@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.fuzz.bodies import MODEL
 from bench.fuzz.fuzzer import Fuzz
+from bench.fuzz.texts import MODEL
 from bench.harness.pool import ROOT, Pool
 from common import connections
 from common.rq import JsonJob
