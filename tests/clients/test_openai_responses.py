@@ -77,6 +77,27 @@ def test_asynchronous(python_got: Outcomes) -> None:
     assert python_got["asynchronous"] == [SENTENCE, SENTENCE]
 
 
+def test_stored(python_got: Outcomes) -> None:
+    """A stored response is continued by its id, retrieved with its input, and deleted."""
+    stored = python_got["stored"]
+    assert (stored["text"], stored["found"], stored["gone"]) == (RESULT, RESULT, 404)
+    assert "function_call_output" in stored["items"]
+
+
+def test_background(python_got: Outcomes) -> None:
+    """A response in the background can be followed from the start and from any event."""
+    background = python_got["background"]
+    assert background["status"] in ("queued", "in_progress")
+    assert (background["last"], background["text"]) == ("response.completed", SENTENCE)
+    assert background["same"]
+
+
+def test_count(python_got: Outcomes) -> None:
+    """The count of input tokens is what the same request then uses."""
+    counted, used = python_got["count"]
+    assert counted == used > 0
+
+
 def test_chat_tools(python_got: Outcomes) -> None:
     """The chat helpers of this release parse calls, plain and streamed."""
     assert python_got["chat_tools"] == [WEATHER, WEATHER]
