@@ -35,12 +35,14 @@ class Agent:
 
     Attributes:
         start: From the server's address, the model and the task.
+        model: What it asks for; the pool has an alias for every name.
         report: The final report, from the agent's standard output.
     """
 
     name: str
     start: Callable[[str, str, str], Start]
     report: Callable[[str], str]
+    model: str = "scripted"
 
 
 def _opencode(url: str, model: str, task: str) -> Start:
@@ -114,13 +116,13 @@ def _codex_report(stdout: str) -> str:
 
 
 def _claude(url: str, model: str, task: str) -> Start:
+    models = {"ANTHROPIC_MODEL": model, "ANTHROPIC_DEFAULT_HAIKU_MODEL": model} if model else {}
     return Start(
         ["claude", "--print", "--output-format", "json", "--allowedTools", "Bash,Read,Edit", "--", task],
         {
             "ANTHROPIC_BASE_URL": url,
             "ANTHROPIC_API_KEY": KEY,
-            "ANTHROPIC_MODEL": model,
-            "ANTHROPIC_DEFAULT_HAIKU_MODEL": model,
+            **models,
             "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
             "DISABLE_AUTOUPDATER": "1",
             "DISABLE_TELEMETRY": "1",
@@ -139,7 +141,11 @@ AGENTS = {
         Agent("opencode", _opencode, _opencode_report),
         Agent("qwen", _qwen, _last_result),
         Agent("codex", _codex, _codex_report),
+        # For a model of OpenAI's it offers more tools: one for patches, whose input is free text.
+        Agent("codex-gpt", _codex, _codex_report, "gpt-5.5"),
         Agent("claude", _claude, _last_result),
+        # It chooses the names of its models, and also asks a small one.
+        Agent("claude-default", _claude, _last_result, ""),
     )
 }
 

@@ -94,7 +94,7 @@ def read_record(path: Path) -> list[dict[str, Any]]:
 def run_task(
     agent: Agent, url: str, modules: Path, folder: Path, *, is_disturbed: bool = False
 ) -> dict[str, Any]:
-    """Let the agent do the task in a new repository; what came of it."""
+    """Let the agent do the task in a new repository; returns the outcome."""
     repository, home = folder / "repository", folder / "home"
     for each in (repository, home):
         each.mkdir(parents=True)
@@ -104,7 +104,7 @@ def run_task(
     author = ["-c", "user.name=Test", "-c", "user.email=test@example.com"]
     for arguments in (["init", "--quiet"], ["add", "--all"], [*author, "commit", "--quiet", "-m", "Start"]):
         subprocess.run(["git", *arguments], cwd=repository, env=environ, check=True)
-    start = agent.start(url, MODEL, task.task(str(repository), is_disturbed=is_disturbed))
+    start = agent.start(url, agent.model, task.task(str(repository), is_disturbed=is_disturbed))
     write_files(start, home)
     started_mono = time.monotonic()
     done = subprocess.run(
@@ -168,7 +168,7 @@ def run_session(agent: Agent, modules: Path, folder: Path) -> dict[str, Any]:
     ]
     scripted += ["--tokens-per-second", str(_TOKENS_PER_SECOND)]
     outcomes: dict[str, Any] = {}
-    with Pool({"MLXPOOL_MODEL": "demo"}) as pool:
+    with Pool({"MLXPOOL_MODEL": "demo", "MLXPOOL_MODEL_ALIASES": f"*={MODEL}"}) as pool:
         pool.start("worker", scripted)
         pool.start_worker(scripted, MODEL)
         pool.start_api(num_processes=2)

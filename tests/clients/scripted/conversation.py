@@ -64,7 +64,11 @@ class Conversation:
 
     @classmethod
     def from_job(cls, job: GenerationJob) -> Conversation:
-        """Raises: ScriptError: The job is not a chat."""
+        """Read a job.
+
+        Raises:
+            ScriptError: It is not a chat.
+        """
         if not isinstance(job.prompt, ChatPrompt):
             raise ScriptError("a script answers chats only")
         tools = [tool["function"] for tool in job.tool_use.tools] if job.tool_use else []

@@ -116,7 +116,11 @@ _EXPECTED_IN_RESULT: Final = {"list": TEST_NAME, "read": "return a - b"}
 
 
 def _check_calls(made: list[MadeCall], steps: list[Answer]) -> None:
-    """Raises: ScriptError: A call is missing, repeated or changed, or a result is not what its call produces."""
+    """Compare the calls of the history with the steps.
+
+    Raises:
+        ScriptError: A call is missing, repeated or changed, or a result is not what its call produces.
+    """
     if len(made) > len(steps):
         raise ScriptError(f"{len(made)} calls for {len(steps)} steps")
     for each, step in zip(made, steps, strict=False):
@@ -128,7 +132,11 @@ def _check_calls(made: list[MadeCall], steps: list[Answer]) -> None:
 
 
 def _check_texts(said: str, steps: list[Answer], max_times: int) -> None:
-    """Raises: ScriptError: The text before a call is missing, or there too often."""
+    """Look for the text before each call.
+
+    Raises:
+        ScriptError: It is missing, or comes more often than `max_times`.
+    """
     for step in steps:
         if not 1 <= said.count(step.text) <= max_times:
             raise ScriptError(f"the text of step {step.name!r} came back {said.count(step.text)} times")
