@@ -81,7 +81,7 @@ def parameters() -> Json:
             "description": "Selects Anthropic's form of the response where a path has two. Every version is served as 2023-06-01.",
             "schema": {"type": "string", "examples": ["2023-06-01"]},
         },
-        "AnthropicLimit": _query("limit", {"type": "integer", "minimum": 1, "maximum": MAX_LIMIT}),
+        "AnthropicLimit": _query("limit", {"type": "string", "examples": ["20", str(MAX_LIMIT)]}),
         "AnthropicAfterId": _query("after_id", {"type": "string"}),
         "AnthropicBeforeId": _query("before_id", {"type": "string"}),
     }
@@ -93,7 +93,7 @@ def paths(prefix: str, suffix: str, common: Json) -> Json:
     Args:
         prefix: Of the paths.
         suffix: Of the names of operations.
-        common: Of each operation: `parameters`, `security` and the statuses as `responses`.
+        common: Of each operation: `parameters`, the first of which counting tokens has too, `security`, and the statuses as `responses`.
     """
     refs = {
         status: {"$ref": f"#/components/responses/{_PREFIX}{status}"}
@@ -121,7 +121,7 @@ def paths(prefix: str, suffix: str, common: Json) -> Json:
                 "operationId": name + suffix,
                 "summary": summary,
                 "tags": [_TAG],
-                "parameters": common["parameters"],
+                "parameters": common["parameters"] if ok is message else common["parameters"][:1],
                 "requestBody": body,
                 "responses": dict(sorted((refs | {"200": ok}).items())),
                 "security": common["security"],
@@ -146,6 +146,7 @@ def add_models(item: Json, *, is_list: bool) -> None:
     get["responses"] = {status: _either(response) for status, response in get["responses"].items()}
     if is_list:
         get["responses"]["400"] = {"$ref": "#/components/responses/Either400"}
+        item["head"]["responses"]["400"] = {"description": "A query parameter is wrong."}
     overloaded = {"$ref": f"#/components/responses/{_PREFIX}{OVERLOADED}"}
     get["responses"][str(OVERLOADED)] = overloaded
     item["head"]["responses"][str(OVERLOADED)] = {"description": _OVERLOADED_TEXT}
@@ -179,7 +180,7 @@ def _query(name: str, schema: Json) -> Json:
     return {
         "name": name,
         "in": "query",
-        "description": "Of Anthropic's form of the list.",
+        "description": "Of Anthropic's form of the list; without effect on the other one.",
         "schema": schema,
     }
 

@@ -58,6 +58,8 @@ def conversation(system: Content, messages: list[Message]) -> Conversation:
         else:
             converted += _said(message, path, called, skipped)
     is_continued = bool(messages) and messages[-1].role == "assistant" and _prepare_prefill(converted)
+    if not converted:
+        raise invalid("`messages` must have a message with content that can be served.", "messages")
     return Conversation(converted, is_continued, skipped.paths)
 
 

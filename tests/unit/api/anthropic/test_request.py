@@ -261,6 +261,8 @@ def test_blocks_in_the_wrong_role_or_without_their_fields() -> None:
     assert of("user", {"type": "tool_result"}) == "messages[0].content[0].tool_use_id"
     assert of("assistant", {"type": "tool_use", "id": "t"}) == "messages[0].content[0].name"
     assert of("user", {"type": "document"}) == "messages[0].content[0].source"
+    for content in ("", [{"type": "made_up"}]):  # of the only message, nothing is left
+        assert refusal(messages=[{"role": "assistant", "content": content}]).param == "messages"
     assert refusal(messages=[]).param == "messages"
     assert refusal(messages=[{"role": "wizard", "content": "x"}]).param == "messages[0].role"
 
