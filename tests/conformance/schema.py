@@ -25,8 +25,9 @@ def complaints(path: str, content_type: str, body: bytes) -> list[str]:
     root = path.partition("?")[0].strip("/").removeprefix("v1/")
     try:
         if root == "models":
-            listed = json.loads(body)["data"]
-            return [wrong for item in listed for wrong in _wrong(Model, item)]
+            listed = json.loads(body)
+            is_anthropic = "has_more" in listed and "object" not in listed
+            return [wrong for item in listed["data"] for wrong in _wrong(Model, item) if not is_anthropic]
         if root.startswith("models/"):
             return _wrong(Model, json.loads(body))
         if root not in _ROOTS:

@@ -243,7 +243,7 @@ class Server:
             }
         if path.startswith(MESSAGES):
             return given | {"messages": [{"role": "user", "content": "Say hello to the sea."}]}
-        if path.partition("?")[0].endswith("chat/completions"):
+        if path.partition("?")[0].rstrip("/").endswith("chat/completions"):
             return given | {"messages": [{"role": "user", "content": "Say hello to the sea."}]}
         return given | {"prompt": "The sea is"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import Any
 
 from tests.conformance import probes
@@ -75,7 +76,9 @@ def bytes_add_up(server: Server) -> None:
     for fields in ({"max_tokens": 6}, {"max_tokens": 8, "messages": question}, _spoken(server)):
         answer = _asked(server, **fields)
         data = b"".join(bytes(item["bytes"]) for item in _items(answer))
-        require(data.decode(errors="replace") == answer.text(), f"{data!r} is not {answer.text()!r}")
+        # Of a character that max_tokens cuts, the tokens have bytes, and the text has nothing.
+        text = codecs.getincrementaldecoder("utf-8")("replace").decode(data)
+        require(text == answer.text(), f"{data!r} is not {answer.text()!r}")
 
 
 def _spoken(server: Server) -> dict[str, Any]:
