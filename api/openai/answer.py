@@ -26,6 +26,7 @@ class AnswerOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         with_logprobs: Whether the client asked for log-probabilities.
         as_function_call: Whether a call is rendered in the deprecated form, as `function_call`.
         hides_reasoning: Whether the answer leaves the model's reasoning out.
+        custom_tools: The functions that are custom tools to the client.
     """
 
     include_usage: bool = False
@@ -34,6 +35,7 @@ class AnswerOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     as_function_call: bool = False
     continuous_usage: bool = False
     hides_reasoning: bool = False
+    custom_tools: list[str] = []
 
 
 class Answer:

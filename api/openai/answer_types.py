@@ -65,12 +65,18 @@ class CalledFunction(msgspec.Struct, frozen=True):
     arguments: Annotated[str, Meta(description="A JSON object as text.")]
 
 
+class CalledCustomTool(msgspec.Struct, frozen=True):
+    name: str
+    input: str
+
+
 class MessageToolCall(msgspec.Struct, frozen=True, kw_only=True):
-    """A function that the model calls."""
+    """A function or a custom tool that the model calls; it has the field of its type."""
 
     id: str
-    type: Literal["function"]
-    function: CalledFunction
+    type: Literal["function", "custom"]
+    function: CalledFunction | UnsetType = UNSET
+    custom: CalledCustomTool | UnsetType = UNSET
 
 
 class AnswerMessage(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,13 +119,19 @@ class CalledFunctionDelta(msgspec.Struct, frozen=True):
     arguments: str | UnsetType = UNSET
 
 
+class CalledCustomToolDelta(msgspec.Struct, frozen=True):
+    name: str | UnsetType = UNSET
+    input: str | UnsetType = UNSET
+
+
 class ToolCallDelta(msgspec.Struct, frozen=True, kw_only=True):
-    """A part of a call: first its id and name, then its arguments in pieces."""
+    """A part of a call: first its id and name, then its arguments, or its input, in pieces."""
 
     index: Count
     id: str | UnsetType = UNSET
-    type: Literal["function"] | UnsetType = UNSET
+    type: Literal["function", "custom"] | UnsetType = UNSET
     function: CalledFunctionDelta | UnsetType = UNSET
+    custom: CalledCustomToolDelta | UnsetType = UNSET
 
 
 class ChatDelta(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from api.openai import request_fields as fields
+from api.openai.custom_tools import CUSTOM_INPUT
 from api.openai.functions import call_arguments
 from common.errors import RequestError, invalid
 
@@ -231,7 +232,9 @@ def _assistant(message: Message, path: str, calls: _Calls) -> dict[str, Any]:
 def _call(call: ToolCall, path: str, calls: _Calls) -> dict[str, Any]:
     if call.type == "custom" and call.custom is not None:
         # A custom tool is offered to the model as a function with one argument.
-        return _call_of_function(call.id, FunctionCall(call.custom.name, {"input": call.custom.input}), calls)
+        return _call_of_function(
+            call.id, FunctionCall(call.custom.name, {CUSTOM_INPUT: call.custom.input}), calls
+        )
     if call.type not in (None, "", "function"):
         raise invalid(f"`{path}.type` must be `function`.", f"{path}.type")
     if call.function is None:

@@ -68,6 +68,7 @@ class _Choice:
             f"{answer.id}/{index}",
             as_function_call=options.as_function_call,
             hides_reasoning=options.hides_reasoning,
+            custom_tools=options.custom_tools,
         )
         self._usage = answer.running_usage()
         self._texts: list[str] = []
@@ -103,11 +104,11 @@ class _Choice:
         content = self._chunk({"content": delta.text}, items, None) if delta.text or items else b""
         before, after = b"", b""
         for piece in self._tools.shown(delta.pieces):
-            chunk = self._chunk(self._tools.delta(piece), [], None)
+            chunks = b"".join(self._chunk(part, [], None) for part in self._tools.deltas(piece))
             if isinstance(piece, Reasoning):
-                before += chunk
+                before += chunks
             else:
-                after += chunk
+                after += chunks
         return before + content + after
 
     def _delta_with_logprobs(self, delta: Delta, aligner: LogprobAligner) -> bytes:
@@ -119,6 +120,7 @@ class _Choice:
     def _last(self, finished: Finished) -> bytes:
         items = chat_items(self._aligner.finish()) if self._aligner is not None else []
         frames = self._chunk({"content": ""}, items, None) if items else b""
+        frames += b"".join(self._chunk(part, [], None) for part in self._tools.last_deltas())
         return frames + self._chunk({}, [], self._tools.reason(finished.finish_reason))
 
     def _chunk(self, delta: dict[str, Any], items: list[dict[str, Any]], reason: str | None) -> bytes:

@@ -115,6 +115,7 @@ def parse(body: bytes) -> GenerationRequest:
     answer_grammar = response_format.grammar_of(chat, ignored)
     reasoning = reasoning_of(chat)
     stream_options = fields.stream_options(chat)
+    tools = tool_request.tool_use(chat, ignored)
     return GenerationRequest(
         model=chat.model,
         prompts=[
@@ -140,11 +141,12 @@ def parse(body: bytes) -> GenerationRequest:
             with_logprobs=bool(chat.logprobs),
             as_function_call=tool_request.uses_functions(chat),
             hides_reasoning=reasoning.is_hidden,
+            custom_tools=[] if tools is None else tool_request.custom_names(chat),
         ),
         journals_started=bool(stream_options.continuous_usage_stats),
         grammar=None if answer_grammar is None else answer_grammar.text,
         grammar_field=None if answer_grammar is None else answer_grammar.field,
-        tool_use=tool_request.tool_use(chat, ignored),
+        tool_use=tools,
         max_reasoning_tokens=reasoning.max_tokens,
         ignored=ignored,
     )

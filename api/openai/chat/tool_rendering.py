@@ -7,8 +7,10 @@ renders the same one.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from typing import Any
 
+from api.openai.custom_input import InputExtractor, custom_input
 from common.protocol import Piece, Reasoning, ToolArguments, ToolCall
 
 _ID_CHARACTERS = 24
@@ -22,12 +24,24 @@ class ToolRendering:
         key: What the ids are derived from; unique to the choice.
         as_function_call: Render the deprecated form, which has at most one call and no id.
         hides_reasoning: Leave the reasoning out.
+        custom_tools: The functions that are rendered as custom tools, with plain text as their input.
     """
 
-    def __init__(self, key: str, *, as_function_call: bool, hides_reasoning: bool = False) -> None:
+    def __init__(
+        self,
+        key: str,
+        *,
+        as_function_call: bool,
+        hides_reasoning: bool = False,
+        custom_tools: Collection[str] = (),
+    ) -> None:
         self._key = key
         self._as_function_call = as_function_call
         self._hides_reasoning = hides_reasoning
+        self._custom_tools = frozenset(custom_tools)
+        self._custom_call: tuple[int, InputExtractor] | None = (
+            None  # the streamed call, if it is a custom tool's
+        )
         self._reasoning: list[str] = []
         self._names: list[str] = []
         self._arguments: list[list[str]] = []
@@ -38,18 +52,30 @@ class ToolRendering:
             return pieces
         return [piece for piece in pieces if not isinstance(piece, Reasoning)]
 
-    def delta(self, piece: Piece) -> dict[str, Any]:
-        """The delta of a chunk for a piece: a call's first one has its name, the next ones parts of its arguments."""
+    def deltas(self, piece: Piece) -> list[dict[str, Any]]:
+        """The deltas of the chunks for a piece: a call's first one has its name, the next ones parts of its arguments."""
         match piece:
             case Reasoning(text):
-                return {"reasoning_content": text}
+                return [{"reasoning_content": text}]
             case ToolCall(index, name):
+                last = self.last_deltas()
+                if name in self._custom_tools:
+                    self._custom_call = index, InputExtractor()
                 call = self._call(index, name, "")
-                return call if self._as_function_call else {"tool_calls": [{"index": index} | call]}
+                return [*last, call if self._as_function_call else {"tool_calls": [{"index": index} | call]}]
             case ToolArguments(index, text):
                 if self._as_function_call:
-                    return {"function_call": {"arguments": text}}
-                return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+                    return [{"function_call": {"arguments": text}}]
+                if self._custom_call is not None:  # the arguments of a call come before the next call
+                    return _input_deltas(index, self._custom_call[1].feed(text))
+                return [{"tool_calls": [{"index": index, "function": {"arguments": text}}]}]
+
+    def last_deltas(self) -> list[dict[str, Any]]:
+        """The deltas that are due once the last call is complete."""
+        if self._custom_call is None:
+            return []
+        (index, extractor), self._custom_call = self._custom_call, None
+        return _input_deltas(index, extractor.finish())
 
     def reason(self, finish_reason: str) -> str:
         """The finish reason, in the form that the client asked for."""
@@ -60,7 +86,11 @@ class ToolRendering:
         if self._as_function_call:
             return {"function_call": function}
         digest = hashlib.sha256(f"{self._key}/{index}".encode()).hexdigest()
-        return {"id": f"call_{digest[:_ID_CHARACTERS]}", "type": "function", "function": function}
+        call_id = f"call_{digest[:_ID_CHARACTERS]}"
+        if name in self._custom_tools:
+            custom = {"name": name, "input": custom_input(arguments)}
+            return {"id": call_id, "type": "custom", "custom": custom}
+        return {"id": call_id, "type": "function", "function": function}
 
     def add(self, piece: Piece) -> None:
         """Collect a piece; a call's arguments come after its `ToolCall`."""
@@ -86,3 +116,8 @@ class ToolRendering:
         ]
         message["content"] = content or None
         return message | (calls[0] if self._as_function_call else {"tool_calls": calls})
+
+
+def _input_deltas(index: int, text: str) -> list[dict[str, Any]]:
+    """The delta of a custom tool's input, if there is any text."""
+    return [{"tool_calls": [{"index": index, "custom": {"input": text}}]}] if text else []

@@ -13,14 +13,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from api.openai.custom_tools import InputFormat, custom_function
 from api.openai.functions import MAX_TOOLS, FunctionDefinition, FunctionName, checked_function
 from api.openai.responses.typed import Ignored, missing, typed
 from common.errors import RequestError, invalid
 from common.protocol import ToolUse
-from common.schema import function_schema
-
-CUSTOM_INPUT = "input"
-"""The only parameter of the function that stands for a custom tool."""
 
 _MAX_NAME_CHARACTERS = 64
 _NAME_SEPARATOR = "__"
@@ -42,14 +39,6 @@ class FunctionTool(msgspec.Struct, frozen=True, kw_only=True, rename={"is_async"
     defer_loading: Any = None
     allowed_callers: Any = None
     is_async: Any = None
-
-
-class InputFormat(msgspec.Struct, frozen=True, kw_only=True):
-    """Of a custom tool's input: any text, or what a grammar matches."""
-
-    type: str
-    syntax: str | None = None
-    definition: str | None = None
 
 
 class CustomTool(msgspec.Struct, frozen=True, kw_only=True, rename={"is_async": "async"}):
@@ -201,7 +190,9 @@ class _Offered:
 
     def _add_custom(self, tool: dict[str, Any], path: str, namespace: NamespaceTool | None) -> None:
         custom = typed(tool, CustomTool, path, self._ignored)
-        plain = _as_function(custom, f"{path}.format", self._ignored)
+        plain = custom_function(
+            custom.name, custom.description, custom.format, f"{path}.format", self._ignored.add
+        )
         self._put(
             plain,
             CalledTool(custom.name, None if namespace is None else namespace.name, is_custom=True),
@@ -222,44 +213,6 @@ class _Offered:
             raise invalid(f"`tools` has two different functions named `{name}`.", f"{path}.name")
         if called != CalledTool(name):
             self.called[name] = called
-
-
-def _as_function(custom: CustomTool, path: str, ignored: Ignored) -> dict[str, Any]:
-    """A custom tool as a function with one string; a regular expression is enforced, another grammar is described."""
-    schema: dict[str, Any] = {"type": "string"}
-    description = custom.description or ""
-    grammar = custom.format
-    if grammar is not None and grammar.type not in ("text", "grammar"):
-        raise invalid(f"`{path}.type` must be `text` or `grammar`.", f"{path}.type")
-    if grammar is not None and grammar.type == "grammar":
-        if grammar.syntax not in ("lark", "regex"):
-            raise invalid(f"`{path}.syntax` must be `lark` or `regex`.", f"{path}.syntax")
-        if grammar.definition is None:
-            raise missing(f"{path}.definition", "it is the grammar")
-        pattern = {"type": "string", "pattern": f"^(?:{grammar.definition})$"}
-        if (
-            grammar.syntax == "regex"
-            and function_schema.refusal({"parameters": _parameters(pattern)}) is None
-        ):
-            schema = pattern
-        else:
-            ignored.add(path)
-        kind = "regular expression" if grammar.syntax == "regex" else "Lark grammar"
-        description += f"\n\nThe input must match this {kind}:\n{grammar.definition}"
-    function: dict[str, Any] = {"name": custom.name}
-    if description:
-        function["description"] = description.strip()
-    # Strict, so that the arguments are an object with the input and nothing else.
-    return function | {"parameters": _parameters(schema), "strict": True}
-
-
-def _parameters(schema: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": {CUSTOM_INPUT: schema},
-        "required": [CUSTOM_INPUT],
-        "additionalProperties": False,
-    }
 
 
 class _Chosen(NamedTuple):

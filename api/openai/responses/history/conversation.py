@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from api.openai.custom_tools import CUSTOM_INPUT
 from api.openai.functions import call_arguments
 from api.openai.responses.history import builtin_items, contents
 from api.openai.responses.history.item_types import (
@@ -22,7 +23,7 @@ from api.openai.responses.history.item_types import (
     ReasoningItem,
 )
 from api.openai.responses.thoughts import decode_thoughts
-from api.openai.responses.tools import CUSTOM_INPUT, flat_name
+from api.openai.responses.tools import flat_name
 from api.openai.responses.typed import Ignored, missing, typed
 from common.errors import invalid
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import msgspec
 
 from api.http import sse
-from api.openai.responses.output.custom_input import InputExtractor
+from api.openai.custom_input import InputExtractor
 from api.openai.responses.output.events import EventWriter
 from api.openai.responses.thoughts import encode_thoughts
 from api.openai.responses.tools import CalledTool

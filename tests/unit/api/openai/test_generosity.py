@@ -275,10 +275,10 @@ def test_many_tools() -> None:
 
 def test_other_tools_beside_functions_are_left_out_and_reported() -> None:
     """The functions can still be called; a request with only such tools is refused."""
-    request = parse(tools=[{"type": "web_search"}, F, {"type": "custom", "custom": {"name": "x"}}])
+    request = parse(tools=[{"type": "web_search"}, F, {"type": "file_search", "n": 1}])
     assert request.tool_use is not None
     assert request.tool_use.tools == [F]
-    assert request.ignored == ["tools[2].custom", "tools[0]", "tools[2]"]
+    assert request.ignored == ["tools[2].n", "tools[0]", "tools[2]"]
     assert refused_param(tools=[{"type": "web_search"}]) == "tools[0].type"
 
 

@@ -211,3 +211,45 @@ def test_logprobs_are_those_of_the_content(events: list[AnswerEvent]) -> None:
         items = [item for part in logprobs if part for item in part["content"]]
         assert "".join(item["token"] for item in items) == "Hi bye"
         assert bytes(byte for item in items for byte in item["bytes"]) == b"Hi bye"
+
+
+CUSTOM_EVENTS: list[AnswerEvent] = [
+    Delta(1, 1, pieces=[ToolCall(0, "run")]),
+    Delta(2, 2, pieces=[ToolArguments(0, '{"input')]),
+    Delta(3, 3, pieces=[ToolArguments(0, '":"a\\')]),
+    Delta(4, 4, pieces=[ToolArguments(0, 'n\\u00e9"}')]),
+    Delta(5, 5, pieces=[ToolCall(1, "run"), ToolArguments(1, "plain")]),
+    Delta(6, 6, pieces=[ToolCall(2, "f"), ToolArguments(2, '{"input":"b"}')]),
+    Delta(7, 7, pieces=[ToolCall(3, "run"), ToolArguments(3, "last")]),
+]
+CUSTOM_INPUTS = [{"name": "run", "input": text} for text in ("a\né", "plain", "last")]
+
+
+def test_a_complete_answer_with_calls_of_custom_tools() -> None:
+    """Their input is plain text; other functions stay functions. OpenAI's types accept both."""
+    body = whole(CUSTOM_EVENTS, custom_tools=["run"])
+    (choice,) = ChatCompletion.model_validate(body, strict=True).choices
+    calls = choice.message.tool_calls
+    assert calls is not None
+    assert [call.type for call in calls] == ["custom", "custom", "function", "custom"]
+    assert [call.custom.model_dump() for call in calls if call.type == "custom"] == CUSTOM_INPUTS
+    assert [call.function.arguments for call in calls if call.type == "function"] == ['{"input":"b"}']
+
+
+def test_the_input_of_a_custom_tool_is_streamed() -> None:
+    """Without its JSON, as it arrives; the parts and the ids are those of the complete answer."""
+    deltas = [
+        chunk["choices"][0]["delta"] for chunk in stream(rendering(custom_tools=["run"]), CUSTOM_EVENTS)
+    ]
+    parts = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    calls: dict[int, dict[str, Any]] = {}
+    for part in parts:
+        call = calls.setdefault(part["index"], {"input": ""} | part)
+        call["input"] += part.get("custom", {}).get("input", "")
+    (choice,) = whole(CUSTOM_EVENTS, custom_tools=["run"])["choices"]
+    complete = choice["message"]["tool_calls"]
+    assert [call["id"] for call in calls.values()] == [call["id"] for call in complete]
+    assert [call["type"] for call in calls.values()] == [call["type"] for call in complete]
+    inputs = [call["input"] for call in calls.values() if call["type"] == "custom"]
+    assert inputs == [each["input"] for each in CUSTOM_INPUTS]
+    assert [part["custom"] for part in parts if part["index"] == 0][1:] == [{"input": "a"}, {"input": "\né"}]

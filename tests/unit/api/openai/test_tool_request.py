@@ -26,6 +26,14 @@ def tool(name: Any = "f", **more: Any) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name} | more}
 
 
+def custom(name: Any = "run", **more: Any) -> dict[str, Any]:
+    return {"type": "custom", "custom": {"name": name} | more}
+
+
+def grammar(**more: Any) -> dict[str, Any]:
+    return {"type": "grammar", "grammar": {"syntax": "regex", "definition": "[a-z]+"} | more}
+
+
 def parsed(name: str, parameters: Any = None, **more: Any) -> dict[str, Any]:
     """A tool as it is sent to a worker."""
     return tool(
@@ -124,7 +132,12 @@ def made(arguments: Any = "{}", **more: Any) -> dict[str, Any]:
         ({"tools": [{}]}, "tools[0].function"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
-        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type"),
+        ({"tools": [{"type": "custom"}]}, "tools[0].custom"),
+        ({"tools": [custom(format={"type": "x"})]}, "tools[0].custom.format.type"),
+        ({"tools": [custom(format={"type": "grammar"})]}, "tools[0].custom.format.syntax"),
+        ({"tools": [custom(format=grammar(syntax="bnf"))]}, "tools[0].custom.format.grammar.syntax"),
+        ({"tools": [custom(format=grammar(definition=None))]}, "tools[0].custom.format.grammar.definition"),
+        ({"tools": [tool("f"), custom("f")]}, "tools[1].custom.name"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [tool(5)]}, "tools[0].function.name"),
         ({"tools": [tool("")]}, "tools[0].function.name"),
@@ -144,7 +157,10 @@ def made(arguments: Any = "{}", **more: Any) -> dict[str, Any]:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [], "tool_choice": named("f")}, "tool_choice"),
         ({"tools": [F], "tool_choice": 5}, "tool_choice"),
-        ({"tools": [F], "tool_choice": {"type": "custom", "custom": {"name": "f"}}}, "tool_choice.type"),
+        (
+            {"tools": [F], "tool_choice": {"type": "custom", "custom": {"name": "g"}}},
+            "tool_choice.custom.name",
+        ),
         ({"tools": [F], "tool_choice": {"type": "function"}}, "tool_choice.function"),
         ({"tools": [F], "tool_choice": named("g")}, "tool_choice.function.name"),
         ({"tools": [F], "tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools"),
@@ -308,3 +324,58 @@ def test_the_deprecated_messages_become_calls_and_results() -> None:
 def test_template_arguments(fields: dict[str, Any], expected: dict[str, Any]) -> None:
     """Reasoning effort and the allowed names."""
     assert prompt(**fields).template_arguments == expected
+
+
+def _input_schema(request: GenerationRequest) -> Any:
+    assert request.tool_use is not None
+    (only,) = request.tool_use.tools
+    assert only["function"]["strict"], "so that there is nothing but the input"
+    return only["function"]["parameters"]["properties"]["input"]
+
+
+@pytest.mark.parametrize(
+    ("given", "schema", "ignored"),
+    [
+        (custom(), {"type": "string"}, []),
+        ({"type": "custom", "name": "run"}, {"type": "string"}, []),
+        (custom(format={"type": "text"}), {"type": "string"}, []),
+        (custom(format=grammar()), {"type": "string", "pattern": "^(?:[a-z]+)$"}, []),
+        (custom(format=grammar(syntax="lark")), {"type": "string"}, ["tools[0].custom.format"]),
+        (custom(format=grammar(definition="(?=a)b")), {"type": "string"}, ["tools[0].custom.format"]),
+    ],
+)
+def test_a_custom_tool_is_a_function_with_one_string(
+    given: dict[str, Any], schema: dict[str, Any], ignored: list[str]
+) -> None:
+    """A regular expression is held; what cannot be held is described to the model, and named."""
+    request = parse(tools=[given])
+    assert _input_schema(request) == schema
+    assert request.ignored == ignored
+    assert isinstance(request.options, AnswerOptions)
+    assert request.options.custom_tools == ["run"]
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"type": "custom", "custom": {"name": "run"}},
+        {"type": "custom", "name": "run"},
+        {
+            "type": "allowed_tools",
+            "allowed_tools": {"mode": "required", "tools": [{"type": "custom", "custom": {"name": "run"}}]},
+        },
+    ],
+)
+def test_a_custom_tool_can_be_chosen(choice: dict[str, Any]) -> None:
+    """By its name, as a function can."""
+    use = parse(tools=[F, custom()], tool_choice=choice).tool_use
+    assert use is not None
+    assert use.is_required
+    assert use.function == "run" or [each["function"]["name"] for each in use.tools] == ["run"]
+
+
+def test_without_calls_nothing_is_rendered_as_a_custom_tool() -> None:
+    """The options of the answer name custom tools only if they can be called."""
+    request = parse(tools=[custom()], tool_choice="none")
+    assert isinstance(request.options, AnswerOptions)
+    assert not request.options.custom_tools

@@ -1,6 +1,6 @@
 r"""The plain input of a custom tool, out of the JSON that the model generates: ``{"input": "print(1)\n"}``.
 
-The input is extracted while it arrives, however the JSON is cut into pieces. Used by the output items.
+The input is extracted while it arrives, however the JSON is cut into pieces. Used by the renderings of chats and of responses.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 
 import msgspec
 
-from api.openai.responses.tools import CUSTOM_INPUT
+from api.openai.custom_tools import CUSTOM_INPUT
 
 _START = re.compile(r'\s*\{\s*"' + CUSTOM_INPUT + r'"\s*:\s*"')
 _COMPLETE = re.compile(
@@ -74,6 +74,14 @@ class InputExtractor:
         text = _decode_string(raw)
         self.text += text
         return text
+
+
+def custom_input(arguments: str) -> str:
+    """The input in the complete arguments of a call; empty if there are none yet."""
+    extractor = InputExtractor()
+    extractor.feed(arguments)
+    extractor.finish()
+    return extractor.text
 
 
 def _decode_string(raw: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.openai.responses.output.custom_input import InputExtractor
+from api.openai.custom_input import InputExtractor
 
 
 def extracted(*parts: str) -> str:
