@@ -1,8 +1,8 @@
 """The script of a coding task: list the files, read one, edit it, run its test, report.
 
 The step follows from the results in the conversation alone. The script also checks the history that the agent sends back: every
-call exactly once and as it was made, with the text before it, every result with what the call must have produced. `SOURCE` and `TEST` are the files of
-the repository; `check` says whether the task is done. Pure.
+call exactly once and as it was made, with the text before it, and every result with what its call produces. `SOURCE` and
+`TEST` are the files of the repository. Pure.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ print("PASSED with code", 7 * 6 * 1000 + add(2, 3))
 """
 PASSED: Final = "PASSED with code 42005"
 REPORT: Final = "The function add now returns the sum. Its test printed: "
-NUM_STEPS: Final = 5
 
 _TASK = re.compile(r"The function add in the repository (\S+) is wrong")
 _DISTURBED: Final = " If the connection breaks, try again."
