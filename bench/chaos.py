@@ -198,8 +198,8 @@ def leftovers(pool: Pool) -> list[str]:
 
 
 def _without_ttl(client: object) -> list[bytes]:
-    """Our own keys that never expire, but for two sorted sets that are pruned."""
-    lists = (names.WORKER_CARDS, names.KNOWN_MODELS)
+    """Our own keys that never expire, but for those that are pruned."""
+    lists = (names.WORKER_CARDS, names.KNOWN_MODELS, names.ANSWER_EXPIRIES, names.ANSWER_BYTES)
     keys: list[bytes] = client.keys(f"{names.PREFIX}:*")  # type: ignore[attr-defined]
     return [k for k in keys if k.decode() not in lists and client.ttl(k) == -1]  # type: ignore[attr-defined]
 

@@ -56,11 +56,11 @@ async def send_stream(
             stream of an earlier request's answer ends with an error frame.
 
     Raises:
-        RequestError: The request failed before its first event, and the client has nothing of it.
+        RequestError: The request failed without any event of its answer, and the client has nothing of it.
     """
     first = await _first_events(request, settings.sse_header_seconds)
-    if request.is_done and is_new and not skip:
-        request.finished()
+    if request.is_done and is_new and not skip and not any(_shown(events) for _, events in first):
+        request.finished()  # raises if it has failed
     if with_ids is None:
         with_ids = settings.sse_ids
     number = sse.FrameNumbers(request.job_id, skip).number if with_ids else _unnumbered
