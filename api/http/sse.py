@@ -49,9 +49,12 @@ class FrameNumbers:
         """The next complete frames, with an id line before each."""
         if not frames:
             return frames
-        if self._next >= self._skip and frames.find(END) == len(frames) - len(END):  # one, the usual case
-            self._next += 1
-            return b"%b%d\n%b" % (self._start, self._next - 1, frames)
+        if self._next >= self._skip:
+            end = len(frames) - len(END)
+            line_end = frames.find(b"\n")  # far faster than a search for two characters
+            if line_end == end or frames.find(END, line_end) == end:  # one frame, the usual case
+                self._next += 1
+                return b"".join((self._start, b"%d\n" % (self._next - 1), frames))
         numbered = []
         for each in frames.split(END)[:-1]:
             if self._next >= self._skip:
