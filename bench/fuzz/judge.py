@@ -30,6 +30,8 @@ _REFUSED_WORDS = re.compile(
     r"|`echo` cannot be combined|With `suffix`|`best_of` (cannot|must)"
     r"|Only an assistant message"
     r"|`background` needs a stored response"
+    r"|is only allowed with `stream=true`|is not the id of an item of this response"
+    r"|Only a response with `background: true` can be cancelled"
     r"|set the format of the answer; set only one"
     r"|^The synthetic worker only counts"
     r"|cannot both be true|asks to continue the last message"
@@ -75,7 +77,8 @@ def _without_id(frame: bytes) -> bytes:
 def is_beyond_description(error: dict[str, Any]) -> bool:
     """Whether a refusal is for something that JSON Schema cannot express, or that is documented as unsupported."""
     if "code" not in error:  # Anthropic's; what is not of its described type has this message
-        return not str(error["message"]).startswith("Invalid value for")
+        is_described = str(error["message"]).startswith("Invalid value for")
+        return not is_described or _REFUSED_WORDS.search(error["message"]) is not None
     root = re.split(r"[.\[]", error["param"] or "")[0]
     is_known = error["code"] in _REFUSED_CODES or root in _REFUSED_FIELDS
     return is_known or _REFUSED_WORDS.search(error["message"]) is not None
