@@ -244,7 +244,7 @@ def _options(
         "tools": [_echoed_tool(tool) for tool in given.tools or []],
         "top_logprobs": given.top_logprobs or 0,
         "truncation": given.truncation or "disabled",
-        "user": given.user,
+        "user": given.user if isinstance(given.user, str) else None,  # it may be any value, without effect
     }
     return ResponseOptions(
         echo=changed(echo),

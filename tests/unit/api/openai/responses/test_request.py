@@ -222,3 +222,9 @@ def test_the_echo() -> None:
         },
         "top_logprobs": 2,
     }
+
+
+def test_a_user_that_is_no_text() -> None:
+    """It has no effect, so any value is accepted; a response repeats only a text."""
+    assert "user" not in options(user=False).echo
+    assert options(user="ann").echo["user"] == "ann"
