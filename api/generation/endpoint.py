@@ -59,6 +59,9 @@ class Endpoint:
         report_ignored(req, resp, request.ignored, strict=services.settings.strict_parameters)
         request = _resumable(req, request, services.settings)
         model = await services.directory.resolve(request.model)
+        if without_effect := request.without_effect(model):
+            names = [*request.ignored, *without_effect]
+            report_ignored(req, resp, names, strict=services.settings.strict_parameters)
         await front_end.check(request, model)
         jobs, active = await self._accept(req, request, model, len(body) + request.extra_bytes)
         # From the record and nothing else, as another process would render it.

@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
 
 from api.generation.served_model import DEFAULT_MODEL, ServedModel
-from common import names, sampling_defaults
+from common import names
 from common.errors import invalid
 from common.protocol import ChatPrompt, GenerationJob, SamplingParams, TextPrompt, TokenPrompt, ToolUse
 
@@ -26,10 +26,6 @@ MAX_CHOICES = 1024
 
 MAX_COPIES_BYTES = 64 * 2**20
 """Each choice's job has a copy of its prompt and of what all jobs share, such as stop strings; the bound on all copies of one request."""
-
-
-_OTHER_NAMES: Mapping[str, str] = {"repetition_penalty": "repeat_penalty"}
-"""llama.cpp's name of a field."""
 
 
 class AnswerRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -97,6 +93,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         grammar_field: The field of the request that asks for it, for error messages.
         ignored: Paths of unknown keys, and of parameters without an effect.
         unset: Fields of `sampling` that the client did not set: the model's own defaults apply to them.
+        reasoning_fields: Those that ask for reasoning or limit it; they have no effect on a model without markers of reasoning.
         max_reasoning_tokens: As in `common.protocol.GenerationJob`, and the next one.
         journals_started: Set by a front end whose rendering needs the prompt's token count at the beginning.
         retention: How the answer outlives the request; None: it does not.
@@ -122,6 +119,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     tool_use: ToolUse | None = None
     echo: bool = False
     unset: frozenset[str] = frozenset()
+    reasoning_fields: list[str] = []
     max_reasoning_tokens: int | None = None
     journals_started: bool = False
     retention: Retention | None = None
@@ -133,6 +131,10 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     def num_jobs(self) -> int:
         """One for each generated choice."""
         return len(self.prompts) * self.best_of
+
+    def without_effect(self, model: ServedModel) -> list[str]:
+        """Fields that have no effect with this model."""
+        return [] if model.can_reason else self.reasoning_fields
 
     def jobs(
         self,
@@ -203,20 +205,13 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         ]
 
 
-def unset(body: object) -> frozenset[str]:
-    """The fields of `SamplingParams` with a model's default that a request body leaves out, for `GenerationRequest.unset`.
+def unset_sampling(given: Iterable[str]) -> frozenset[str]:
+    """The fields of `SamplingParams` that a client left unset, for `GenerationRequest.unset`.
 
     Args:
-        body: A parsed body whose attributes have the same names; None, or no such attribute: not set.
+        given: Those that it set.
     """
-    names = {
-        name
-        for name in sampling_defaults.NAMES
-        if all(getattr(body, each, None) is None for each in (name, _OTHER_NAMES.get(name, name)))
-    }
-    if getattr(body, "top_p", None) == 0:  # greedy
-        names.discard("temperature")
-    return frozenset(names)
+    return frozenset(SamplingParams.__struct_fields__).difference(given, ("seed",))
 
 
 def _truncatable(request: GenerationRequest, model: ServedModel) -> list[Prompt]:

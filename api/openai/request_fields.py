@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from api.generation import request
 from api.generation.served_model import ServedModel
 from api.http.unknown_keys import MAX_NAME_CHARACTERS
 from common.errors import invalid
@@ -210,8 +211,8 @@ def sampling(body: Body, ignored: list[str]) -> SamplingParams:
 
 
 def unset_sampling(body: Body) -> frozenset[str]:
-    """The fields of `SamplingParams` that the client left unset (`GenerationRequest.unset`)."""
-    return frozenset(SamplingParams.__struct_fields__) - _given_sampling(body, []).keys() - {"seed"}
+    """As `api.generation.request.unset_sampling`."""
+    return request.unset_sampling(_given_sampling(body, []))
 
 
 def _given_sampling(body: Body, ignored: list[str]) -> dict[str, Any]:

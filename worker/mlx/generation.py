@@ -84,13 +84,6 @@ class GenerationBuilder:
             () if end is None else tuple(tokenizer.encode(end, add_special_tokens=False))
         )
 
-    def _encode_reasoning_end(self) -> tuple[int, ...]:
-        """The token ids of the marker that closes reasoning; empty: the model does not reason."""
-        if self._tokenizer.has_thinking:
-            return tuple(self._tokenizer.think_end_tokens)
-        end = self._format.reasoning_end
-        return () if end is None else tuple(self._tokenizer.encode(end, add_special_tokens=False))
-
     @property
     def can_reason(self) -> bool:
         """Whether the model has markers of reasoning."""

@@ -19,7 +19,7 @@ from api.anthropic.messages.conversation import Message, conversation
 from api.anthropic.messages.rendering import MessageOptions
 from api.anthropic.messages.thinking import Effort, Thinking
 from api.anthropic.messages.tools import Tool, ToolChoice, tool_use
-from api.generation.request import GenerationRequest, unset
+from api.generation.request import GenerationRequest, unset_sampling
 from api.http.json_body import BodyDecoder
 from common.errors import invalid
 from common.protocol import ChatPrompt, SamplingParams
@@ -127,6 +127,7 @@ def parse(body: bytes) -> GenerationRequest:
             "A last message of the assistant's, which the answer continues, cannot be combined with a JSON schema for the complete answer.",
             "messages",
         )
+    sampling = _given_sampling(given)
     effort = given.output_config.effort if given.output_config is not None else None
     return GenerationRequest(
         model=given.model,
@@ -140,13 +141,14 @@ def parse(body: bytes) -> GenerationRequest:
         max_tokens=given.max_tokens,
         stop=given.stop_sequences or [],
         top_logprobs=None,
-        sampling=_sampling(given),
-        unset=unset(given),
+        sampling=SamplingParams(seed=secrets.randbits(63) if given.seed is None else given.seed, **sampling),
+        unset=unset_sampling(sampling),
         stream=bool(given.stream),
         ignored=[*unknown, *said.skipped, *skipped.paths],
         options=MessageOptions(max_tokens=given.max_tokens, thinking=thinking_field.display(given.thinking)),
         grammar=None if answer_format is None else grammar.for_json_schema(answer_format.schema),
         tool_use=tools,
+        reasoning_fields=["thinking"] if thinking_field.is_enabled(given.thinking) else [],
         max_reasoning_tokens=thinking_field.max_tokens(given.thinking),
         journals_started=True,
     )
@@ -181,10 +183,11 @@ def _format(given: PromptBody) -> JsonFormat | None:
     return chosen
 
 
-def _sampling(given: MessagesBody) -> SamplingParams:
-    """The sampling parameters, with a random seed if the client gave none."""
+def _given_sampling(given: MessagesBody) -> dict[str, Any]:
+    """The fields of `SamplingParams` that the client set, but the seed."""
     values = {name: value for name in _SAMPLING_FIELDS if (value := getattr(given, name)) is not None}
-    values["top_k"] = max(0, given.top_k or 0)
+    if given.top_k is not None:
+        values["top_k"] = max(0, given.top_k)
     if given.top_p == 0:  # in the limit, only the most likely token remains
         values |= {"top_p": 1.0, "temperature": 0.0}
-    return SamplingParams(seed=secrets.randbits(63) if given.seed is None else given.seed, **values)
+    return values

@@ -33,6 +33,11 @@ def is_on(thinking: Thinking | None) -> bool:
     return thinking is not None and thinking.type in ("enabled", "adaptive")
 
 
+def is_enabled(thinking: Thinking | None) -> bool:
+    """Whether the model must think, or may think for so many tokens; `adaptive` alone leaves it to the model."""
+    return thinking is not None and (thinking.type == "enabled" or max_tokens(thinking) is not None)
+
+
 def template_arguments(thinking: Thinking | None, effort: Effort | None) -> dict[str, Any]:
     """Arguments of the model's chat template."""
     arguments: dict[str, Any] = {"enable_thinking": is_on(thinking)}

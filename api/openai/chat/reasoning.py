@@ -59,11 +59,13 @@ class Reasoning(msgspec.Struct, frozen=True):
         template_arguments: For `ChatPrompt`.
         max_tokens: `GenerationJob.max_reasoning_tokens`.
         is_hidden: Whether the answer leaves the reasoning out.
+        fields: `GenerationRequest.reasoning_fields`. Arguments of the template, such as `enable_thinking`, are not among them.
     """
 
     template_arguments: dict[str, Any]
     max_tokens: int | None
     is_hidden: bool
+    fields: list[str]
 
 
 _Given = dict[str, Any]
@@ -120,7 +122,24 @@ def reasoning_of(given: ReasoningFields) -> Reasoning:
         arguments,
         budget if is_limited and is_enabled is not False else None,
         bool(options.exclude) or given.include_reasoning is False,
+        _asking(given, options, thinking),
     )
+
+
+def _asking(given: ReasoningFields, options: ReasoningOptions, thinking: Thinking) -> list[str]:
+    """The fields that ask for reasoning or limit it; those that turn it off get what they ask for from any model."""
+    asks = {
+        "reasoning": options.enabled or options.effort not in (None, "none") or _limits(options.max_tokens),
+        "thinking": given.thinking is True or thinking.type == "enabled" or _limits(thinking.budget_tokens),
+        "thinking_budget": _limits(given.thinking_budget),
+        "thinking_token_budget": _limits(given.thinking_token_budget),
+        "reasoning_budget": _limits(given.reasoning_budget),
+    }
+    return [name for name, is_asking in asks.items() if is_asking]
+
+
+def _limits(budget: int | None) -> bool:
+    return budget is not None and budget > 0
 
 
 def _switch(thinking: Thinking | bool | None) -> bool | None:

@@ -147,6 +147,7 @@ def parse(body: bytes) -> GenerationRequest:
         grammar=None if answer_grammar is None else answer_grammar.text,
         grammar_field=None if answer_grammar is None else answer_grammar.field,
         tool_use=tools,
+        reasoning_fields=reasoning.fields,
         max_reasoning_tokens=reasoning.max_tokens,
         ignored=ignored,
     )

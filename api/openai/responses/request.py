@@ -183,6 +183,7 @@ def build(
         options=_options(given, reasoning, tools, with_logprobs=with_logprobs),
         grammar=text_format.grammar_of(given.text.format if given.text else None),
         grammar_field=text_format.SCHEMA_FIELD,
+        reasoning_fields=thoughts.fields,
         max_reasoning_tokens=thoughts.max_tokens,
         tool_use=tools.use,
         is_background=bool(given.background),

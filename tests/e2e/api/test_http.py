@@ -83,7 +83,10 @@ def test_a_request_of_clients_of_local_servers(api: ApiPool) -> None:
         keep_alive="5m",
     )
     assert answer.status == 200
-    assert answer.headers["x-ignored-parameters"] == "keep_alive, messages[0].cache_control, store, tools[1]"
+    assert (
+        answer.headers["x-ignored-parameters"]
+        == "keep_alive, messages[0].cache_control, store, tools[1], thinking"
+    )
     job = api.worker.jobs[-1]
     assert (job.max_tokens, job.max_reasoning_tokens) == (None, 9)
     assert (job.sampling.repetition_penalty, job.sampling.ignore_eos) == (1.1, True)
@@ -287,6 +290,8 @@ def test_a_strict_api_with_a_default_model() -> None:
         refused = api.chat(model=MODEL, zzz=1)
         assert (refused.status, refused.error["param"]) == (400, "zzz")
         assert refused.error["code"] == "unknown_parameter"
+        budget = api.chat(model=MODEL, thinking_budget=5)  # the model does not reason
+        assert (budget.status, budget.error["param"]) == (400, "thinking_budget")
         unserved = api.chat()
         assert (unserved.status, unserved.error["code"]) == (503, "model_unavailable")
         assert int(unserved.headers["retry-after"]) >= 1
