@@ -182,21 +182,30 @@ def _fold_system(messages: Messages) -> Messages:
 
 def _merge_turns(messages: Messages) -> Messages:
     """Merge consecutive messages of a user or of the assistant; the calls of the later message stay with its text."""
-    merged: Messages = []
+    turns: list[Messages] = []
     for message in messages:
-        last = merged[-1] if merged else None
+        last = turns[-1][-1] if turns else None
         if (
             last is None
             or last["role"] != message["role"]
             or message["role"] == "tool"
             or last.get("tool_calls")
         ):
-            merged.append(message)
-            continue
-        both = last | message | {"content": _join(_text(last), _text(message))}
-        if reasoning := _join(*(str(m.get("reasoning_content") or "") for m in (last, message))):
-            both["reasoning_content"] = reasoning
-        merged[-1] = both
+            turns.append([message])
+        else:
+            turns[-1].append(message)
+    return [_merge(turn) for turn in turns]
+
+
+def _merge(turn: Messages) -> dict[str, Any]:
+    if len(turn) == 1:
+        return turn[0]
+    merged: dict[str, Any] = {}
+    for message in turn:
+        merged |= message
+    merged["content"] = _join(*map(_text, turn))
+    if reasoning := _join(*(str(m.get("reasoning_content") or "") for m in turn)):
+        merged["reasoning_content"] = reasoning
     return merged
 
 
@@ -254,13 +263,17 @@ def _split_calls(messages: Messages) -> Messages:
         end = index
         while end < len(messages) and messages[end]["role"] == "tool":
             end += 1
-        results, index = messages[index:end], end
+        ids = {call.get("id") for call in calls}
+        own: dict[Any, Messages] = {}
+        others: Messages = []
+        for result in messages[index:end]:
+            call_id = result.get("tool_call_id")
+            (own.setdefault(call_id, []) if call_id in ids else others).append(result)
+        index = end
         for number, call in enumerate(calls):
-            own = [m for m in results if m.get("tool_call_id") == call.get("id")]
-            results = [m for m in results if m.get("tool_call_id") != call.get("id")]
             first = message if number == 0 else {"role": "assistant", "content": ""}
-            split += [first | {"tool_calls": [call]}, *own]
-        split += results
+            split += [first | {"tool_calls": [call]}, *own.pop(call.get("id"), [])]
+        split += others
     return split
 
 

@@ -6,7 +6,9 @@ The choice is made for a shape of conversation, by rendering its skeleton with o
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import chain, islice, pairwise
@@ -20,10 +22,16 @@ log = logging.getLogger(__name__)
 
 _MAX_PLANS = 1024
 """Remembered; the least recently used one is forgotten."""
+_MAX_REMEMBERED_SIZE = 1_000
+"""Messages and calls of a shape that is remembered: clients choose the shapes, and each may have thousands."""
 
-_MAX_ADAPTED_MESSAGES = 20_000
-_MIN_ADAPTATIONS = 20
-"""Bounds on the search, for conversations of thousands of messages: then the strongest adaptations come next."""
+_MAX_ADAPTED_SIZE = 2_000
+_MIN_ADAPTATIONS = 3
+"""Bounds on the search, which runs on the intake thread: messages and calls rendered in all, and adaptations that are tried however long
+a conversation is. Then the strongest adaptations come next. Not a time: each worker has to choose the same adaptation. Real templates
+need up to 14 adaptations of nine messages."""
+
+_WORD = re.compile(r"probe\d+(?:content|(?:name|key|value)\d+)")
 
 Render = Callable[[Messages], str]
 """Renders adapted messages; may raise any exception."""
@@ -73,6 +81,8 @@ class Planner:
             self._plans.move_to_end(key)
             return known
         chosen = self._search(make_skeleton(shape, words), render, as_text=as_text)
+        if _size(messages) > _MAX_REMEMBERED_SIZE:
+            return chosen
         self._plans[key] = chosen
         if len(self._plans) > _MAX_PLANS:
             self._plans.popitem(last=False)
@@ -80,13 +90,14 @@ class Planner:
 
     def adapted(self, messages: Messages, *, as_text: bool) -> Iterator[tuple[Adaptation, Messages]]:
         """All adaptations of a conversation that differ, the smallest first."""
-        seen: list[Messages] = []
-        limit = max(_MIN_ADAPTATIONS, _MAX_ADAPTED_MESSAGES // (len(messages) or 1))
+        seen: set[bytes] = set()
+        limit = max(_MIN_ADAPTATIONS, _MAX_ADAPTED_SIZE // (_size(messages) or 1))
         changes = candidates(messages, self._style, as_text=as_text)
         for adaptation in chain(islice(changes, limit), STRONGEST):
             new = adaptation.apply(messages, self._style)
-            if new not in seen:
-                seen.append(new)
+            digest = hashlib.blake2b(repr(new).encode(errors="surrogatepass")).digest()
+            if digest not in seen:
+                seen.add(digest)
                 yield adaptation, new
 
     def apply(self, adaptation: Adaptation, messages: Messages) -> Messages:
@@ -111,13 +122,21 @@ class Planner:
         return best[1]
 
 
+def _size(messages: Messages) -> int:
+    return len(messages) + sum(len(message.get("tool_calls") or ()) for message in messages)
+
+
 def _measure(text: str, skeleton: Skeleton) -> _Loss:
-    lost = sum(word not in text for word in skeleton.others)
+    positions: dict[str, int] = {}  # of the first occurrence
+    repeated_words = set()
+    for found in _WORD.finditer(text):
+        if positions.setdefault(found[0], found.start()) != found.start():
+            repeated_words.add(found[0])
+    lost = sum(word not in positions and word not in text for word in skeleton.others)
     out_of_order = repeated = 0
     for words in (skeleton.system, skeleton.contents):
-        positions = [text.find(word) for word in words]
-        found = [position for position in positions if position >= 0]
-        lost += len(positions) - len(found)
-        out_of_order += sum(a > b for a, b in pairwise(found))
-        repeated += sum(text.count(word) > 1 for word in words)
+        known = [positions[word] for word in words if word in positions]
+        lost += len(words) - len(known)
+        out_of_order += sum(a > b for a, b in pairwise(known))
+        repeated += sum(word in repeated_words for word in words)
     return _Loss(lost, out_of_order, repeated)

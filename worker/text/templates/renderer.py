@@ -6,6 +6,7 @@ and of MLX.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -129,16 +130,19 @@ class ChatRenderer:
         return replace(conversation, messages=messages, tool_use=use, arguments=arguments)
 
     def _situation(self, prepared: Conversation) -> tuple[Any, ...]:
-        arguments = tuple(sorted((name, repr(value)) for name, value in prepared.arguments.items()))
+        # A digest: the planner keeps it, and clients choose the arguments.
+        text = repr(sorted(prepared.arguments.items()))
+        arguments = hashlib.blake2b(text.encode(errors="surrogatepass")).digest()
         return prepared.in_template, prepared.continue_final, prepared.opens_turn, arguments
 
     def _attempts(
         self, prepared: Conversation, tools: _Tools
     ) -> Iterator[tuple[Messages, Conversation, _Tools]]:
         """What to try if the template raises because of the texts, not of the conversation's shape."""
-        adapted = [
-            messages for _, messages in self._planner.adapted(prepared.messages, as_text=prepared.as_text)
-        ]
+
+        def adapted() -> Iterator[Messages]:  # not a list: each may have a copy of all texts
+            return (new for _, new in self._planner.adapted(prepared.messages, as_text=prepared.as_text))
+
         # DeepSeek V3.2 refuses a last message of the assistant without reasoning, unless reasoning is off.
         names = (
             ("enable_thinking", "thinking")
@@ -147,9 +151,9 @@ class ChatRenderer:
         )
         off = dict.fromkeys(names, False)
         without_thinking = replace(prepared, arguments=prepared.arguments | off)
-        yield adapted[0], without_thinking, tools
+        yield next(adapted()), without_thinking, tools
         for changed_tools in [tools, normalize_tools(tools)] if prepared.in_template else [tools]:
-            for messages in adapted:
+            for messages in adapted():
                 yield messages, prepared, changed_tools
 
     def _render(self, messages: Messages, prepared: Conversation, tools: _Tools) -> str:
@@ -164,6 +168,8 @@ class ChatRenderer:
         return self._apply(messages, arguments, add_generation_prompt=prepared.opens_turn)
 
     def _render_continued(self, messages: Messages, arguments: dict[str, Any]) -> str:
+        if messages[-1]["role"] != "assistant":  # the adaptation has left out an empty message
+            messages = [*messages, {"role": "assistant", "content": ""}]
         final = messages[-1]
         text = str(final.get("content") or "")
         marked = [*messages[:-1], final | {"content": text + _END}]

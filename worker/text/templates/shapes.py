@@ -142,5 +142,5 @@ def _make_call(shape: CallShape, word: str, index: int, number: int, words: list
 
 
 def _call_id(index: int, number: int) -> str:
-    """Nine letters or digits, which every template accepts."""
-    return f"call{max(index, 0):03}{number:02}"[:9]
+    """Nine letters or digits, which every template accepts; another one for each call."""
+    return f"c{max(index, 0) % 16**5:05x}{number % 16**3:03x}"

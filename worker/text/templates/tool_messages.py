@@ -63,17 +63,20 @@ def render_as_text(messages: Messages) -> Messages:
 
     Consecutive user messages are joined: some templates refuse two in a row.
     """
-    rendered: Messages = []
+    turns: list[Messages] = []
     is_after_result = False
     for message in messages:
         is_result = message["role"] == "tool"
         new = _render_message(message)
-        if rendered and (is_result or is_after_result) and rendered[-1]["role"] == new["role"] == "user":
-            rendered[-1] = rendered[-1] | {"content": f"{rendered[-1]['content']}\n{new['content']}"}
+        if turns and (is_result or is_after_result) and turns[-1][-1]["role"] == new["role"] == "user":
+            turns[-1].append(new)
         else:
-            rendered.append(new)
+            turns.append([new])
         is_after_result = is_result
-    return rendered
+    return [
+        turn[0] if len(turn) == 1 else turn[0] | {"content": "\n".join(str(m["content"]) for m in turn)}
+        for turn in turns
+    ]
 
 
 def _render_message(message: dict[str, Any]) -> dict[str, Any]:
