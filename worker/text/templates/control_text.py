@@ -15,10 +15,13 @@ from typing import Any
 
 import msgspec
 
+from worker.text.templates.alterations import Alterations
+
 MARK = f"q{secrets.token_hex(12)}q"
 """Letters and digits survive what templates do to text, and a client cannot guess it; the token ids do not depend on it."""
 
 _ANCHOR = "\n"
+_ANY_CHARACTER = re.compile(".", re.DOTALL)
 
 
 def find_control_tokens(tokenizer: Any, markers: Iterable[str | None], template_text: str) -> list[str]:
@@ -50,24 +53,37 @@ class ControlText:
     Args:
         tokens: See `find_control_tokens`.
         reasoning_markers: The start and the end of reasoning; None: the model does not reason.
+        alterations: How text is changed after it was marked.
     """
 
-    def __init__(self, tokens: list[str], reasoning_markers: tuple[str, str] | None = None) -> None:
-        self._pattern = _compile(tokens) if tokens else None
-        self._json_pattern = (
-            _compile([json.dumps(t, ensure_ascii=False)[1:-1] for t in tokens]) if tokens else None
-        )
+    def __init__(
+        self,
+        tokens: list[str],
+        reasoning_markers: tuple[str, str] | None = None,
+        alterations: Alterations = Alterations(),  # noqa: B008 (immutable)
+    ) -> None:
+        flags = re.IGNORECASE if alterations.changes_case else re.NOFLAG
+        self._pattern = _compile(tokens, flags) if tokens else None
+        self._json_pattern = _compile([_in_json(token) for token in tokens], flags) if tokens else None
+        self._beginnings = _compile(sorted({token[0] for token in tokens}), flags) if tokens else None
         self._reasoning_markers = reasoning_markers
+        self._replaced = alterations.replaced
+        self._replaced_in_json = tuple(map(_in_json, alterations.replaced))
+        self._normalize = alterations.normalize
 
     def is_in(self, *values: Any) -> bool:
         """Whether any string of these JSON values may contain the text of a control token."""
         if self._json_pattern is None:
             return False
+        if self._normalize is not None:  # of the text, not of its JSON
+            return True
         try:
             text = msgspec.json.encode(values).decode()
         except UnicodeEncodeError:  # a lone surrogate
             return True
-        return self._json_pattern.search(text) is not None
+        return self._json_pattern.search(text) is not None or any(
+            each in text for each in self._replaced_in_json
+        )
 
     def mark(self, value: Any) -> Any:
         """Insert marks into all strings of a JSON value, keys of objects included."""
@@ -93,14 +109,27 @@ class ControlText:
         return marked
 
     def _mark_text(self, text: str) -> str:
-        if self._pattern is None:
+        pattern = self._cut_pattern(text)
+        if pattern is None:
             return text
-        pieces, begin, found = [], 0, self._pattern.search(text)
+        pieces, begin, found = [], 0, pattern.search(text)
         while found is not None:
             cut = found.start() + 1
             pieces.append(text[begin:cut])
-            begin, found = cut, self._pattern.search(text, cut)  # tokens may overlap
+            begin, found = cut, pattern.search(text, cut)  # tokens may overlap
         return MARK.join([*pieces, text[begin:]]) if pieces else text
+
+    def _cut_pattern(self, text: str) -> re.Pattern[str] | None:
+        """What a text is cut after: the first characters of control tokens, or more if it may still change."""
+        if self._pattern is None:
+            return None
+        if self._normalize is not None and self._pattern.search(self._normalize(text)) is not None:
+            return _ANY_CHARACTER
+        return self._beginnings if any(each in text for each in self._replaced) else self._pattern
+
+
+def _in_json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def encode(text: str, tokenizer: Any, *, add_special_tokens: bool = False) -> list[int]:
@@ -156,7 +185,7 @@ def _piece_encoder(tokenizer: Any) -> Any:
     return encode_after_anchor
 
 
-def _compile(tokens: list[str]) -> re.Pattern[str]:
+def _compile(tokens: list[str], flags: re.RegexFlag) -> re.Pattern[str]:
     """A pattern that finds the texts in one pass, whatever their number: alternatives share their beginnings."""
     trie: dict[str, Any] = {}
     for token in tokens:
@@ -164,7 +193,7 @@ def _compile(tokens: list[str]) -> re.Pattern[str]:
         for char in token:
             node = node.setdefault(char, {})
         node[""] = {}
-    return re.compile(_pattern_of(trie))
+    return re.compile(_pattern_of(trie), flags)
 
 
 def _pattern_of(trie: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from common.errors import RequestError, invalid
 from common.protocol import ToolUse
 from worker.text.templates import control_text, tool_messages
 from worker.text.templates.adaptations import normalize_tools
+from worker.text.templates.alterations import find_alterations
 from worker.text.templates.control_text import ControlText
 from worker.text.templates.planner import Planner
 from worker.text.templates.support import (
@@ -82,7 +83,8 @@ class ChatRenderer:
         start, end, *others = (getattr(tokenizer, name, None) for name in names)
         markers = [start, end, *others, *getattr(tokenizer, "structural_markers", ()), *tool_messages.MARKERS]
         tokens = control_text.find_control_tokens(tokenizer, markers, support.literal_text)
-        self._control_text = ControlText(tokens, (start, end) if start and end else None)
+        alterations = find_alterations(tokenizer, tokens, support.literal_text)
+        self._control_text = ControlText(tokens, (start, end) if start and end else None, alterations)
 
     def plain_messages(self, conversation: Conversation) -> Messages:
         """Messages without calls and results, for a model without a template; their texts contain marks."""
