@@ -69,10 +69,11 @@ local function end_job(id, job, ttl)
     redis.call('EXPIRE', journal_key(job), math.max(ttl, redis.call('TTL', key)))
     return 1
   end
-  local bytes = redis.call('MEMORY', 'USAGE', key) or 0
+  -- All samples: by default Redis looks at five fields of a hash, of which a single one may have all the bytes.
+  local bytes = redis.call('MEMORY', 'USAGE', key, 'SAMPLES', 0) or 0
   for _, each in ipairs(jobs) do
     redis.call('EXPIRE', journal_key(each), ttl)
-    bytes = bytes + (redis.call('MEMORY', 'USAGE', journal_key(each)) or 0)
+    bytes = bytes + (redis.call('MEMORY', 'USAGE', journal_key(each), 'SAMPLES', 0) or 0)
   end
   redis.call('EXPIRE', key, ttl)
   redis.call('ZADD', EXPIRIES, now() + ttl, id)

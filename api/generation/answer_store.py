@@ -37,7 +37,7 @@ _BYTES_PER_TOKEN, _BYTES_PER_LOGPROB = 64, 48
 """Of a journal; an estimate until the answer has ended and its journals are measured."""
 
 _BYTES_PER_RECORD = 1024
-"""Of the hash, without the front end's details."""
+"""Of the hash, without the record and the front end's details."""
 
 _ENDED_STATUSES = (b"failed", b"finished", b"stopped", b"canceled", None)
 """RQ's statuses of a job that will not get further events. None: it was deleted, or waited too long in the queue."""
@@ -70,6 +70,11 @@ class AnswerStore:
         """As `AnswerLookup.response_ttl_seconds`."""
         return self._settings.response_ttl_seconds
 
+    @property
+    def max_conversation_bytes(self) -> int:
+        """As `AnswerLookup.max_conversation_bytes`."""
+        return self._settings.max_body_bytes
+
     async def new_record(
         self, jobs: list[GenerationJob], options: Retention, owner: str, num_answer_tokens: int
     ) -> NewRecord:
@@ -85,8 +90,9 @@ class AnswerStore:
             details = await asyncio.to_thread(zlib.compress, details, 1)
         else:
             details = zlib.compress(details, 1)
+        record = msgspec.json.encode(first.answer)  # may be as large as the request: responses repeat tools
         fields: dict[str, str | bytes | int] = {
-            "record": msgspec.json.encode(first.answer),
+            "record": record,
             "job_ids": msgspec.json.encode([job.job_id for job in jobs]),
             "owner": owner,
             "model": first.model,
@@ -98,7 +104,7 @@ class AnswerStore:
         num_bytes = len(jobs) * num_answer_tokens * (_BYTES_PER_TOKEN + logprobs * _BYTES_PER_LOGPROB)
         return NewRecord(
             answer_id=first.job_id,
-            num_bytes=num_bytes + len(details) + _BYTES_PER_RECORD,
+            num_bytes=num_bytes + len(record) + len(details) + _BYTES_PER_RECORD,
             ttl_seconds=self._settings.queue_seconds + options.ttl_seconds,
             fields=fields,
         )
@@ -190,21 +196,25 @@ async def _guarded(batch: CommandBatch, commands: list[tuple[Any, ...]]) -> list
 
 
 async def _decoded(fields: dict[bytes, bytes]) -> StoredAnswer:
-    details = fields[b"details"]
-    if len(details) > _LARGE_BYTES // 8:
-        data = await asyncio.to_thread(_decompressed, details)
-    else:
-        data = _decompressed(details)
+    decompressor = zlib.decompressobj()
+    data = decompressor.decompress(fields[b"details"], _LARGE_BYTES)
+    if decompressor.eof:
+        details = _decoded_details(data)
+    else:  # a few bytes may be megabytes, decompressed
+        details = await asyncio.to_thread(lambda: _decoded_details(_decompressed(fields[b"details"])))
     return StoredAnswer(
         record=msgspec.json.decode(fields[b"record"], type=AnswerRecord),
         model=fields[b"model"].decode(),
         retention=Retention(
             ttl_seconds=int(fields[b"ttl_seconds"]),
             is_detached=fields[b"is_detached"] == b"1",
-            details=msgspec.json.decode(data, type=dict[str, Any] | None),
+            details=details,
         ),
         is_cancelled=b"is_cancelled" in fields,
     )
+
+
+_decoded_details = msgspec.json.Decoder(dict[str, Any] | None).decode
 
 
 def _decompressed(data: bytes) -> bytes:

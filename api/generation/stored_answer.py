@@ -118,6 +118,10 @@ class AnswerLookup(Protocol):
     def response_ttl_seconds(self) -> int:
         """How long a response that a client stores is kept after its end."""
 
+    @property
+    def max_conversation_bytes(self) -> int:
+        """What a request may take from the store: as much as it could have in its body."""
+
     async def load(self, answer_id: str, owner: str) -> StoredAnswer:
         """A stored answer.
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import pytest
 import redis
 
+from api.generation import answer_store
 from api.generation.answer_store import AnswerStore
 from api.generation.command_batch import CommandBatch
 from api.generation.events.relay import Relay
@@ -296,13 +299,76 @@ def test_how_long_an_answer_lives(redis_url: str) -> None:
         store.end(second)
         assert all(50 < store.client.ttl(each) <= 60 for each in (key, *journals))
         assert (
-            store.total_bytes == sum(store.client.memory_usage(each) for each in (key, *journals)) != estimate
+            store.total_bytes
+            == sum(store.client.memory_usage(each, samples=0) for each in (key, *journals))
+            != estimate
         )
         # Taken again, for RQ's bookkeeping only.
         store.client.execute_command(*retention.on_start(answer_id, 60))
         assert store.client.ttl(key) <= 60
 
     run(redis_url, test, queue_seconds=600)
+
+
+def test_bytes_of_an_answer_with_a_large_record(redis_url: str) -> None:
+    """A response repeats its instructions and tools: their bytes are reserved from the beginning, and measured exactly."""
+
+    async def test(store: Store) -> None:
+        num_bytes = 500_000
+        await store.submit()
+        before = store.total_bytes
+        retention_options = Retention(ttl_seconds=60, details={"items": []})
+        [large] = GenerationRequest(
+            model="m",
+            prompts=[TextPrompt("x")],
+            max_tokens=5,
+            stop=[],
+            top_logprobs=None,
+            sampling=SamplingParams(),
+            stream=True,
+            ignored=[],
+            options=_Options(instructions="x" * num_bytes),
+            retention=retention_options,
+        ).jobs("front", MODEL, "c", [10])
+        record = await store.answers.new_record([large], retention_options, "ann", 10)
+        await store.queue.submit([large], 0, record)
+        assert num_bytes < store.total_bytes - before < num_bytes + 10_000
+        store.end(large)
+        measured = store.client.memory_usage(names.answer(large.job_id), samples=0)
+        assert int(store.client.hget(names.ANSWER_BYTES, large.job_id)) == measured  # type: ignore[arg-type]
+        assert num_bytes < measured < 1.3 * num_bytes
+
+    run(redis_url, test)
+
+
+def test_details_that_are_large_only_when_decompressed(redis_url: str) -> None:
+    """They are decompressed and decoded in a thread: a few bytes in Redis may be megabytes."""
+
+    async def test(store: Store) -> None:
+        details = {"x": "a" * 2_000_000, "é": [1]}
+        [job] = await store.submit(details=details)
+        assert store.client.hstrlen(names.answer(job.job_id), "details") < 20_000
+        threads: list[int] = []
+        decode = answer_store._decoded_details
+        with pytest.MonkeyPatch.context() as patch:
+
+            def noted(data: bytes) -> Any:
+                threads.append(threading.get_ident())
+                return decode(data)
+
+            patch.setattr(answer_store, "_decoded_details", noted)
+            answer = await store.answers.load(job.job_id, "ann")
+        assert answer.retention.details == details
+        assert threads != [threading.get_ident()]
+        assert len(threads) == 1
+
+    run(redis_url, test)
+
+
+class _Options(msgspec.Struct):
+    """A front end's options."""
+
+    instructions: str
 
 
 def test_a_full_store(redis_url: str) -> None:

@@ -22,7 +22,7 @@ from common.errors import RequestError, invalid
 _MANY_ITEMS = 50
 """More are converted in a thread."""
 
-_CONFLICT = 409
+_CONFLICT, _TOO_LARGE = 409, 413
 
 
 async def complete(request: GenerationRequest, answers: AnswerLookup, owner: str) -> GenerationRequest:
@@ -30,13 +30,12 @@ async def complete(request: GenerationRequest, answers: AnswerLookup, owner: str
 
     Raises:
         RequestError: 404, a response or an item does not exist, or belongs to another key; 409, the response is still being
-            generated; 400, it failed, or what the items are together is wrong.
+            generated; 413, all of it is too large; 400, it failed, or what the items are together is wrong.
     """
-    asked = cast("ResponseRequest", request)
+    asked, num_bytes = cast("ResponseRequest", request), 0
     if not asked.is_complete:
-        asked = await _with_references(asked, answers, owner)
+        asked, num_bytes = await _with_references(asked, answers, owner)
     given = asked.given
-    num_bytes = len(msgspec.json.encode(asked.earlier)) if asked.earlier else 0
     if given.store is False:
         return msgspec.structs.replace(asked, extra_bytes=num_bytes)
     retention = Retention(
@@ -49,15 +48,45 @@ async def complete(request: GenerationRequest, answers: AnswerLookup, owner: str
     return msgspec.structs.replace(asked, retention=retention, extra_bytes=num_bytes)
 
 
-async def _with_references(asked: ResponseRequest, answers: AnswerLookup, owner: str) -> ResponseRequest:
+async def _with_references(
+    asked: ResponseRequest, answers: AnswerLookup, owner: str
+) -> tuple[ResponseRequest, int]:
+    """The request with what it refers to, and the size of that."""
     given, earlier = asked.given, []
+    size = _Size(answers.max_conversation_bytes)
     if given.previous_response_id is not None:
         earlier = await _conversation(answers, owner, given.previous_response_id)
-    items = await _resolved(asked.items, earlier, answers, owner)
+        size.add(await asyncio.to_thread(_num_bytes, earlier), "previous_response_id")
+    items = await _resolved(asked.items, earlier, answers, owner, size)
     ignored = Ignored(asked.ignored)
     if len(items) + len(earlier) > _MANY_ITEMS or given.tools:
-        return await asyncio.to_thread(build, given, items, ignored, earlier)
-    return build(given, items, ignored, earlier)
+        return await asyncio.to_thread(build, given, items, ignored, earlier), size.num_bytes
+    return build(given, items, ignored, earlier), size.num_bytes
+
+
+class _Size:
+    """The bytes that a request takes from the store. A chain of responses, and references to one item, could be any number."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.num_bytes = 0
+        self._max_bytes = max_bytes
+
+    def add(self, num_bytes: int, param: str) -> None:
+        """Raises:
+        RequestError: 413, it is more than is allowed.
+        """
+        self.num_bytes += num_bytes
+        if self.num_bytes > self._max_bytes:
+            raise RequestError(
+                f"What the request refers to is too large: more than {self._max_bytes} bytes in all.",
+                status=_TOO_LARGE,
+                param=param,
+                code="request_too_large",
+            )
+
+
+def _num_bytes(value: list[Item] | Item) -> int:
+    return len(msgspec.json.encode(value))
 
 
 async def _conversation(answers: AnswerLookup, owner: str, response_id: str) -> list[Item]:
@@ -94,9 +123,12 @@ async def _conversation(answers: AnswerLookup, owner: str, response_id: str) -> 
     return lookup.input_items(answer) + lookup.output_items(answer, state)
 
 
-async def _resolved(items: list[Item], earlier: list[Item], answers: AnswerLookup, owner: str) -> list[Item]:
+async def _resolved(
+    items: list[Item], earlier: list[Item], answers: AnswerLookup, owner: str, size: _Size
+) -> list[Item]:
     """The items with each reference replaced by the item that it names."""
     known: dict[Any, Item] = {item.get("id"): item for item in earlier}
+    sizes: dict[str, int] = {}
     resolved = []
     for i, item in enumerate(items):
         path = f"input[{i}]"
@@ -108,6 +140,9 @@ async def _resolved(items: list[Item], earlier: list[Item], answers: AnswerLooku
             raise missing(f"{path}.id", "it is the id of a stored item")
         if item_id not in known:
             known |= await _items_of(item_id, f"{path}.id", answers, owner)
+        if item_id not in sizes:
+            sizes[item_id] = _num_bytes(known[item_id])
+        size.add(sizes[item_id], f"{path}.id")
         resolved.append(known[item_id])
     return resolved
 

@@ -70,7 +70,9 @@ def input_items(answer: StoredAnswer) -> list[Item]:
     """The items that a response was generated from, each with an id."""
     details: Mapping[str, Any] = answer.retention.details or {}
     return [
-        item if item.get("id") else {"id": names.input_id(answer.id, kind_of(item, ""), i), **item}
+        item
+        if isinstance(item.get("id"), str) and item["id"]
+        else item | {"id": names.input_id(answer.id, kind_of(item, ""), i)}
         for i, item in enumerate(details.get(_ITEMS, []))
     ]
 

@@ -22,6 +22,7 @@ from tests.unit.api.openai.records import MODEL
 from tests.unit.api.openai.responses.requests import parse
 
 TTL_SECONDS = 60
+MAX_BYTES = 10_000
 END = Finished(9, "stop", Usage(3, 4))
 
 
@@ -50,6 +51,10 @@ class FakeAnswers:
     @property
     def response_ttl_seconds(self) -> int:
         return TTL_SECONDS
+
+    @property
+    def max_conversation_bytes(self) -> int:
+        return MAX_BYTES
 
     async def load(self, answer_id: str, owner: str) -> StoredAnswer:
         if owner != "ann" or answer_id not in self.answers:
@@ -297,3 +302,36 @@ def test_listed_items_are_complete() -> None:
     with pytest.raises(RequestError) as error:
         pages.page(ITEMS, limit=9, is_descending=False, after="zzz")
     assert error.value.param == "after"
+
+
+def test_a_chain_of_responses_is_bounded() -> None:
+    """Each stores the conversation before it, so a client could otherwise make one of any size from small requests."""
+    answers = FakeAnswers()
+    last = answers.put(input="x" * 1000)
+    for _ in range(4):
+        last = answers.put(input="x" * 1000, previous_response_id=last)
+    second = answers.put(input="x" * 5000, previous_response_id=last)
+    error = refused(answers, input="x", previous_response_id=second)
+    assert (error.status, error.param, error.code) == (413, "previous_response_id", "request_too_large")
+
+
+def test_references_to_one_large_item_are_bounded() -> None:
+    """A reference is a few bytes of the body, but the item is in the prompt each time."""
+    answers = FakeAnswers()
+    item_id = names.output_id(answers.put([Delta(1, 1, "x" * 4000), END])[5:], "message", 0)
+    assert completed(answers, input=[{"type": "item_reference", "id": item_id}] * 2).extra_bytes > 8000
+    error = refused(answers, input=[{"type": "item_reference", "id": item_id}] * 3)
+    assert (error.status, error.param) == (413, "input[2].id")
+
+
+@pytest.mark.parametrize("item_id", [None, "", 5, {"a": 1}])
+def test_an_input_item_whose_id_is_no_string_gets_one(item_id: object) -> None:
+    """Items of built-in tools are stored as the client sent them."""
+    answers = FakeAnswers()
+    items = [{"type": "web_search_call", "id": item_id}, {"role": "user", "content": "hi"}]
+    response_id = answers.put(input=items)
+    answer, _ = answers.answers[response_id[5:]]
+    ids = [item["id"] for item in lookup.input_items(answer)]
+    assert all(isinstance(each, str) and each for each in ids)
+    reference = {"type": "item_reference", "id": ids[1]}
+    assert messages(completed(answers, input=[reference])) == [("user", "hi")]
