@@ -34,6 +34,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         xtc_threshold: 0 to 0.5.
         min_tokens: Until so many tokens were generated, neither an end-of-text token nor a stop string ends the answer.
         ignore_eos: Whether end-of-text tokens do not end the answer, which load generators ask for.
+        stop_token_ids: Further tokens that end the answer as an end-of-text token does, also with `ignore_eos`.
     """
 
     temperature: float = 1.0
@@ -50,6 +51,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     xtc_threshold: float = 0.1
     min_tokens: int = 0
     ignore_eos: bool = False
+    stop_token_ids: list[int] = []
 
 
 class ChatPrompt(msgspec.Struct, frozen=True, tag="chat"):
@@ -127,6 +129,7 @@ class GenerationJob(msgspec.Struct, frozen=True, kw_only=True):
         journals_started: Whether the worker's first `Started` is in the journal too, as event 1.
         is_detached: Whether the job goes on without subscribers: its client may come back for the answer.
         final_ttl_seconds: The journal's time to live after its terminal event; None: the worker's setting.
+        includes_stop: Whether the text ends with the stop string or the stop token that ended it, not before it.
         answer_id: The first job's id, if the request's answer is stored (`common.retention`); None: it is not.
     """
 
@@ -149,6 +152,7 @@ class GenerationJob(msgspec.Struct, frozen=True, kw_only=True):
     is_detached: bool = False
     final_ttl_seconds: int | None = None
     answer_id: str | None = None
+    includes_stop: bool = False
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

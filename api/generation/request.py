@@ -89,7 +89,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         max_tokens: None: up to the context.
         top_logprobs: As in `common.protocol.GenerationJob`.
         options: What the front end's rendering needs to know of the request (`AnswerRecord.options`).
-        grammar: As in `common.protocol.GenerationJob`, as are `tool_use` and `echo`.
+        grammar: As in `common.protocol.GenerationJob`, as are `tool_use`, `echo` and `includes_stop`.
         grammar_field: The field of the request that asks for it, for error messages.
         ignored: Paths of unknown keys, and of parameters without an effect.
         unset: Fields of `sampling` that the client did not set: the model's own defaults apply to them.
@@ -118,6 +118,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     grammar_field: str | None = None
     tool_use: ToolUse | None = None
     echo: bool = False
+    includes_stop: bool = False
     unset: frozenset[str] = frozenset()
     reasoning_fields: list[str] = []
     max_reasoning_tokens: int | None = None
@@ -193,6 +194,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
                 grammar=self.grammar,
                 tool_use=self.tool_use,
                 echo=self.echo,
+                includes_stop=self.includes_stop,
                 api_key_name=api_key_name,
                 answer=msgspec.to_builtins(record) if index == 0 else None,
                 max_reasoning_tokens=self.max_reasoning_tokens,

@@ -40,6 +40,7 @@ TokenCount = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
 MaxTokens = Annotated[int, Meta(ge=_NO_LIMIT, le=MAX_TOKENS, extra_json_schema={"not": {"const": 0}})]
 """Of an answer that has at least one token."""
 
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 StopString = Annotated[str, Meta(max_length=MAX_STOP_CHARACTERS)]
 
@@ -62,7 +63,8 @@ class StreamOptions(msgspec.Struct, frozen=True):
 class Body(msgspec.Struct, frozen=True, kw_only=True):
     """Fields of both kinds of requests; None is also an explicit null, which means the default.
 
-    Most are OpenAI's. Those of other servers: `top_k`, `min_p`, `repetition_penalty`, `min_tokens` and `ignore_eos` are vLLM's;
+    Most are OpenAI's. Those of other servers: `top_k`, `min_p`, `repetition_penalty`, `min_tokens`, `ignore_eos`,
+    `stop_token_ids` and `include_stop_str_in_output` are vLLM's;
     `n_predict`, `repeat_penalty` and `repeat_last_n` are llama.cpp's names of fields that are here too. docs/clients.md says what
     each one does. Those typed `Any` have no effect (`INEFFECTIVE`), or are supported only with some values (`NEUTRAL`).
     """
@@ -74,6 +76,8 @@ class Body(msgspec.Struct, frozen=True, kw_only=True):
     n_predict: MaxTokens | None = None
     min_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] | None = None
     ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_STOPS)] | None = None
+    include_stop_str_in_output: bool | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] | None = None
@@ -222,6 +226,8 @@ def _given_sampling(body: Body, ignored: list[str]) -> dict[str, Any]:
         given["top_k"] = max(0, body.top_k)  # -1 is off in vLLM, 0 in mlx_lm.server
     if body.top_p == 0:  # in the limit, only the most likely token remains
         given |= {"top_p": 1.0, "temperature": GREEDY_TEMPERATURE}
+    if body.stop_token_ids:
+        given["stop_token_ids"] = list(dict.fromkeys(body.stop_token_ids))
     if body.logit_bias:
         given["logit_bias"] = _logit_bias(body.logit_bias)
     return given
@@ -262,13 +268,14 @@ def _logit_bias(biases: Mapping[str, float]) -> dict[int, float]:
     return {int(key): bias for key, bias in biases.items()}
 
 
-def check_logit_bias(params: SamplingParams, model: ServedModel) -> None:
+def check_token_ids(params: SamplingParams, model: ServedModel) -> None:
     """Raises:
     RequestError: 400, a token id is outside the model's vocabulary.
     """
-    for token_id in params.logit_bias:
-        if not 0 <= token_id < model.vocab_size:
-            raise invalid(
-                f"`logit_bias` has the token id {token_id}, which is outside the model's vocabulary of {model.vocab_size} tokens.",
-                "logit_bias",
-            )
+    for name, token_ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        for token_id in token_ids:
+            if not 0 <= token_id < model.vocab_size:
+                raise invalid(
+                    f"`{name}` has the token id {token_id}, which is outside the model's vocabulary of {model.vocab_size} tokens.",
+                    name,
+                )

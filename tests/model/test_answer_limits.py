@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import msgspec
 import pytest
 
 from common.protocol import ChatPrompt, GenerationJob, Reasoning, SamplingParams
@@ -106,6 +107,21 @@ def test_ignore_eos(engine: MLXEngine) -> None:
         engine, chat("a", sampling=SamplingParams(temperature=0, ignore_eos=True)), replay=ids(longer)[:k]
     )
     assert ids(longer)[:k] + ids(rest) == ids(longer)
+
+
+def test_stop_token_ids(engine: MLXEngine) -> None:
+    """Such a token ends the answer, also after a takeover; it counts, and has a text only if the client asks for it."""
+    longer = tokens_of(engine, chat("a", sampling=SamplingParams(temperature=0, ignore_eos=True)))
+    k = next(i for i in range(2, 40) if longer[i].text.strip() and longer[i].token_id not in ids(longer)[:i])
+    sampling = SamplingParams(temperature=0, ignore_eos=True, stop_token_ids=[longer[k].token_id])
+    stopped = tokens_of(engine, chat("a", sampling=sampling))
+    assert ids(stopped) == ids(longer)[: k + 1]
+    assert (stopped[-1].finish_reason, stopped[-1].text) == ("stop", "")
+    assert ids(tokens_of(engine, chat("a", sampling=sampling), ids(longer)[:k])) == [longer[k].token_id]
+    shown = tokens_of(engine, chat("a", sampling=sampling, includes_stop=True))
+    assert shown[-1].text == longer[k].text
+    later = msgspec.structs.replace(sampling, min_tokens=k + 2)
+    assert longer[k].token_id not in ids(tokens_of(engine, chat("a", sampling=later)))[: k + 2]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

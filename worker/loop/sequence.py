@@ -149,7 +149,10 @@ class Sequence:
         """As `StopMatcher.feed`; as in vLLM, text of the first `min_tokens` tokens is not searched."""
         if self._num_fed <= self._min_tokens:
             return text, False
-        return self._stop_matcher.feed(text)
+        certain, is_stopped = self._stop_matcher.feed(text)
+        if is_stopped and self.job.includes_stop:
+            certain += self._stop_matcher.found or ""
+        return certain, is_stopped
 
     def _apply_stop_strings(self, parts: list[Part]) -> tuple[str, list[Piece], bool]:
         """Split parts into content, other pieces, and whether a stop string ended the content.

@@ -42,6 +42,7 @@ class BatchSequence:
         caches: The sequence's own, with `num_cached` tokens, until it is prefilled; None: there are none yet.
         ignores_eos: Whether an end-of-text token does not end the answer.
         min_tokens: One of the first so many does not either.
+        stop_token_ids: Further tokens that end the answer, also with `ignores_eos`.
         context: The token ids that the processors receive, on the device; created in the first step.
     """
 
@@ -55,6 +56,7 @@ class BatchSequence:
     num_generated: int = 0
     ignores_eos: bool = False
     min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
     context: TokenBuffer | None = None
 
     @property
@@ -165,11 +167,8 @@ class DecodeBatch:
         return tokens
 
     def _finish_reason(self, sequence: BatchSequence, token_id: int) -> Literal["stop", "length"] | None:
-        if (
-            token_id in self._eos_token_ids
-            and not sequence.ignores_eos
-            and sequence.num_generated > sequence.min_tokens
-        ):
+        is_eos = token_id in self._eos_token_ids and not sequence.ignores_eos
+        if (is_eos or token_id in sequence.stop_token_ids) and sequence.num_generated > sequence.min_tokens:
             return "stop"
         return "length" if sequence.num_generated >= sequence.max_tokens else None
 

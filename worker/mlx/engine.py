@@ -61,7 +61,6 @@ class MLXEngine:
         self._token_bytes = TokenBytes(self._tokenizer)
         self._report = LogprobReport(self._tokenizer, self._token_bytes)
         self._eos_token_ids = list(self._tokenizer.eos_token_ids)
-        self._eos_set = frozenset(self._eos_token_ids)
         self._limit_bytes = self._share.limit_bytes()
         self._memory = cache_memory(self._model, kv.measured_cost(self._model), self._limit_bytes)
         # A prompt that can never fit is refused like one that is longer than the model's context.
@@ -238,8 +237,7 @@ class MLXEngine:
         # A grammar, a bias or a penalty has changed the model's own log-probabilities.
         if adjusted := running.sequence.sampler.logprobs:
             logprobs = adjusted.popleft()
-        # An end-of-text token is not text, also if it does not end the answer.
-        text = "" if token_id in self._eos_set else running.detokenizer.add(token_id)
+        text = "" if token_id in running.tokens_without_text else running.detokenizer.add(token_id)
         if reason is not None:
             text += running.detokenizer.flush()
             del self._running[job_id]

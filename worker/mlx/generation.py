@@ -32,6 +32,7 @@ class Generation:
 
     Attributes:
         sequence: Its state in the batch.
+        tokens_without_text: Those whose text is not part of the answer.
         num_prompt_tokens: Tokens of the prompt.
         num_answer_tokens: Tokens of the answer so far, including those that other workers generated.
         max_tokens: Limit of the answer's length.
@@ -43,6 +44,7 @@ class Generation:
     job: GenerationJob
     sequence: BatchSequence
     detokenizer: Detokenizer
+    tokens_without_text: frozenset[int]
     num_prompt_tokens: int
     num_answer_tokens: int
     max_tokens: int
@@ -115,12 +117,11 @@ class GenerationBuilder:
             RequestError: 400; its grammar cannot be compiled.
         """
         detokenizer = self._token_bytes.new_detokenizer(after_template=is_new_turn(job))
+        silent = self._tokens_without_text(job)
         insert_result = InsertResult(
             len(prompt),
             max_tokens,
-            replayed_texts=[
-                "" if token_id in self._eos_token_ids else detokenizer.add(token_id) for token_id in replay
-            ],
+            replayed_texts=["" if token_id in silent else detokenizer.add(token_id) for token_id in replay],
             parser=answer_parser.make_parser(job, self._format, prompt, self._token_bytes),
         )
         sampler = SequenceSampler(
@@ -138,8 +139,15 @@ class GenerationBuilder:
             processors=logits_processors(job.sampling, sampler),
             ignores_eos=job.sampling.ignore_eos,
             min_tokens=job.sampling.min_tokens - len(replay),
+            stop_token_ids=frozenset(job.sampling.stop_token_ids),
         )
-        return Generation(job, sequence, detokenizer, len(prompt), len(replay), max_tokens, insert_result)
+        return Generation(
+            job, sequence, detokenizer, silent, len(prompt), len(replay), max_tokens, insert_result
+        )
+
+    def _tokens_without_text(self, job: GenerationJob) -> frozenset[int]:
+        """An end-of-text token is not text, also if it does not end the answer."""
+        return self._eos_token_ids.union(() if job.includes_stop else job.sampling.stop_token_ids)
 
     def _compiled(self, job: GenerationJob) -> CompiledGrammar | None:
         """The compiled grammar of the answer; None: it is unconstrained."""
@@ -164,7 +172,7 @@ class GenerationBuilder:
         if parser is None:
             return matcher
         detokenizer = self._token_bytes.new_detokenizer(after_template=is_new_turn(job))
-        meter = ReasoningMeter(parser, detokenizer, self._eos_token_ids)
+        meter = ReasoningMeter(parser, detokenizer, self._tokens_without_text(job))
         return ThinkingBudget(meter, max_tokens, self._reasoning_end_ids, matcher)
 
 

@@ -188,8 +188,7 @@ class BatchSampler:
         self._xp = xp
         self._async_eval = async_eval
         self._xtc_special_token_ids = list(xtc_special_token_ids)
-        eos = np.array(sorted(eos_token_ids), np.int64)
-        self._eos_ban = eos, np.full(len(eos), BANNED_LOGPROB, np.float32)
+        self._eos_ban = _ban(eos_token_ids)
         self._unobserved: list[tuple[list[SequenceSampler], Array]] = []
         self._token_hashes: Array = None
 
@@ -266,6 +265,8 @@ class BatchSampler:
         adjustments = sampler.sparse_adjustments()
         if sampler.bans_eos and not _is_constrained(sampler):
             adjustments.append(self._eos_ban)
+            if stops := sampler.sampling.stop_token_ids:
+                adjustments.append(_ban(stops))
         return adjustments
 
     def _fill_masks(self, samplers: list[SequenceSampler], vocab_size: int) -> np.ndarray[Any, Any]:
@@ -275,16 +276,16 @@ class BatchSampler:
             try:
                 sampler.matcher.fill(row_words)
                 if sampler.bans_eos:
-                    self._ban_eos(row_words)
+                    self._ban_eos(row_words, sampler.sampling.stop_token_ids)
             except Exception as error:  # noqa: BLE001 (it concerns this sequence alone; the engine reports it)
                 sampler.error = error
                 row_words[:] = 0xFFFFFFFF
         return words
 
-    def _ban_eos(self, words: np.ndarray[Any, Any]) -> None:
-        """Forbid end-of-text tokens, unless a grammar allows nothing else: then they come until there are enough tokens."""
+    def _ban_eos(self, words: np.ndarray[Any, Any], stop_token_ids: list[int]) -> None:
+        """Forbid end-of-text and stop tokens, unless a grammar allows nothing else: then they come until there are enough tokens."""
         banned = words.copy()
-        for token_id in self._eos_ban[0].tolist():
+        for token_id in [*self._eos_ban[0].tolist(), *stop_token_ids]:
             if token_id // 32 < len(banned):
                 banned[token_id // 32] &= ~np.uint32(1 << token_id % 32)
         if banned.any():
@@ -379,6 +380,12 @@ class BatchSampler:
             is_excludable[[i for i in self._xtc_special_token_ids if i < len(is_excludable)]] = False
             excluded = excluded & xp.array(is_excludable)[None, :]
         return xp.where(excluded, -math.inf, scaled)
+
+
+def _ban(token_ids: Sequence[int]) -> tuple[IntArray, FloatArray]:
+    """What is added to the log-probabilities of tokens that may not come."""
+    ids = np.array(sorted(token_ids), np.int64)
+    return ids, np.full(len(ids), BANNED_LOGPROB, np.float32)
 
 
 def _is_constrained(sampler: SequenceSampler) -> bool:

@@ -12,7 +12,7 @@ from api.openai.chat.rendering import ChatRendering
 
 
 async def _check(request: GenerationRequest, model: ServedModel) -> None:
-    request_fields.check_logit_bias(request.sampling, model)
+    request_fields.check_token_ids(request.sampling, model)
     await response_format.check(request.grammar, request.grammar_field or "response_format")
 
 

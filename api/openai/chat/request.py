@@ -130,6 +130,7 @@ def parse(body: bytes) -> GenerationRequest:
         best_of=chat.n or 1,
         max_tokens=fields.max_tokens(chat, MAX_TOKENS_FIELDS, ignored),
         stop=fields.stops(chat),
+        includes_stop=bool(chat.include_stop_str_in_output),
         top_logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
         sampling=fields.sampling(chat, ignored),
         unset=fields.unset_sampling(chat),

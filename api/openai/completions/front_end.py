@@ -12,7 +12,7 @@ from api.openai.completions.rendering import CompletionRendering
 
 
 async def _check(request: GenerationRequest, model: ServedModel) -> None:
-    request_fields.check_logit_bias(request.sampling, model)
+    request_fields.check_token_ids(request.sampling, model)
     completion_request.check_prompts(request, model)
     await response_format.check(request.grammar, request.grammar_field or "response_format")
 

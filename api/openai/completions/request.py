@@ -78,6 +78,7 @@ def parse(body: bytes) -> GenerationRequest:
         echo=bool(completion.echo),
         max_tokens=fields.max_tokens(completion, MAX_TOKENS_FIELDS, ignored, DEFAULT_MAX_TOKENS),
         stop=fields.stops(completion),
+        includes_stop=bool(completion.include_stop_str_in_output),
         top_logprobs=completion.logprobs,
         sampling=fields.sampling(completion, ignored),
         unset=fields.unset_sampling(completion),

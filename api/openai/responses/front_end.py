@@ -15,7 +15,7 @@ from api.openai.responses.stored.lookup import FRONT_END
 
 
 async def _check(request: GenerationRequest, model: ServedModel) -> None:
-    request_fields.check_logit_bias(request.sampling, model)
+    request_fields.check_token_ids(request.sampling, model)
     await response_format.check(request.grammar, request.grammar_field or text_format.SCHEMA_FIELD)
 
 

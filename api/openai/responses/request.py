@@ -175,6 +175,7 @@ def build(
         prompts=[ChatPrompt(conversation.messages, template_arguments=thoughts.template_arguments)],
         max_tokens=fields.max_tokens(given, MAX_TOKENS_FIELDS, ignored.names),
         stop=fields.stops(given),
+        includes_stop=bool(given.include_stop_str_in_output),
         top_logprobs=(given.top_logprobs or 0) if with_logprobs else None,
         sampling=fields.sampling(given, ignored.names),
         unset=fields.unset_sampling(given),

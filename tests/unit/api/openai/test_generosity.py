@@ -318,7 +318,13 @@ def test_limits_on_the_length_of_a_legacy_completion() -> None:
 def test_sampling_under_the_names_of_other_servers(parser: Any) -> None:
     """vLLM's, llama.cpp's and LM Studio's."""
     sampling = parser(
-        repeat_penalty=1.1, repeat_last_n=64, min_tokens=3, ignore_eos=True, top_k=-1, min_p=0.1
+        repeat_penalty=1.1,
+        repeat_last_n=64,
+        min_tokens=3,
+        ignore_eos=True,
+        top_k=-1,
+        min_p=0.1,
+        stop_token_ids=[5, 3, 5],
     ).sampling
     assert sampling == SamplingParams(
         seed=sampling.seed,
@@ -326,6 +332,7 @@ def test_sampling_under_the_names_of_other_servers(parser: Any) -> None:
         repetition_context_size=64,
         min_tokens=3,
         ignore_eos=True,
+        stop_token_ids=[5, 3],
         min_p=0.1,
     )
     assert parser(repeat_penalty=1.1, repeat_last_n=0).sampling.repetition_penalty == 1

@@ -211,3 +211,13 @@ def test_the_only_call_does_not_end_an_answer_too_early() -> None:
     sequence = make_sequence(is_parallel=False, sampling=SamplingParams(min_tokens=len(CALL) + 2))
     deltas, reason = generate(sequence, *CALL, "", "", "", "")
     assert (len(deltas), reason) == (len(CALL) + 3, "tool_calls")
+
+
+@pytest.mark.parametrize(("includes_stop", "expected"), [(False, "ab"), (True, "abSTOP")])
+def test_the_stop_string_in_the_text(includes_stop: bool, expected: str) -> None:
+    """Is left out unless the client asks for it; what follows it always is."""
+    job = make_job("a", stop=["STOP"], includes_stop=includes_stop)
+    sequence = Sequence(job, "e", InsertResult(1, 9))
+    deltas = [sequence.make_delta(StepToken("a", i, text, None)) for i, text in enumerate(("abST", "OPcd"))]
+    assert "".join(delta.text for delta, _ in deltas) == expected
+    assert deltas[-1][1] == "stop"

@@ -358,3 +358,29 @@ def test_an_open_matcher_costs_no_mask() -> None:
     for seed in range(3):
         batch.sample([row], logprobs(seed))
     assert len(matcher.seen) == 2
+
+
+def test_min_tokens_bans_stop_tokens_too() -> None:
+    """As in vLLM; after them, a stop token may come."""
+    values = np.full((1, VOCAB), -20.0, np.float32)
+    values[0, 7], values[0, 9] = -0.1, -3.0
+    row = SequenceSampler(
+        SamplingParams(temperature=0, min_tokens=1, stop_token_ids=[7], logit_bias={11: 0.0})
+    )
+    batch = eos_sampler()
+    assert [int(batch.sample([row], values)[0]) for _ in range(2)] == [9, 7]
+
+
+def test_a_grammar_with_stop_tokens() -> None:
+    """They are banned from its mask until there are enough tokens."""
+
+    class Two(Evens):
+        def fill(self, words: Any) -> None:
+            words[:] = 0
+            words[0] = np.uint32(1 << 6 | 1 << 8)
+
+    values = np.full((1, VOCAB), -20.0, np.float32)
+    values[0, 6] = 0.0
+    row = SequenceSampler(SamplingParams(temperature=0, min_tokens=1, stop_token_ids=[6]), matcher=Two())
+    batch = eos_sampler()
+    assert [int(batch.sample([row], values)[0]) for _ in range(2)] == [8, 6]
