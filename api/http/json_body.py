@@ -7,7 +7,7 @@ parsers check. Independent of protocols.
 from __future__ import annotations
 
 import re
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -27,9 +27,7 @@ _LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _TYPES = re.compile(r"`[a-z]+(?: \| [a-z]+)*`")
 _JSON_NAMES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
 _BEYOND_RANGE = re.compile(r"^(Expected .* [<>]=? .*|.*out of range)$")
-_WHOLE_FLOAT = re.compile(rb"(-?(?:0|[1-9][0-9]{0,18}))\.0{1,9}")
-
-_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_MAX_WHOLE = 2.0**63  # 64 bits
 
 
 def full_match(pattern: str) -> Meta:
@@ -77,12 +75,24 @@ class BodyDecoder(Generic[B]):
         except msgspec.ValidationError as error:
             if "got `float`" not in str(error):
                 raise
-            fields = _decode_fields(body)
-            whole = {name: found[1] for name, raw in fields.items() if (found := _WHOLE_FLOAT.fullmatch(raw))}
-            if not whole:
-                raise
-            rewritten = {name: msgspec.Raw(digits) for name, digits in whole.items()}
-            return self._decode(msgspec.json.encode(fields | rewritten))
+            try:
+                value = msgspec.json.decode(body)
+            except (
+                msgspec.DecodeError
+            ):  # an integer with more digits than Python converts, where it has no effect
+                raise error from None
+            return self._decode(msgspec.json.encode(_with_whole_numbers(value)))
+
+
+def _with_whole_numbers(value: Any) -> Any:
+    """A JSON value whose whole numbers are integers."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and abs(value) < _MAX_WHOLE else value
+    if isinstance(value, list):
+        return [_with_whole_numbers(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _with_whole_numbers(item) for key, item in value.items()}
+    return value
 
 
 def refusal(message: str, path: str = "") -> RequestError:

@@ -172,6 +172,10 @@ def _tokenize_chat(
     num_marks = control_text.num_marks(text)
     limit.check_length(len(text) - num_marks * len(control_text.MARK), "messages")
     limit.check_num_tokens(num_marks, "messages")
+    if num_marks > control_text.MAX_MARKS:
+        raise invalid(
+            f"The messages have the text of more than {control_text.MAX_MARKS} control tokens.", "messages"
+        )
     return control_text.encode(text, tokenizer, add_special_tokens=not is_template)  # a template writes them
 
 

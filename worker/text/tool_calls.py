@@ -101,7 +101,7 @@ class NativeCallParser:
         return _as_parts(calls, self._index)
 
 
-_HEADER = re.compile(r'\s*\{\s*"name"\s*:\s*"([\w-]+)"\s*,\s*"arguments"\s*:\s*(?=\{)', re.ASCII)
+_HEADER = re.compile(r'\s*\{\s*"name"\s*:\s*"([\w.:/@-]+)"\s*,\s*"arguments"\s*:\s*(?=\{)', re.ASCII)
 _STRUCTURE = re.compile(r'[{}\[\]"]')
 _STRING_END = re.compile(r'["\\]')
 

@@ -107,6 +107,18 @@ def test_white_space_around_values_does_not_hide_keys() -> None:
     assert UnknownKeys(Root).find(b' \n{ "leaves" :\t[ \n{ "x" : 1 } ] }\n ') == ["leaves[0].x"]
 
 
+class Inner(msgspec.Struct):
+    count: int
+
+
+class Nested(msgspec.Struct):
+    """A body with integers below its fields."""
+
+    inner: Inner
+    counts: list[int] = []
+    free: Any = None
+
+
 @pytest.mark.parametrize("number", ["5.0", "5.00", "-5.0"])
 def test_an_integral_float_is_an_integer(number: str) -> None:
     """JSON has one type of numbers; JavaScript and Lua clients write 5.0 for 5."""
@@ -121,3 +133,18 @@ def test_another_value_is_not_an_integer(number: str) -> None:
         DECODER.decode(f'{{"count": {number}}}'.encode())
     assert raised.value.param in ("count", None)
     assert raised.value.status == 400
+
+
+def test_integral_floats_below_the_top_level() -> None:
+    """In objects and lists too; other numbers stay what they are."""
+    decoder = BodyDecoder(Nested)
+    value, ignored = decoder.decode(
+        b'{"inner": {"count": 5.0}, "counts": [1, 2.0], "free": [0.5, 1e300], "z": 1}'
+    )
+    assert (value.inner.count, value.counts, value.free, ignored) == (5, [1, 2], [0.5, 1e300], ["z"])
+    with pytest.raises(RequestError) as raised:
+        decoder.decode(b'{"inner": {"count": 5.5}}')
+    assert raised.value.param == "inner.count"
+    with pytest.raises(RequestError) as raised:
+        decoder.decode(b'{"inner": {"count": 5.0}, "z": ' + b"1" * 5000 + b"}")
+    assert raised.value.param == "inner.count"

@@ -19,9 +19,10 @@ from tests.unit.worker.text.answers import (
     call,
     parser,
     read,
+    tool,
 )
 from worker.text.answer_format import REASONING, ModelFormat
-from worker.text.tool_calls import Part
+from worker.text.tool_calls import CallableTools, HermesCallParser, Part
 
 
 @pytest.mark.parametrize(
@@ -298,3 +299,11 @@ def test_calls_are_well_formed(text: str, model: ModelFormat) -> None:
             assert part.name in ("f", "g_2")
         if isinstance(part, ToolCall | ToolArguments):
             assert part.index == index
+
+
+@pytest.mark.parametrize("name", ["mcp.files/read", "a:b@c", "f-1"])
+def test_arguments_are_streamed_whatever_the_name_is(name: str) -> None:
+    """Names of MCP servers' tools have dots, slashes and colons: their arguments do not wait for the end of the call."""
+    parsed = HermesCallParser("<tool_call>", CallableTools([tool(name)]), 0)
+    result = parsed.feed(f'\n{{"name": "{name}", "arguments": {{"a": ')
+    assert result.parts == [ToolCall(0, name), ToolArguments(0, '{"a": ')]

@@ -122,6 +122,16 @@ def test_more_control_text_than_the_context_holds() -> None:
     assert refused.value.code == "context_length_exceeded"
 
 
+def test_control_text_is_bounded_without_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that only counts tokens cannot occupy the tokenizer for long."""
+    monkeypatch.setattr(control_text, "MAX_MARKS", 59)
+    job = GenerationJob(job_id="a", model="m", channel="c", prompt=ChatPrompt([user("<think>" * 60)]))
+    with pytest.raises(RequestError, match="more than 59 control tokens"):
+        prompts.tokenize(job, MODEL.tokenizer, 2**62, MODEL.format)
+    monkeypatch.setattr(control_text, "MAX_MARKS", 60)
+    assert prompts.tokenize(job, MODEL.tokenizer, 2**62, MODEL.format)
+
+
 def test_the_template_s_reason_has_no_marks() -> None:
     """An error that quotes the message quotes what the client wrote."""
     model = Model("{{ raise_exception('what is ' + messages[0].content) }}")
