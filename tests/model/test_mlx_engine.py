@@ -242,6 +242,7 @@ class BrokenPart:
     def __init__(self, part: str) -> None:
         self.part = part
         self.num_calls = 0
+        self.is_open = False
 
     def _called(self, part: str) -> None:
         self.num_calls += part == self.part

@@ -87,7 +87,6 @@ def journaled(script: Script) -> Script:
     return numbered
 
 
-@journaled
 def spoken(job: GenerationJob) -> Iterator[Event | float]:
     yield from words(job, [" a", "", "é", "", " end"], pause=0.01)
 
@@ -103,7 +102,6 @@ def called(_job: GenerationJob) -> Iterator[Event | float]:
     yield Finished(5, "tool_calls", Usage(7, 4, 2, 1))
 
 
-@journaled
 def slow(job: GenerationJob) -> Iterator[Event | float]:
     yield from words(job, [" a", " b"], pause=1.6)
 
@@ -119,7 +117,7 @@ def broken(_job: GenerationJob) -> Iterator[Event | float]:
 
 def test_a_message(api: ApiPool) -> None:
     """An object with text and token counts, cached ones apart; beta parameters of the URL and headers are accepted."""
-    api.follow(journaled(words))
+    api.follow(words)
     answer = api.ask(
         "POST",
         PATH + "?beta=true",

@@ -171,11 +171,8 @@ def test_a_list_of_origins() -> None:
     with api_pool({"MLXPOOL_CORS_ORIGINS": "https://other.example, https://*.app.example"}) as api:
         for origin in ("https://other.example", "https://my.app.example"):
             answer = api.ask("GET", "/v1/models", origin=origin, host=origin.removeprefix("https://"))
-            assert (answer.status, answer.headers[ALLOW_ORIGIN], answer.headers["vary"]) == (
-                200,
-                origin,
-                "Origin",
-            )
+            assert (answer.status, answer.headers[ALLOW_ORIGIN]) == (200, origin)
+            assert "Origin" in answer.headers["vary"].split(", ")
         for origin in (FOREIGN, LOCAL):
             assert api.ask("GET", "/v1/models", origin=origin).status == 403
         assert api.ask("GET", "/v1/models", host="evil.example").status == 403
