@@ -106,9 +106,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     sse_ids: Annotated[
         bool,
         _about(
-            "number the frames of every stream (SSE id lines); false: only of resumable streams, for clients that fail on id lines"
+            "number the frames of every stream (SSE id lines), not only of those that can be resumed; some clients fail on them"
         ),
-    ] = True
+    ] = False
 
     request_seconds: Annotated[
         float, _about("deadline of a request; the header X-Request-Timeout may shorten it", gt=0)

@@ -208,7 +208,7 @@ def test_a_stream_fails_in_its_own_format() -> None:
     async def run() -> bytes:
         resp = falcon.asgi.Response()
         request = cast("EventSource", FakeRequest([], [Delta(1, 7, "a"), Failed(2, "no")]))
-        await delivery.send_stream(resp, request, OtherRendering(record()), Settings())
+        await delivery.send_stream(resp, request, OtherRendering(record()), Settings(sse_ids=True))
         return b"".join([frame async for frame in cast("Any", resp.stream)])
 
     assert asyncio.run(run()) == (
