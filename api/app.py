@@ -38,8 +38,8 @@ from api.model_resources import Model, Models
 from api.openai.responses.stored.input_tokens import InputTokens
 from api.openai.responses.stored.resources import InputItems, ResponseCancellation, StoredResponse
 from api.openai.tokenize.resources import Detokenize, Tokenize
-from api.openapi import PATH as DESCRIPTION_PATH
-from api.openapi import Description
+from api.openapi.document import Description
+from api.openapi.paths import PATH as DESCRIPTION_PATH
 from api.protocols import ERROR_FORMATS, FRONT_ENDS, MESSAGES_PATH, RESPONSES_PATH
 from api.tokenizing.client import TokenizeClient
 from common import connections, model_aliases

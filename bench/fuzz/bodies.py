@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from api.anthropic.messages.request import MessagesBody
 from api.openai.tokenize import request as tokenizing
-from api.openapi import GENERATING
+from api.openapi.generating import GENERATING
 from bench.fuzz.other_bodies import DETOKENIZE, MESSAGE, TOKENIZE
 from bench.fuzz.texts import MAX_TOKENS, MODEL, PLAIN
 

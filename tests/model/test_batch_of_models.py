@@ -15,7 +15,7 @@ from common.protocol import SamplingParams
 from worker.mlx.batch import Batch
 from worker.mlx.decode import BatchSequence
 from worker.mlx.kv_slots import SlotKVCache
-from worker.sampling.sampler import SequenceSampler
+from worker.sampling.sequence_sampler import SequenceSampler
 
 VOCABULARY = 97
 COMMON = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY}

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from common.protocol import SamplingParams
-from worker.sampling.sampler import BatchSampler, SequenceSampler
+from worker.sampling.sampler import BatchSampler
+from worker.sampling.sequence_sampler import SequenceSampler
 
 VOCAB = 3001
 KINDS = [

@@ -22,7 +22,8 @@ from worker.mlx import caches as kv
 from worker.mlx.backends.cpu_ops import FusedCpuOps
 from worker.mlx.backends.cuda_attention import PaddedAttention
 from worker.mlx.kv_slots import SlotKVCache, moves_to
-from worker.sampling.sampler import BatchSampler, SequenceSampler
+from worker.sampling.sampler import BatchSampler
+from worker.sampling.sequence_sampler import SequenceSampler
 
 LogitsProcessor = Callable[[Any, Any], Any]
 """As mlx-lm's: (token ids so far, logits (1, vocab)) to logits."""

@@ -18,7 +18,7 @@ from worker.mlx.decode import BatchSequence, logits_processors
 from worker.mlx.memory import expected_tokens
 from worker.mlx.scoring import PromptScoring
 from worker.sampling.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher
-from worker.sampling.sampler import Matcher, SequenceSampler
+from worker.sampling.sequence_sampler import Matcher, SequenceSampler
 from worker.sampling.thinking import ReasoningMeter, ThinkingBudget, wrap_for_thinking
 from worker.text import answer_format, answer_parser, prompts
 from worker.text.detokenizer import Detokenizer, TokenBytes

@@ -9,15 +9,11 @@ samples with NumPy, row by row, so that a row stays in its cache. Independent of
 
 from __future__ import annotations
 
-import math
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from common.protocol import SamplingParams
 from worker.sampling.arrays import (
     BANNED_LOGPROB,
     Array,
@@ -30,141 +26,8 @@ from worker.sampling.arrays import (
     replace_rows,
     take_rows,
 )
-
-_GREEDY_BELOW_TEMPERATURE = 1e-5
-"""Below it, dividing by the temperature overflows float32; sampling is greedy then, which is the limit."""
-
-_MASK64 = (1 << 64) - 1
-
-
-_NUM_CANDIDATES = 1024
-"""How many of the most likely tokens are sorted first: the filters seldom keep more."""
-_NO_TOP_K = 2**31 - 1  # int32
-
-
-class Matcher(Protocol):
-    """The tokens with which one answer may continue; see `worker.sampling.grammar.GrammarMatcher`."""
-
-    @property
-    def is_open(self) -> bool:
-        """Whether any token may come next, so that no mask is needed."""
-
-    def advance(self, token_id: int) -> None:
-        """Append a token of the answer.
-
-        Raises:
-            Exception: The token is not allowed.
-        """
-
-    def fill(self, words: np.ndarray[Any, Any]) -> None:
-        """Write the mask of allowed tokens.
-
-        Args:
-            words: (num_words,) uint32; bit i % 32 of word i // 32 is 1 if token id i is allowed.
-
-        Raises:
-            Exception: No token is allowed.
-        """
-
-
-@dataclass(slots=True)
-class SequenceSampler:
-    """The sampling state of one sequence.
-
-    Attributes:
-        num_sampled: Tokens of the answer so far, other workers' included; the position of the next draw.
-        counts: How often each token id is in the answer; kept only if a penalty needs it.
-        matcher: Restricts the answer to a grammar; None: unrestricted.
-        wants_logprobs: Whether the log-probabilities of the tokens are reported.
-        logprobs: The adjusted log-probabilities, (vocab,) float32, of tokens that were sampled and not reported yet, oldest first;
-            only if grammar, biases or penalties changed them.
-        error: What the matcher raised; the sequence cannot continue.
-        biases: Token ids and amounts of `logit_bias`, once they were needed.
-        is_greedy: Whether the most likely token is chosen.
-        is_penalized: Whether tokens of the answer become less likely.
-        depends_on_history: Whether the next token depends on previous ones other than through the model.
-        has_adjustments: Whether its log-probabilities differ from the model's.
-        is_filtered: Whether some tokens are excluded from a draw: the unlikely ones, or by XTC the most likely ones.
-    """
-
-    sampling: SamplingParams
-    num_sampled: int = 0
-    counts: dict[int, int] = field(default_factory=dict)
-    matcher: Matcher | None = None
-    wants_logprobs: bool = False
-    logprobs: deque[Array] = field(default_factory=deque)
-    error: Exception | None = None
-    biases: tuple[IntArray, FloatArray] | None = None
-
-    # Computed once: read for each sequence in each step.
-    is_greedy: bool = field(init=False)
-    is_penalized: bool = field(init=False)
-    depends_on_history: bool = field(init=False)
-    has_adjustments: bool = field(init=False)
-    is_filtered: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        s = self.sampling
-        self.is_greedy = s.temperature < _GREEDY_BELOW_TEMPERATURE
-        self.is_penalized = bool(s.presence_penalty or s.frequency_penalty)
-        self.depends_on_history = self.is_penalized or self.matcher is not None
-        self.has_adjustments = self.depends_on_history or bool(s.logit_bias) or s.min_tokens > 0
-        self.is_filtered = s.top_p < 1.0 or s.top_k > 0 or s.min_p > 0.0 or s.xtc_probability > 0.0
-
-    @property
-    def bans_eos(self) -> bool:
-        """Whether the next token may not end the answer."""
-        return self.num_sampled < self.sampling.min_tokens
-
-    @property
-    def is_adjusted(self) -> bool:
-        """Whether the next token's log-probabilities are changed; only if `has_adjustments`.
-
-        If they are reported they may cease to be changed, but not become so later: see `logprobs`.
-        """
-        return (
-            self.is_penalized
-            or bool(self.sampling.logit_bias)
-            or self.bans_eos
-            or (self.matcher is not None and (self.wants_logprobs or not self.matcher.is_open))
-        )
-
-    def observe(self, token_ids: Sequence[int]) -> None:
-        """Record tokens of the answer, in order. An error of the matcher is kept in `error`."""
-        if self.error is not None:
-            return
-        try:
-            for token_id in token_ids:
-                if self.is_penalized:
-                    self.counts[token_id] = self.counts.get(token_id, 0) + 1
-                if self.matcher is not None:
-                    self.matcher.advance(token_id)
-        except Exception as error:  # noqa: BLE001 (it concerns this sequence alone; the engine reports it)
-            self.error = error
-
-    def sparse_adjustments(self) -> list[tuple[IntArray, FloatArray]]:
-        """What is added to the log-probabilities of single tokens, by biases and penalties.
-
-        Penalties as in OpenAI's API: ``-count * frequency - (count > 0) * presence``, for tokens of the answer.
-
-        Returns:
-            Token ids and amounts, up to two pairs of arrays of equal length; a token may be in both.
-        """
-        s = self.sampling
-        if s.logit_bias and self.biases is None:
-            ids, amounts = np.array(list(s.logit_bias), np.int64), list(s.logit_bias.values())
-            self.biases = ids, np.array(amounts, np.float32)
-        adjustments = [] if self.biases is None else [self.biases]
-        if self.counts:
-            counts = np.array(list(self.counts.values()), np.float32)
-            penalties = -counts * np.float32(s.frequency_penalty) - np.float32(s.presence_penalty)
-            adjustments.append((np.array(list(self.counts), np.int64), penalties))
-        return adjustments
-
-    def draw_keys(self) -> tuple[int, int]:
-        """64 random bits each for the next draw: to choose the token, and to decide whether XTC applies."""
-        seed, position = self.sampling.seed & _MASK64, self.num_sampled
-        return _mix(seed, position), _mix(seed ^ 0x5851F42D4C957F2D, position)
+from worker.sampling.filters import apply_filters
+from worker.sampling.sequence_sampler import SequenceSampler
 
 
 class BatchSampler:
@@ -315,10 +178,12 @@ class BatchSampler:
         scaled = scaled * column(xp, [1.0 / sampler.sampling.temperature for sampler in samplers])
         filtered = [i for i, sampler in enumerate(samplers) if sampler.is_filtered]
         if filtered:
-            part = self._apply_filters(
+            part = apply_filters(
+                xp,
                 [samplers[i].sampling for i in filtered],
                 take_rows(xp, scaled, filtered, len(samplers)),
                 [_uniform(keys[i][1]) for i in filtered],
+                self._xtc_special_token_ids,
             )
             scaled = replace_rows(xp, scaled, filtered, part)
         return xp.argmax(
@@ -347,40 +212,6 @@ class BatchSampler:
         uniform = bits.astype(xp.float32) * 2.0**-32 + 2.0**-33
         return -xp.log1p(-xp.minimum(uniform, 1 - 2.0**-24))
 
-    def _apply_filters(self, samplings: list[SamplingParams], scaled: Array, uniforms: list[float]) -> Array:
-        """Set the tokens that min_p, top_k, top_p and XTC exclude to -inf.
-
-        Args:
-            scaled: Log-probabilities divided by the temperature, the maximum subtracted, (rows, vocab).
-            uniforms: A random number in [0, 1) for each row: XTC applies if it is less than `xtc_probability`.
-        """
-        xp = self._xp
-        result = xp.where(scaled >= _filter_thresholds(xp, samplings, scaled), scaled, -math.inf)
-        if any(s.xtc_probability > u for s, u in zip(samplings, uniforms, strict=True)):
-            result = self._apply_xtc(samplings, uniforms, result)
-        return result
-
-    def _apply_xtc(self, samplings: list[SamplingParams], uniforms: list[float], scaled: Array) -> Array:
-        """XTC (exclude top choices): if several tokens are above the threshold, keep only the least likely of them."""
-        xp = self._xp
-        mass = xp.exp(scaled)
-        probs = mass / xp.sum(mass, axis=-1, keepdims=True)
-        # A row to which XTC does not apply gets a threshold that no probability exceeds.
-        thresholds = column(
-            xp,
-            [
-                s.xtc_threshold if s.xtc_probability > u else 2.0
-                for s, u in zip(samplings, uniforms, strict=True)
-            ],
-        )
-        min_above = xp.min(xp.where(probs > thresholds, probs, math.inf), axis=-1, keepdims=True)
-        excluded = probs > min_above
-        if self._xtc_special_token_ids:
-            is_excludable = np.ones(scaled.shape[-1], dtype=bool)
-            is_excludable[[i for i in self._xtc_special_token_ids if i < len(is_excludable)]] = False
-            excluded = excluded & xp.array(is_excludable)[None, :]
-        return xp.where(excluded, -math.inf, scaled)
-
 
 def _ban(token_ids: Sequence[int]) -> tuple[IntArray, FloatArray]:
     """What is added to the log-probabilities of tokens that may not come."""
@@ -393,54 +224,6 @@ def _is_constrained(sampler: SequenceSampler) -> bool:
     return sampler.matcher is not None and not sampler.matcher.is_open
 
 
-def _filter_thresholds(xp: Any, samplings: list[SamplingParams], scaled: Array) -> Array:
-    """The smallest value of each row that min_p, top_k and top_p keep, (rows, 1)."""
-    vocab_size = scaled.shape[-1]
-    total = xp.sum(xp.exp(scaled), axis=-1, keepdims=True)
-    if xp is np and vocab_size > _NUM_CANDIDATES:
-        # Most often only a few tokens are kept, and the others need not be sorted.
-        best = np.partition(scaled, vocab_size - _NUM_CANDIDATES, axis=-1)[:, vocab_size - _NUM_CANDIDATES :]
-        kept, threshold = _kept_candidates(xp, samplings, -np.sort(-best, axis=-1), total)
-        if not kept[:, -1].any():
-            return threshold
-    return _kept_candidates(xp, samplings, -xp.sort(-scaled, axis=-1), total)[1]
-
-
-def _kept_candidates(
-    xp: Any, samplings: list[SamplingParams], best_first: Array, total: Array
-) -> tuple[Array, Array]:
-    """Apply min_p, top_k and top_p to the most likely tokens of each row.
-
-    Args:
-        best_first: Scaled values in descending order, (rows, candidates).
-        total: The sum of `exp` over the complete vocabulary, (rows, 1).
-
-    Returns:
-        Which candidates are kept, (rows, candidates) bool; and the smallest value that is kept, (rows, 1).
-    """
-    mass = xp.exp(best_first)
-    cumulative = xp.cumsum(mass, axis=-1)
-    indices = xp.arange(best_first.shape[-1])[None, :]
-    floors = column(xp, [math.log(s.min_p) if s.min_p > 0 else -math.inf for s in samplings])
-    max_tokens = column(xp, [min(s.top_k or _NO_TOP_K, _NO_TOP_K) for s in samplings], np.int32)
-    kept = (best_first >= floors) & (indices < max_tokens)
-    mass_kept = xp.max(xp.where(kept, cumulative, 0.0), axis=-1, keepdims=True)
-    shares = column(xp, [s.top_p for s in samplings])
-    total = xp.where(kept[:, -1:], total, mass_kept)
-    # top_p keeps a token while the ones before it have less than its share of the mass; the first is always kept.
-    kept = kept & ((cumulative - mass < shares * total) | (shares >= 1.0) | (indices == 0))
-    num_kept = xp.sum(kept, axis=-1, keepdims=True)
-    return kept, xp.take_along_axis(best_first, num_kept - 1, axis=-1)
-
-
 def _uniform(bits: int) -> float:
     """Convert 64 random bits to a number in [0, 1) of 24 bits, the precision of float32."""
     return (bits >> 40) / 2.0**24
-
-
-def _mix(seed: int, position: int) -> int:
-    """64 random bits for one draw (SplitMix64; Steele, Lea and Flood, OOPSLA 2014)."""
-    z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & _MASK64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
-    return z ^ (z >> 31)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from worker.sampling.grammar import GrammarMatcher, Words
-from worker.sampling.sampler import Matcher
+from worker.sampling.sequence_sampler import Matcher
 from worker.text.answer_parser import AnswerParser
 from worker.text.detokenizer import Detokenizer
 

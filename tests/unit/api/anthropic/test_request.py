@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from api import openapi
 from api.anthropic.messages.request import parse
 from api.generation.request import GenerationRequest
+from api.openapi import document as openapi
 from common.errors import RequestError
 from common.protocol import ChatPrompt
 from common.schema import grammar

@@ -12,11 +12,13 @@ import pytest
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from api import app, openapi
+from api import app
 from api.openai.chat import request as chat_request
 from api.openai.completions import request as completion_request
 from api.openai.errors import error_body
 from api.openai.responses import request as response_request
+from api.openapi import document as openapi
+from api.openapi.generating import GENERATING
 from common.errors import RequestError
 from common.settings import Settings
 
@@ -100,7 +102,7 @@ def test_every_operation_has_a_name_of_its_own() -> None:
 def test_every_field_is_described() -> None:
     """Those of the types that parse requests, with the constraints of the tables."""
     schemas = described()["components"]["schemas"]
-    for endpoint in openapi.GENERATING:
+    for endpoint in GENERATING:
         schema = schemas[endpoint.body.__name__]
         assert set(schema["properties"]) == set(endpoint.body.__struct_fields__)
         assert set(endpoint.neutral) | set(endpoint.only_with) <= set(schema["properties"])

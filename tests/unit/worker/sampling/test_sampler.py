@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from common.protocol import SamplingParams
 from worker.sampling.arrays import apply_mask
-from worker.sampling.sampler import BatchSampler, SequenceSampler
+from worker.sampling.sampler import BatchSampler
+from worker.sampling.sequence_sampler import SequenceSampler
 
 VOCAB = 40
 

@@ -19,11 +19,11 @@ from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from api import openapi
 from api.generation.front_end import AnswerEvent
 from api.generation.request import AnswerRecord
 from api.openai.responses.rendering import ResponseRendering
 from api.openai.responses.thoughts import decode_thoughts
+from api.openapi import document as openapi
 from common.errors import RequestError
 from common.protocol import Delta, Finished, Piece, Reasoning, TokenLogprob, ToolArguments, ToolCall, Usage
 from common.settings import Settings
