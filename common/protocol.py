@@ -54,6 +54,30 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: list[int] = []
 
 
+RESERVED_TEMPLATE_ARGUMENTS = frozenset(
+    (
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "documents",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "self",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    )
+)
+"""Parameters of transformers 5's `apply_chat_template`, and what it passes to templates by itself: no names in `ChatPrompt.template_arguments`."""
+
+
 class ChatPrompt(msgspec.Struct, frozen=True, tag="chat"):
     """Messages for the model's chat template.
 

@@ -122,7 +122,10 @@ class Closing:
             if each.keys() & _OPEN or not _allows_closing(each) or self._has_open_option(each):
                 return None
             names |= dict.fromkeys(as_dict(each.get("properties")))
-            names |= dict.fromkeys(name for name in as_list(each.get("required")) if isinstance(name, str))
+        # If others are forbidden, an object that needs one of them is impossible, and must stay so.
+        if not any(each.get("unevaluatedProperties") is False for each in joined):
+            required = (name for each in joined for name in as_list(each.get("required")))
+            names |= dict.fromkeys(name for name in required if isinstance(name, str))
         return names
 
     def _has_open_option(self, node: dict[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from mlx_lm.tokenizer_utils import (
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from api.openai.chat.template_arguments import RESERVED
+from common.protocol import RESERVED_TEMPLATE_ARGUMENTS
 
 WORDS = ("<s>", "a", "b", "</s>", "[U]", "user")
 TEMPLATE = (
@@ -228,4 +228,4 @@ def test_template_arguments_are_not_options() -> None:
             if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         ]
         assert "self" in named
-        assert set(named) <= RESERVED
+        assert set(named) <= RESERVED_TEMPLATE_ARGUMENTS

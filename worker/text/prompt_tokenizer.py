@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from common.errors import invalid
+from common.errors import RequestError, invalid
 from common.protocol import ChatPrompt, GenerationJob, TextPrompt, TokenPrompt, ToolUse
-from worker.text import prompts
+from worker.text import prompts, truncation
 from worker.text.answer_format import ModelFormat
 from worker.text.template_defaults import with_defaults
 from worker.text.templates.renderer import ChatRenderer
@@ -56,13 +56,20 @@ class OwnPromptTokenizer:
     ) -> list[int]:
         if isinstance(prompt, TextPrompt) and prompt.suffix is None and not adds_special_tokens:
             if len(prompt.text) > self._max_chars:
-                raise invalid(f"The text is longer than {self._max_chars} characters.", "prompt")
+                raise self._too_long("prompt")
             return list(self._tokenizer.encode(prompt.text, add_special_tokens=False))
         prompt = with_defaults(prompt, self._template_arguments)
         job = GenerationJob(
             job_id="", model="", channel="", prompt=prompt, tool_use=tool_use, grammar=grammar
         )
-        return prompts.tokenize(job, self._tokenizer, _UNLIMITED, self._format, self._max_chars)
+        try:
+            return prompts.tokenize(job, self._tokenizer, _UNLIMITED, self._format, self._max_chars)
+        except RequestError as error:
+            # The context is not the limit here.
+            raise self._too_long(error.param) if error.code == truncation.TOO_LONG else error from None
+
+    def _too_long(self, param: str | None) -> RequestError:
+        return invalid(f"The text is longer than {self._max_chars} characters.", param)
 
     def token_strings(self, token_ids: list[int]) -> list[str]:
         # A model's vocabulary may be padded beyond its tokenizer's.

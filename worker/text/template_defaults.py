@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from common.errors import StartupError
-from common.protocol import ChatPrompt, TextPrompt, TokenPrompt
+from common.protocol import RESERVED_TEMPLATE_ARGUMENTS, ChatPrompt, TextPrompt, TokenPrompt
 
 _SAME = (("enable_thinking", "thinking"), ("thinking", "enable_thinking"))
 """Two names of one argument: a request's replaces the operator's, whichever of them each uses."""
@@ -21,17 +21,22 @@ def parse(text: str | None) -> dict[str, Any]:
     """The setting's value; empty if it is not set.
 
     Raises:
-        StartupError: It is not a JSON object.
+        StartupError: It is not a JSON object, or has a name with which no template could be rendered.
     """
     if text is None:
         return {}
     try:
-        return msgspec.json.decode(text, type=dict[str, Any])
-    except (msgspec.MsgspecError, RecursionError):
+        arguments = msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.MsgspecError, RecursionError, UnicodeEncodeError):
         example = '{"enable_thinking": false}'
         raise StartupError(
             f"--chat-template-args must be a JSON object such as {example}, not {text!r}"
         ) from None
+    if reserved := sorted(arguments.keys() & RESERVED_TEMPLATE_ARGUMENTS):
+        raise StartupError(
+            f"--chat-template-args must not set {', '.join(reserved)}: not an argument of templates"
+        )
+    return arguments
 
 
 def with_defaults(

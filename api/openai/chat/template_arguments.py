@@ -12,33 +12,11 @@ from typing import Any, Literal
 import msgspec
 
 from common.errors import invalid
+from common.protocol import RESERVED_TEMPLATE_ARGUMENTS
 from common.schema import limits
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 """OpenAI's (openai-python 3.54)."""
-
-RESERVED = frozenset(
-    (
-        "add_generation_prompt",
-        "chat_template",
-        "continue_final_message",
-        "conversation",
-        "documents",
-        "max_length",
-        "messages",
-        "padding",
-        "return_assistant_tokens_mask",
-        "return_dict",
-        "return_tensors",
-        "sanitize_control_tokens",
-        "self",
-        "tokenize",
-        "tokenizer_kwargs",
-        "tools",
-        "truncation",
-    )
-)
-"""Parameters of transformers 5's `apply_chat_template`, and what it passes to templates by itself."""
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
 _SPECIAL_TOKEN = re.compile(r".*_tokens?")
@@ -94,7 +72,7 @@ def template_arguments(
 
 def _check(name: str, value: Any) -> None:
     path = f"chat_template_kwargs.{name[:64]}"
-    if name in RESERVED or not _NAME.fullmatch(name) or _SPECIAL_TOKEN.fullmatch(name):
+    if name in RESERVED_TEMPLATE_ARGUMENTS or not _NAME.fullmatch(name) or _SPECIAL_TOKEN.fullmatch(name):
         raise invalid(f"`{path}` is not supported: it is not an argument that a template can be given.", path)
     kind = TYPES.get(name)
     if kind is not None and type(value) is not kind:

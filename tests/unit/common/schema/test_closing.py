@@ -99,6 +99,12 @@ def test_open(schema: dict[str, Any], answer: str) -> None:
     assert accepts(text, answer)
 
 
+def test_an_impossible_object_is_refused() -> None:
+    """A required property that no subschema names is forbidden here: no answer could validate."""
+    schema = {"$defs": {"a": BASE}, "$ref": "#/$defs/a", "required": ["z"], "unevaluatedProperties": False}
+    assert "nsatisfiable" in str(grammar.check(grammar.for_json_schema(schema)))
+
+
 def test_a_subschema_that_is_used_alone_and_with_others_stays_open() -> None:
     """Closing it would make the properties impossible that others add to it."""
     schema = {

@@ -38,8 +38,15 @@ def test_parse() -> None:
     assert parse('{"enable_thinking": false}') == {"enable_thinking": False}
 
 
-@pytest.mark.parametrize("text", ["", "x", "[]", "{'a': 1}", "[" * 5000])
+@pytest.mark.parametrize("text", ["", "x", "[]", "{'a': 1}", "[" * 5000, "\ud800"])
 def test_what_is_refused(text: str) -> None:
     """One sentence that names the flag."""
     with pytest.raises(StartupError, match="--chat-template-args must be a JSON object"):
         parse(text)
+
+
+@pytest.mark.parametrize("name", ["messages", "tokenize", "tools", "chat_template"])
+def test_names_that_are_not_arguments_of_templates(name: str) -> None:
+    """The worker would start, and every chat would fail."""
+    with pytest.raises(StartupError, match=f"--chat-template-args must not set {name}"):
+        parse(f'{{"enable_thinking": false, "{name}": 1}}')
