@@ -10,29 +10,19 @@ import falcon.asgi
 import msgspec
 
 from api.anthropic.messages.request import parse
-from api.generation.served_model import ModelLookup
-from api.http.body import parsed, read_json, report_ignored
-from api.tokenizing.counting import Tokenizing
-from common.settings import Settings
+from api.tokenizing.endpoint import TokenizingEndpoint
 
 
 class TokenCount(msgspec.Struct, frozen=True):
     input_tokens: int
 
 
-class CountTokens:
+class CountTokens(TokenizingEndpoint):
     """See the module."""
 
-    def __init__(self, models: ModelLookup, tokenizing: Tokenizing, settings: Settings) -> None:
-        self._lookup = models
-        self._tokenizing = tokenizing
-        self._settings = settings
-
     async def on_post(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
-        body = await read_json(req, self._settings)
-        request = await parsed(body, parse)
-        report_ignored(req, resp, request.ignored, strict=self._settings.strict_parameters)
-        model = await self._lookup.resolve(request.model)
+        request = await self._read(req, parse)
+        model = await self._model(req, resp, request.ignored, request.model)
         [prompt] = request.prompts
         tokens = await self._tokenizing.count(
             model, prompt, tool_use=request.tool_use, grammar=request.grammar

@@ -5,12 +5,9 @@ from __future__ import annotations
 import falcon.asgi
 import msgspec
 
-from api.generation.served_model import ModelLookup
-from api.http.body import parsed, read_json, report_ignored
 from api.openai.tokenize.request import parse_detokenize, parse_tokenize
-from api.tokenizing.counting import Tokenizing
+from api.tokenizing.endpoint import TokenizingEndpoint
 from common.errors import invalid
-from common.settings import Settings
 
 
 class TokenizeResponse(msgspec.Struct, frozen=True):
@@ -28,19 +25,12 @@ class DetokenizeResponse(msgspec.Struct, frozen=True):
     prompt: str
 
 
-class Tokenize:
+class Tokenize(TokenizingEndpoint):
     """Text or messages to tokens."""
 
-    def __init__(self, models: ModelLookup, tokenizing: Tokenizing, settings: Settings) -> None:
-        self._lookup = models
-        self._tokenizing = tokenizing
-        self._settings = settings
-
     async def on_post(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
-        body = await read_json(req, self._settings)
-        asked = await parsed(body, parse_tokenize)
-        report_ignored(req, resp, asked.ignored, strict=self._settings.strict_parameters)
-        model = await self._lookup.resolve(asked.model)
+        asked = await self._read(req, parse_tokenize)
+        model = await self._model(req, resp, asked.ignored, asked.model)
         tokens = await self._tokenizing.count(
             model,
             asked.prompt,
@@ -55,19 +45,12 @@ class Tokenize:
         resp.data = msgspec.json.encode(response)
 
 
-class Detokenize:
+class Detokenize(TokenizingEndpoint):
     """Tokens to text."""
 
-    def __init__(self, models: ModelLookup, tokenizing: Tokenizing, settings: Settings) -> None:
-        self._lookup = models
-        self._tokenizing = tokenizing
-        self._settings = settings
-
     async def on_post(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
-        body = await read_json(req, self._settings)
-        asked, ignored = await parsed(body, parse_detokenize)
-        report_ignored(req, resp, ignored, strict=self._settings.strict_parameters)
-        model = await self._lookup.resolve(asked.model)
+        asked, ignored = await self._read(req, parse_detokenize)
+        model = await self._model(req, resp, ignored, asked.model)
         for token_id in asked.tokens:
             if token_id >= model.vocab_size:
                 raise invalid(

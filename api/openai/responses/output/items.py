@@ -171,8 +171,8 @@ class ReasoningOutput(_Item):
         return {"type": self._part_kind, "text": text}
 
 
-class FunctionCall(_Item):
-    """A call of one of the client's functions."""
+class _Call(_Item):
+    """What calls of functions and of custom tools share."""
 
     def __init__(
         self, item_id: str, index: int, writer: EventWriter, *, call_id: str, called: CalledTool
@@ -180,6 +180,18 @@ class FunctionCall(_Item):
         super().__init__(item_id, index, writer)
         self._call_id = call_id
         self._called = called
+
+    def _of_namespace(self, item: dict[str, Any]) -> dict[str, Any]:
+        return item if self._called.namespace is None else item | {"namespace": self._called.namespace}
+
+
+class FunctionCall(_Call):
+    """A call of one of the client's functions."""
+
+    def __init__(
+        self, item_id: str, index: int, writer: EventWriter, *, call_id: str, called: CalledTool
+    ) -> None:
+        super().__init__(item_id, index, writer, call_id=call_id, called=called)
         self._texts: list[str] = []
 
     def opening(self) -> bytes:
@@ -205,18 +217,16 @@ class FunctionCall(_Item):
             "name": self._called.name,
             "arguments": "".join(self._texts),
         }
-        return item if self._called.namespace is None else item | {"namespace": self._called.namespace}
+        return self._of_namespace(item)
 
 
-class CustomCall(_Item):
+class CustomCall(_Call):
     """A call of a custom tool: its input is a string in the arguments of a function."""
 
     def __init__(
         self, item_id: str, index: int, writer: EventWriter, *, call_id: str, called: CalledTool
     ) -> None:
-        super().__init__(item_id, index, writer)
-        self._call_id = call_id
-        self._called = called
+        super().__init__(item_id, index, writer, call_id=call_id, called=called)
         self._input = InputExtractor()
 
     def opening(self) -> bytes:
@@ -247,4 +257,4 @@ class CustomCall(_Item):
             "name": self._called.name,
             "input": text,
         }
-        return item if self._called.namespace is None else item | {"namespace": self._called.namespace}
+        return self._of_namespace(item)

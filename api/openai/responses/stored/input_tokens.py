@@ -13,10 +13,10 @@ import msgspec
 
 from api.generation.served_model import ModelLookup
 from api.generation.stored_answer import AnswerLookup, owner_of
-from api.http.body import parsed, read_json, report_ignored
 from api.openai.responses.request import parse
 from api.openai.responses.stored.completion import complete
 from api.tokenizing.counting import Tokenizing
+from api.tokenizing.endpoint import TokenizingEndpoint
 from common.settings import Settings
 
 
@@ -27,22 +27,18 @@ class InputTokensObject(msgspec.Struct, frozen=True, kw_only=True):
     input_tokens: int
 
 
-class InputTokens:
+class InputTokens(TokenizingEndpoint):
     """See the module."""
 
     def __init__(
         self, models: ModelLookup, tokenizing: Tokenizing, answers: AnswerLookup, settings: Settings
     ) -> None:
-        self._lookup = models
-        self._tokenizing = tokenizing
+        super().__init__(models, tokenizing, settings)
         self._answers = answers
-        self._settings = settings
 
     async def on_post(self, req: falcon.asgi.Request, resp: falcon.asgi.Response) -> None:
-        body = await read_json(req, self._settings)
-        request = await complete(await parsed(body, parse), self._answers, owner_of(req))
-        report_ignored(req, resp, request.ignored, strict=self._settings.strict_parameters)
-        model = await self._lookup.resolve(request.model)
+        request = await complete(await self._read(req, parse), self._answers, owner_of(req))
+        model = await self._model(req, resp, request.ignored, request.model)
         tokens = await self._tokenizing.count(
             model, request.prompts[0], tool_use=request.tool_use, grammar=request.grammar
         )
