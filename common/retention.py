@@ -15,6 +15,9 @@ from common.protocol import Finished, Usage, encode
 MAX_RUN_SECONDS = 24 * 3600
 """The longest that a job runs, and the record of an answer lives before its end."""
 
+DELETED_JOURNAL_SECONDS = 60
+"""Of an answer that was deleted while a job ran: the events that it wrote after that, for those who still follow it."""
+
 Command = tuple[Any, ...]
 
 _KEYS = f"""
@@ -58,11 +61,15 @@ end
 
 _END = (
     STORE
+    + f"local DELETED_JOURNAL_SECONDS = {DELETED_JOURNAL_SECONDS}"
     + """
 local function jobs_of(key) return cjson.decode(redis.call('HGET', key, 'job_ids') or '[]') end
 local function end_job(id, job, ttl)
   local key = answer_key(id)
-  if redis.call('EXISTS', key) == 0 then return 0 end
+  if redis.call('EXISTS', key) == 0 then
+    redis.call('EXPIRE', journal_key(job), math.min(ttl, DELETED_JOURNAL_SECONDS))
+    return 0
+  end
   if redis.call('HSETNX', key, 'ended:' .. job, 1) == 1 then redis.call('HINCRBY', key, 'num_ended', 1) end
   local jobs = jobs_of(key)
   if tonumber(redis.call('HGET', key, 'num_ended')) < #jobs then

@@ -120,7 +120,7 @@ class AnswerLookup(Protocol):
 
     @property
     def max_conversation_bytes(self) -> int:
-        """What a request may take from the store: as much as it could have in its body."""
+        """Of a request together with what it refers to in the store: as much as it could have in its body."""
 
     async def load(self, answer_id: str, owner: str) -> StoredAnswer:
         """A stored answer.

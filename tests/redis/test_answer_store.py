@@ -276,6 +276,24 @@ def test_deleting(redis_url: str) -> None:
     run(redis_url, test)
 
 
+def test_deleting_an_answer_while_its_job_runs(redis_url: str) -> None:
+    """What the job writes until it is cancelled is gone soon, however long answers are kept."""
+
+    async def test(store: Store) -> None:
+        [job] = await store.submit(ttl_seconds=3600)
+        store.client.lpop(JsonQueue("m", connection=store.client).key)
+        store.write(job, Delta(1, 1, "secret"))
+        await store.answers.delete(await store.answers.load(job.job_id, "ann"))
+        await store.queue.close()
+        store.write(job, Delta(2, 1, "more"), Finished(3, "cancelled", Usage(0, 0)))
+        store.client.expire(names.journal(job.job_id), 3600)
+        store.end(job, 3600)
+        assert 0 < store.client.ttl(names.journal(job.job_id)) <= retention.DELETED_JOURNAL_SECONDS
+        assert store.total_bytes == 0
+
+    run(redis_url, test)
+
+
 def test_how_long_an_answer_lives(redis_url: str) -> None:
     """As long as it may wait and run; once its last job has ended, its own time to live, all of it at once. Repeated reports change nothing."""
 

@@ -53,7 +53,8 @@ async def _with_references(
 ) -> tuple[ResponseRequest, int]:
     """The request with what it refers to, and the size of that."""
     given, earlier = asked.given, []
-    size = _Size(answers.max_conversation_bytes)
+    own_bytes = await asyncio.to_thread(_num_bytes, asked.items)
+    size = _Size(answers.max_conversation_bytes - own_bytes)
     if given.previous_response_id is not None:
         earlier = await _conversation(answers, owner, given.previous_response_id)
         size.add(await asyncio.to_thread(_num_bytes, earlier), "previous_response_id")
@@ -65,7 +66,11 @@ async def _with_references(
 
 
 class _Size:
-    """The bytes that a request takes from the store. A chain of responses, and references to one item, could be any number."""
+    """The bytes that a request takes from the store. A chain of responses, and references to one item, could be any number.
+
+    Args:
+        max_bytes: What its own items leave.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self.num_bytes = 0
@@ -78,7 +83,7 @@ class _Size:
         self.num_bytes += num_bytes
         if self.num_bytes > self._max_bytes:
             raise RequestError(
-                f"What the request refers to is too large: more than {self._max_bytes} bytes in all.",
+                "The request is too large together with the stored responses and items that it refers to.",
                 status=_TOO_LARGE,
                 param=param,
                 code="request_too_large",
