@@ -9,7 +9,7 @@ import re
 
 import msgspec
 
-from api.openai.custom_tools import CUSTOM_INPUT
+from api.openai.fields.custom_tools import CUSTOM_INPUT
 
 _START = re.compile(r'\s*\{\s*"' + CUSTOM_INPUT + r'"\s*:\s*"')
 _COMPLETE = re.compile(

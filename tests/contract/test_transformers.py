@@ -219,7 +219,7 @@ def test_code_of_a_model_is_a_question(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_template_arguments_are_not_options() -> None:
     """A request can set no parameter of `apply_chat_template` by an argument of the template.
 
-    Open api/openai/chat/template_arguments.py.
+    Open api/openai/fields/template_arguments.py.
     """
     for method in (PreTrainedTokenizerFast.apply_chat_template, TokenizerWrapper.apply_chat_template):
         named = [

@@ -5,14 +5,14 @@ from __future__ import annotations
 from api.generation.front_end import FrontEnd
 from api.generation.request import GenerationRequest
 from api.generation.served_model import ServedModel
-from api.openai import request_fields
 from api.openai.chat import request as chat_request
-from api.openai.chat import response_format
 from api.openai.chat.rendering import ChatRendering
+from api.openai.fields import response_format
+from api.openai.fields.body import check_token_ids
 
 
 async def _check(request: GenerationRequest, model: ServedModel) -> None:
-    request_fields.check_token_ids(request.sampling, model)
+    check_token_ids(request.sampling, model)
     await response_format.check(request.grammar, request.grammar_field or "response_format")
 
 

@@ -14,9 +14,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from api.openai import request_fields as fields
-from api.openai.custom_tools import CUSTOM_INPUT
-from api.openai.functions import call_arguments
+from api.openai.fields import body as fields
+from api.openai.fields.custom_tools import CUSTOM_INPUT
+from api.openai.fields.functions import call_arguments
 from common.errors import RequestError, invalid
 
 _TEXT_PARTS = ("text", "input_text", "output_text")

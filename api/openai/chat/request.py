@@ -13,14 +13,14 @@ from msgspec import Meta
 
 from api.generation.request import GenerationRequest
 from api.http.json_body import BodyDecoder
-from api.openai import request_fields as fields
 from api.openai.answer import AnswerOptions
 from api.openai.chat import messages as chat_messages
-from api.openai.chat import response_format
 from api.openai.chat import tools as tool_request
 from api.openai.chat.messages import Message
-from api.openai.chat.reasoning import ReasoningFields, reasoning_of
-from api.openai.functions import FunctionDefinition
+from api.openai.fields import body as fields
+from api.openai.fields import response_format
+from api.openai.fields.functions import FunctionDefinition
+from api.openai.fields.reasoning import ReasoningFields, reasoning_of
 from common.errors import invalid
 from common.protocol import ChatPrompt
 
@@ -38,12 +38,6 @@ _CALLS_ONLY_OF_ASSISTANTS = Meta(
     }
 )
 """What `api.openai.chat.messages` checks, as far as a schema can express it."""
-
-
-Metadata = Annotated[
-    dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
-]
-"""Within OpenAI's limits."""
 
 
 class ChatBody(ReasoningFields, frozen=True, kw_only=True):

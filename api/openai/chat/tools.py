@@ -12,8 +12,8 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from api.openai.custom_tools import InputFormat, custom_function
-from api.openai.functions import MAX_TOOLS, FunctionDefinition, FunctionName, checked_function
+from api.openai.fields.custom_tools import InputFormat, custom_function
+from api.openai.fields.functions import MAX_TOOLS, FunctionDefinition, FunctionName, checked_function
 from common.errors import RequestError, invalid
 from common.protocol import ToolUse
 

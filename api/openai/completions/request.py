@@ -13,10 +13,10 @@ from msgspec import Meta
 from api.generation.request import GenerationRequest
 from api.generation.served_model import ServedModel
 from api.http.json_body import BodyDecoder
-from api.openai import request_fields as fields
 from api.openai.answer import AnswerOptions
-from api.openai.chat import response_format
-from api.openai.chat.response_format import FormatFields
+from api.openai.fields import body as fields
+from api.openai.fields import response_format
+from api.openai.fields.response_format import FormatFields
 from common.errors import invalid
 from common.protocol import ChatPrompt, TextPrompt, TokenPrompt
 

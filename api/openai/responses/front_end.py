@@ -5,8 +5,8 @@ from __future__ import annotations
 from api.generation.front_end import FrontEnd
 from api.generation.request import AnswerRecord, GenerationRequest
 from api.generation.served_model import ServedModel
-from api.openai import request_fields
-from api.openai.chat import response_format
+from api.openai.fields import response_format
+from api.openai.fields.body import check_token_ids
 from api.openai.responses import request as response_request
 from api.openai.responses import text_format
 from api.openai.responses.rendering import ResponseRendering
@@ -15,7 +15,7 @@ from api.openai.responses.stored.lookup import FRONT_END
 
 
 async def _check(request: GenerationRequest, model: ServedModel) -> None:
-    request_fields.check_token_ids(request.sampling, model)
+    check_token_ids(request.sampling, model)
     await response_format.check(request.grammar, request.grammar_field or text_format.SCHEMA_FIELD)
 
 

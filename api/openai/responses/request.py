@@ -15,10 +15,9 @@ from msgspec import Meta
 
 from api.generation.request import GenerationRequest
 from api.http.json_body import BodyDecoder
-from api.openai import request_fields as fields
-from api.openai.chat.reasoning import Budget, ReasoningFields, ReasoningOptions, reasoning_of
-from api.openai.chat.request import Metadata
-from api.openai.chat.template_arguments import ReasoningEffort
+from api.openai.fields import body as fields
+from api.openai.fields.reasoning import Budget, ReasoningFields, ReasoningOptions, reasoning_of
+from api.openai.fields.template_arguments import ReasoningEffort
 from api.openai.responses import text_format
 from api.openai.responses.history.conversation import Conversation, Item, as_items, kind_of
 from api.openai.responses.options import ResponseOptions, changed
@@ -30,6 +29,11 @@ from common.protocol import ChatPrompt, SamplingParams
 
 LOGPROBS, THOUGHTS = "message.output_text.logprobs", "reasoning.encrypted_content"
 """The values of `include` that have an effect."""
+
+Metadata = Annotated[
+    dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
+]
+"""Within OpenAI's limits."""
 
 Summary = Literal["auto", "concise", "detailed"]
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from common.errors import RequestError, invalid
-from common.schema import grammar, limits
+from api.openai.fields import response_format
+from common.errors import invalid
 
 SCHEMA_FIELD = "text.format.schema"
 
@@ -41,16 +41,6 @@ def grammar_of(text_format: TextFormat | None) -> str | None:
     """
     if text_format is None or text_format.type == "text":
         return None
-    schema = text_format.schema
-    if schema is None:
-        if text_format.type == "json_schema":
-            raise invalid(f"`{SCHEMA_FIELD}` is missing; it must be a JSON Schema.", SCHEMA_FIELD)
-        return grammar.for_json_object()
-    if complaint := limits.size_refusal(schema):
-        raise unsupported(complaint)
-    return grammar.for_json_schema(schema)
-
-
-def unsupported(complaint: str) -> RequestError:
-    """A 400 for a schema that no grammar can express."""
-    return invalid(f"`{SCHEMA_FIELD}` is not supported: {complaint}", SCHEMA_FIELD)
+    if text_format.type == "json_schema" and text_format.schema is None:
+        raise invalid(f"`{SCHEMA_FIELD}` is missing; it must be a JSON Schema.", SCHEMA_FIELD)
+    return response_format.for_schema(text_format.schema, SCHEMA_FIELD).text

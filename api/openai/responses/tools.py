@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from api.openai.custom_tools import InputFormat, custom_function
-from api.openai.functions import MAX_TOOLS, FunctionDefinition, FunctionName, checked_function
+from api.openai.fields.custom_tools import InputFormat, custom_function
+from api.openai.fields.functions import MAX_TOOLS, FunctionDefinition, FunctionName, checked_function
 from api.openai.responses.typed import Ignored, missing, typed
 from common.errors import RequestError, invalid
 from common.protocol import ToolUse

@@ -13,8 +13,8 @@ from msgspec import Meta
 
 from api.generation.request import Prompt
 from api.http.json_body import BodyDecoder
-from api.openai import request_fields as fields
 from api.openai.chat import request as chat_request
+from api.openai.fields import body as fields
 from common.errors import invalid
 from common.protocol import ChatPrompt, TextPrompt, ToolUse
 

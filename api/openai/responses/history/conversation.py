@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 
-from api.openai.custom_tools import CUSTOM_INPUT
-from api.openai.functions import call_arguments
+from api.openai.fields.custom_tools import CUSTOM_INPUT
+from api.openai.fields.functions import call_arguments
 from api.openai.responses.history import builtin_items, contents
 from api.openai.responses.history.item_types import (
     CallOutputItem,

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from api.openai.chat import messages, response_format, tools
+from api.openai.chat import messages, tools
 from api.openai.chat import request as chat_request
 from api.openai.completions import request as completion_request
+from api.openai.fields import response_format
+from api.openai.fields.functions import FunctionDefinition
 from common.errors import RequestError
 
 PAGE = Path(__file__).parents[4] / "docs" / "clients.md"
@@ -61,7 +63,7 @@ def test_each_field_has_a_row(body: Any, rows: dict[str, str]) -> None:
 
 def test_each_field_of_a_tool_has_a_row() -> None:
     """Those of a tool and of the function in it."""
-    fields = {*tools.Tool.__struct_fields__, *tools.FunctionDefinition.__struct_fields__}
+    fields = {*tools.Tool.__struct_fields__, *FunctionDefinition.__struct_fields__}
     assert set(SECTIONS["Tools"]) == fields
 
 

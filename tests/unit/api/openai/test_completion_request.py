@@ -11,8 +11,8 @@ import pytest
 from api.generation import request as generation_request
 from api.generation.request import GenerationRequest
 from api.generation.served_model import ServedModel
-from api.openai import request_fields
 from api.openai.completions import request as completion_request
+from api.openai.fields.body import check_token_ids
 from common.errors import RequestError
 from common.protocol import SamplingParams, TextPrompt, TokenPrompt
 
@@ -169,11 +169,11 @@ def test_token_ids_are_inside_the_vocabulary(token_id: int) -> None:
         completion_request.check_prompts(parse(prompt=[0, token_id]), MODEL)
     assert (raised.value.status, raised.value.param) == (400, "prompt")
     with pytest.raises(RequestError) as raised:
-        request_fields.check_token_ids(SamplingParams(logit_bias={token_id: 1.0}), MODEL)
+        check_token_ids(SamplingParams(logit_bias={token_id: 1.0}), MODEL)
     assert (raised.value.status, raised.value.param) == (400, "logit_bias")
 
 
 def test_the_last_token_id_is_accepted() -> None:
     """The largest id of the vocabulary is accepted."""
     completion_request.check_prompts(parse(prompt=[0, 49]), MODEL)
-    request_fields.check_token_ids(SamplingParams(logit_bias={0: 1.0, 49: 1.0}), MODEL)
+    check_token_ids(SamplingParams(logit_bias={0: 1.0, 49: 1.0}), MODEL)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from api.openai.chat import response_format
-from api.openai.chat.response_format import AnswerGrammar, FormatFields, ResponseFormat, StructuredOutputs
+from api.openai.fields import response_format
+from api.openai.fields.response_format import AnswerGrammar, FormatFields, ResponseFormat, StructuredOutputs
 from common.errors import RequestError
 from common.schema import grammar
 

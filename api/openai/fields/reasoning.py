@@ -1,7 +1,7 @@
 """The fields that control a model's reasoning, under the names that OpenAI, OpenRouter, vLLM, llama.cpp, Ollama and others gave them.
 
 All of them come down to three things: arguments of the chat template, a limit on the tokens of reasoning, and whether the answer
-shows it. Fields that contradict each other are refused. Used by `api.openai.chat.request`.
+shows it. Fields that contradict each other are refused. Used by the parsers of chats and responses.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from api.openai.chat.response_format import FormatFields
-from api.openai.chat.template_arguments import ReasoningEffort, template_arguments
+from api.openai.fields.response_format import FormatFields
+from api.openai.fields.template_arguments import ReasoningEffort, template_arguments
 from common.errors import invalid
 
 Budget = Annotated[int, Meta(ge=-1, le=2**31 - 1)]

@@ -1,6 +1,6 @@
-"""What both kinds of requests share: the sampling fields, and the checks of values that types cannot express.
+"""The fields that every request for an answer has, sampling above all, and the checks of values that types cannot express.
 
-Used by the parsers of chat and completions, which decode bodies with `api.http.json_body`. Must not know HTTP.
+Used by the parsers of chats, legacy completions and responses, which decode bodies with `api.http.json_body`. Must not know HTTP.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class StreamOptions(msgspec.Struct, frozen=True):
 
 
 class Body(msgspec.Struct, frozen=True, kw_only=True):
-    """Fields of both kinds of requests; None is also an explicit null, which means the default.
+    """Fields of all requests; None is also an explicit null, which means the default.
 
     Most are OpenAI's. Those of other servers: `top_k`, `min_p`, `repetition_penalty`, `min_tokens`, `ignore_eos`,
     `stop_token_ids` and `include_stop_str_in_output` are vLLM's;

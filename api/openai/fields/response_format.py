@@ -1,6 +1,6 @@
 """The format of an answer as a grammar: OpenAI's `response_format`, and the same under the names that other servers have.
 
-`FormatFields` are those of chats and legacy completions. A worker constrains the answer to the grammar; `check` compiles it before
+`FormatFields` are those of chats and legacy completions; `text.format` of responses has a parser of its own. A worker constrains the answer to the grammar; `check` compiles it before
 anything is queued. https://platform.openai.com/docs/guides/structured-outputs
 """
 
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from api.openai import request_fields as fields
+from api.openai.fields import body as fields
 from common.errors import RequestError, invalid
 from common.schema import grammar, limits
 
@@ -143,7 +143,7 @@ def _of_response_format(given: ResponseFormat | None, ignored: list[str]) -> Ans
     if given.type == "json_object":
         _check_size(schema, field)
         return AnswerGrammar(grammar.for_json_object(schema), field)
-    return _for_schema(schema, field)
+    return for_schema(schema, field)
 
 
 def _in_envelope(given: dict[str, Any], ignored: list[str]) -> tuple[str, dict[str, Any] | None]:
@@ -199,10 +199,15 @@ def _for_json(given: dict[str, Any] | str | None, field: str) -> AnswerGrammar |
             raise invalid(
                 f"`{field}` must be a JSON Schema, as an object or as its JSON text.", field
             ) from None
-    return _for_schema(given, field)
+    return for_schema(given, field)
 
 
-def _for_schema(schema: dict[str, Any] | None, field: str) -> AnswerGrammar:
+def for_schema(schema: dict[str, Any] | None, field: str) -> AnswerGrammar:
+    """The grammar of a schema; None: of any object.
+
+    Raises:
+        RequestError: 400, the schema is too large.
+    """
     if schema is None:
         return AnswerGrammar(grammar.for_json_object(), field)
     _check_size(schema, field)
