@@ -42,7 +42,8 @@ from api.openapi.document import Description
 from api.openapi.paths import PATH as DESCRIPTION_PATH
 from api.protocols import ERROR_FORMATS, FRONT_ENDS, MESSAGES_PATH, RESPONSES_PATH
 from api.tokenizing.client import TokenizeClient
-from common import connections, model_aliases
+from common import connections
+from common.models import model_aliases
 from common.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -20,9 +20,10 @@ from api.http import connection
 from api.http.hosts import is_loopback
 from api.http.origins import Origins
 from api.protocols import ERROR_FORMATS
-from common import connections, garbage, model_aliases
+from common import connections, garbage
 from common import logging as common_logging
 from common.errors import StartupError
+from common.models import model_aliases
 from common.settings import PREFIX, Settings
 
 KEEP_ALIVE_SECONDS = 15

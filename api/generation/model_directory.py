@@ -21,9 +21,10 @@ from rq.defaults import RQ_KEY_PREFIX
 
 from api.generation.command_batch import CommandBatch, queue_unavailable
 from api.generation.served_model import DEFAULT_NAMES, ServedModel
-from common import names, sampling_defaults
+from common import names
 from common.errors import RequestError, invalid, unavailable
-from common.model_aliases import ModelAliases
+from common.models import sampling_defaults
+from common.models.model_aliases import ModelAliases
 from common.protocol import ModelCard
 
 log = logging.getLogger(__name__)

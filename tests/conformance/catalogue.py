@@ -1,4 +1,4 @@
-"""The catalogue of behaviors, loaded from `sections/*.toml`.
+"""The catalogue of behaviors, loaded from `sections/`.
 
 Three kinds of entries. `refused`: invalid values of a parameter, one behavior each. `answered`: a request and what its answer
 must contain. `checked`: a function of `checks/` with arguments. JSON is written as text, so that null, NaN and numbers are sent
@@ -20,7 +20,7 @@ import msgspec
 from tests.conformance import judge
 from tests.conformance.server import CHAT, MESSAGES, RESPONSES, Server, require
 
-SECTIONS = (
+_FILES = (
     "errors",
     "chat",
     "stream",
@@ -33,11 +33,13 @@ SECTIONS = (
     "responses",
     "responses_calls",
     "messages",
-    "resume",
+    "server/resume",
     "clients",
-    "concurrency",
-    "http",
+    "server/concurrency",
+    "server/http",
 )
+SECTIONS = tuple(name.rpartition("/")[2] for name in _FILES)
+"""In the order of the report."""
 
 _ENDPOINTS = {CHAT: "chat", RESPONSES: "responses", MESSAGES: "messages"}
 _FOLDER = Path(__file__).parent / "sections"
@@ -95,7 +97,7 @@ class Answered(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Checked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A function `module.name` of `checks/`, called with the server and the arguments `given`."""
+    """A function `module.name` below `checks/`, called with the server and the arguments `given`."""
 
     id: str
     sentence: str
@@ -119,8 +121,8 @@ def load(only: str = "", *, with_key: bool = False) -> list[Behavior]:
         with_key: Whether the server requires API keys and the caller has one.
     """
     found: list[Behavior] = []
-    for name in SECTIONS:
-        section = msgspec.convert(tomllib.loads((_FOLDER / f"{name}.toml").read_text()), Section)
+    for name, file in zip(SECTIONS, _FILES, strict=True):
+        section = msgspec.convert(tomllib.loads((_FOLDER / f"{file}.toml").read_text()), Section)
         found += _behaviors(name, section, with_key=with_key)
     ids = [behavior.id for behavior in found]
     twice = {each for each in ids if ids.count(each) > 1}
@@ -138,7 +140,7 @@ def _behaviors(name: str, section: Section, *, with_key: bool) -> Iterator[Behav
         yield Behavior(f"{name}.{answered.id}", name, answered.sentence, check)
     for checked in section.checked:
         if with_key or not checked.needs_key:
-            module, _, function = checked.by.partition(".")
+            module, _, function = checked.by.rpartition(".")
             found = getattr(importlib.import_module(f"tests.conformance.checks.{module}"), function)
             yield Behavior(
                 f"{name}.{checked.id}", name, checked.sentence, functools.partial(found, **checked.given)

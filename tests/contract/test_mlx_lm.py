@@ -298,7 +298,7 @@ def test_a_tokenizers_wrapper_can_be_copied() -> None:
 
 
 def test_ends_of_text_of_the_generation_config(tmp_path: Path) -> None:
-    """`load` takes them from the file that has a model's sampling defaults, which we read ourselves. Open common/sampling_defaults.py."""
+    """`load` takes them from the file that has a model's sampling defaults, which we read ourselves. Open common/models/sampling_defaults.py."""
     (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 3], "temperature": 0.5}')
     assert load_config(tmp_path)["eos_token_id"] == [2, 3]

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from rq.defaults import RQ_KEY_PREFIX
 from rq.executions import Execution, ExecutionRegistry
 
-from common import names, sampling_defaults
+from common import names
+from common.models import sampling_defaults
 from common.protocol import ModelCard
 from common.rq import JsonJob
 from worker.jobs.executions import BACKSTOP_SECONDS, Executions

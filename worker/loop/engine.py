@@ -89,7 +89,7 @@ class ModelInfo:
         context_length: In tokens, prompt and answer together.
         vocab_size: Number of logits.
         max_batch: How many sequences the engine holds at most.
-        sampling_defaults: As in `common.sampling_defaults`.
+        sampling_defaults: As in `common.models.sampling_defaults`.
     """
 
     context_length: int

@@ -15,9 +15,9 @@ import mlx.core as mx
 import mlx_lm
 from mlx.utils import tree_flatten
 
-from common import sampling_defaults
 from common.errors import StartupError, one_line
 from common.machine import local_model
+from common.models import sampling_defaults
 from common.settings import Settings
 from worker.loop.engine import ModelInfo
 from worker.mlx import caches
@@ -48,7 +48,7 @@ class LoadedModel(NamedTuple):
     Attributes:
         tokenizer: mlx-lm's wrapper.
         config: Its config.json.
-        sampling_defaults: See `common.sampling_defaults`.
+        sampling_defaults: See `common.models.sampling_defaults`.
         template_arguments: See `worker.text.template_defaults`.
     """
 

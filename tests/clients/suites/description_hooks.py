@@ -1,4 +1,4 @@
-"""Hooks of schemathesis for OpenAI's own description of its API; its command line loads them, see tests/clients/test_openai_description.py.
+"""Hooks of schemathesis for OpenAI's own description of its API; its command line loads them, see `test_openai_description.py`.
 
 A request that is valid by the description is answered, or refused for a reason in `REFUSALS`; events of streams are validated here, since
 the description gives the schema of their data as that of the stream.

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import RequestError
 from common.protocol import ChatPrompt, GenerationJob, ToolUse
-from tests.model.template_collection import template_folder
+from tests.model.text.template_collection import template_folder
 from tests.unit.worker.text.templates.traits import assistant, call, result, system, tool, user
 from worker.text import answer_format, prompts
 from worker.text.answer_format import ModelFormat

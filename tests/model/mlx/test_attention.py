@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 from common.settings import Settings
-from tests.model.reference import greedy_job, mlx_lm_token_ids
+from tests.model.mlx.reference import greedy_job, mlx_lm_token_ids
 from worker.mlx.backends.cuda_attention import (
     MAX_KEYS,
     CheckedKernel,

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from common.errors import StartupError
-from common.model_aliases import ModelAliases, parse
+from common.models.model_aliases import ModelAliases, parse
 
 
 def test_plain_and_wildcards() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from common import sampling_defaults
+from common.models import sampling_defaults
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from api.generation.request import AnswerRecord, Retention
 from api.generation.stored_answer import StoredAnswer
 from common import names
 from common.protocol import Delta, Event, Failed, Finished, Usage, encode
-from tests.redis.test_relay import ALL, END, JOB, Side, run, take_all
+from tests.redis.api.test_relay import ALL, END, JOB, Side, run, take_all
 
 CHANNEL = names.stream_channel(JOB)
 

@@ -12,8 +12,9 @@ import redis
 
 from api.generation.command_batch import CommandBatch
 from api.generation.model_directory import ModelDirectory
-from common import connections, model_aliases, names
+from common import connections, names
 from common.errors import RequestError
+from common.models import model_aliases
 from common.protocol import ModelCard
 
 CARD = ModelCard(

@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.models.cache import BatchKVCache
 
 from common.settings import Settings
-from tests.model.reference import greedy_job
+from tests.model.mlx.reference import greedy_job
 from worker.mlx.backends.cpu_ops import FusedCpuOps
 from worker.mlx.engine import MLXEngine
 

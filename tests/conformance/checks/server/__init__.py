@@ -1,0 +1,1 @@
+"""Checks of the server as such: HTTP, concurrent requests, resumed streams."""
