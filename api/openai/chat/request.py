@@ -1,6 +1,6 @@
 """Parses the body of `POST /v1/chat/completions` into a typed and checked value.
 
-https://platform.openai.com/docs/api-reference/chat/create. A field is honoured, refused by name, or ignored and named; docs/clients.md
+https://platform.openai.com/docs/api-reference/chat/create. A field is honored, refused by name, or ignored and named; docs/parameters.md
 has the decisions.
 """
 

@@ -1,7 +1,7 @@
 """Parses the body of `POST /v1/completions` into a typed and checked value.
 
-https://platform.openai.com/docs/api-reference/completions/create. A field is honoured, refused by name, or
-ignored and named; docs/clients.md has the decisions.
+https://platform.openai.com/docs/api-reference/completions/create. A field is honored, refused by name, or
+ignored and named; docs/parameters.md has the decisions.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class Body(msgspec.Struct, frozen=True, kw_only=True):
 
     Most are OpenAI's. Those of other servers: `top_k`, `min_p`, `repetition_penalty`, `min_tokens`, `ignore_eos`,
     `stop_token_ids` and `include_stop_str_in_output` are vLLM's;
-    `n_predict`, `repeat_penalty` and `repeat_last_n` are llama.cpp's names of fields that are here too. docs/clients.md says what
+    `n_predict`, `repeat_penalty` and `repeat_last_n` are llama.cpp's names of fields that are here too. docs/parameters.md says what
     each one does. Those typed `Any` have no effect (`INEFFECTIVE`), or are supported only with some values (`NEUTRAL`).
     """
 

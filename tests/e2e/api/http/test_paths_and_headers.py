@@ -60,7 +60,7 @@ def test_a_404_says_what_is_served(api: ApiPool) -> None:
 
 
 def test_a_request_of_clients_of_local_servers(api: ApiPool) -> None:
-    """Fields of many servers at once: what is honoured reaches the worker, what is not is named, at every depth."""
+    """Fields of many servers at once: what is honored reaches the worker, what is not is named, at every depth."""
     messages = [
         {"role": "user", "content": "hi", "cache_control": {"type": "ephemeral"}},
         {

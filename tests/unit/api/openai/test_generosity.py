@@ -1,4 +1,4 @@
-"""What clients of local servers send beyond OpenAI's description, and what is made of it. docs/clients.md has the decisions."""
+"""What clients of local servers send beyond OpenAI's description, and what is made of it. docs/parameters.md has the decisions."""
 
 from __future__ import annotations
 
@@ -501,7 +501,7 @@ def test_reasoning_under_its_many_names(
     ],
 )
 def test_contradicting_fields_of_reasoning_are_refused(fields: dict[str, Any], param: str) -> None:
-    """Neither of the two could be honoured."""
+    """Neither of the two could be honored."""
     assert refused_param(**fields) == param
 
 

@@ -106,7 +106,7 @@ def test_reasoning(reasoning: Any, arguments: dict[str, Any], is_summarized: boo
 
 
 def test_what_has_no_effect_is_named() -> None:
-    """Unknown keys at each depth, and values that cannot be honoured and do not change what the answer means."""
+    """Unknown keys at each depth, and values that cannot be honored and do not change what the answer means."""
     request = parse(
         client_metadata={},
         reasoning={"context": "auto"},

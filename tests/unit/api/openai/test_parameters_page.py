@@ -1,4 +1,4 @@
-"""docs/clients.md has a row for each field of a request, and each row says what the parsers do."""
+"""docs/parameters.md has a row for each field of a request, and each row says what the parsers do."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from api.openai.fields import response_format
 from api.openai.fields.functions import FunctionDefinition
 from common.errors import RequestError
 
-PAGE = Path(__file__).parents[4] / "docs" / "clients.md"
-DECISIONS = {"honoured", "no effect", "ignored", "refused"}
+PAGE = Path(__file__).parents[4] / "docs" / "parameters.md"
+DECISIONS = {"honored", "no effect", "ignored", "refused"}
 HI = [{"role": "user", "content": "hi"}]
 
 _ROW = re.compile(r"^\| `(\w+)` \| ([a-z ]+) \|", re.MULTILINE)
@@ -25,7 +25,7 @@ _ROW = re.compile(r"^\| `(\w+)` \| ([a-z ]+) \|", re.MULTILINE)
 
 def _sections() -> dict[str, dict[str, str]]:
     """Decisions by field, by heading."""
-    parts = re.split(r"^### (.*)$", PAGE.read_text(), flags=re.MULTILINE)
+    parts = re.split(r"^## (.*)$", PAGE.read_text(), flags=re.MULTILINE)
     rows = {heading: _ROW.findall(text) for heading, text in zip(parts[1::2], parts[2::2], strict=True)}
     for heading, found in rows.items():
         assert len(found) == len({name for name, _ in found}), f"a field has two rows in {heading}"

@@ -1,4 +1,4 @@
-"""docs/clients.md has a row for each field of a message's request, and each row says what the parser does."""
+"""docs/parameters.md has a row for each field of a message's request, and each row says what the parser does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from api.anthropic.messages.request import MessagesBody
 from tests.unit.api.anthropic.test_request import HI, refusal, request
 
-PAGE = Path(__file__).parents[4] / "docs" / "clients.md"
+PAGE = Path(__file__).parents[4] / "docs" / "parameters.md"
 TEXT = {"type": "text", "text": "hi"}
 BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
     "text": ("user", TEXT),
@@ -31,7 +31,7 @@ BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def rows(heading: str) -> dict[str, str]:
     """Decisions by field."""
-    section = PAGE.read_text().partition(f"### {heading}\n")[2].partition("\n### ")[0]
+    section = PAGE.read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
     return dict(re.findall(r"^\| `(\w+)` \| ([a-z ]+) \|", section, re.MULTILINE))
 
 
