@@ -105,9 +105,8 @@ async def _frames(
     """
     try:
         frames = number(rendering.opening() + _rendered(taken, rendering))
-        yield (
-            frames or first_bytes or rendering.keep_alive()
-        )  # some bytes, since the headers go out with them
+        # Always some bytes, since the headers go out with them.
+        yield frames or first_bytes or rendering.keep_alive()
         sent_mono = time.monotonic()
         while not request.is_done:
             frames = number(_rendered(await request.take(), rendering))
@@ -120,6 +119,7 @@ async def _frames(
             yield frames
     except RequestError as error:
         frames = rendering.error(errors.masked_error(error))
+        # An error of this process is not part of the answer, so it has no number.
         if frames := frames if request.is_aborted else number(frames):
             yield frames
     except Exception:

@@ -1,11 +1,12 @@
 """What a protocol provides for one of its endpoints: parsing, checks, and a rendering of the answer.
 
-Implemented by the protocols (`api.openai.chat`, `api.openai.completions`), called by `api.generation.endpoint` and
+Implemented by the protocols (`api.protocols` lists them), called by `api.generation.endpoint` and
 `api.generation.delivery`, which are the same for all of them. Must not know Redis, RQ or any one protocol.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,7 +17,10 @@ from api.generation.stored_answer import AnswerEvent, AnswerLookup, ChoiceEvents
 from common.errors import RequestError
 from common.protocol import Finished, Usage
 
-__all__ = ["AnswerEvent", "ChoiceEvents", "FrontEnd", "Rendering", "total_usage"]
+__all__ = ["AnswerEvent", "ChoiceEvents", "FrontEnd", "Rendering", "call_id", "total_usage"]
+
+_ID_CHARACTERS = 24
+"""As many as the ids of OpenAI's and Anthropic's calls have after their prefix."""
 
 
 class Rendering(Protocol):
@@ -69,6 +73,16 @@ class FrontEnd:
     rendering: Callable[[AnswerRecord], Rendering]
     complete: Callable[[GenerationRequest, AnswerLookup, str], Awaitable[GenerationRequest]] | None = None
     accepted: Callable[[AnswerRecord], bytes] | None = None
+
+
+def call_id(prefix: str, key: str, index: int) -> str:
+    """The id of a tool call, derived so that any process renders the same one.
+
+    Args:
+        key: Unique to the choice that the call belongs to.
+        index: Of the call in its choice.
+    """
+    return prefix + hashlib.sha256(f"{key}/{index}".encode()).hexdigest()[:_ID_CHARACTERS]
 
 
 def total_usage(finished: list[Finished], best_of: int) -> Usage:

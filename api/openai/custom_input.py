@@ -28,9 +28,8 @@ class InputExtractor:
     def __init__(self) -> None:
         self.text = ""
         self._json: list[str] = []
-        self._rest: str | None = (
-            None  # what of the string is not decoded yet; None: before or after the string
-        )
+        # The part of the string that is not decoded yet; None: before or after the string.
+        self._rest: str | None = None
         self._head = ""
         self._is_closed = False
 

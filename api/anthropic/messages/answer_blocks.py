@@ -6,7 +6,6 @@ from the message's id, so that any process renders the same ones.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,11 +13,11 @@ import msgspec
 
 from api.anthropic.messages import signature
 from api.anthropic.messages.thinking import Display
+from api.generation.front_end import call_id
 from api.http import sse
 from common.protocol import Delta, Reasoning, ToolArguments, ToolCall
 
 _encode = msgspec.json.encode
-_ID_CHARACTERS = 24
 
 Part = str | Reasoning | ToolCall | ToolArguments
 
@@ -34,11 +33,6 @@ def _parts(delta: Delta, display: Display) -> Iterator[Part]:
             yield piece
 
 
-def _call_id(message_id: str, index: int) -> str:
-    digest = hashlib.sha256(f"{message_id}/{index}".encode()).hexdigest()
-    return f"toolu_{digest[:_ID_CHARACTERS]}"
-
-
 def _signature(message_id: str, index: int, thoughts: str, display: Display) -> str:
     """Of the block of this index."""
     if display == "omitted":
@@ -49,7 +43,7 @@ def _signature(message_id: str, index: int, thoughts: str, display: Display) -> 
 def _tool_use(message_id: str, call: ToolCall, arguments: str) -> dict[str, Any]:
     return {
         "type": "tool_use",
-        "id": _call_id(message_id, call.index),
+        "id": call_id("toolu_", message_id, call.index),
         "name": call.name,
         "input": _input(arguments),
         "caller": {"type": "direct"},

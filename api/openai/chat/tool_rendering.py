@@ -1,20 +1,16 @@
 """Tool calls and reasoning as OpenAI writes them: deltas of a stream, or fields of a complete message.
 
-Used by `api.openai.chat.rendering`. A call's id is derived from the answer's id and the call's index, so that any process
-renders the same one.
+Used by `api.openai.chat.rendering`. Must not know how chunks are written.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection
 from typing import Any
 
+from api.generation.front_end import call_id
 from api.openai.custom_input import InputExtractor, custom_input
 from common.protocol import Piece, Reasoning, ToolArguments, ToolCall
-
-_ID_CHARACTERS = 24
-"""As many as OpenAI's have after their prefix."""
 
 
 class ToolRendering:
@@ -39,9 +35,8 @@ class ToolRendering:
         self._as_function_call = as_function_call
         self._hides_reasoning = hides_reasoning
         self._custom_tools = frozenset(custom_tools)
-        self._custom_call: tuple[int, InputExtractor] | None = (
-            None  # the streamed call, if it is a custom tool's
-        )
+        # Index and input of the call that is being streamed, if it is one of a custom tool.
+        self._custom_call: tuple[int, InputExtractor] | None = None
         self._reasoning: list[str] = []
         self._names: list[str] = []
         self._arguments: list[list[str]] = []
@@ -85,12 +80,11 @@ class ToolRendering:
         function = {"name": name, "arguments": arguments}
         if self._as_function_call:
             return {"function_call": function}
-        digest = hashlib.sha256(f"{self._key}/{index}".encode()).hexdigest()
-        call_id = f"call_{digest[:_ID_CHARACTERS]}"
+        derived_id = call_id("call_", self._key, index)
         if name in self._custom_tools:
             custom = {"name": name, "input": custom_input(arguments)}
-            return {"id": call_id, "type": "custom", "custom": custom}
-        return {"id": call_id, "type": "function", "function": function}
+            return {"id": derived_id, "type": "custom", "custom": custom}
+        return {"id": derived_id, "type": "function", "function": function}
 
     def add(self, piece: Piece) -> None:
         """Collect a piece; a call's arguments come after its `ToolCall`."""

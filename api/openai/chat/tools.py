@@ -251,8 +251,13 @@ def _normalized(given: str | ToolChoice | None) -> str | ToolChoice:
 
 
 def _choice(given: str | ToolChoice, names: list[str]) -> _Choice:
-    """Args:
-    given: As `_normalized`.
+    """The functions that `tool_choice` allows.
+
+    Args:
+        given: As `_normalized` returns it.
+
+    Raises:
+        RequestError: 400.
     """
     if isinstance(given, str):
         if given not in ("none", "auto", "required"):

@@ -5,10 +5,9 @@ Owned by `api.openai.responses.rendering`. Independent of how events are batched
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
-from api.generation.front_end import AnswerEvent
+from api.generation.front_end import AnswerEvent, call_id
 from api.openai.logprobs import LogprobAligner, chat_items
 from api.openai.responses import names
 from api.openai.responses.options import ResponseOptions
@@ -24,9 +23,6 @@ from api.openai.responses.output.items import (
 )
 from api.openai.responses.tools import CalledTool
 from common.protocol import Delta, Finished, Piece, Reasoning, ToolArguments, ToolCall
-
-_ID_CHARACTERS = 24
-"""As many as OpenAI's ids of calls have after their prefix."""
 
 
 class Output:
@@ -121,12 +117,11 @@ class Output:
     def _begin_call(self, index: int, name: str) -> bytes:
         called = self._called.get(name, CalledTool(name))
         kind, make = ("custom_tool_call", CustomCall) if called.is_custom else ("function_call", FunctionCall)
-        digest = hashlib.sha256(f"{self._job_id}/{index}".encode()).hexdigest()
         item = make(
             self._next_id(kind),
             self._next_index(),
             self._writer,
-            call_id=f"call_{digest[:_ID_CHARACTERS]}",
+            call_id=call_id("call_", self._job_id, index),
             called=called,
         )
         return self._begin(item)
