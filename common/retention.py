@@ -1,4 +1,4 @@
-"""Stored answers in Redis: how long their keys live, and the bytes that they take over the whole pool.
+"""Stored answers in Redis: how long their keys live, and the bytes that they take in the complete pool.
 
 The API stores an answer's record in the script that enqueues its jobs; the worker extends it when a job starts and sets its
 final time to live when the last job has ended. All of it happens in scripts, so the count of bytes stays exact if a process
@@ -13,10 +13,10 @@ from common import names
 from common.protocol import Finished, Usage, encode
 
 MAX_RUN_SECONDS = 24 * 3600
-"""The longest that a job runs, and the record of an answer lives before its end."""
+"""The maximum run time of a job; the record of an unfinished answer lives as long."""
 
 DELETED_JOURNAL_SECONDS = 60
-"""Of an answer that was deleted while a job ran: the events that it wrote after that, for those who still follow it."""
+"""How long events live that a running job writes after its answer was deleted; for clients that still follow it."""
 
 Command = tuple[Any, ...]
 
@@ -57,7 +57,7 @@ local function has_room(bytes, max_bytes)
 end
 """
 )
-"""Functions of scripts that count bytes. An answer whose record has expired gives its bytes back with the next answer."""
+"""Functions of scripts that count bytes. An answer whose record has expired has its bytes released when the next answer is stored."""
 
 _END = (
     STORE
@@ -128,7 +128,7 @@ return 1
 """
 )
 
-# ARGV: answer id, job ids. Deletes the record and the journals, and gives the bytes back.
+# ARGV: answer id, job ids. Deletes the record and the journals, and releases the bytes.
 _DELETE = (
     STORE
     + """

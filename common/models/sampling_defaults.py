@@ -67,7 +67,7 @@ def to_text(values: Mapping[str, float]) -> str:
 
 
 def from_text(text: str) -> dict[str, float]:
-    """Decode `ModelCard.sampling_defaults`; anyone may write anything to Redis, and what is not a default is left out."""
+    """Decode `ModelCard.sampling_defaults`; Redis is not trusted: what is not a valid default is left out."""
     try:
         return checked(msgspec.json.decode(text, type=dict[str, Any])) if text else {}
     except (msgspec.MsgspecError, RecursionError):

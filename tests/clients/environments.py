@@ -1,7 +1,7 @@
 """The clients' own environments, made on demand in the user's cache folder: for Python, Node, coding agents, others' suites.
 
 Each is kept under a hash of what it is made from, so that another version of the list makes another environment; what
-is no longer used may be deleted. Called by the fixtures; knows package managers, and nothing of the clients.
+is no longer used may be deleted. Called by the fixtures; independent of what the clients do.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ def reasoning_of(job: GenerationJob, result: tuple[list[StepToken], InsertResult
 
 
 def test_a_thinking_budget(thinker: MLXEngine) -> None:
-    """Reasoning that would go on for ever ends after so many tokens, and the answer follows; without a limit it does not."""
+    """Reasoning that would go on forever ends after so many tokens, and the answer follows; without a limit it does not."""
     assert thinker.info.can_reason
     jobs = [
         chat(

@@ -1,4 +1,4 @@
-"""Answers of a small model that is held to a grammar end: the demo model, several prompts and seeds, up to temperature 1.5."""
+"""A small model's answers end if a grammar constrains them: the demo model, several prompts and seeds, up to temperature 1.5."""
 
 from __future__ import annotations
 

@@ -19,9 +19,7 @@ def max_context_length(connection: redis.Redis, model: str) -> int:
         cards = pipe.execute(raise_on_error=False)
     longest = 0
     for card in cards:
-        with suppress(
-            TypeError, ValueError
-        ):  # anyone may write anything to Redis, also a card of another type
+        with suppress(TypeError, ValueError):  # Redis is not trusted: a card may be malformed
             model_id, context_length = card
             if model_id == model.encode():
                 longest = max(longest, int(context_length))

@@ -116,7 +116,7 @@ def read_journal(entries: list[Any]) -> list[Event]:
 
 
 def cancellation(job: JsonJob) -> retention.Command | None:
-    """What records the cancellation of a job that no worker runs, if its answer is stored; a job that cannot be read has none."""
+    """The command that cancels a job which no worker runs, if its answer is stored; None otherwise, or if the job cannot be decoded."""
     try:
         request = job.request()
     except ForeignJobError:

@@ -116,12 +116,12 @@ _NUM_READS = 4
 
 
 class Plan(NamedTuple):
-    """What becomes of a job.
+    """What is done with a job.
 
     Attributes:
-        commands: Recorded, for the script.
+        commands: For the script that takes the job over.
         outcome: The end of its log line; "": nothing is logged.
-        after: A command that follows once the job was taken over; a script cannot run another one.
+        after: A script to run once the job was taken over, since a script cannot call another one.
     """
 
     commands: list[Any]
@@ -330,7 +330,7 @@ class Takeover:
 
 
 def _stored_end(job: JsonJob) -> retention.Command | None:
-    """What records the end of a job whose answer is stored."""
+    """The command that records the end of a job, if its answer is stored; None otherwise, or if the job cannot be decoded."""
     try:
         request = job.request()
     except ForeignJobError:

@@ -103,7 +103,7 @@ class ModelInfo:
 
 
 class PromptTokenizer(Protocol):
-    """Tokenizes prompts that are not to be answered. Used on one thread, which is neither the engine's nor intake's."""
+    """Tokenizes prompts without generating. Used on one thread, which is neither the engine's nor intake's."""
 
     def encode(
         self,

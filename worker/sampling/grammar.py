@@ -129,7 +129,7 @@ class GrammarMatcher:
         self._scratch: Words = np.empty(self._compiler.num_ll_words, np.uint32)
 
     is_open = False
-    """See `worker.sampling.sampler.Matcher`."""
+    """See `worker.sampling.sequence_sampler.Matcher`."""
 
     @property
     def eos_words(self) -> Words:

@@ -1,4 +1,4 @@
-"""Bounds on what has no reason to be long in JSON: the digits of a number, and nesting.
+"""Limits on JSON where length has no use: the digits of a number, and nesting depth.
 
 A small model that is held to a grammar may write digits or brackets until it runs out of tokens. llguidance has no limit for them
 that keeps exponents and never makes a schema unsatisfiable, so a `worker.sampling.grammar.GrammarMatcher` narrows its masks with a
@@ -31,14 +31,14 @@ class LimitMasks:
         num_words: Length of a mask, in words; tokens beyond it are ignored.
 
     Attributes:
-        at_most: Tokens with at most that many digits at their start, by that number; any token has fewer than `len(at_most)` + 1.
-        without_opening: Tokens without an opening bracket.
+        by_max_digits: `by_max_digits[n]` allows tokens with at most n leading digits; no token has more than `len(by_max_digits)`.
+        without_opening: Allows tokens without an opening bracket.
     """
 
     def __init__(self, tokens: Sequence[bytes], num_words: int) -> None:
         num_digits = [len(token) - len(token.lstrip(_DIGITS)) for token in tokens]
         counts = np.array(num_digits, np.int32)
-        self.at_most = [_as_words(counts <= most, num_words) for most in range(max(num_digits, default=0))]
+        self.by_max_digits = [_as_words(counts <= n, num_words) for n in range(max(num_digits, default=0))]
         opening = np.array([b"[" in token or b"{" in token for token in tokens], bool)
         self.without_opening = _as_words(~opening, num_words)
 
@@ -47,7 +47,7 @@ class JSONLimiter:
     """Follows one answer, byte by byte, and narrows the masks of its grammar. The same bytes always lead to the same masks.
 
     Args:
-        begins_after: The marker behind which JSON begins; empty: at once.
+        begins_after: The marker after which the JSON begins; empty: it begins at once.
     """
 
     def __init__(self, masks: LimitMasks, begins_after: bytes = b"") -> None:
@@ -77,12 +77,12 @@ class JSONLimiter:
                 self._step(byte)
 
     def narrow(self, words: Words) -> None:
-        """Remove the tokens that exceed a limit from a mask, unless no other token is left."""
+        """Remove the tokens that exceed a limit from a mask, unless that would leave none."""
         if self._begins_after or self._is_in_string:
             return
         num_left = (MAX_EXPONENT_DIGITS if self._is_exponent else MAX_DIGITS) - self._num_digits
-        if num_left < len(self._masks.at_most):
-            _intersect(words, self._masks.at_most[max(0, num_left)])
+        if num_left < len(self._masks.by_max_digits):
+            _intersect(words, self._masks.by_max_digits[max(0, num_left)])
         if self._level >= MAX_LEVELS:
             _intersect(words, self._masks.without_opening)
 

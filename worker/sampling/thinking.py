@@ -1,4 +1,4 @@
-"""Matchers for models that reason before they answer: a grammar that applies to the answer only, and a limit of the reasoning.
+"""Matchers for models that reason before they answer: a grammar that applies only to the answer, and a limit on reasoning tokens.
 
 Both wrap a sequence's matcher and are fed the same tokens; the engine creates them. `ThinkingMatcher` recognizes the markers of
 reasoning by their token ids; `ThinkingBudget` by text, as the answer's parser does.
@@ -21,7 +21,7 @@ _WORD_BITS = 32
 
 
 class ThinkingMatcher:
-    """See the module; a `worker.sampling.sampler.Matcher`.
+    """See the module; a `worker.sampling.sequence_sampler.Matcher`.
 
     Args:
         start_ids: The token ids of the marker that opens reasoning.
@@ -45,7 +45,7 @@ class ThinkingMatcher:
         self._last_token_ids: deque[int] = deque(maxlen=len(end_ids))
 
     is_open = False
-    """See `worker.sampling.sampler.Matcher`."""
+    """See `worker.sampling.sequence_sampler.Matcher`."""
 
     def fill(self, words: Words) -> None:
         """As `GrammarMatcher.fill`.
@@ -90,13 +90,13 @@ def wrap_for_thinking(
 
 
 class ReasoningMeter:
-    """Counts an answer's tokens of reasoning, as `worker.loop.sequence` does for the usage.
+    """Counts the reasoning tokens of an answer, as `worker.loop.sequence` does for the usage.
 
     Attributes:
-        num_tokens: Of reasoning so far, markers included.
+        num_tokens: Reasoning tokens so far, markers included.
 
     Args:
-        parser: Of this meter alone, in its initial state.
+        parser: In its initial state; not shared.
         detokenizer: The same.
         eos_token_ids: Tokens without text.
     """
@@ -126,10 +126,10 @@ class ReasoningMeter:
 
 
 class ThinkingBudget:
-    """Ends reasoning after a number of tokens, by allowing only those of the marker that closes it; a `worker.sampling.sampler.Matcher`.
+    """Ends reasoning after a number of tokens by forcing the closing marker, token by token; a `worker.sampling.sequence_sampler.Matcher`.
 
-    The tokens of all blocks of reasoning count together; a block that opens when none are left is closed at once. If the grammar inside
-    does not allow the marker, it decides.
+    The budget is shared by all reasoning blocks of an answer; a block that opens when it is used up is closed at once. If the inner
+    grammar does not allow the marker, the grammar wins.
 
     Args:
         end_ids: The token ids of the marker that closes reasoning, at least one.
@@ -148,7 +148,7 @@ class ThinkingBudget:
 
     @property
     def is_open(self) -> bool:
-        """See `worker.sampling.sampler.Matcher`."""
+        """See `worker.sampling.sequence_sampler.Matcher`."""
         return self._inner is None and not self._forced
 
     def fill(self, words: Words) -> None:

@@ -1,4 +1,4 @@
-"""A model's tokenizer for the tokenizing thread: its own copy, and the same prompts as those of jobs.
+"""A model's tokenizer for the tokenizing thread: a copy of its own that encodes prompts exactly as jobs do.
 
 `MLXEngine.make_prompt_tokenizer` creates it. transformers' tokenizers keep state between calls, so that a thread needs its own.
 Independent of MLX.
@@ -20,7 +20,7 @@ from worker.text.templates.renderer import ChatRenderer
 
 _UNLIMITED = 2**62
 _MIN_LIMIT_CHARS = 2**22
-"""However short the context is, so many characters are tokenized: a few seconds."""
+"""Accepted even if the context is short; tokenizing that many takes a few seconds."""
 
 
 class OwnPromptTokenizer:

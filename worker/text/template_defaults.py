@@ -1,6 +1,6 @@
 """Arguments of the chat template that the operator sets for all requests: the setting `MLXPOOL_CHAT_TEMPLATE_ARGS`.
 
-Used by what encodes prompts (`worker.mlx.generation`, `worker.text.prompt_tokenizer`). Independent of MLX.
+Used where prompts are tokenized (`worker.mlx.generation`, `worker.text.prompt_tokenizer`). Independent of MLX.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from common.errors import StartupError
 from common.protocol import RESERVED_TEMPLATE_ARGUMENTS, ChatPrompt, TextPrompt, TokenPrompt
 
 _SAME = (("enable_thinking", "thinking"), ("thinking", "enable_thinking"))
-"""Two names of one argument: a request's replaces the operator's, whichever of them each uses."""
+"""Two names of the same argument: the request's value replaces the operator's, whichever name each uses."""
 
 
 def parse(text: str | None) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def parse(text: str | None) -> dict[str, Any]:
         ) from None
     if reserved := sorted(arguments.keys() & RESERVED_TEMPLATE_ARGUMENTS):
         raise StartupError(
-            f"--chat-template-args must not set {', '.join(reserved)}: not an argument of templates"
+            f"--chat-template-args must not set {', '.join(reserved)}: not a template argument"
         )
     return arguments
 

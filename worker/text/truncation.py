@@ -1,8 +1,7 @@
 """Drops the oldest messages of a conversation that is too long, for requests that ask for that (`truncation: auto` in OpenAI's
 responses).
 
-What instructs the model stays: system messages are never dropped. What follows the dropped messages begins with a turn, not with
-the result of a call that is gone. Used by `worker.text.prompts`. Independent of tokenizers and templates.
+System messages are never dropped. The rest begins with a turn, not with the result of a call that was dropped. Used by `worker.text.prompts`. Independent of tokenizers and templates.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from common.protocol import ChatPrompt, GenerationJob
 TOO_LONG = "context_length_exceeded"
 
 _ANSWER_FRACTION = 8
-"""Of the context, one in so many tokens is left for an answer without a limit of its own."""
+"""An answer without a limit of its own is left 1/8 of the context."""
 
 Messages = list[dict[str, Any]]
 
@@ -30,9 +29,9 @@ def tokenize_newest(
 
     Args:
         job: Of a chat.
-        max_tokens: The number from which on a prompt is too long. The same for every worker, so that one that takes the job over
+        max_tokens: A prompt with this many tokens is too long. The same for every worker, so that one that takes the job over
             drops the same messages.
-        tokenize: The tokens of a job's prompt, fewer than a number.
+        tokenize: Returns the tokens of a job's prompt; raises if there are as many as the given number or more.
 
     Raises:
         RequestError: 400; even the last messages are too long, or as `tokenize` raises.
@@ -68,7 +67,7 @@ def _fitting(
     max_tokens: int,
     tokenize: Callable[[GenerationJob, int], list[int]],
 ) -> list[int] | None:
-    """The tokens with these messages; None: too many."""
+    """The prompt's tokens with only these messages; None: too many."""
     shorter = msgspec.structs.replace(job, prompt=msgspec.structs.replace(prompt, messages=messages))
     try:
         return tokenize(shorter, max_tokens)

@@ -1,4 +1,4 @@
-"""The tokenizing thread: answers requests for the tokens of a prompt while the generation thread decodes.
+"""The tokenizing thread: answers tokenize requests while the generation thread decodes.
 
 Any worker of the model takes a request from a list in Redis and appends the reply to the list of the API process that asked. A
 reply depends on the request alone, so a request whose worker died is simply sent again: there is no lease and no journal.
@@ -46,7 +46,7 @@ class TokenizeService:
 
     Args:
         make_tokenizer: Called once, on this thread, for the first request.
-        draining: Whether to take no more requests and end.
+        draining: Returns True once the thread should take no more requests and end.
     """
 
     def __init__(
@@ -69,12 +69,11 @@ class TokenizeService:
             try:
                 self._answer_next()
             except redis.RedisError as error:
-                log.debug(
-                    "no request for tokens can be taken: %s", error
-                )  # the heartbeat logs that Redis is away
+                # DEBUG: the heartbeat already warns that Redis is unreachable.
+                log.debug("cannot take tokenize requests: %s", error)
                 time.sleep(_RETRY_SECONDS)
             except Exception:
-                log.exception("a request for tokens could not be answered")
+                log.exception("a tokenize request could not be answered")
                 time.sleep(_RETRY_SECONDS)
 
     def _answer_next(self) -> None:
@@ -89,7 +88,7 @@ class TokenizeService:
         try:
             request = decode_tokenize_request(data)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            log.warning("request for tokens %s cannot be read: %s", request_id[:64], error)
+            log.warning("tokenize request %s cannot be decoded: %s", request_id[:64], error)
             return
         reply_key = names.tokenized(request.process_id)
         reply = encode(self._answer(request))
@@ -100,14 +99,14 @@ class TokenizeService:
             pipe.execute()
 
     def _answer(self, request: TokenizeRequest) -> TokenizeReply:
-        """The reply; an error of any kind concerns this request alone."""
+        """The reply; any exception becomes an error of this request alone."""
         try:
             with self.progress.on("prompt", request.request_id):
                 return _tokenize(request, self._own_tokenizer())
         except RequestError as error:
             failed = Failed(0, error.message, error.status, error.type, error.param, error.code)
         except Exception:
-            log.exception("request for tokens %s failed", request.request_id)
+            log.exception("tokenize request %s failed", request.request_id)
             failed = _FAILED
         return TokenizeReply(request_id=request.request_id, error=failed)
 

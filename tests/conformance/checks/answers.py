@@ -83,12 +83,12 @@ def too_long(server: Server, path: str, param: str) -> None:
     entry: dict[str, Any] = next(
         (m for m in server.ask("GET", "/v1/models").json["data"] if m["id"] == server.model), {}
     )
-    told = (
+    context_tokens = (
         entry.get("context_length")
         or entry.get("max_model_len")
         or (entry.get("meta") or {}).get("n_ctx_train")
     )
-    text = "sea " * (told + 100 if isinstance(told, int) else _LONGEST_GUESS_TOKENS)
+    text = "sea " * (context_tokens + 100 if isinstance(context_tokens, int) else _LONGEST_GUESS_TOKENS)
     fields = {"prompt": text} if path == LEGACY else {"messages": [{"role": "user", "content": text}]}
     judge.check_error(server.post(path, fields), 400, param=param, code="context_length_exceeded")
     judge.check_error(

@@ -22,8 +22,11 @@ _SCHEMA: dict[str, Any] = {
 
 
 def _format(schema: dict[str, Any], *, strict: bool | None = True) -> dict[str, Any]:
-    told: dict[str, Any] = {"name": "answer", "schema": schema}
-    return {"type": "json_schema", "json_schema": told if strict is None else told | {"strict": strict}}
+    json_schema: dict[str, Any] = {"name": "answer", "schema": schema}
+    return {
+        "type": "json_schema",
+        "json_schema": json_schema if strict is None else json_schema | {"strict": strict},
+    }
 
 
 def _ask(server: Server, schema: dict[str, Any] = _SCHEMA, **fields: Any) -> Answer:

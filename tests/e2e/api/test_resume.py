@@ -27,8 +27,8 @@ CHAT, COMPLETIONS, RESPONSES, MESSAGES = (
 NUM_TOKENS = 40
 
 
-def told(job: GenerationJob) -> Iterator[Event | float]:
-    """Tokens that differ from choice to choice, at a pace of its own for each; some with half a word, some of them slow."""
+def varied_tokens(job: GenerationJob) -> Iterator[Event | float]:
+    """Each choice has tokens and a pace of its own; some tokens have no text, and some choices are slow."""
     n = 0
     if job.journals_started:
         n = 1
@@ -79,7 +79,7 @@ def running() -> Iterator[ApiPool]:
 
 @pytest.fixture
 def api(running: ApiPool) -> ApiPool:
-    running.follow(told)
+    running.follow(varied_tokens)
     return running
 
 

@@ -35,8 +35,8 @@ class Adaptation:
 
     Attributes:
         system: Where system messages stand.
-        merges_turns: Whether consecutive messages of one role become one message.
         drops_empty: Whether messages of the assistant without text and calls are left out.
+        merges_turns: Whether consecutive messages of one role become one message.
         supplies_user: Whether a conversation that does not begin with a user message gets an empty one.
         splits_content: Whether text next to calls becomes a message of its own, in front of them.
         splits_calls: Whether parallel calls become consecutive ones, each followed by its results.
@@ -135,7 +135,7 @@ def candidates(messages: Messages, style: ToolMessageStyle | None, *, as_text: b
                 dict(zip(names, values, strict=True)) for values in product(options, repeat=len(names))
             ]
             calls = [*sorted(changes, key=lambda flags: sum(flags.values())), *calls]
-    turns = list(product(SystemPlacement, options, options, options))
+    turns = list(product(SystemPlacement, options, options, options))  # the first four fields, in their order
     # A change to calls is smaller than a change to turns; all calls as text is larger than any.
     ranked = [(rank + 2 * sum(turn), turn, flags) for rank, flags in enumerate(calls) for turn in turns]
     for _, turn, flags in sorted(ranked, key=lambda each: each[0]):
@@ -150,7 +150,7 @@ STRONGEST = (
         SystemPlacement.USER, drops_empty=True, merges_turns=True, supplies_user=True, calls_as_text=True
     ),
 )
-"""With which hardly any template raises."""
+"""The last resort: hardly any template raises with these."""
 
 
 def _text(message: dict[str, Any]) -> str:

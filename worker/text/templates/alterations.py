@@ -15,7 +15,7 @@ _LITERAL = r"""('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _REPLACE = re.compile(rf"\breplace\(\s*{_LITERAL}\s*,\s*{_LITERAL}", re.DOTALL)
 _CASE = re.compile(r"\b(?:lower|upper|title|capitalize|swapcase)\b")
 _COMPATIBLE = "\uff1c\uff41A\u0301\u212a\u000b"
-"""What normal forms, and removing accents, case or control characters change."""
+"""Characters that change under normalization forms, and if accents, case or control characters are removed."""
 
 
 class Alterations(NamedTuple):
@@ -33,7 +33,7 @@ class Alterations(NamedTuple):
 
 
 def find_alterations(tokenizer: Any, tokens: Sequence[str], template: Any) -> Alterations:
-    """What is known about a model.
+    """Find the alterations of a model's template and tokenizer.
 
     Args:
         tokenizer: mlx-lm's `TokenizerWrapper`.

@@ -1,7 +1,7 @@
 """Text of control tokens in data: it is tokenized as text, so that a pasted transcript does not forge a turn.
 
 In each string of a request that contains the text of a control token, a mark is inserted into that text. The template renders the mark
-like any other text; where it is, the rendered text is cut, and its pieces are tokenized separately. Data without such text is
+like any other text. The rendered text is split at the marks, and the pieces are tokenized separately. Data without such text is
 not touched. Used by `renderer`. Independent of templates.
 """
 
@@ -21,7 +21,7 @@ MARK = f"q{secrets.token_hex(12)}q"
 """Letters and digits survive what templates do to text, and a client cannot guess it; the token ids do not depend on it."""
 
 MAX_MARKS = 2**17
-"""In a prompt, also if its length is not limited: each piece of text between two marks takes some 30 microseconds."""
+"""Per prompt, even if its length is not limited: tokenizing the text between two marks takes some 30 microseconds."""
 
 _ANCHOR = "\n"
 _ANY_CHARACTER = re.compile(".", re.DOTALL)
@@ -136,7 +136,7 @@ def _in_json(text: str) -> str:
 
 
 def encode(text: str, tokenizer: Any, *, add_special_tokens: bool = False) -> list[int]:
-    """Tokenize a rendered text; no token covers a place where a mark was.
+    """Tokenize a rendered text; no token spans the position of a mark.
 
     Args:
         tokenizer: mlx-lm's `TokenizerWrapper`.
@@ -161,7 +161,7 @@ def encode(text: str, tokenizer: Any, *, add_special_tokens: bool = False) -> li
 
 
 def num_marks(text: str) -> int:
-    """How many marks a text has: about as many tokens at least."""
+    """The number of marks in a text; it has about as many tokens at least."""
     return text.count(MARK)
 
 

@@ -1,6 +1,6 @@
 """Chooses how a conversation is adapted to a chat template: the smallest change with which nothing is lost and nothing raises.
 
-The choice is made for a shape of conversation, by rendering its skeleton with one adaptation after the other, and remembered. Used by
+The choice is made for a shape of conversation, by rendering its skeleton with one adaptation after the other, and cached. Used by
 `renderer`. Independent of tokenizers: it is given a function that renders messages.
 """
 
@@ -21,15 +21,15 @@ from worker.text.templates.support import Messages, ToolMessageStyle
 log = logging.getLogger(__name__)
 
 _MAX_PLANS = 1024
-"""Remembered; the least recently used one is forgotten."""
-_MAX_REMEMBERED_SIZE = 1_000
-"""Messages and calls of a shape that is remembered: clients choose the shapes, and each may have thousands."""
+"""Cached; the least recently used one is evicted."""
+_MAX_CACHED_SIZE = 1_000
+"""Messages and calls of a conversation whose plan is cached: clients choose the shapes, and each may have thousands."""
 
 _MAX_ADAPTED_SIZE = 2_000
 _MIN_ADAPTATIONS = 3
-"""Bounds on the search, which runs on the intake thread: messages and calls rendered in all, and adaptations that are tried however long
-a conversation is. Then the strongest adaptations come next. Not a time: each worker has to choose the same adaptation. Real templates
-need up to 14 adaptations of nine messages."""
+"""Bounds on the search, which runs on the intake thread: the messages and calls that are rendered in total, and how many adaptations are
+tried however long a conversation is. Beyond them, only the strongest adaptations are tried. Counts, not a time limit: each worker has
+to choose the same adaptation. Real templates need up to 14 adaptations of nine messages."""
 
 _WORD = re.compile(r"probe\d+(?:content|(?:name|key|value)\d+)")
 
@@ -72,7 +72,7 @@ class Planner:
 
         Args:
             situation: What else the rendering depends on.
-            words: That must be rendered besides those of the conversation.
+            words: Words that must be rendered in addition to those of the conversation.
             as_text: Whether calls become text in any case.
         """
         shape = shape_of(messages)
@@ -81,7 +81,7 @@ class Planner:
             self._plans.move_to_end(key)
             return known
         chosen = self._search(make_skeleton(shape, words), render, as_text=as_text)
-        if _size(messages) > _MAX_REMEMBERED_SIZE:
+        if _size(messages) > _MAX_CACHED_SIZE:
             return chosen
         self._plans[key] = chosen
         if len(self._plans) > _MAX_PLANS:

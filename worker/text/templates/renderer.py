@@ -35,7 +35,7 @@ _END = f"z{secrets.token_hex(12)}z"
 """Follows the text that the answer continues, while the template renders it."""
 
 _MAX_ATTEMPTS = 50
-"""To render a conversation that the template refuses because of its texts."""
+"""Attempts to render a conversation that the template refuses because of its texts."""
 
 _Tools = list[dict[str, Any]]
 
@@ -132,7 +132,7 @@ class ChatRenderer:
         return replace(conversation, messages=messages, tool_use=use, arguments=arguments)
 
     def _situation(self, prepared: Conversation) -> tuple[Any, ...]:
-        # A digest: the planner keeps it, and clients choose the arguments.
+        # Hashed: the planner caches it, and clients choose the arguments.
         text = repr(sorted(prepared.arguments.items()))
         arguments = hashlib.blake2b(text.encode(errors="surrogatepass")).digest()
         return prepared.in_template, prepared.continue_final, prepared.opens_turn, arguments
@@ -140,7 +140,7 @@ class ChatRenderer:
     def _attempts(
         self, prepared: Conversation, tools: _Tools
     ) -> Iterator[tuple[Messages, Conversation, _Tools]]:
-        """What to try if the template raises because of the texts, not of the conversation's shape."""
+        """Other renderings to try if the template raises because of the texts, not because of the conversation's shape."""
 
         def adapted() -> Iterator[Messages]:  # not a list: each may have a copy of all texts
             return (new for _, new in self._planner.adapted(prepared.messages, as_text=prepared.as_text))
@@ -175,10 +175,8 @@ class ChatRenderer:
         final = messages[-1]
         text = str(final.get("content") or "")
         marked = [*messages[:-1], final | {"content": text + _END}]
-        for add_generation_prompt in (
-            False,
-            True,
-        ):  # a template may render the last message of a training text only
+        # A template may render the last message of a training text only.
+        for add_generation_prompt in (False, True):
             rendered = self._apply(marked, arguments, add_generation_prompt=add_generation_prompt)
             before, end, _ = rendered.rpartition(_END)
             if end:

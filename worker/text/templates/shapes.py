@@ -70,7 +70,7 @@ def _call_shape(arguments: Any) -> CallShape:
 
 
 def _cut_repetition(shape: list[MessageShape]) -> None:
-    """Remove the end of a list if it is there twice before already."""
+    """Remove the last messages of a shape if the same ones precede them twice."""
     for period in range(1, min(_MAX_PERIOD, len(shape) // 3) + 1):
         if shape[-1] is shape[-1 - period] and (
             shape[-period:] == shape[-2 * period : -period] == shape[-3 * period : -2 * period]
@@ -98,7 +98,7 @@ def make_skeleton(shape: Shape, words: Sequence[str] = ()) -> Skeleton:
     """Make a conversation of this shape.
 
     Args:
-        words: That must be rendered besides those of the conversation.
+        words: Words that must be rendered in addition to those of the conversation.
     """
     skeleton = Skeleton([], [], [], list(words))
     for index, message in enumerate(shape):

@@ -55,8 +55,8 @@ def test_workers_of_several_models() -> None:
 def test_the_pool_does_not_drain() -> None:
     """The API ends with the workers, so these do not drain, unless DRAIN_SECONDS is set."""
     assert _processes(Settings())["worker"]["env"]["MLXPOOL_DRAIN_SECONDS"] == "1.0"
-    told = _processes(Settings(), MLXPOOL_DRAIN_SECONDS="9")
-    assert told["worker"]["env"]["MLXPOOL_DRAIN_SECONDS"] == "9"
+    processes = _processes(Settings(), MLXPOOL_DRAIN_SECONDS="9")
+    assert processes["worker"]["env"]["MLXPOOL_DRAIN_SECONDS"] == "9"
 
 
 @pytest.mark.parametrize("model", ["demo demo", "/a/b /c/b", "'demo", " "])

@@ -87,7 +87,7 @@ def test_a_schema_cannot_change_the_options() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schema", "told"),
+    ("schema", "expected"),
     [
         ({"enum": []}, "no value of finite length"),
         (False, "no value of finite length"),
@@ -115,11 +115,11 @@ def test_a_schema_cannot_change_the_options() -> None:
         ({"type": "object", "propertyNames": {"minLength": 3}}, "propertyNames"),
     ],
 )
-def test_unsupported_schemas_are_refused(schema: Any, told: str) -> None:
+def test_unsupported_schemas_are_refused(schema: Any, expected: str) -> None:
     """A schema that no answer matches, or that cannot be enforced, is refused in one line that names the keyword."""
     message = grammar.check(grammar.for_json_schema(schema))
     assert message is not None
-    assert told in message
+    assert expected in message
     assert len(message) <= 300
     assert "\n" not in message
 

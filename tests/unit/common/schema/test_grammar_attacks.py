@@ -243,12 +243,12 @@ def report() -> None:
     grammar.check(grammar.for_json_object())
     for name, schema in ATTACKS.items():
         before = resource.getrusage(resource.RUSAGE_SELF)
-        told = grammar.check(grammar.for_json_schema(schema))
+        complaint = grammar.check(grammar.for_json_schema(schema))
         tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
-        also_told = grammar.check(grammar.for_tool_calls(ToolUse(tools=[tool])))
+        tool_complaint = grammar.check(grammar.for_tool_calls(ToolUse(tools=[tool])))
         after = resource.getrusage(resource.RUSAGE_SELF)
         seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        line = [name, told, also_told, round(seconds, 3), after.ru_maxrss - before.ru_maxrss]
+        line = [name, complaint, tool_complaint, round(seconds, 3), after.ru_maxrss - before.ru_maxrss]
         sys.stdout.write(json.dumps(line) + "\n")
         sys.stdout.flush()
 
@@ -267,8 +267,8 @@ def reports() -> dict[str, list[Any]]:
 @pytest.mark.parametrize("name", ATTACKS)
 def test_the_process_survives(reports: dict[str, list[Any]], name: str) -> None:
     """The attacked process accepts each schema or refuses it in one short line."""
-    for told in reports[name][:2]:
-        assert told is None or (0 < len(told) <= 300 and "\n" not in told)
+    for complaint in reports[name][:2]:
+        assert complaint is None or (0 < len(complaint) <= 300 and "\n" not in complaint)
 
 
 @pytest.mark.parametrize(

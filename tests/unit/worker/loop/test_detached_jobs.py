@@ -10,7 +10,7 @@ from worker.loop.messages import Abort, AbortReason, Outcome
 
 
 def test_a_detached_job_has_no_orphan_rule() -> None:
-    """Nobody subscribes: the attached job is cancelled after a while, the detached one runs to its end."""
+    """Without a subscriber, the attached job is cancelled after a while, and the detached one runs to its end."""
     harness = LoopHarness()
     harness.journal.num_listeners = 0
     harness.run(
