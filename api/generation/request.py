@@ -166,20 +166,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
         retention, answer_id = self.retention, prompts[0][1]
         if retention is not None and retention.is_detached:
             channel = names.stream_channel(answer_id)
-        record = AnswerRecord(
-            front_end=front_end,
-            job_ids=[job_id for _, job_id, _ in prompts],
-            created=int(submitted_at),
-            model=DEFAULT_MODEL if self.model == DEFAULT_MODEL else model.id,
-            fingerprint=fingerprint(model),
-            stream=self.stream,
-            n=self.n,
-            best_of=self.best_of,
-            options={} if self.options is None else msgspec.to_builtins(self.options),
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            is_stored=retention is not None and retention.details is not None,
-        )
+        job_ids = [job_id for _, job_id, _ in prompts]
+        record = self._record(front_end, model, job_ids, sampling, int(submitted_at))
         return [
             GenerationJob(
                 job_id=job_id,
@@ -205,6 +193,29 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
             )
             for index, (prompt, job_id, choice) in enumerate(prompts)
         ]
+
+    def _record(
+        self, front_end: str, model: ServedModel, job_ids: list[str], sampling: SamplingParams, created: int
+    ) -> AnswerRecord:
+        """The request's record.
+
+        Args:
+            sampling: With the model's defaults.
+        """
+        return AnswerRecord(
+            front_end=front_end,
+            job_ids=job_ids,
+            created=created,
+            model=DEFAULT_MODEL if self.model == DEFAULT_MODEL else model.id,
+            fingerprint=fingerprint(model),
+            stream=self.stream,
+            n=self.n,
+            best_of=self.best_of,
+            options={} if self.options is None else msgspec.to_builtins(self.options),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            is_stored=self.retention is not None and self.retention.details is not None,
+        )
 
 
 def unset_sampling(given: Iterable[str]) -> frozenset[str]:

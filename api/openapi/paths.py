@@ -1,4 +1,7 @@
-"""The paths and what can be done with them."""
+"""The paths and their operations; each endpoint has a function here, or its protocol describes it.
+
+Called by `api.openapi.document`. Must not know the types of fields, which msgspec describes.
+"""
 
 from __future__ import annotations
 
@@ -38,66 +41,85 @@ _RESUMING = (401, 403, 404, 429, 503, 504)
 
 
 def paths() -> Json:
-    paths: Json = {}
+    """All paths, each also without `/v1`, where operations have other ids."""
+    described: Json = {}
     for prefix in PREFIXES:
         suffix = "" if prefix else "Unversioned"
         for endpoint in GENERATING:
-            paths[prefix + endpoint.path] = {"post": generating_path(endpoint, suffix)}
-        paths |= _tokenizing(prefix, suffix)
+            described[prefix + endpoint.path] = {"post": generating_path(endpoint, suffix)}
+        described |= _tokenizing(prefix, suffix)
         common = {
             "parameters": [parameter(name) for name in ("RequestId", "RequestTimeout", "Resumable")],
             "security": security(),
             "responses": responses_of({}, GENERATING_STATUSES),
         }
-        paths |= anthropic.paths(prefix, suffix, common)
+        described |= anthropic.paths(prefix, suffix, common)
         looking_up = {
             "parameters": [parameter("RequestId")],
             "security": security(),
             "responses": responses_of({}, _STORED),
         }
         counting = looking_up | {"responses": responses_of({}, (*_TOKENIZING, CONFLICT))}
-        paths |= stored.paths(prefix, suffix, looking_up, counting)
-        paths[prefix + STREAM_PATH] = _resuming(suffix)
-        listed = {"200": response("The models that can be used now.", models.ModelList)}
-        listed["200"]["links"] = {
-            "first": {
-                "operationId": f"retrieveModel{suffix}",
-                "parameters": {"model_id": "$response.body#/data/0/id"},
-            }
+        described |= stored.paths(prefix, suffix, looking_up, counting)
+        described[prefix + STREAM_PATH] = _resuming(suffix)
+        described |= _models(prefix, suffix)
+    return described | _health() | _about()
+
+
+def _models(prefix: str, suffix: str) -> Json:
+    """The list of models and one model, in the form of either protocol."""
+    listed = {"200": response("The models that can be used now.", models.ModelList)}
+    listed["200"]["links"] = {
+        "first": {
+            "operationId": f"retrieveModel{suffix}",
+            "parameters": {"model_id": "$response.body#/data/0/id"},
         }
-        paths[f"{prefix}/models"] = _reading(
-            f"listModels{suffix}", "List the models", "Models", responses_of(listed, _LISTING), is_open=False
-        )
-        one = {"200": response("The model.", models.ModelObject)}
-        paths[prefix + MODEL_PATH] = {"parameters": [parameter("ModelId")]} | _reading(
-            f"retrieveModel{suffix}",
-            "Look up a model",
-            "Models",
-            responses_of(one, _ONE_MODEL),
-            is_open=False,
-        )
-        anthropic.add_models(paths[f"{prefix}/models"], is_list=True)
-        anthropic.add_models(paths[prefix + MODEL_PATH], is_list=False)
+    }
+    all_models = _reading(
+        f"listModels{suffix}", "List the models", "Models", responses_of(listed, _LISTING), is_open=False
+    )
+    one = {"200": response("The model.", models.ModelObject)}
+    one_model = {"parameters": [parameter("ModelId")]} | _reading(
+        f"retrieveModel{suffix}", "Look up a model", "Models", responses_of(one, _ONE_MODEL), is_open=False
+    )
+    anthropic.add_models(all_models, is_list=True)
+    anthropic.add_models(one_model, is_list=False)
+    return {f"{prefix}/models": all_models, prefix + MODEL_PATH: one_model}
+
+
+def _health() -> Json:
+    """What load balancers and operators ask; these paths need no key and have no `/v1`."""
     alive = {"200": response("The process runs.", health.Alive)}
     ready = {
         "200": response("Redis answers, and a model has a worker.", health.Alive),
         "503": response("Requests would fail.", health.Unready, ("X-Request-Id", "Retry-After")),
     }
     report = {"200": response("The process runs.", health.HealthReport)}
-    for path, summary, ok in (
-        ("livez", "Whether the process runs", alive),
-        ("readyz", "Whether requests can be served", ready),
-        ("health", "What the process sees", report),
-    ):
-        paths[f"/{path}"] = _reading(path, summary, "Health", responses_of(ok, ()), is_open=True)
-    for path in about.PATHS:
-        ok = {"200": response("The name, the version and the endpoints.", about.About)}
-        name = "about" + path.replace("/", "").title()
-        paths[path] = _reading(
-            name, "What answers here", "Description", responses_of(ok, _OPEN), is_open=True
+    return {
+        f"/{path}": _reading(path, summary, "Health", responses_of(ok, ()), is_open=True)
+        for path, summary, ok in (
+            ("livez", "Whether the process runs", alive),
+            ("readyz", "Whether requests can be served", ready),
+            ("health", "What the process sees", report),
         )
-    paths[PATH] = _reading("describe", "This description", "Description", _described(), is_open=True)
-    return paths
+    }
+
+
+def _about() -> Json:
+    """The server's name, and this description."""
+    ok = {"200": response("The name, the version and the endpoints.", about.About)}
+    described = {
+        path: _reading(
+            "about" + path.replace("/", "").title(),
+            "What answers here",
+            "Description",
+            responses_of(ok, _OPEN),
+            is_open=True,
+        )
+        for path in about.PATHS
+    }
+    own = _reading("describe", "This description", "Description", _described(), is_open=True)
+    return described | {PATH: own}
 
 
 def _described() -> Json:

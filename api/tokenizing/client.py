@@ -187,8 +187,10 @@ class TokenizeClient:
 
 
 def _checked(reply: TokenizeReply) -> TokenizeReply:
-    """Raises:
-    RequestError: The worker replied with an error.
+    """The reply itself.
+
+    Raises:
+        RequestError: The worker replied with an error.
     """
     if (error := reply.error) is None:
         return reply

@@ -41,7 +41,7 @@ _CALLS_ONLY_OF_ASSISTANTS = Meta(
 
 
 class ChatBody(ReasoningFields, frozen=True, kw_only=True):
-    """The fields of OpenAI's description, `role_mapping` of mlx_lm.server, and those that vLLM, llama.cpp and others have beside them.
+    """The fields of OpenAI's description, `role_mapping` of mlx_lm.server, and those that vLLM, llama.cpp and others have in addition.
 
     `metadata` has no effect here, so any object is accepted.
     """

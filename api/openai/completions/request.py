@@ -38,7 +38,7 @@ Prompts = Annotated[
 
 
 class CompletionBody(FormatFields, frozen=True, kw_only=True):
-    """The fields of OpenAI's description, and those that vLLM and llama.cpp have beside them."""
+    """The fields of OpenAI's description, and those that vLLM and llama.cpp have in addition."""
 
     prompt: str | Prompts | None
     max_tokens: Annotated[int, Meta(ge=-1, le=fields.MAX_TOKENS)] | None = None

@@ -150,8 +150,13 @@ def _shown(value: Any) -> str:
 
 
 def check_only_with(body: Body, only_with: Mapping[str, str]) -> None:
-    """Raises:
-    RequestError: 400, a field is given without the one that it requires.
+    """Check fields that need another one.
+
+    Args:
+        only_with: As `ONLY_WITH`.
+
+    Raises:
+        RequestError: 400, a field is given without the one that it requires.
     """
     for name, other in only_with.items():
         if getattr(body, name) and not getattr(body, other):
@@ -192,8 +197,10 @@ def max_tokens(
 
 
 def check_max_tokens(body: Body, names: Sequence[str]) -> None:
-    """Raises:
-    RequestError: 400, a limit is 0.
+    """Check the limits on the answer's tokens.
+
+    Raises:
+        RequestError: 400, a limit is 0.
     """
     for name in names:
         if getattr(body, name) == 0:
@@ -269,8 +276,10 @@ def _logit_bias(biases: Mapping[str, float]) -> dict[int, float]:
 
 
 def check_token_ids(params: SamplingParams, model: ServedModel) -> None:
-    """Raises:
-    RequestError: 400, a token id is outside the model's vocabulary.
+    """Check the token ids of sampling parameters.
+
+    Raises:
+        RequestError: 400, a token id is outside the model's vocabulary.
     """
     for name, token_ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
         for token_id in token_ids:

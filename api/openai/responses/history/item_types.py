@@ -90,10 +90,3 @@ class CallOutputItem(msgspec.Struct, frozen=True, kw_only=True):
     id: str | None = None
     status: Any = None
     caller: Any = None
-
-
-class ReferenceItem(msgspec.Struct, frozen=True, kw_only=True):
-    """Stands for a stored item."""
-
-    id: str
-    type: str | None = None

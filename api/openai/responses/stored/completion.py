@@ -65,6 +65,10 @@ async def _with_references(
     return build(given, items, ignored, earlier), size.num_bytes
 
 
+_NOT_CONTINUED = {"failed": "it has failed", "cancelled": "it was cancelled"}
+"""Why a response with this status cannot be continued."""
+
+
 class _Size:
     """The bytes that a request takes from the store. A chain of responses, and references to one item, could be any number.
 
@@ -77,8 +81,13 @@ class _Size:
         self._max_bytes = max_bytes
 
     def add(self, num_bytes: int, param: str) -> None:
-        """Raises:
-        RequestError: 413, it is more than is allowed.
+        """Count more bytes.
+
+        Args:
+            param: The field that refers to them.
+
+        Raises:
+            RequestError: 413, they are more than is allowed.
         """
         self.num_bytes += num_bytes
         if self.num_bytes > self._max_bytes:
@@ -117,11 +126,9 @@ async def _conversation(answers: AnswerLookup, owner: str, response_id: str) -> 
             code="previous_response_in_progress",
             retry_after_seconds=1.0,
         )
-    if state.status in ("failed", "cancelled"):
+    if (reason := _NOT_CONTINUED.get(state.status)) is not None:
         raise invalid(
-            f"The response '{response_id[:80]}' cannot be continued: it has {state.status}."
-            if state.status == "failed"
-            else f"The response '{response_id[:80]}' cannot be continued: it was cancelled.",
+            f"The response '{response_id[:80]}' cannot be continued: {reason}.",
             param,
             "previous_response_not_complete",
         )
