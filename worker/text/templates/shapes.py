@@ -44,7 +44,9 @@ def shape_of(messages: Messages) -> Shape:
     """The shape of a conversation, with repetitions cut."""
     calls: dict[str, tuple[int, int]] = {}
     shape: list[MessageShape] = []
-    known: dict[MessageShape, MessageShape] = {}  # equal ones are the same object, which is faster to compare
+    known: dict[
+        MessageShape, MessageShape
+    ] = {}  # equal shapes become the same object, which is faster to compare
     for index, message in enumerate(messages):
         content, own = message.get("content"), message.get("tool_calls") or ()
         for number, call in enumerate(own):

@@ -36,8 +36,8 @@ def test_what_is_refused(text: str) -> None:
 def test_a_pattern_of_many_stars_is_fast() -> None:
     """A client's name, however long, cannot keep the API busy."""
     aliases = parse("*a*a*a*=b,**********=c")
-    began = time.monotonic()
+    began = time.process_time()
     assert aliases.by_wildcard("a" * 250 + "b") == "b"
     assert aliases.by_wildcard("b" * 250) == "c"
     assert aliases.by_wildcard("b" * 10_000_000) is None
-    assert time.monotonic() - began < 2.0
+    assert time.process_time() - began < 2.0

@@ -1,4 +1,4 @@
-"""What a client's conversations may cost the intake thread: shapes, arguments and refusals are the client's choice."""
+"""What a client's conversations may cost the intake thread: clients choose shapes, arguments and what a template refuses."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def count_rendered(model: Model) -> list[int]:
     return rendered
 
 
-@pytest.mark.parametrize(("num_messages", "most"), [(12, 4_000), (40, 4_000), (1_000, 8_000)])
-def test_a_conversation_that_cannot_be_rendered_completely(num_messages: int, most: int) -> None:
+@pytest.mark.parametrize(("num_messages", "max_rendered"), [(12, 4_000), (40, 4_000), (1_000, 8_000)])
+def test_a_conversation_that_cannot_be_rendered_completely(num_messages: int, max_rendered: int) -> None:
     """The search ends after a few thousand messages, however many adaptations there are."""
     model = Model(
         CHATML.replace("{{ m.content }}", "{{ '' if 'probe0001content' in m.content else m.content }}")
@@ -65,7 +65,7 @@ def test_a_conversation_that_cannot_be_rendered_completely(num_messages: int, mo
     rendered = count_rendered(model)
     model.ids([user("A."), user("B."), *irregular(num_messages)])
     assert len(rendered) > 3
-    assert sum(rendered) < most
+    assert sum(rendered) < max_rendered
 
 
 def test_plans_do_not_keep_what_clients_send() -> None:
