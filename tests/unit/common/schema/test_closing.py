@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from common.protocol import ToolUse
 from common.schema import grammar, json_schema, limits
-from tests.unit.common.schema.test_grammar import accepts
+from tests.unit.common.schema.matching import accepts
 
 BASE = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 MORE = {"properties": {"b": {"properties": {"x": True}}}}
