@@ -16,6 +16,7 @@ from functools import partial
 from bench.harness.meter import Meter, Usage, measure_when_quiet
 from bench.harness.pool import Pool, synthetic_worker
 from bench.harness.table import Table, percentile, say
+from bench.load.protocols import PROTOCOLS, Protocol
 from bench.load.streams import Load, Stream, inexact
 
 MODEL = "synthetic"
@@ -45,7 +46,7 @@ def run_checked(pool: Pool, load: Load, num_streams: int, num_tokens: int) -> tu
     """
     request = load.request("go", num_tokens)
     meter = Meter(pool)
-    streams = load.run(Stream(request, check=True) for _ in range(num_streams))
+    streams = load.run(Stream(request, check=True, protocol=load.protocol) for _ in range(num_streams))
     usage = meter.usage()
     if wrong := inexact(streams, num_tokens):
         raise RuntimeError(f"{len(wrong)} of {num_streams} streams are not exact; the first: {wrong[0]}")
@@ -82,7 +83,7 @@ COST_COLUMNS = (
 )
 
 
-def measure_offered(seconds: float, loads: tuple[tuple[int, int], ...]) -> None:
+def measure_offered(seconds: float, loads: tuple[tuple[int, int], ...], protocol: Protocol) -> None:
     """(a) Streams × steps per second, offered and delivered."""
     table = Table(
         [
@@ -98,7 +99,7 @@ def measure_offered(seconds: float, loads: tuple[tuple[int, int], ...]) -> None:
         with Pool() as pool:
             pool.start_worker(worker("--steps-per-second", str(steps), "--timestamps"), MODEL)
             pool.start_api()
-            load = Load(pool.url, MODEL)
+            load = Load(pool.url, MODEL, protocol=protocol)
             run_checked(pool, load, num_streams, steps)  # warm-up, one second
             streams, usage = measure_when_quiet(
                 partial(run_checked, pool, load, num_streams, round(steps * seconds))
@@ -114,13 +115,13 @@ def measure_offered(seconds: float, loads: tuple[tuple[int, int], ...]) -> None:
         table.add(row + costs(usage, len(latencies)))
 
 
-def measure_flat_out(seconds: float) -> None:
+def measure_flat_out(seconds: float, protocol: Protocol) -> None:
     """(b) Maximum throughput."""
     table = Table(["streams", "tokens/s", "chunks/token", *COST_COLUMNS])
     with Pool() as pool:
         pool.start_worker(worker("--steps-per-second", "0"), MODEL)
         pool.start_api()
-        load = Load(pool.url, MODEL)
+        load = Load(pool.url, MODEL, protocol=protocol)
         run_checked(pool, load, 16, 100)
         for num_streams in FLAT_OUT:
             rate = min(FLAT_OUT_TOKENS_PER_SECOND, 4000 * num_streams)
@@ -134,14 +135,14 @@ def measure_flat_out(seconds: float) -> None:
             table.add(row + costs(usage, num_all))
 
 
-def measure_first_token() -> None:
+def measure_first_token(protocol: Protocol) -> None:
     """(c) Time to first token with an engine that generates it immediately."""
     table = Table(["requests", "median ms", "p99 ms", "max", "CPUs used by others"])
     with Pool() as pool:
         flags = ("--steps-per-second", "50", "--first-token-at-once")
         pool.start_worker(worker(*flags), MODEL)
         pool.start_api()
-        load = Load(pool.url, MODEL)
+        load = Load(pool.url, MODEL, protocol=protocol)
 
         def ask(num_requests: int, *, rest_seconds: float) -> list[float]:
             streams, _ = run_checked(pool, load, num_requests, 1)
@@ -177,20 +178,22 @@ def main(argv: list[str] | None = None) -> int:
         "parts", nargs="*", default=["offered", "flat", "first"], metavar="offered|flat|first"
     )
     parser.add_argument("--seconds", type=float, default=6.0, metavar="S", help="length of each load")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="chat")
     parser.add_argument("--loads", nargs="*", metavar="NxR", help="loads for `offered`, such as 64x400")
     arguments = parser.parse_args(argv)
+    protocol = PROTOCOLS[arguments.protocol]
     loads = OFFERED
     if arguments.loads:
         loads = tuple((int(n), int(r)) for n, r in (load.split("x") for load in arguments.loads))
     if "offered" in arguments.parts:
         say("\nOffered load\n")
-        measure_offered(arguments.seconds, loads)
+        measure_offered(arguments.seconds, loads, protocol)
     if "flat" in arguments.parts:
         say("\nFlat out\n")
-        measure_flat_out(arguments.seconds)
+        measure_flat_out(arguments.seconds, protocol)
     if "first" in arguments.parts:
         say("\nFirst token at an idle pool\n")
-        measure_first_token()
+        measure_first_token(protocol)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A load generator for any server with OpenAI's streaming chat API: many streams, one thread, little CPU.
+"""A load generator for any server with a streaming API of OpenAI's or Anthropic's: many streams, one thread, little CPU.
 
 `python -m bench.load --url http://127.0.0.1:8080 --model MODEL_ID --streams 64` sends that many requests at once and
 reports how fast they came. It uses sockets and a selector instead of an HTTP library: it runs on the same machine as the pool, so
@@ -21,33 +21,10 @@ from urllib.parse import urlsplit
 import msgspec
 
 from bench.harness.table import percentile, say
+from bench.load.protocols import CHAT, PROTOCOLS, Protocol
 
 _READ_BYTES = 1 << 16
 _SELECT_SECONDS = 0.5
-
-
-class _Delta(msgspec.Struct, frozen=True, gc=False):
-    content: str | None = None
-
-
-class _Choice(msgspec.Struct, frozen=True, gc=False):
-    delta: _Delta = _Delta()
-    finish_reason: str | None = None
-
-
-class _Usage(msgspec.Struct, frozen=True, gc=False):
-    completion_tokens: int = 0
-
-
-class _Chunk(msgspec.Struct, frozen=True, gc=False):
-    """The fields of a chunk that are measured."""
-
-    choices: list[_Choice] = []
-    usage: _Usage | None = None
-    error: dict[str, Any] | None = None
-
-
-_decode_chunk = msgspec.json.Decoder(_Chunk).decode
 
 
 class Stream:
@@ -69,9 +46,12 @@ class Stream:
     Args:
         check: Check that the text is the synthetic worker's: " 1 2 3 ...", each number once and in order.
         keep_text: Keep the text.
+        protocol: Of the request.
     """
 
-    def __init__(self, request: bytes, *, check: bool = False, keep_text: bool = False) -> None:
+    def __init__(
+        self, request: bytes, *, check: bool = False, keep_text: bool = False, protocol: Protocol = CHAT
+    ) -> None:
         self.request = request
         self.status = 0
         self.began_at = self.answered_at = self.first_at = self.last_at = 0.0
@@ -84,6 +64,7 @@ class Stream:
         self.finish_reason: str | None = None
         self.error: str | None = None
         self.is_done = False
+        self._read_frame = protocol.read
         self._check = check
         self._keep_text = keep_text
         self._texts: list[str] = []
@@ -144,19 +125,16 @@ class Stream:
         self._raw, self._body = raw[at:], b"".join(parts)
 
     def _take(self, data: bytes, now: float, now_us: int) -> None:
-        if data == b"[DONE]":
-            self._end(None if self.finish_reason else "[DONE] came before a finish_reason")
+        frame = self._read_frame(data)
+        if frame.error is not None:
+            self._end(frame.error)
             return
-        chunk = _decode_chunk(data)
-        if chunk.error is not None:
-            self._end(f"error frame: {chunk.error}")
-            return
-        if chunk.usage is not None:
-            self.completion_tokens = chunk.usage.completion_tokens
-        for choice in chunk.choices:
-            self.finish_reason = choice.finish_reason or self.finish_reason
-            if choice.delta.content:
-                self._take_text(choice.delta.content, now, now_us)
+        self.completion_tokens = frame.completion_tokens or self.completion_tokens
+        self.finish_reason = frame.finish_reason or self.finish_reason
+        if frame.text:
+            self._take_text(frame.text, now, now_us)
+        if frame.is_last:
+            self._end(None if self.finish_reason else "the stream ended without saying why")
 
     def _take_text(self, text: str, now: float, now_us: int) -> None:
         if self.num_chunks:
@@ -185,26 +163,21 @@ class Stream:
 class Load:
     """Requests to one server."""
 
-    def __init__(self, url: str, model: str, api_key: str | None = None) -> None:
+    def __init__(self, url: str, model: str, api_key: str | None = None, protocol: Protocol = CHAT) -> None:
+        self.protocol = protocol
         parts = urlsplit(url)
         self._address = (parts.hostname or "127.0.0.1", parts.port or 80)
         self._model = model
         self._api_key = api_key
 
     def request(self, prompt: str, max_tokens: int, **options: Any) -> bytes:
-        """A streaming chat request, as the bytes of a whole connection."""
+        """A streaming request, as the bytes of a whole connection."""
         body = msgspec.json.encode(
-            {
-                "model": self._model,
-                "messages": [{"role": "user", "content": prompt}],
-                "stream": True,
-                "max_tokens": max_tokens,
-            }
-            | options
+            {"model": self._model, "stream": True} | self.protocol.body(prompt, max_tokens) | options
         )
         key = f"Authorization: Bearer {self._api_key}\r\n" if self._api_key else ""
         head = (
-            f"POST /v1/chat/completions HTTP/1.1\r\nHost: {self._address[0]}:{self._address[1]}\r\n{key}"
+            f"POST {self.protocol.path} HTTP/1.1\r\nHost: {self._address[0]}:{self._address[1]}\r\n{key}"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         )
         return head.encode() + body
@@ -312,13 +285,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--check", action="store_true", help="check that the texts are the synthetic worker's"
     )
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="chat")
     parser.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS")
     arguments = parser.parse_args(argv)
-    load = Load(arguments.url, arguments.model, arguments.api_key)
+    protocol = PROTOCOLS[arguments.protocol]
+    load = Load(arguments.url, arguments.model, arguments.api_key, protocol)
     request = load.request(arguments.prompt, arguments.max_tokens)
     began = time.process_time()
     streams = load.run(
-        [Stream(request, check=arguments.check) for _ in range(arguments.streams)], arguments.timeout
+        [Stream(request, check=arguments.check, protocol=protocol) for _ in range(arguments.streams)],
+        arguments.timeout,
     )
     say(summary(streams, time.process_time() - began))
     return 1 if errors(streams) else 0
