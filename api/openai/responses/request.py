@@ -223,6 +223,8 @@ def _note_ignored(given: ResponsesBody, ignored: Ignored) -> None:
     for i, name in enumerate(given.include or ()):
         if name not in (LOGPROBS, THOUGHTS):
             ignored.add(f"include[{i}]")
+    if fields.stream_options(given).continuous_usage_stats:  # only the last event of a response has its usage
+        ignored.add("stream_options.continuous_usage_stats")
     if given.text is not None and given.text.verbosity in ("low", "high"):
         ignored.add("text.verbosity")
 

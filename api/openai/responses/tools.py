@@ -28,7 +28,7 @@ _BUILT_IN = "it is a built-in tool of another server; functions and custom tools
 
 
 class FunctionTool(msgspec.Struct, frozen=True, kw_only=True, rename={"is_async": "async"}):
-    """A function; `strict` enforces its schema. Fields typed `Any` have no effect here."""
+    """A function; `strict` enforces its schema. Fields typed `Any` are ignored, and named if they ask for something."""
 
     type: str
     name: FunctionName
@@ -180,6 +180,9 @@ class _Offered:
         if isinstance(tool.get("function"), dict) and "name" not in tool:  # as chat completions have it
             tool, path = {"type": "function", **tool["function"]}, f"{path}.function"
         function = typed(tool, FunctionTool, path, self._ignored)
+        self._note_ignored(function, path)
+        if function.output_schema is not None:
+            self._ignored.add(f"{path}.output_schema")
         definition = FunctionDefinition(
             function.name, function.description, function.parameters, function.strict
         )
@@ -190,6 +193,7 @@ class _Offered:
 
     def _add_custom(self, tool: dict[str, Any], path: str, namespace: NamespaceTool | None) -> None:
         custom = typed(tool, CustomTool, path, self._ignored)
+        self._note_ignored(custom, path)
         plain = custom_function(
             custom.name, custom.description, custom.format, f"{path}.format", self._ignored.add
         )
@@ -199,6 +203,16 @@ class _Offered:
             path,
             namespace,
         )
+
+    def _note_ignored(self, tool: FunctionTool | CustomTool, path: str) -> None:
+        """Name what cannot be honored: every tool is loaded, and called directly by the model, which waits for its result."""
+        callers = tool.allowed_callers
+        if callers is not None and not (isinstance(callers, list) and "direct" in callers):
+            self._ignored.add(f"{path}.allowed_callers")
+        if tool.defer_loading:
+            self._ignored.add(f"{path}.defer_loading")
+        if tool.is_async:
+            self._ignored.add(f"{path}.async")
 
     def _put(
         self, plain: dict[str, Any], called: CalledTool, path: str, namespace: NamespaceTool | None

@@ -26,6 +26,11 @@ BLOCKS: dict[str, tuple[str, dict[str, Any]]] = {
     "server_tool_use": ("assistant", {"id": "s", "name": "web_search", "input": {}}),
     "mcp_tool_use": ("assistant", {"id": "s", "name": "f", "input": {}}),
     "container_upload": ("user", {}),
+    "compaction": ("assistant", {"content": "x"}),
+    "tool_addition": ("user", {}),
+    "tool_removal": ("user", {}),
+    "mcp_tool_listing": ("user", {}),
+    "fallback": ("assistant", {}),
 }
 
 
