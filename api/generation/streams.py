@@ -34,10 +34,8 @@ class Streams:
         self._settings = settings
 
     async def on_get(self, req: falcon.asgi.Request, resp: falcon.asgi.Response, stream_id: str) -> None:
-        of_stream, skip = position(req)
         answer = await self._answers.load(stream_id, owner_of(req))
-        if of_stream not in (None, stream_id):
-            raise invalid("The header Last-Event-ID is of another stream.", "Last-Event-ID")
+        skip = frames_to_skip(req, stream_id)
         front_end = self._front_ends.get(answer.record.front_end)
         if not answer.retention.is_detached or not answer.record.stream or front_end is None:
             raise RequestError(
@@ -52,29 +50,28 @@ class Streams:
         await delivery.send_stream(resp, source, rendering, self._settings, skip=skip, with_ids=True)
 
 
-def position(req: falcon.asgi.Request) -> tuple[str | None, int]:
-    """What the client has of a stream, by the header `Last-Event-ID` or the query `starting_after`.
-
-    Returns:
-        The stream's id, if the header is there, and the number of frames: one more than the last one's number.
+def frames_to_skip(req: falcon.asgi.Request, stream_id: str) -> int:
+    """The number of frames that the client has, by the header `Last-Event-ID` or the query `starting_after`, each the last one's.
 
     Raises:
-        RequestError: 400, it is malformed.
+        RequestError: 400, it is malformed, or the header is of another stream.
     """
     last_id = req.get_header("last-event-id")
     if last_id:
-        stream_id, _, number = last_id.rpartition(":")
-        if not _NUMBER.fullmatch(number) or not stream_id:
+        of_stream, _, number = last_id.rpartition(":")
+        if not _NUMBER.fullmatch(number) or not of_stream:
             raise invalid(
                 f"The header Last-Event-ID must be the `id` of a frame, such as 0123abcd:17, not '{last_id[:120]}'.",
                 "Last-Event-ID",
             )
-        return stream_id, int(number) + 1
+        if of_stream != stream_id:
+            raise invalid("The header Last-Event-ID is of another stream.", "Last-Event-ID")
+        return int(number) + 1
     number = req.get_param("starting_after", default="")
     if not number:
-        return None, 0
+        return 0
     if not _NUMBER.fullmatch(number):
         raise invalid(
             f"`starting_after` must be the number of a frame, from 0, not '{number[:40]}'.", "starting_after"
         )
-    return None, int(number) + 1
+    return int(number) + 1

@@ -14,6 +14,7 @@ from typing import TypeVar
 import falcon.asgi
 
 from api.http.disconnect import CLIENT, Client
+from api.http.unknown_keys import MAX_NAME_CHARACTERS, UnknownKey
 from common.errors import RequestError, invalid
 from common.settings import Settings
 
@@ -69,7 +70,7 @@ def report_ignored(
     """Name the ignored parameters in a response header and in the log.
 
     Args:
-        names: Paths of unknown keys, and of parameters that have no effect here.
+        names: Paths of unknown keys (`UnknownKey`), and of parameters that have no effect here.
 
     Raises:
         RequestError: 400 if `strict`.
@@ -77,7 +78,10 @@ def report_ignored(
     if not names:
         return
     if strict:
-        raise invalid(f"Unknown parameter: `{names[0][:64]}`.", names[0][:64], "unknown_parameter")
-    listed = ", ".join(_UNSAFE_CHARACTERS.sub("?", name[:64]) for name in names)
+        name = names[0][:MAX_NAME_CHARACTERS]
+        is_unknown = isinstance(names[0], UnknownKey)
+        message = f"Unknown parameter: `{name}`." if is_unknown else f"`{name}` has no effect here."
+        raise invalid(message, name, "unknown_parameter")
+    listed = ", ".join(_UNSAFE_CHARACTERS.sub("?", name[:MAX_NAME_CHARACTERS]) for name in names)
     resp.set_header("x-ignored-parameters", listed)
     log.info("request %s: ignored the parameters %s", req.context.request_id, listed)

@@ -56,7 +56,7 @@ class BodyDecoder(Generic[B]):
             raise invalid("The request has no body; a JSON object is required.")
         try:
             body.decode()  # msgspec does not check what it skips
-            return self._typed(body), self._unknown_keys.find(body)
+            return self._typed(body), [*self._unknown_keys.find(body)]
         except UnicodeDecodeError:
             raise invalid("The request body is not valid UTF-8.") from None
         except RecursionError:

@@ -22,6 +22,13 @@ MAX_REPORTED_KEYS = 32
 MAX_NAME_CHARACTERS = 64
 """Of a key or its path, which may be as long as a body."""
 
+
+class UnknownKey(str):
+    """The path of an unknown key; other names among a request's ignored ones are of known parameters without effect."""
+
+    __slots__ = ()
+
+
 _OBJECT, _ARRAY = ord("{"), ord("[")
 
 _decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -59,7 +66,7 @@ class UnknownKeys:
         self._shape = shape
         self._has_none = _quick_check(body_type)
 
-    def find(self, body: bytes) -> list[str]:
+    def find(self, body: bytes) -> list[UnknownKey]:
         """Their paths, at most `MAX_REPORTED_KEYS`. A key that several items of a list have is reported once, where it comes first.
 
         Args:
@@ -80,7 +87,7 @@ class _Search:
     """
 
     def __init__(self) -> None:
-        self.found: dict[tuple[int, str], str] = {}
+        self.found: dict[tuple[int, str], UnknownKey] = {}
 
     def inspect(self, raw: msgspec.Raw, shape: _Shape, path: str) -> None:
         first = memoryview(raw)[0]
@@ -111,7 +118,7 @@ class _Search:
             if len(self.found) == MAX_REPORTED_KEYS:
                 return
             key = name[:MAX_NAME_CHARACTERS]
-            self.found.setdefault((id(shape), key), (before + key)[:MAX_NAME_CHARACTERS])
+            self.found.setdefault((id(shape), key), UnknownKey((before + key)[:MAX_NAME_CHARACTERS]))
 
 
 def _shape(kind: inspect.Type, known: dict[type, _Shape]) -> _Shape | None:

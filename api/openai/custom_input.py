@@ -5,6 +5,7 @@ The input is extracted while it arrives, however the JSON is cut into pieces. Us
 
 from __future__ import annotations
 
+import functools
 import re
 
 import msgspec
@@ -12,6 +13,16 @@ import msgspec
 from api.openai.fields.custom_tools import CUSTOM_INPUT
 
 _START = re.compile(r'\s*\{\s*"' + CUSTOM_INPUT + r'"\s*:\s*"')
+_CUT_START = re.compile(
+    functools.reduce(
+        lambda rest, part: rf"(?:{part}{rest})?",
+        reversed([r"\s*\{", r'\s*"', *CUSTOM_INPUT, r'"\s*', r":\s*"]),
+        "",
+    )
+    + r"\s*"
+)
+"""Any beginning of `_START`, such as that of a call cut by the limit on tokens."""
+
 _COMPLETE = re.compile(
     r'(?:[^"\\]|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u(?![dD][89abAB])[0-9a-fA-F]{4}|\\[^u])*'
 )
@@ -52,8 +63,10 @@ class InputExtractor:
         """The part of the input that was not returned yet, once the JSON is complete or was cut."""
         if self._rest is not None or self._is_closed:
             return ""
-        # Not an object that begins with the input: what came is the input as it is.
+        # Not an object that begins with the input: what came is the input as it is, unless it was cut before the input.
         arguments = "".join(self._json)
+        if _CUT_START.fullmatch(arguments):
+            return ""
         try:
             decoded = msgspec.json.decode(arguments, type=dict[str, str])
         except (msgspec.DecodeError, RecursionError):

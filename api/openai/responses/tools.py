@@ -15,7 +15,7 @@ import msgspec
 
 from api.openai.fields.custom_tools import InputFormat, custom_function
 from api.openai.fields.functions import MAX_TOOLS, FunctionDefinition, FunctionName, checked_function
-from api.openai.responses.typed import Ignored, missing, typed
+from api.openai.responses.typed import Ignored, missing, name_unknown_keys, typed
 from common.errors import RequestError, invalid
 from common.protocol import ToolUse
 
@@ -62,6 +62,21 @@ class NamespaceTool(msgspec.Struct, frozen=True, kw_only=True):
     description: str | None = None
 
 
+class NamedFunction(msgspec.Struct, frozen=True, kw_only=True):
+    """The name of a function as chat completions have it."""
+
+    name: str | None = None
+
+
+class NamedTool(msgspec.Struct, frozen=True, kw_only=True):
+    """A tool that may be called, in the `tools` of `allowed_tools`."""
+
+    type: str
+    name: str | None = None
+    namespace: str | None = None
+    function: NamedFunction | None = None
+
+
 class ToolChoice(msgspec.Struct, frozen=True, kw_only=True):
     """All forms of it as an object; `tools` and `mode` belong to `allowed_tools`."""
 
@@ -70,7 +85,7 @@ class ToolChoice(msgspec.Struct, frozen=True, kw_only=True):
     namespace: str | None = None
     mode: str | None = None
     tools: list[Any] | None = None
-    function: Any = None
+    function: NamedFunction | None = None
 
 
 class CalledTool(NamedTuple):
@@ -178,6 +193,7 @@ class _Offered:
 
     def _add_function(self, tool: dict[str, Any], path: str, namespace: NamespaceTool | None) -> None:
         if isinstance(tool.get("function"), dict) and "name" not in tool:  # as chat completions have it
+            name_unknown_keys(tool, ("type", "function"), path, self._ignored)
             tool, path = {"type": "function", **tool["function"]}, f"{path}.function"
         function = typed(tool, FunctionTool, path, self._ignored)
         self._note_ignored(function, path)
@@ -268,7 +284,7 @@ def _choose_named(choice: ToolChoice, offered: _Offered, ignored: Ignored) -> _C
             "tool_choice.type",
             "unsupported_parameter",
         )
-    name = _find(msgspec.to_builtins(choice), offered, "tool_choice")
+    name = _find(choice, offered, "tool_choice")
     return _Chosen([name], is_required=True, function=name)
 
 
@@ -283,7 +299,7 @@ def _allowed(choice: ToolChoice, offered: _Offered, ignored: Ignored) -> _Chosen
         if not isinstance(tool, dict):
             raise invalid(f"`{path}` must be an object.", path)
         if tool.get("type") in ("function", "custom"):
-            names.append(_find(tool, offered, path))
+            names.append(_find(typed(tool, NamedTool, path, ignored), offered, path))
         else:
             ignored.add(path)
     if choice.mode == "required" and not names:
@@ -291,17 +307,15 @@ def _allowed(choice: ToolChoice, offered: _Offered, ignored: Ignored) -> _Chosen
     return _Chosen(names, is_required=choice.mode == "required")
 
 
-def _find(named: dict[str, Any], offered: _Offered, path: str) -> str:
+def _find(named: NamedTool | ToolChoice, offered: _Offered, path: str) -> str:
     """The model's name of the tool that the client names, alone or with its namespace."""
-    inner = named.get("function")
-    name = named.get("name") or (inner.get("name") if isinstance(inner, dict) else None)
-    if not isinstance(name, str):
+    name = named.name or (named.function.name if named.function else None)
+    if name is None:
         raise missing(f"{path}.name", "it is the name of a tool")
-    namespace = named.get("namespace")
-    flat = flat_name(namespace if isinstance(namespace, str) else None, name)
+    flat = flat_name(named.namespace, name)
     if flat in offered.functions:
         return flat
-    found = [each for each, called in offered.called.items() if called.name == name and not namespace]
+    found = [each for each, called in offered.called.items() if called.name == name and not named.namespace]
     if len(found) == 1:
         return found[0]
     raise invalid(

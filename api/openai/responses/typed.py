@@ -6,12 +6,13 @@ Used by the other parsers of this package. Must not know what the objects mean.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 import msgspec
 
 from api.http.json_body import refusal
-from api.http.unknown_keys import MAX_NAME_CHARACTERS, MAX_REPORTED_KEYS
+from api.http.unknown_keys import MAX_NAME_CHARACTERS, MAX_REPORTED_KEYS, UnknownKey
 from common.errors import RequestError, invalid
 
 S = TypeVar("S", bound=msgspec.Struct)
@@ -44,15 +45,24 @@ def typed(value: Any, kind: type[S], path: str, ignored: Ignored) -> S:
         converted = msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         raise refusal(str(error), path) from None
-    known = _wire_names(kind)
-    for name in value:
-        if name not in known:
-            ignored.add(f"{path}.{name[:MAX_NAME_CHARACTERS]}")
+    _name_unknown(value, converted, path, ignored)
     return converted
 
 
-def _wire_names(kind: type[msgspec.Struct]) -> tuple[str, ...]:
-    return kind.__struct_encode_fields__
+def name_unknown_keys(value: Mapping[str, Any], known: Collection[str], path: str, ignored: Ignored) -> None:
+    """Name the keys of an object that are not `known`."""
+    for name in value:
+        if name not in known:
+            ignored.add(UnknownKey(f"{path}.{name[:MAX_NAME_CHARACTERS]}"))
+
+
+def _name_unknown(value: Mapping[str, Any], converted: msgspec.Struct, path: str, ignored: Ignored) -> None:
+    """Name the unknown keys of an object and of the structs in its fields."""
+    name_unknown_keys(value, converted.__struct_encode_fields__, path, ignored)
+    for name, attribute in zip(converted.__struct_encode_fields__, converted.__struct_fields__, strict=True):
+        inner = getattr(converted, attribute)
+        if isinstance(inner, msgspec.Struct):
+            _name_unknown(value[name], inner, f"{path}.{name}", ignored)
 
 
 def missing(path: str, what: str) -> RequestError:

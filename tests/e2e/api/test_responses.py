@@ -294,6 +294,22 @@ def test_queries(api: ApiPool, method: str, path: str, param: str) -> None:
     assert (answer.status, answer.error["param"]) == (400, param)
 
 
+def test_last_event_id(api: ApiPool) -> None:
+    """A stream continues after the frame that the header names, as after `starting_after`; a frame of another stream is a 400."""
+    first, other = (api.ask("POST", "/v1/responses", b'{"input": "hi"}').json["id"] for _ in range(2))
+
+    def rest(last: str | None, query: str = "") -> Any:
+        headers = {} if last is None else {"last_event_id": last}
+        return api.ask("GET", f"/v1/responses/{first}?stream=true{query}", **headers)
+
+    job_id, other_job_id = first.removeprefix("resp_"), other.removeprefix("resp_")
+    assert f"id: {job_id}:3\n".encode() in rest(None).body
+    assert rest(f"{job_id}:3").body == rest(None, "&starting_after=3").body != rest(None).body
+    for wrong in (f"{other_job_id}:3", f"{first}:3", "17", f"{job_id}:", f"{job_id}:x", f"{job_id}:-1"):
+        answer = rest(wrong)
+        assert (answer.status, answer.error["param"]) == (400, "Last-Event-ID")
+
+
 @pytest.mark.parametrize("path", ["zzz", "resp_" + "0" * 30, "resp_" + "0" * 30 + "/input_items"])
 def test_unknown_ids(api: ApiPool, path: str) -> None:
     """Well-formed or not: a 404."""

@@ -38,6 +38,31 @@ _CALLED = ("action", "operation", "arguments", "code", "input", "queries")
 _RETURNED = ("output", "outputs", "result", "results", "error")
 """Fields of the other kinds that say what was asked and what came back."""
 
+KNOWN_KEYS = frozenset(
+    {
+        *_CALLED,
+        *_RETURNED,
+        "acknowledged_safety_checks",
+        "agent",
+        "approval_request_id",
+        "call_id",
+        "caller",
+        "container_id",
+        "created_by",
+        "environment",
+        "execution",
+        "id",
+        "max_output_length",
+        "name",
+        "namespace",
+        "pending_safety_checks",
+        "server_label",
+        "status",
+        "type",
+    }
+)
+"""Of OpenAI's items of these kinds. Clients send back what they got, so those that the model does not need are not named."""
+
 
 class Call(NamedTuple):
     """What a tool was asked; `arguments` is JSON if the item had an object."""

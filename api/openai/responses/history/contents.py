@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from api.openai.responses.history.item_types import Part
-from api.openai.responses.typed import Ignored, missing, typed
+from api.openai.responses.typed import Ignored, missing, name_unknown_keys, typed
 from common.errors import invalid
 
 _TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
@@ -61,6 +61,13 @@ def text_of(
             continue
         texts.append(_part_text(part, at))
     return joint.join(texts)
+
+
+def name_unknown_keys_of_parts(content: list[Any] | None, path: str, ignored: Ignored) -> None:
+    """Name the unknown keys in a content that is not used, and so not checked."""
+    for i, part in enumerate(content or ()):
+        if isinstance(part, dict):
+            name_unknown_keys(part, Part.__struct_encode_fields__, f"{path}[{i}]", ignored)
 
 
 def _part_text(part: Part, path: str) -> str:

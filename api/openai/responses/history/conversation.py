@@ -24,7 +24,7 @@ from api.openai.responses.history.item_types import (
 )
 from api.openai.responses.thoughts import decode_thoughts
 from api.openai.responses.tools import flat_name
-from api.openai.responses.typed import Ignored, missing, typed
+from api.openai.responses.typed import Ignored, missing, name_unknown_keys, typed
 from common.errors import invalid
 
 Item = dict[str, Any]
@@ -42,6 +42,8 @@ _KINDS = frozenset(
     }
 )
 """The kinds of items that are not of built-in tools."""
+
+_ADDITIONAL_TOOLS_KEYS = frozenset({"id", "role", "status", "tools", "type"})
 
 
 def as_items(given: str | list[Any] | None, path: str) -> list[Item]:
@@ -119,6 +121,7 @@ class Conversation:
             add(item, path)
             return
         if kind == "additional_tools":
+            name_unknown_keys(item, _ADDITIONAL_TOOLS_KEYS, path, self._ignored)
             tools = item.get("tools")
             if not isinstance(tools, list):
                 raise invalid(f"`{path}.tools` must be a list of tools.", f"{path}.tools")
@@ -127,6 +130,8 @@ class Conversation:
         converted = builtin_items.convert(item, kind)
         if converted.is_skipped:
             self._ignored.add(path)
+        else:
+            name_unknown_keys(item, builtin_items.KNOWN_KEYS, path, self._ignored)
         for call in converted.calls:
             self._add_call(call.call_id, call.name, call.arguments)
         for result in converted.results:
@@ -145,6 +150,8 @@ class Conversation:
 
     def _add_reasoning(self, item: Item, path: str) -> None:
         reasoning = typed(item, ReasoningItem, path, self._ignored)
+        for name in ("summary", "content"):
+            contents.name_unknown_keys_of_parts(getattr(reasoning, name), f"{path}.{name}", self._ignored)
         text = None
         if reasoning.encrypted_content:
             text = decode_thoughts(reasoning.encrypted_content)

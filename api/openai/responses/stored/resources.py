@@ -11,7 +11,7 @@ import msgspec
 
 from api.generation import delivery
 from api.generation.stored_answer import AnswerLookup, StoredAnswer, owner_of
-from api.generation.streams import position
+from api.generation.streams import frames_to_skip
 from api.http.disconnect import CLIENT, Client
 from api.openai.responses.rendering import ResponseRendering
 from api.openai.responses.request import THOUGHTS
@@ -49,8 +49,8 @@ class StoredResponse:
     async def _send_stream(
         self, req: falcon.asgi.Request, resp: falcon.asgi.Response, answer: StoredAnswer
     ) -> None:
-        """The events after the number `starting_after`: each frame is one event, so they are numbered alike."""
-        _, skip = position(req)
+        """The events after the number `starting_after`, or after the frame `Last-Event-ID`: each frame is one event, so they are numbered alike."""
+        skip = frames_to_skip(req, answer.id)
         if not answer.retention.is_detached and not (await self._answers.state(answer)).is_ended:
             raise invalid(
                 "Only a response with `background: true` can be streamed while it is generated.", "stream"

@@ -290,8 +290,16 @@ def test_a_strict_api_with_a_default_model() -> None:
         refused = api.chat(model=MODEL, zzz=1)
         assert (refused.status, refused.error["param"]) == (400, "zzz")
         assert refused.error["code"] == "unknown_parameter"
+        assert refused.error["message"] == "Unknown parameter: `zzz`."
         budget = api.chat(model=MODEL, thinking_budget=5)  # the model does not reason
         assert (budget.status, budget.error["param"]) == (400, "thinking_budget")
+        assert (budget.error["code"], budget.error["message"]) == (
+            "unknown_parameter",
+            "`thinking_budget` has no effect here.",
+        )
+        item = {"role": "user", "content": "hi", "zzz": 1}
+        nested = api.ask("POST", "/v1/responses", json.dumps({"model": MODEL, "input": [item]}).encode())
+        assert nested.error["message"] == "Unknown parameter: `input[0].zzz`."
         unserved = api.chat()
         assert (unserved.status, unserved.error["code"]) == (503, "model_unavailable")
         assert int(unserved.headers["retry-after"]) >= 1

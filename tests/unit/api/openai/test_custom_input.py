@@ -41,9 +41,17 @@ def test_any_text_in_any_pieces(text: str, is_ascii: bool, data: st.DataObject) 
         ('{"code": "a"}', '{"code": "a"}'),
         ("print(1)", "print(1)"),
         ("", ""),
+        ('{"inp"}', '{"inp"}'),
+        ('{"input": 5', '{"input": 5'),
     ],
 )
 def test_what_models_write(arguments: str, text: str) -> None:
     """A call that was cut, and one that is not of the expected form: nothing is lost."""
     assert extracted(arguments) == text
     assert extracted(*arguments) == text
+
+
+@pytest.mark.parametrize("start", ['{"input":"', ' {\n "input" : "'])
+def test_a_call_cut_before_its_input_is_empty(start: str) -> None:
+    """By the limit on tokens, at any character: the client does not get a part of the JSON as the input."""
+    assert [extracted(*start[:end]) for end in range(len(start) + 1)] == [""] * (len(start) + 1)

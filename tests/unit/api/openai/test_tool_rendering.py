@@ -253,3 +253,13 @@ def test_the_input_of_a_custom_tool_is_streamed() -> None:
     inputs = [call["input"] for call in calls.values() if call["type"] == "custom"]
     assert inputs == [each["input"] for each in CUSTOM_INPUTS]
     assert [part["custom"] for part in parts if part["index"] == 0][1:] == [{"input": "a"}, {"input": "\né"}]
+
+
+def test_a_custom_call_cut_before_its_input() -> None:
+    """Its input is empty, in a stream as in a complete answer."""
+    events: list[AnswerEvent] = [Delta(1, 1, pieces=[ToolCall(0, "run"), ToolArguments(0, '{"inp')])]
+    (choice,) = whole(events, custom_tools=["run"])["choices"]
+    assert choice["message"]["tool_calls"][0]["custom"] == {"name": "run", "input": ""}
+    chunks = stream(rendering(custom_tools=["run"]), events)
+    parts = [call for chunk in chunks for call in chunk["choices"][0]["delta"].get("tool_calls", [])]
+    assert [part["custom"] for part in parts] == [{"name": "run", "input": ""}]

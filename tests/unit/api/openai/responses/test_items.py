@@ -198,6 +198,45 @@ def test_unknown_keys_of_items_are_named() -> None:
 
 
 @pytest.mark.parametrize(
+    "used",
+    [
+        {},
+        {"content": [{"type": "reasoning_text", "text": "a", "zzz": 1}]},
+        {"encrypted_content": encode_thoughts("a")},
+    ],
+)
+def test_unknown_keys_of_thoughts_are_named(used: dict[str, Any]) -> None:
+    """Also in the form that is not used, since another one takes precedence."""
+    summary = [{"type": "summary_text", "text": "a"}, {"type": "summary_text", "text": "b", "zzz": 1}]
+    request = parse(input=[{"type": "reasoning", "summary": summary} | used, said("x")])
+    expected = ["input[0].summary[1].zzz", *(["input[0].content[0].zzz"] if "content" in used else [])]
+    assert sorted(request.ignored, reverse=True) == expected
+
+
+def test_unknown_keys_of_built_in_items_are_named() -> None:
+    """Not those of OpenAI's items, nor what the model gets as free JSON."""
+    shell = {
+        "type": "shell_call",
+        "id": "s",
+        "call_id": "c1",
+        "action": {"commands": ["ls"], "zzz": 1},
+        "status": "completed",
+        "environment": None,
+    }
+    output = {
+        "type": "shell_call_output",
+        "id": "o",
+        "call_id": "c1",
+        "output": [{"stdout": "a"}],
+        "max_output_length": 9,
+    }
+    tools = {"type": "additional_tools", "role": "developer", "tools": []}
+    assert parse(input=[USER, shell, output, tools]).ignored == []
+    request = parse(input=[USER, *(item | {"zzz": 1} for item in (shell, output, tools))])
+    assert request.ignored == ["input[1].zzz", "input[2].zzz", "input[3].zzz"]
+
+
+@pytest.mark.parametrize(
     ("items", "param"),
     [
         ([5], "input[0]"),

@@ -249,6 +249,17 @@ def test_calls() -> None:
     assert parsed(data)[-1]["response"] == whole
 
 
+def test_a_custom_call_cut_before_its_input() -> None:
+    """Its input is empty, in a stream as in a complete answer."""
+    events = answer([ToolCall(0, "run"), ToolArguments(0, '{"inp')], reason="length")
+    whole = body(record(tools=TOOLS), events)
+    [run] = whole["output"]
+    assert (run["status"], run["input"]) == ("incomplete", "")
+    data = stream(record(tools=TOOLS), events)
+    assert "custom_tool_call_input.delta" not in kinds(data)
+    assert parsed(data)[-1]["response"] == whole
+
+
 def test_logprobs() -> None:
     """With each delta, with the complete text, and in the part."""
     own = [TokenLogprob(i, -0.5, text) for i, text in enumerate([b"a", b"b"])]

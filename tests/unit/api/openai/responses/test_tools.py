@@ -229,3 +229,48 @@ def test_tools_among_the_items() -> None:
     assert (
         refused(input=[*items, {"type": "additional_tools", "tools": [{}]}]).param == "input[2].tools[0].type"
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "ignored"),
+    [
+        ({"tools": [RUN | {"format": {"type": "text", "zzz": 1}}]}, ["tools[0].format.zzz"]),
+        (
+            {
+                "tools": [
+                    RUN
+                    | {
+                        "format": {
+                            "type": "grammar",
+                            "grammar": {"syntax": "regex", "definition": "a+", "zzz": 1},
+                        }
+                    }
+                ]
+            },
+            ["tools[0].format.grammar.zzz"],
+        ),
+        ({"tools": [{"type": "function", "function": F, "zzz": 1}]}, ["tools[0].zzz"]),
+        ({"tools": [F | {"parameters": PARAMETERS | {"zzz": 1}}]}, []),
+        (
+            {
+                "tools": [F, RUN],
+                "tool_choice": {
+                    "type": "allowed_tools",
+                    "mode": "auto",
+                    "tools": [
+                        {"type": "function", "name": "f", "zzz": 1},
+                        {"type": "function", "function": {"name": "f", "yyy": 1}},
+                    ],
+                },
+            },
+            ["tool_choice.tools[0].zzz", "tool_choice.tools[1].function.yyy"],
+        ),
+        (
+            {"tools": [F], "tool_choice": {"type": "function", "function": {"name": "f", "zzz": 1}}},
+            ["tool_choice.function.zzz"],
+        ),
+    ],
+)
+def test_unknown_keys_are_named_at_every_depth(fields: dict[str, Any], ignored: list[str]) -> None:
+    """In formats, functions and choices; a schema is free JSON."""
+    assert parse(**fields).ignored == ignored
