@@ -33,7 +33,7 @@ from api.http.hosts import HostCheck, Hosts
 from api.http.methods import UnknownMethods
 from api.http.open_paths import HEALTH_PATHS, LIVE_PATH, READY_PATH, REPORT_PATH
 from api.http.origins import CrossOrigin, Origins
-from api.http.paths import NormalizedPaths, NotFound
+from api.http.paths import NormalizedPaths, NotFound, NotServed
 from api.model_resources import Model, Models
 from api.openai.responses.stored.input_tokens import InputTokens
 from api.openai.responses.stored.resources import InputItems, ResponseCancellation, StoredResponse
@@ -147,6 +147,7 @@ def create_app(settings: Settings) -> App:
         app.add_route(f"{prefix}{MESSAGES_PATH}/count_tokens", CountTokens(directory, tokenizing, settings))
         responses = prefix + RESPONSES_PATH
         app.add_route(f"{responses}/input_tokens", InputTokens(directory, tokenizing, answers, settings))
+        app.add_route(f"{responses}/compact", NotServed())
         app.add_route(f"{responses}/{{response_id}}", StoredResponse(answers, settings))
         app.add_route(f"{responses}/{{response_id}}/cancel", ResponseCancellation(answers))
         app.add_route(f"{responses}/{{response_id}}/input_items", InputItems(answers))

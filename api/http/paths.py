@@ -57,6 +57,7 @@ _MISSING = tuple(
         ("fine_tuning|fine-tunes|fine_tunes|evals", "fine-tuning and evaluation"),
         ("assistants|threads|vector_stores|chatkit", "OpenAI's assistants, which `/v1/responses` replaces"),
         ("conversations", "OpenAI's conversations"),
+        ("responses/compact", "OpenAI's compaction of conversations"),
         ("organization|organizations|projects|dashboard|usage", "the administration of an account"),
         ("complete|edits|engines|answers|search", "an API that its vendor has withdrawn"),
         (
@@ -74,6 +75,16 @@ _MISSING = tuple(
         ),
     )
 )
+
+
+class NotServed:
+    """An endpoint that is not served although its path looks like that of an object, such as a stored response's: a 404, not a 405."""
+
+    async def on_get(self, _req: falcon.asgi.Request, _resp: falcon.asgi.Response) -> None:
+        raise falcon.HTTPNotFound
+
+    async def on_post(self, _req: falcon.asgi.Request, _resp: falcon.asgi.Response) -> None:
+        raise falcon.HTTPNotFound
 
 
 class NotFound:

@@ -34,14 +34,15 @@ REFUSALS = (
     # Without a stored prompt there has to be an input.
     r"input",
     # Rules that the description has in words only: names of functions, token ids, ranges, fields that need each other.
-    r"functions\[\d+\]\.name|tools\[\d+\](\.tools\[\d+\])?(\.function)?\.name",
+    r"functions\[\d+\]\.name|tools\[\d+\](\.tools\[\d+\])?(\.function|\.custom)?\.name",
     r"logit_bias(\..*)?",
     r"max_tokens|max_completion_tokens|max_output_tokens|max_tool_calls",
     r"function_call|top_logprobs|store",
     # The choice of a tool that is not offered, or that runs on OpenAI's servers.
     r"tool_choice(\..*)?",
     r"tools\[\d+\](\.type)?",
-    # A schema that no grammar can express.
+    # A schema or a regular expression that no grammar can express.
+    r"tools\[\d+\](\.custom)?\.format(\..*)?",
     r"text\.format\.schema|response_format\.json_schema\.schema|tools\[\d+\](\.function)?\.parameters",
 )
 """The `param` of refusals that are expected for requests that are valid by the description, as regular expressions."""

@@ -57,6 +57,9 @@ def test_a_404_says_what_is_served(api: ApiPool) -> None:
     anthropic = api.ask("POST", "/v1/messages/batches", b"{}", content_type="application/json")
     assert (anthropic.status, anthropic.json["type"]) == (404, "error")
     assert "batches" in anthropic.json["error"]["message"]
+    compact = api.ask("POST", "/v1/responses/compact", b"{}", content_type="application/json")
+    assert compact.status == 404
+    assert "compaction" in compact.error["message"]
 
 
 def test_a_request_of_clients_of_local_servers(api: ApiPool) -> None:
