@@ -70,6 +70,7 @@ class Endpoint:
             resp.set_header("x-stream-id", jobs[0].job_id)
         if request.is_background and not request.stream and front_end.accepted is not None:
             resp.data = front_end.accepted(record)
+            active.mark_accepted()
             return
         rendering = front_end.rendering(record)
         if request.stream:

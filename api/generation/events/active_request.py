@@ -48,6 +48,7 @@ class ActiveRequest:
         )
         self._is_submitted = False
         self._is_queued = False
+        self._is_accepted = False
         self._cancelled_ids: set[str] = set()
         self._deadline: asyncio.TimerHandle | None = None
         if timeout_seconds is not None:
@@ -108,6 +109,10 @@ class ActiveRequest:
         """
         return self._choices.ends()
 
+    def mark_accepted(self) -> None:
+        """The client is answered as soon as the jobs are queued: nothing more is sent to it."""
+        self._is_accepted = True
+
     def release(self) -> None:
         """Release everything; called exactly once, however the request has ended."""
         if self._deadline is not None:
@@ -147,6 +152,8 @@ class ActiveRequest:
         outcome, status = ("client left", "499") if self._is_submitted else ("not queued", "429 or 503")
         if self._is_detached and self._is_queued:
             outcome = "client left, generation goes on"
+            if self._is_accepted:
+                outcome, status = "accepted, to be generated in the background", "200"
         if choices.failed is not None:
             outcome = f"failed ({choices.failed.code or choices.failed.kind})"
             status = str(choices.failed.status)

@@ -13,6 +13,7 @@ from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from api import app
+from api.http.paths import NotServed
 from api.openai.chat import request as chat_request
 from api.openai.completions import request as completion_request
 from api.openai.errors import error_body
@@ -78,6 +79,8 @@ def test_every_route_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def note(self: Any, path: str, resource: Any, suffix: str | None = None) -> None:
         end = f"_{suffix}" if suffix else ""
+        if isinstance(resource, NotServed):
+            return
         methods = {m.lower() for m in falcon.HTTP_METHODS if hasattr(resource, f"on_{m.lower()}{end}")}
         routes[path.replace(":path}", "}")] = methods
         add_route(self, path, resource, suffix=suffix) if suffix else add_route(self, path, resource)
