@@ -13,7 +13,7 @@
 | tokenize_queue(model) | list of request ids | API | worker | TOKENIZE_SECONDS after the last request |
 | tokenize_request(id) | string (`protocol.TokenizeRequest`) | API | worker | TOKENIZE_SECONDS |
 | tokenized(process) | list of `protocol.TokenizeReply` | worker | the API process | TOKENIZE_SECONDS after the last reply |
-| worker_card(worker) | hash (`protocol.ModelCard`) | worker | API | CARD_SECONDS, renewed each heartbeat |
+| worker_card(worker) | hash (`models.model_card.ModelCard`) | worker | API | CARD_SECONDS, renewed each heartbeat |
 | WORKER_CARDS | sorted set: worker name by Unix seconds of its last heartbeat | worker | API | - (trimmed after CARD_NAME_SECONDS) |
 | KNOWN_MODELS | sorted set: model id by Unix seconds when it was last served | worker | API | - (trimmed after KNOWN_MODEL_SECONDS) |
 """

@@ -17,6 +17,7 @@ import redis
 
 from bench.harness.synthetic_worker import SyntheticPromptTokenizer
 from common import names
+from common.models.model_card import ModelCard
 from common.protocol import (
     Cancel,
     Delta,
@@ -24,7 +25,6 @@ from common.protocol import (
     Failed,
     Finished,
     GenerationJob,
-    ModelCard,
     Started,
     TokenLogprob,
     Usage,

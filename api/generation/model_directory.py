@@ -25,7 +25,7 @@ from common import names
 from common.errors import RequestError, invalid, unavailable
 from common.models import sampling_defaults
 from common.models.model_aliases import ModelAliases
-from common.protocol import ModelCard
+from common.models.model_card import ModelCard
 
 log = logging.getLogger(__name__)
 

@@ -63,7 +63,7 @@ def test_msgspec_string_keys() -> None:
 def test_msgspec_hashes() -> None:
     """A model card is read from a Redis hash, where everything is text: `strict=False` converts it to numbers and booleans.
 
-    Open common/protocol.py, `ModelCard`.
+    Open common/models/model_card.py, `ModelCard`.
     """
 
     class Card(msgspec.Struct):

@@ -14,7 +14,7 @@ from rq.executions import Execution, ExecutionRegistry
 
 from common import names
 from common.models import sampling_defaults
-from common.protocol import ModelCard
+from common.models.model_card import ModelCard
 from common.rq import JsonJob
 from worker.jobs.executions import BACKSTOP_SECONDS, Executions
 from worker.jobs.registration import Registration

@@ -83,7 +83,7 @@ StepEvent = StepToken | PromptEcho | SequenceFailure
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """The engine's part of the model card; see `common.protocol.ModelCard`.
+    """The engine's part of the model card; see `common.models.model_card.ModelCard`.
 
     Attributes:
         context_length: In tokens, prompt and answer together.

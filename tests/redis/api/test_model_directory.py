@@ -15,7 +15,7 @@ from api.generation.model_directory import ModelDirectory
 from common import connections, names
 from common.errors import RequestError
 from common.models import model_aliases
-from common.protocol import ModelCard
+from common.models.model_card import ModelCard
 
 CARD = ModelCard(
     id="org/a",

@@ -9,13 +9,13 @@ import msgspec
 import pytest
 
 from common import names
+from common.models.model_card import ModelCard
 from common.protocol import (
     ChatPrompt,
     Delta,
     Failed,
     Finished,
     GenerationJob,
-    ModelCard,
     SamplingParams,
     Started,
     TokenLogprob,
