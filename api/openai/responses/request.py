@@ -79,11 +79,28 @@ class ResponsesBody(fields.Body, frozen=True, kw_only=True):
     conversation: Any = None
     prompt: Any = None
     moderation: Any = None
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
+FORMAT_FIELDS = (
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+)
+"""Those of chats. Here the format of the answer is `text.format`; to leave them out would change the answer."""
+
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     **fields.NEUTRAL,
+    **dict.fromkeys(FORMAT_FIELDS, ({"type": "text"},)),
     "conversation": (),
     "prompt": (),
     "moderation": (),
@@ -123,6 +140,7 @@ def parse(body: bytes) -> ResponseRequest:
     """
     given, names = _decoder.decode(body)
     ignored = Ignored(names)
+    _check_format_fields(given)
     fields.check_neutral(given, NEUTRAL)
     fields.check_only_with(given, ONLY_WITH)
     fields.check_max_tokens(given, MAX_TOKENS_FIELDS)
@@ -145,6 +163,19 @@ def parse(body: bytes) -> ResponseRequest:
         items=items,
         is_complete=False,
     )
+
+
+def _check_format_fields(given: ResponsesBody) -> None:
+    """Raises:
+    RequestError: 400, the format of the answer is in a field of chats.
+    """
+    for name in FORMAT_FIELDS:
+        if getattr(given, name) not in (None, {"type": "text"}):
+            raise invalid(
+                f"`{name}` is a field of chats; here the format of the answer is `text.format`.",
+                name,
+                "unsupported_parameter",
+            )
 
 
 def build(
