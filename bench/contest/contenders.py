@@ -21,6 +21,7 @@ from rq import Queue
 from rq.job import JobStatus
 from rq.serializers import JSONSerializer
 
+from bench.contest.mixes import RequestKind
 from bench.contest.raw_generator import RawGenerator
 from bench.harness.pool import Pool, cpu_seconds_of_family, family_pids, free_port
 from bench.harness.table import percentile
@@ -69,13 +70,13 @@ class Contender(Protocol):
 
     name: str
 
-    def run(self, prompts: Sequence[str], max_tokens: int, fields: Sequence[dict[str, Any]]) -> Figures:
+    def run(self, prompts: Sequence[str], max_tokens: int, kinds: Sequence[RequestKind]) -> Figures:
         """One round.
 
         Args:
             prompts: One for each stream.
             max_tokens: Of each answer.
-            fields: More request fields, by stream; a contender ignores what it does not support.
+            kinds: What each stream's request asks for; a contender ignores what it does not support.
         """
 
     def cpu_seconds(self) -> dict[str, float]:
@@ -93,7 +94,7 @@ class Alone:
     def __init__(self, generator: RawGenerator) -> None:
         self._generator = generator
 
-    def run(self, prompts: Sequence[str], max_tokens: int, _fields: Sequence[dict[str, Any]]) -> Figures:
+    def run(self, prompts: Sequence[str], max_tokens: int, _kinds: Sequence[RequestKind]) -> Figures:
         result = self._generator.generate(list(prompts), max_tokens)
         return Figures(sum(result.num_tokens), result.seconds, [result.first_token_seconds], result.gaps_ms)
 
@@ -125,13 +126,16 @@ class Served:
         self._load = Load(url, model)
         self._cpu_seconds = cpu_seconds
 
-    def run(self, prompts: Sequence[str], max_tokens: int, fields: Sequence[dict[str, Any]]) -> Figures:
-        asked = {"temperature": 0, "stream_options": {"include_usage": True}}
+    def run(self, prompts: Sequence[str], max_tokens: int, kinds: Sequence[RequestKind]) -> Figures:
+        asked: dict[str, Any] = {"temperature": 0, "stream_options": {"include_usage": True}}
         requests = [
-            self._load.request(prompt, max_tokens, **(asked | more))
-            for prompt, more in zip(prompts, fields, strict=True)
+            Stream(
+                self._load.request(prompt, max_tokens, kind.protocol, **(asked | kind.fields)),
+                protocol=kind.protocol,
+            )
+            for prompt, kind in zip(prompts, kinds, strict=True)
         ]
-        streams = self._load.run([Stream(request) for request in requests], STREAM_SECONDS)
+        streams = self._load.run(requests, STREAM_SECONDS)
         complete = [stream for stream in streams if stream.error is None]
         began = min(stream.began_at for stream in streams)
         gaps = [1000 * gap for stream in complete for gap in stream.gaps_seconds]
@@ -139,7 +143,7 @@ class Served:
             # Not every server reports usage; count each chunk as one token then.
             sum(stream.completion_tokens or stream.num_chunks for stream in complete),
             max((stream.last_at for stream in complete), default=began) - began or STREAM_SECONDS,
-            [stream.first_at - stream.began_at for stream in complete],
+            [stream.first_at - stream.began_at for stream in complete if stream.first_at],
             (percentile(gaps, 50), percentile(gaps, 99)),
             errors=errors(streams),
         )
@@ -160,7 +164,7 @@ class OneAtATime:
         connection = connections.connect(pool.redis_url)
         self._queue = Queue(ONE_AT_A_TIME_QUEUE, connection=connection, serializer=JSONSerializer)
 
-    def run(self, prompts: Sequence[str], max_tokens: int, _fields: Sequence[dict[str, Any]]) -> Figures:
+    def run(self, prompts: Sequence[str], max_tokens: int, _kinds: Sequence[RequestKind]) -> Figures:
         began = time.monotonic()
         jobs = [
             self._queue.enqueue("bench.contest.one_at_a_time.generate", prompt, max_tokens)

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib as mpl
-import msgspec
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from bench.contest import results
 from bench.contest.contenders import Alone
-from bench.contest.rounds import POOL, STOCK, Summary
+from bench.contest.results import Summary
+from bench.contest.rounds import POOL, STOCK
 
 _COLORS = {Alone.name: "#555555", POOL: "#0072b2", STOCK: "#d55e00"}
 _OTHERS = ("#009e73", "#cc79a7", "#e69f00")
@@ -98,11 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("picture", type=Path, help="output file: .svg or .png")
     parser.add_argument("--title", default="")
     arguments = parser.parse_args(argv)
-    found = [
-        each
-        for path in arguments.figures
-        for each in msgspec.json.decode(path.read_bytes(), type=list[Summary])
-    ]
+    found = [each for path in arguments.figures for each in results.read(path)]
     mpl.rcParams["svg.hashsalt"] = "mlx-pool"  # equal results give equal files
     mpl.rcParams["svg.fonttype"] = "none"
     is_svg = arguments.picture.suffix == ".svg"

@@ -3,8 +3,10 @@
 `python -m bench.contest` has all contenders answer the same prompts, greedily, in one run: mlx-lm's `BatchGenerator` alone; the
 pool over HTTP; mlx_lm.server; and any other server (`--server 'NAME=COMMAND {model} {port}'`). Rounds are interleaved, and the
 order rotates, so that all see the same machine. `--mix` gives four of five streams a seed, penalties, log-probabilities or a grammar
-(with answers up to 800 tokens long). `--json FILE` saves the results for `python -m bench.contest.plot`. `--model-cpus N` pins the
-processes that run the model to N CPUs, the same for all contenders of a round (`bench.contest.placement`).
+(with answers up to 800 tokens long); `--mix logprobs` and `--mix combined` are in `bench.contest.mixes`. `--json FILE` saves the
+results for `python -m bench.contest.plot` and `python -m bench.contest.collect`. `--model-cpus N` pins the
+processes that run the model to N CPUs, the same for all contenders of a round (`bench.contest.placement`). The exit status is 1 if a
+stream of the pool failed.
 """
 
 from __future__ import annotations
@@ -17,13 +19,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import msgspec
-
+from bench.contest import mixes, results
 from bench.contest.contenders import STOCK_SERVER, Alone, Contender, Figures, OneAtATime, Served, started
 from bench.contest.placement import Placement
 from bench.contest.raw_generator import RawGenerator
+from bench.contest.results import Summary
 from bench.harness.meter import busy_seconds, wait_until_quiet
 from bench.harness.pool import Pool
 from bench.harness.prompts import prompts
@@ -48,41 +49,6 @@ COLUMNS = (
     "CPUs used by others",
 )
 
-_LONG_FORM = {
-    "type": "object",
-    "properties": {"numbers": {"type": "array", "items": {"type": "integer"}, "minItems": 400}},
-    "required": ["numbers"],
-    "additionalProperties": False,
-}
-_FORMAT = {"type": "json_schema", "json_schema": {"name": "numbers", "strict": True, "schema": _LONG_FORM}}
-_MIX: tuple[dict[str, Any], ...] = (
-    {},
-    {"temperature": 0.8, "seed": 7},
-    {"temperature": 0.7, "frequency_penalty": 0.3, "presence_penalty": 0.3},
-    {"temperature": 1.0, "top_p": 0.9, "logprobs": True, "top_logprobs": 2},
-    {"temperature": 0.0, "response_format": _FORMAT},
-)
-
-
-class Summary(msgspec.Struct, frozen=True):
-    """All rounds of one contender at one number of streams.
-
-    Attributes:
-        ratios: Tokens per second ÷ those of `BatchGenerator` alone, by round.
-        cpu_ms: Per token, by process.
-        others: Mean number of CPUs that other processes used.
-    """
-
-    contender: str
-    num_streams: int
-    tokens_per_second: float
-    ratios: list[float]
-    first_ms: tuple[float, float]
-    gaps_ms: tuple[float, float]
-    num_failed: int
-    cpu_ms: dict[str, float]
-    others: float
-
 
 @dataclass(frozen=True, slots=True)
 class Round:
@@ -96,16 +62,18 @@ class Round:
 def measure(contender: Contender, num_streams: int, number: int, arguments: argparse.Namespace) -> Round:
     """Run one round when the machine is quiet; `number` determines the prompts."""
     wait_until_quiet(arguments.patience)
-    fields = [_MIX[i % len(_MIX)] if arguments.mix else {} for i in range(num_streams)]
+    kinds = mixes.kinds(arguments.mix, num_streams)
     began, busy, used, own = time.monotonic(), busy_seconds(), contender.cpu_seconds(), time.process_time()
-    figures = contender.run(prompts(num_streams, number), arguments.max_tokens, fields)
+    figures = contender.run(prompts(num_streams, number), arguments.max_tokens, kinds)
     cpu = {role: seconds - used.get(role, 0.0) for role, seconds in contender.cpu_seconds().items()}
     cpu["client"] = time.process_time() - own
     seconds = time.monotonic() - began
     return Round(figures, cpu, max(0.0, busy_seconds() - busy - sum(cpu.values())) / seconds)
 
 
-def summary(name: str, num_streams: int, rounds: Sequence[Round], alone: Sequence[Round]) -> Summary:
+def summary(
+    name: str, num_streams: int, rounds: Sequence[Round], alone: Sequence[Round], conditions: str = ""
+) -> Summary:
     """The medians of all rounds."""
     figures = [each.figures for each in rounds]
     num_tokens = sum(each.num_tokens for each in figures) or 1
@@ -124,7 +92,15 @@ def summary(name: str, num_streams: int, rounds: Sequence[Round], alone: Sequenc
         sum(len(each.errors) for each in figures),
         {role: 1000 * sum(each.cpu_seconds[role] for each in rounds) / num_tokens for role in roles},
         statistics.mean(each.others for each in rounds),
+        conditions,
+        [each.tokens_per_second for each in figures],
+        [each.gaps_ms for each in figures],
     )
+
+
+def conditions(arguments: argparse.Namespace) -> str:
+    """What all contenders have in common; results under other conditions cannot be put together."""
+    return f"{Path(arguments.model).name}, {arguments.mix}, {arguments.max_tokens} tokens per stream"
 
 
 def compare(
@@ -139,7 +115,9 @@ def compare(
     On a GPU the first batch of each shape takes many times as long as the next.
     """
     for contender in contenders:
-        contender.run(prompts(num_streams, 1000 * num_streams + 999), 16, [{}] * num_streams)
+        contender.run(
+            prompts(num_streams, 1000 * num_streams + 999), 16, mixes.kinds(mixes.GREEDY, num_streams)
+        )
     measured: dict[str, list[Round]] = {contender.name: [] for contender in contenders}
     for number in range(arguments.rounds):
         placement.begin(number)
@@ -149,7 +127,9 @@ def compare(
                 measure(contender, num_streams, 1000 * num_streams + number, arguments)
             )
     alone = measured.get(Alone.name, [])
-    found = [summary(name, num_streams, rounds, alone) for name, rounds in measured.items()]
+    found = [
+        summary(name, num_streams, rounds, alone, conditions(arguments)) for name, rounds in measured.items()
+    ]
     for each in found:
         table.add(_cells(each))
         for error in sorted({e for r in measured[each.contender] for e in r.figures.errors})[:3]:
@@ -227,19 +207,24 @@ def main(argv: list[str] | None = None) -> int:
         "--model-cpus", type=int, default=0, metavar="N", help="CPUs for the processes that run the model"
     )
     parser.add_argument(
-        "--mix", action="store_true", help="mix in seeds, penalties, log-probabilities and grammars"
+        "--mix",
+        nargs="?",
+        choices=mixes.MIXES,
+        const=mixes.SAMPLING,
+        default=mixes.GREEDY,
+        help="what the requests ask for (bench.contest.mixes); without a name: seeds, penalties, log-probabilities and grammars",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="save the results")
     parser.add_argument(
         "--patience", type=float, default=60.0, metavar="SECONDS", help="how long to wait for a quiet machine"
     )
     arguments = parser.parse_args(argv)
-    say(f"\n{arguments.model}, {arguments.max_tokens} tokens per stream, {arguments.rounds} rounds\n")
+    say(f"\n{conditions(arguments)}, {arguments.rounds} rounds\n")
     table = Table(COLUMNS)
     found: list[Summary] = []
     with all_contenders(arguments) as (contenders, placement):
         for num_streams in arguments.streams:
             found += compare(contenders, num_streams, placement, arguments, table)
             if arguments.json:
-                arguments.json.write_bytes(msgspec.json.encode(found))
-    return 0
+                results.write(arguments.json, found)
+    return int(any(each.num_failed for each in found if each.contender == POOL))

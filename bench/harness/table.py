@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 from collections.abc import Sequence
 
@@ -33,6 +34,18 @@ def percentile(values: Sequence[float], percent: float) -> float:
         return math.nan
     ordered = sorted(values)
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
+
+
+def with_range(values: Sequence[float], form: str) -> str:
+    """The median and the range, such as ``0.74 (0.70 to 0.78)``; empty if there are no values.
+
+    Args:
+        form: Of each number, such as ``.2f``.
+    """
+    if not values:
+        return ""
+    median = format(statistics.median(values), form)
+    return median if len(values) == 1 else f"{median} ({min(values):{form}} to {max(values):{form}})"
 
 
 def say(text: str) -> None:

@@ -51,6 +51,7 @@ class _ChatDelta(msgspec.Struct, frozen=True, gc=False):
 
 class _Choice(msgspec.Struct, frozen=True, gc=False):
     delta: _ChatDelta = _ChatDelta()
+    text: str = ""  # of a completion
     finish_reason: str | None = None
 
 
@@ -72,7 +73,12 @@ def _chat_body(prompt: str, max_tokens: int) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": prompt}], "max_tokens": max_tokens}
 
 
+def _completion_body(prompt: str, max_tokens: int) -> dict[str, Any]:
+    return {"prompt": prompt, "max_tokens": max_tokens}
+
+
 def _read_chat(data: bytes) -> Frame:
+    """Also of a completion."""
     if data == b"[DONE]":
         return Frame(is_last=True)
     chunk = _decode_chunk(data)
@@ -80,7 +86,7 @@ def _read_chat(data: bytes) -> Frame:
         return Frame(error=f"error frame: {chunk.error}")
     text, reason = "", None
     for choice in chunk.choices:
-        text += choice.delta.content or ""
+        text += choice.delta.content or choice.text
         reason = choice.finish_reason or reason
     return Frame(text, reason, 0 if chunk.usage is None else chunk.usage.completion_tokens)
 
@@ -147,9 +153,11 @@ def _read_messages(data: bytes) -> Frame:
 
 
 CHAT = Protocol("/v1/chat/completions", _chat_body, _read_chat)
+COMPLETIONS = Protocol("/v1/completions", _completion_body, _read_chat)
 
 PROTOCOLS = {
     "chat": CHAT,
+    "completions": COMPLETIONS,
     "responses": Protocol("/v1/responses", _responses_body, _read_responses),
     "messages": Protocol("/v1/messages", _chat_body, _read_messages),
 }

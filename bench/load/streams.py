@@ -35,7 +35,7 @@ class Stream:
         answered_at: When the response headers were complete.
         retry_after_seconds: The Retry-After header of a refusal.
         first_at: When the first text came; 0 if none did.
-        last_at: When the last text came.
+        last_at: When the last text came, or the finish reason after tokens that have no text.
         num_chunks: Chunks with text: tokens, if the server sends each in a chunk of its own.
         gaps_seconds: Between consecutive chunks with text.
         latencies_us: From the end of a token's step to its arrival here, if the synthetic worker adds time stamps.
@@ -133,6 +133,8 @@ class Stream:
         self.finish_reason = frame.finish_reason or self.finish_reason
         if frame.text:
             self._take_text(frame.text, now, now_us)
+        elif frame.finish_reason:
+            self.last_at = now
         if frame.is_last:
             self._end(None if self.finish_reason else "the stream ended without saying why")
 
@@ -170,14 +172,22 @@ class Load:
         self._model = model
         self._api_key = api_key
 
-    def request(self, prompt: str, max_tokens: int, **options: Any) -> bytes:
-        """A streaming request, as the bytes of a whole connection."""
+    def request(
+        self, prompt: str, max_tokens: int, protocol: Protocol | None = None, **options: Any
+    ) -> bytes:
+        """A streaming request, as the bytes of a whole connection.
+
+        Args:
+            protocol: Instead of this load's own.
+            options: More fields.
+        """
+        protocol = protocol or self.protocol
         body = msgspec.json.encode(
-            {"model": self._model, "stream": True} | self.protocol.body(prompt, max_tokens) | options
+            {"model": self._model, "stream": True} | protocol.body(prompt, max_tokens) | options
         )
         key = f"Authorization: Bearer {self._api_key}\r\n" if self._api_key else ""
         head = (
-            f"POST {self.protocol.path} HTTP/1.1\r\nHost: {self._address[0]}:{self._address[1]}\r\n{key}"
+            f"POST {protocol.path} HTTP/1.1\r\nHost: {self._address[0]}:{self._address[1]}\r\n{key}"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
         )
         return head.encode() + body

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from bench.contest import plot
-from bench.contest.rounds import Summary
+from bench.contest.results import Summary
 
 
 def _summary(contender: str, num_streams: int, tokens_per_second: float) -> Summary:
