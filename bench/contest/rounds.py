@@ -3,7 +3,7 @@
 `python -m bench.contest` has all contenders answer the same prompts, greedily, in one run: mlx-lm's `BatchGenerator` alone; the
 pool over HTTP; mlx_lm.server; and any other server (`--server 'NAME=COMMAND {model} {port}'`). Rounds are interleaved, and the
 order rotates, so that all see the same machine. `--mix` gives four of five streams a seed, penalties, log-probabilities or a grammar
-(with answers up to 800 tokens long); `--mix logprobs` and `--mix combined` are in `bench.contest.mixes`. `--json FILE` saves the
+(with answers up to 800 tokens long); the other mixes are in `bench.contest.mixes`. `--json FILE` saves the
 results for `python -m bench.contest.plot` and `python -m bench.contest.collect`. `--model-cpus N` pins the
 processes that run the model to N CPUs, the same for all contenders of a round (`bench.contest.placement`). The exit status is 1 if a
 stream of the pool failed.
@@ -22,6 +22,7 @@ from pathlib import Path
 
 from bench.contest import mixes, results
 from bench.contest.contenders import STOCK_SERVER, Alone, Contender, Figures, OneAtATime, Served, started
+from bench.contest.mixes import RequestKind
 from bench.contest.placement import Placement
 from bench.contest.raw_generator import RawGenerator
 from bench.contest.results import Summary
@@ -59,12 +60,18 @@ class Round:
     others: float
 
 
-def measure(contender: Contender, num_streams: int, number: int, arguments: argparse.Namespace) -> Round:
-    """Run one round when the machine is quiet; `number` determines the prompts."""
+def measure(
+    contender: Contender, kinds: Sequence[RequestKind], number: int, arguments: argparse.Namespace
+) -> Round:
+    """Run one round when the machine is quiet.
+
+    Args:
+        kinds: Of each stream's request.
+        number: Determines the prompts.
+    """
     wait_until_quiet(arguments.patience)
-    kinds = mixes.kinds(arguments.mix, num_streams)
     began, busy, used, own = time.monotonic(), busy_seconds(), contender.cpu_seconds(), time.process_time()
-    figures = contender.run(prompts(num_streams, number), arguments.max_tokens, kinds)
+    figures = contender.run(prompts(len(kinds), number), arguments.max_tokens, kinds)
     cpu = {role: seconds - used.get(role, 0.0) for role, seconds in contender.cpu_seconds().items()}
     cpu["client"] = time.process_time() - own
     seconds = time.monotonic() - began
@@ -98,19 +105,21 @@ def summary(
     )
 
 
-def conditions(arguments: argparse.Namespace) -> str:
+def conditions(mix: str, arguments: argparse.Namespace) -> str:
     """What all contenders have in common; results under other conditions cannot be put together."""
-    return f"{Path(arguments.model).name}, {arguments.mix}, {arguments.max_tokens} tokens per stream"
+    return f"{Path(arguments.model).name}, {mix}, {arguments.max_tokens} tokens per stream"
 
 
 def compare(
     contenders: Sequence[Contender],
+    mix: str,
     num_streams: int,
     placement: Placement,
     arguments: argparse.Namespace,
+    *,
     table: Table,
 ) -> list[Summary]:
-    """Interleaved rounds of all contenders at one number of streams, after a warm-up round.
+    """Interleaved rounds of all contenders with one mix at one number of streams, after a greedy warm-up round.
 
     On a GPU the first batch of each shape takes many times as long as the next.
     """
@@ -124,11 +133,12 @@ def compare(
         shift = number % len(contenders)
         for contender in (*contenders[shift:], *contenders[:shift]):
             measured[contender.name].append(
-                measure(contender, num_streams, 1000 * num_streams + number, arguments)
+                measure(contender, mixes.kinds(mix, num_streams), 1000 * num_streams + number, arguments)
             )
     alone = measured.get(Alone.name, [])
     found = [
-        summary(name, num_streams, rounds, alone, conditions(arguments)) for name, rounds in measured.items()
+        summary(name, num_streams, rounds, alone, conditions(mix, arguments))
+        for name, rounds in measured.items()
     ]
     for each in found:
         table.add(_cells(each))
@@ -208,23 +218,24 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--mix",
-        nargs="?",
+        nargs="*",
         choices=mixes.MIXES,
-        const=mixes.SAMPLING,
-        default=mixes.GREEDY,
-        help="what the requests ask for (bench.contest.mixes); without a name: seeds, penalties, log-probabilities and grammars",
+        default=[mixes.GREEDY],
+        metavar="MIX",
+        help=f"what the requests ask for, one mix after another: {', '.join(mixes.MIXES)}; without a name: {mixes.SAMPLING}",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="save the results")
     parser.add_argument(
         "--patience", type=float, default=60.0, metavar="SECONDS", help="how long to wait for a quiet machine"
     )
     arguments = parser.parse_args(argv)
-    say(f"\n{conditions(arguments)}, {arguments.rounds} rounds\n")
-    table = Table(COLUMNS)
     found: list[Summary] = []
     with all_contenders(arguments) as (contenders, placement):
-        for num_streams in arguments.streams:
-            found += compare(contenders, num_streams, placement, arguments, table)
-            if arguments.json:
-                results.write(arguments.json, found)
+        for mix in arguments.mix or [mixes.SAMPLING]:
+            say(f"\n{conditions(mix, arguments)}, {arguments.rounds} rounds\n")
+            table = Table(COLUMNS)
+            for num_streams in arguments.streams:
+                found += compare(contenders, mix, num_streams, placement, arguments, table=table)
+                if arguments.json:
+                    results.write(arguments.json, found)
     return int(any(each.num_failed for each in found if each.contender == POOL))

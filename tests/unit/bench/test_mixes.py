@@ -100,9 +100,9 @@ def test_failed_streams_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     """Their number is in the table, and the reason below it; the results keep each round."""
     alone = Fixed(Alone.name, Figures(100, 1.0, [0.1], (2.0, 6.0)))
     pool = Fixed(rounds.POOL, Figures(80, 1.0, [0.1], (2.0, 8.0), errors=["status 400: no such field"]))
-    arguments = argparse.Namespace(model="a/1b", mix="logprobs", max_tokens=50, rounds=2, patience=0.0)
+    arguments = argparse.Namespace(model="a/1b", max_tokens=50, rounds=2, patience=0.0)
     placement = Placement(0, list, list)
-    found = rounds.compare([alone, pool], 3, placement, arguments, Table(rounds.COLUMNS))[1]
+    found = rounds.compare([alone, pool], "logprobs", 3, placement, arguments, table=Table(rounds.COLUMNS))[1]
     assert found.num_failed == 2
     assert found.round_tokens_per_second == [80.0, 80.0]
     assert found.round_gaps_ms == [(2.0, 8.0), (2.0, 8.0)]
