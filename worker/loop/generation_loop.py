@@ -338,7 +338,9 @@ class GenerationLoop:
             ttl_seconds = job.final_ttl_seconds or self._final_ttl_seconds
         elif event.n == 1:
             ttl_seconds = self._live_ttl_seconds
-        return JournalEntry(job.channel, job.job_id, execution_id, event.n, encode(event), ttl_seconds)
+        return JournalEntry(
+            job.channel, job.job_id, execution_id, event.n, encode(event).decode(), ttl_seconds
+        )
 
     def _flush(self) -> None:
         """Read the reply to the previous entries, then send the new ones. If there are none, report the ends of jobs now."""

@@ -6,19 +6,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
 
 
-class JournalEntry(msgspec.Struct, frozen=True, gc=False):
-    """One event of one job, to be appended to its journal and published.
+class JournalEntry(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """One event of one job, to be appended to its journal and published; the script in `worker.jobs.redis_journal` reads the fields by position.
 
     Attributes:
         execution_id: The writer's lease; without it the entry is refused.
         n: The event's number in the journal, from 1; 0: published only.
-        event: Encoded, see `common.protocol`.
+        event: Encoded, see `common.protocol`. Text, which Lua's MessagePack can read; it cannot read bytes.
         ttl_seconds: The journal's new time to live; 0 leaves it unchanged.
     """
 
@@ -26,12 +25,11 @@ class JournalEntry(msgspec.Struct, frozen=True, gc=False):
     job_id: str
     execution_id: str
     n: int
-    event: bytes
+    event: str
     ttl_seconds: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class AppendResult:
+class AppendResult(msgspec.Struct, frozen=True):
     """The reply to one `Journal.send`.
 
     Attributes:
@@ -39,8 +37,8 @@ class AppendResult:
         listeners: The number of subscribers of each channel that something was published to.
     """
 
-    refused: set[str] = field(default_factory=set)
-    listeners: dict[str, int] = field(default_factory=dict)
+    refused: set[str] = set()
+    listeners: dict[str, int] = {}
 
 
 class Journal(Protocol):

@@ -10,7 +10,7 @@ import redis
 from rq.defaults import RQ_KEY_PREFIX
 
 from common import connections, names
-from common.protocol import Delta, decode_step, encode
+from common.protocol import Delta, decode_event, decode_step, encode
 from worker.jobs.redis_journal import RedisJournal
 from worker.loop.journal import JournalEntry
 
@@ -40,7 +40,12 @@ def entry(
     job_id: str, n: int, text: str = "x", execution_id: str = "execution-1", **options: Any
 ) -> JournalEntry:
     return JournalEntry(
-        options.pop("channel", CHANNEL), job_id, execution_id, n, encode(Delta(n, n, text)), **options
+        options.pop("channel", CHANNEL),
+        job_id,
+        execution_id,
+        n,
+        encode(Delta(n, n, text)).decode(),
+        **options,
     )
 
 
@@ -79,6 +84,17 @@ def test_nothing_is_written_without_the_lease(client: redis.Redis, journal: Redi
     client.delete(key)
     assert append(journal, entry("a", 2)) == {"execution-1"}
     assert stream_ids(client, "a") == [b"1-0"]
+
+
+def test_entries_of_any_size(client: redis.Redis, journal: RedisJournal) -> None:
+    """Every form of MessagePack that an entry needs reaches the journal: large numbers, short, long and very long text."""
+    give_lease(client, "a", "execution-1")
+    texts = {1: "", 200: "x" * 20, 70_000: "ü" * 300, 5_000_000_000: "x" * 70_000}
+    assert append(journal, *(entry("a", n, text) for n, text in texts.items())) == set()
+    entries: Any = client.xrange(names.journal("a"))
+    written = [decode_event(fields[b"d"]) for _, fields in entries]
+    assert written == [Delta(n, n, text) for n, text in texts.items()]
+    assert stream_ids(client, "a")[-1] == b"5000000000-0"
 
 
 def test_the_second_writer_of_an_n_is_refused(client: redis.Redis, journal: RedisJournal) -> None:
