@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from bench.harness.meter import wait_until_quiet
-from bench.harness.table import Table, percentile, say
+from bench.harness.table import Table, percentile, say, with_range
 from common.protocol import GenerationJob, SamplingParams, TokenPrompt
 from common.settings import Settings
 from worker.mlx.engine import MLXEngine
@@ -123,7 +123,6 @@ def main() -> int:
             "mlx-lm, tokens/s",
             "the worker's engine",
             "÷ mlx-lm",
-            "rounds",
             "a step, ms: mlx-lm, p50, p99",
             "the engine",
         ]
@@ -140,13 +139,14 @@ def main() -> int:
         table.add(
             [
                 str(num_rows),
-                *(f"{way[0]:,.1f}" for way in middle),
-                f"**{statistics.median(ratios):.2f}**",
-                " ".join(f"{ratio:.2f}" for ratio in ratios),
+                *(with_range([each[way][0] for each in rounds], ",.1f") for way in (0, 1)),
+                with_range(ratios, ".2f"),
                 *(f"{way[1]:.1f}, {way[2]:.1f}" for way in middle),
             ]
         )
-    say(f"answers of {arguments.shortest} to {arguments.longest} tokens")
+    say(
+        f"medians and ranges of {arguments.rounds} rounds, answers of {arguments.shortest} to {arguments.longest} tokens"
+    )
     return 0
 
 

@@ -16,7 +16,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from bench.harness.meter import wait_until_quiet
-from bench.harness.table import Table, say
+from bench.harness.table import Table, say, with_range
 from common.protocol import GenerationJob, SamplingParams, TokenPrompt
 from common.settings import Settings
 from worker.loop.generation_loop import GenerationLoop
@@ -119,6 +119,19 @@ def _median_step(step: Callable[[], int], num_rows: int, num_steps: int) -> floa
     return statistics.median(taken)
 
 
+def cells(rounds: Sequence[Sequence[float]]) -> list[str]:
+    """Milliseconds of mlx-lm's step, then each other step ÷ mlx-lm's, with ranges.
+
+    Args:
+        rounds: Seconds of a step of each contender, mlx-lm's first.
+    """
+    others = range(1, len(rounds[0]))
+    return [
+        with_range([1e3 * each[0] for each in rounds], ".2f"),
+        *(with_range([each[k] / each[0] for each in rounds], ".3f") for k in others),
+    ]
+
+
 def main() -> int:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(prog="python -m bench.decoding", description=__doc__)
@@ -139,11 +152,8 @@ def main() -> int:
                 [measure(engine, rows, arguments.steps) for measure in (raw, batch, loop)]
                 for _ in range(arguments.rounds)
             ]
-            ratios = [statistics.median(r[k] / r[0] for r in rounds) for k in (1, 2)]
-            middle = statistics.median(r[0] for r in rounds)
-            name = "even" if is_even else "uneven"
-            table.add([str(num_rows), name, f"{1e3 * middle:.2f}", *(f"{ratio:.3f}" for ratio in ratios)])
-    say(f"medians of {arguments.rounds} interleaved rounds of {arguments.steps} steps")
+            table.add([str(num_rows), "even" if is_even else "uneven", *cells(rounds)])
+    say(f"medians and ranges of {arguments.rounds} interleaved rounds of {arguments.steps} steps")
     return 0
 
 
