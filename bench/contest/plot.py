@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib as mpl
+import msgspec
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -64,6 +66,26 @@ def chart(found: list[Summary], title: str) -> Figure:
     return figure
 
 
+def merged(found: list[Summary]) -> list[Summary]:
+    """One summary for each contender and number of streams: what is drawn is the median of all files that have it."""
+    groups: dict[tuple[str, int], list[Summary]] = {}
+    for each in found:
+        groups.setdefault((each.contender, each.num_streams), []).append(each)
+    return [
+        msgspec.structs.replace(
+            group[0],
+            tokens_per_second=statistics.median(each.tokens_per_second for each in group),
+            first_ms=_medians([each.first_ms for each in group]),
+            gaps_ms=_medians([each.gaps_ms for each in group]),
+        )
+        for group in groups.values()
+    ]
+
+
+def _medians(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+    return statistics.median(pair[0] for pair in pairs), statistics.median(pair[1] for pair in pairs)
+
+
 def _line(axes: Axes, found: list[Summary], median: Value, p99: Value | None, color: str) -> None:
     measured = [each for each in found if math.isfinite(median(each))]
     if not measured:
@@ -94,12 +116,20 @@ def main(argv: list[str] | None = None) -> int:
     """Draw the chart; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.contest.plot", description=__doc__)
     parser.add_argument(
-        "figures", type=Path, nargs="+", help="files that `bench.contest --json` wrote; they are merged"
+        "figures", type=Path, nargs="+", help="files that `bench.contest --json` wrote; medians are drawn"
     )
     parser.add_argument("picture", type=Path, help="output file: .svg or .png")
     parser.add_argument("--title", default="")
+    parser.add_argument(
+        "--conditions", default="", metavar="PART", help="of the files' conditions, if there are several"
+    )
     arguments = parser.parse_args(argv)
     found = [each for path in arguments.figures for each in results.read(path)]
+    conditions = sorted({each.conditions for each in found if arguments.conditions in each.conditions})
+    if len(conditions) != 1:
+        known = "; ".join(sorted({each.conditions for each in found}))
+        parser.error(f"--conditions has to choose one of: {known}")
+    found = merged([each for each in found if each.conditions == conditions[0]])
     mpl.rcParams["svg.hashsalt"] = "mlx-pool"  # equal results give equal files
     mpl.rcParams["svg.fonttype"] = "none"
     is_svg = arguments.picture.suffix == ".svg"

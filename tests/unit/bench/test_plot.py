@@ -6,8 +6,9 @@ import math
 from pathlib import Path
 
 import msgspec
+import pytest
 
-from bench.contest import plot
+from bench.contest import plot, results
 from bench.contest.results import Summary
 
 
@@ -39,3 +40,27 @@ def test_equal_results_give_equal_files(tmp_path: Path) -> None:
     first, second = (path.read_text() for path in pictures)
     assert first == second
     assert "mlx-pool" in first
+
+
+def test_machines_are_merged() -> None:
+    """What several files have in common is drawn once, as the median."""
+    found = [_summary("a", 8, rate) for rate in (70.0, 80.0, 100.0)]
+    (one,) = plot.merged(found)
+    assert (one.contender, one.num_streams, one.tokens_per_second) == ("a", 8, 80.0)
+    (nothing,) = plot.merged([_summary("one after another", 8, 5.0)])
+    assert math.isnan(nothing.gaps_ms[0])
+
+
+def test_a_chart_has_one_kind_of_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file may have several mixes; the message names them, and `--conditions` chooses one."""
+    found = [
+        msgspec.structs.replace(_summary("mlx-pool", 8, 10.0), conditions=mix)
+        for mix in ("greedy", "logprobs")
+    ]
+    figures, picture = tmp_path / "both.json", tmp_path / "picture.svg"
+    results.write(figures, found)
+    with pytest.raises(SystemExit):
+        plot.main([str(figures), str(picture)])
+    assert "greedy; logprobs" in capsys.readouterr().err
+    assert plot.main([str(figures), str(picture), "--conditions", "logprobs"]) == 0
+    assert picture.exists()
