@@ -137,7 +137,7 @@ def _steps(compiled: CompiledGrammar, grammars: GrammarCompiler) -> tuple[list[f
             _seconds(functools.partial(matcher.fill, out))
             for matcher, out in zip(matchers, words, strict=True)
         ]
-        applies.append(_seconds(lambda: apply_mask(np, words, logits)))
+        applies.append(_seconds(lambda: apply_mask(words, logits)))
         for i, allowed in enumerate(np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")):
             token_id = int(draw.choice(np.flatnonzero(allowed)))
             advances.append(_seconds(functools.partial(matchers[i].advance, token_id)))

@@ -10,13 +10,15 @@ import time
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
-import numpy as np
 
 from worker.mlx import caches as kv
 from worker.mlx.backends.cpu_ops import FusedCpuOps
 from worker.mlx.backends.cuda_attention import PaddedAttention, cuda_kernel
 from worker.mlx.decode import BatchSequence, BatchToken, DecodeBatch
 from worker.mlx.prefill import PrefillBudget, PromptBatch, merge_own_caches
+from worker.mlx.sampling.chosen import StepSampler
+from worker.mlx.sampling.device_sampler import DeviceSampler
+from worker.mlx.sampling.host_sampler import HostSampler
 from worker.sampling.sampler import BatchSampler
 
 OfferCaches = Callable[[list[int], Callable[[], kv.Caches]], None]
@@ -34,8 +36,8 @@ class Batch:
     Args:
         max_sequences: How many are in the batch at most; 1 for a model whose caches cannot batch.
         step_tokens: Prompt tokens to prefill between two decode steps, at most.
-        xtc_special_token_ids: See `BatchSampler`.
-        on_cpu: Whether MLX computes on a CPU: tokens are chosen with NumPy then, see `worker.sampling.sampler`.
+        sampler: Chooses the tokens; see `make_sampler`.
+        on_cpu: Whether MLX computes on a CPU.
         offer_caches: Called for each prompt when it is prefilled, and for each sequence when it is finished.
     """
 
@@ -46,7 +48,7 @@ class Batch:
         eos_token_ids: Sequence[int],
         max_sequences: int,
         step_tokens: int,
-        xtc_special_token_ids: Sequence[int] = (),
+        sampler: StepSampler,
         on_cpu: bool,
         offer_caches: OfferCaches = lambda _token_ids, _extract: None,
     ) -> None:
@@ -57,12 +59,7 @@ class Batch:
         self._prompts = PromptBatch(model)
         self.decoding = DecodeBatch(
             model,
-            BatchSampler(
-                np if on_cpu else mx,
-                async_eval=mx.async_eval,
-                xtc_special_token_ids=xtc_special_token_ids,
-                eos_token_ids=eos_token_ids,
-            ),
+            sampler,
             eos_token_ids=eos_token_ids,
             max_sequences=max_sequences,
             offer=self._offer,
@@ -153,3 +150,26 @@ class Batch:
         if kv.can_extract(caches):
             sequence = self.decoding.sequences[index]
             self._offer_caches(sequence.token_ids[: sequence.num_cached], lambda: kv.extract(caches, index))
+
+
+def make_sampler(
+    vocab_size: int,
+    *,
+    xtc_special_token_ids: Sequence[int] = (),
+    eos_token_ids: Sequence[int] = (),
+    on_device: bool,
+    compiles: bool = True,
+) -> StepSampler:
+    """Create what chooses the tokens of a batch. All arguments but one are those of `DeviceSampler`.
+
+    Args:
+        on_device: Whether MLX chooses them, for a GPU; otherwise NumPy does.
+    """
+    if on_device:
+        return DeviceSampler(
+            vocab_size,
+            xtc_special_token_ids=xtc_special_token_ids,
+            eos_token_ids=eos_token_ids,
+            compiles=compiles,
+        )
+    return HostSampler(BatchSampler(xtc_special_token_ids=xtc_special_token_ids, eos_token_ids=eos_token_ids))

@@ -13,20 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm.models.cache import TokenBuffer
-from mlx_lm.sample_utils import make_logits_processors
 
-from common.protocol import SamplingParams
 from worker.mlx import caches as kv
 from worker.mlx.backends.cpu_ops import FusedCpuOps
 from worker.mlx.backends.cuda_attention import PaddedAttention
 from worker.mlx.kv_slots import SlotKVCache, moves_to
-from worker.sampling.sampler import BatchSampler
+from worker.mlx.sampling.chosen import ChosenRow, ChosenTokens, PreviousTokens, StepSampler
+from worker.mlx.sampling.host_sampler import LogitsProcessor
+from worker.sampling.scores import Score
 from worker.sampling.sequence_sampler import SequenceSampler
-
-LogitsProcessor = Callable[[Any, Any], Any]
-"""As mlx-lm's: (token ids so far, logits (1, vocab)) to logits."""
 
 _MAX_MOVES = 8
 """How many groups of adjacent sequences are copied into freed slots; if more would move, new buffers are made instead."""
@@ -44,7 +40,8 @@ class BatchSequence:
         ignores_eos: Whether an end-of-text token does not end the answer.
         min_tokens: One of the first so many does not either.
         stop_token_ids: Further tokens that end the answer, also with `ignores_eos`.
-        context: The token ids that the processors receive, on the device; created in the first step.
+        processors: mlx-lm's, on a CPU; on a GPU `DeviceSampler` does the same by the sampling parameters.
+        context: The token ids that the processors receive; created in the first step.
     """
 
     job_id: str
@@ -70,13 +67,13 @@ class BatchToken(NamedTuple):
     """A sequence's next token.
 
     Attributes:
-        logprobs: mx.array (vocab,), natural log; None unless the job asks for log-probabilities.
+        score: None unless the job asks for log-probabilities.
         finish_reason: Set on the last token; the sequence has left the batch by then.
     """
 
     job_id: str
     token_id: int
-    logprobs: Any
+    score: Score | None
     finish_reason: Literal["stop", "length"] | None
 
 
@@ -92,7 +89,7 @@ class DecodeBatch:
     def __init__(
         self,
         model: Any,
-        sampler: BatchSampler,
+        sampler: StepSampler,
         *,
         eos_token_ids: Sequence[int],
         max_sequences: int,
@@ -109,9 +106,9 @@ class DecodeBatch:
         self._max_sequences = max_sequences
         self._offer = offer
         self._fused_ops = fused_ops
-        # By index: the next step's input token, sampled or a prompt's last, and the log-probabilities from which it was sampled.
+        # By index: the next step's input token, and where it was chosen; None: it is a prompt's last token.
         self._inputs: Any = None
-        self._logprobs: list[Any] = []
+        self._chosen: list[ChosenRow | None] = []
 
     def join(self, sequences: list[BatchSequence], caches: kv.Caches) -> None:
         """Add sequences that are prefilled.
@@ -123,9 +120,10 @@ class DecodeBatch:
             caches: Of these sequences, in their order.
         """
         inputs: Any = mx.array([sequence.token_ids[-1] for sequence in sequences], mx.uint32)
-        logprobs: list[Any] = [None] * len(sequences)
+        chosen: list[ChosenRow | None] = [None] * len(sequences)
         if not kv.keep_every_token(caches):
-            inputs, logprobs = self._compute(sequences, caches, inputs)
+            first = self._compute(sequences, caches, inputs, _previous(sequences, chosen))
+            inputs, chosen = first.token_ids, _rows(first, len(sequences))
             for sequence in sequences:
                 sequence.num_cached += 1
         if self.sequences:
@@ -135,7 +133,7 @@ class DecodeBatch:
             self.caches = kv.with_slots(caches, self._max_sequences, self.attention)
         self._inputs = inputs
         self.sequences += sequences
-        self._logprobs += logprobs
+        self._chosen += chosen
         self._update_positions()
 
     def remove(self, sequence: BatchSequence) -> None:
@@ -146,19 +144,19 @@ class DecodeBatch:
         """Start computing the next step, and return the tokens of the previous one; sequences that have just joined have none yet."""
         if not self.sequences:
             return []
-        inputs, logprobs = self._inputs, self._logprobs
-        self._inputs, self._logprobs = self._compute(self.sequences, self.caches, inputs)
-        mx.eval(inputs, [each for each in logprobs if each is not None])
+        previous = _previous(self.sequences, self._chosen)
+        chosen = self._compute(self.sequences, self.caches, self._inputs, previous)
+        self._inputs, self._chosen = chosen.token_ids, _rows(chosen, len(self.sequences))
         tokens: list[BatchToken] = []
         unfinished: list[int] = []
-        for index, (sequence, token_id) in enumerate(zip(self.sequences, inputs.tolist(), strict=True)):
+        for index, (sequence, token) in enumerate(zip(self.sequences, previous.read(), strict=True)):
             sequence.num_cached += 1
             reason = None
-            if sequence.num_cached > len(sequence.token_ids):  # not the prompt's last token
-                sequence.token_ids.append(token_id)
+            if token is not None:
+                sequence.token_ids.append(token.token_id)
                 sequence.num_generated += 1
-                reason = self._finish_reason(sequence, token_id)
-                tokens.append(BatchToken(sequence.job_id, token_id, logprobs[index], reason))
+                reason = self._finish_reason(sequence, token.token_id)
+                tokens.append(BatchToken(sequence.job_id, token.token_id, token.score, reason))
             if reason is None:
                 unfinished.append(index)
             else:
@@ -177,7 +175,7 @@ class DecodeBatch:
         """Remove all other sequences. Those that stay may change their indices: the last ones fill the gaps."""
         order = self._order(indices) if indices else []
         self.sequences = [self.sequences[index] for index in order]
-        self._logprobs = [self._logprobs[index] for index in order]
+        self._chosen = [self._chosen[index] for index in order]
         if not order:
             self.caches, self._inputs = [], None
             return
@@ -205,21 +203,19 @@ class DecodeBatch:
         mx.async_eval(self._inputs)
 
     def _compute(
-        self, sequences: list[BatchSequence], caches: kv.Caches, inputs: Any
-    ) -> tuple[Any, list[Any]]:
-        """Start computing one token per sequence: token ids (sequences,), and the log-probabilities of those that report them, else None."""
+        self, sequences: list[BatchSequence], caches: kv.Caches, inputs: Any, previous: PreviousTokens
+    ) -> ChosenTokens:
+        """Start computing one token per sequence.
+
+        Args:
+            previous: The tokens of `inputs`; read if the choice depends on them.
+        """
         slots = self._slots(caches)
         with self._operations(slots):
             logits = self._model(inputs[:, None], cache=caches)[:, -1, :]
         for cache in slots[1:]:
             cache.share_offset(slots[0])
-        if any(sequence.processors for sequence in sequences):
-            logits = _processed(sequences, inputs, logits)
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        wanted = [logprobs[i] if each.sampler.wants_logprobs else None for i, each in enumerate(sequences)]
-        token_ids = _sampled(self._sampler, [sequence.sampler for sequence in sequences], logprobs)
-        mx.async_eval(token_ids, [each for each in wanted if each is not None])
-        return token_ids, wanted
+        return self._sampler.choose(sequences, inputs, logits, previous)
 
     @contextmanager
     def _operations(self, slots: list[SlotKVCache]) -> Iterator[None]:
@@ -241,52 +237,9 @@ def fill_gaps(indices: Sequence[int]) -> list[int]:
     return [index if index in stay else next(last) for index in range(len(indices))]
 
 
-def _processed(sequences: list[BatchSequence], inputs: Any, logits: Any) -> Any:
-    """Logits (sequences, vocab) after the sequences' processors were applied."""
-    rows = []
-    for index, sequence in enumerate(sequences):
-        row = logits[index : index + 1]
-        if sequence.processors:
-            if sequence.context is None:
-                sequence.context = TokenBuffer(sequence.token_ids[: sequence.num_cached])
-            token_ids = sequence.context.update_and_fetch(inputs[index : index + 1])
-            for processor in sequence.processors:
-                row = processor(token_ids, row)
-        rows.append(row)
-    return mx.concatenate(rows)
+def _previous(sequences: list[BatchSequence], chosen: list[ChosenRow | None]) -> PreviousTokens:
+    return PreviousTokens([sequence.sampler for sequence in sequences], chosen)
 
 
-def logits_processors(sampling: SamplingParams, sampler: SequenceSampler) -> list[LogitsProcessor]:
-    """Processors for the parameters that need the model's logits; `BatchSampler` handles all others."""
-    if sampling.repetition_penalty == 1.0:
-        return []
-    made = make_logits_processors(
-        repetition_penalty=sampling.repetition_penalty,
-        repetition_context_size=sampling.repetition_context_size,
-    )
-    return [guarded(sampler, processor) for processor in made]
-
-
-def guarded(sampler: SequenceSampler, processor: LogitsProcessor) -> LogitsProcessor:
-    """A logits processor whose error ends only its own sequence."""
-
-    def process(token_ids: Any, logits: Any) -> Any:
-        if sampler.error is None:
-            try:
-                return processor(token_ids, logits)
-            except Exception as error:  # noqa: BLE001 (the engine reports it)
-                sampler.error = error
-        return logits
-
-    return process
-
-
-def _sampled(sampler: BatchSampler, samplers: list[SequenceSampler], logprobs: Any) -> Any:
-    """mx.array (sequences,) of token ids."""
-    values = logprobs if logprobs.dtype == mx.float32 else logprobs.astype(mx.float32)
-    token_ids = sampler.sample(samplers, values)
-    if token_ids is None:
-        return mx.argmax(logprobs, axis=-1)
-    if isinstance(token_ids, np.ndarray):
-        return mx.array(token_ids.astype(np.uint32))
-    return token_ids.astype(mx.uint32)
+def _rows(chosen: ChosenTokens, num_sequences: int) -> list[ChosenRow | None]:
+    return [ChosenRow(chosen, index) for index in range(num_sequences)]

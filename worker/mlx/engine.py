@@ -23,7 +23,7 @@ from worker.loop.engine import (
 )
 from worker.mlx import caches as kv
 from worker.mlx import model as mlx_model
-from worker.mlx.batch import Batch
+from worker.mlx.batch import Batch, make_sampler
 from worker.mlx.decode import BatchToken
 from worker.mlx.generation import Generation, GenerationBuilder
 from worker.mlx.memory import CacheMemory, cache_memory, expected_tokens
@@ -47,13 +47,17 @@ class MLXEngine:
 
     Args:
         folder: The model's files; None: `settings.model` is their folder.
+        samples_on_device: Whether MLX chooses the tokens; None: on a GPU. Elsewhere NumPy does.
 
     Raises:
         StartupError: The model cannot be loaded.
     """
 
-    def __init__(self, settings: Settings, folder: Path | None = None) -> None:
+    def __init__(
+        self, settings: Settings, folder: Path | None = None, *, samples_on_device: bool | None = None
+    ) -> None:
         self._settings = settings
+        self._samples_on_device = mlx_model.has_gpu() if samples_on_device is None else samples_on_device
         self._share = MemoryShare(settings)
         loaded = mlx_model.load_model(settings, folder, before_loading=self._share.claim)
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
@@ -86,10 +90,16 @@ class MLXEngine:
             eos_token_ids=self._eos_token_ids,
             max_sequences=self._info.max_batch,
             step_tokens=self._settings.prefill_step_tokens,
-            xtc_special_token_ids=[
-                *self._eos_token_ids,
-                *self._tokenizer.encode("\n", add_special_tokens=False),
-            ],
+            sampler=make_sampler(
+                self._info.vocab_size,
+                xtc_special_token_ids=[
+                    *self._eos_token_ids,
+                    *self._tokenizer.encode("\n", add_special_tokens=False),
+                ],
+                eos_token_ids=self._eos_token_ids,
+                on_device=self._samples_on_device,
+                compiles=mlx_model.has_gpu(),
+            ),
             on_cpu=not mlx_model.has_gpu(),
             offer_caches=self._prefixes.offer,
         )
@@ -143,7 +153,13 @@ class MLXEngine:
         if job.echo:
             new.is_echoed = False
             if job.top_logprobs is not None:
-                new.scoring = PromptScoring(self._model, prompt, job.top_logprobs, self._info.vocab_size)
+                new.scoring = PromptScoring(
+                    self._model,
+                    prompt,
+                    job.top_logprobs,
+                    self._info.vocab_size,
+                    on_device=self._samples_on_device,
+                )
         elif has_tokens:
             self._begin(new)
         if job.echo or has_tokens:
@@ -231,21 +247,16 @@ class MLXEngine:
         return [*events, *(SequenceFailure(job_id, error) for job_id, error in failed.items())]
 
     def _event(self, token: BatchToken) -> StepToken:
-        job_id, token_id, logprobs, reason = token
+        job_id, token_id, score, reason = token
         running = self._running[job_id]
         running.num_answer_tokens += 1
-        # A grammar, a bias or a penalty has changed the model's own log-probabilities.
-        if adjusted := running.sequence.sampler.logprobs:
-            logprobs = adjusted.popleft()
         text = "" if token_id in running.tokens_without_text else running.detokenizer.add(token_id)
         if reason is not None:
             text += running.detokenizer.flush()
             del self._running[job_id]
-        num_top = running.job.top_logprobs
-        if num_top is None:
+        if score is None:
             return StepToken(job_id, token_id, text, reason)
-        own, top = self._report.sampled(logprobs, token_id, num_top)
-        return StepToken(job_id, token_id, text, reason, own, top)
+        return StepToken(job_id, token_id, text, reason, *self._report.sampled(token_id, score))
 
 
 def _prompt_cache_bytes(settings: Settings, memory: CacheMemory) -> int:

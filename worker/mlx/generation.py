@@ -14,8 +14,9 @@ import msgspec
 from common.errors import invalid
 from common.protocol import ChatPrompt, GenerationJob
 from worker.loop.engine import InsertResult, ModelInfo
-from worker.mlx.decode import BatchSequence, logits_processors
+from worker.mlx.decode import BatchSequence
 from worker.mlx.memory import expected_tokens
+from worker.mlx.sampling.host_sampler import logits_processors
 from worker.mlx.scoring import PromptScoring
 from worker.sampling.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher
 from worker.sampling.sequence_sampler import Matcher, SequenceSampler
@@ -128,7 +129,7 @@ class GenerationBuilder:
             job.sampling,
             num_sampled=len(replay),
             matcher=self._matcher(job, insert_result, prompt),
-            wants_logprobs=job.top_logprobs is not None,
+            num_top_logprobs=job.top_logprobs,
         )
         sampler.observe(replay)
         sequence = BatchSequence(

@@ -6,7 +6,7 @@ the logits of each position: pieces are small, since a vocabulary is large.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +14,8 @@ import numpy as np
 from common.protocol import GenerationJob, TextPrompt, TokenLogprob
 from worker.loop.engine import PromptEcho
 from worker.mlx import caches as kv
+from worker.mlx.sampling import top_tokens
+from worker.sampling.scores import Score, score
 from worker.text.detokenizer import TokenBytes
 
 _PIECE_BYTES = 32 * 2**20
@@ -22,32 +24,26 @@ _PIECE_BYTES = 32 * 2**20
 _MIN_LOGPROB = -9999.0
 
 
-class Score(NamedTuple):
-    """One token of a prompt.
-
-    Attributes:
-        logprob: Natural log, given the tokens before it.
-        best: (token id, logprob) of the most likely tokens at its position, best first.
-    """
-
-    logprob: float
-    best: list[tuple[int, float]]
-
-
 class PromptScoring:
     """Scores a prompt from its start; see the module.
+
+    Args:
+        on_device: Whether MLX finds the most likely tokens, for a GPU; otherwise NumPy does.
 
     Attributes:
         scores: Of the tokens so far, from the second one on: nothing comes before the first.
         caches: Of the tokens so far; of all but the last one once `is_done`.
     """
 
-    def __init__(self, model: Any, token_ids: list[int], num_top: int, vocab_size: int) -> None:
+    def __init__(
+        self, model: Any, token_ids: list[int], num_top: int, vocab_size: int, *, on_device: bool
+    ) -> None:
         self.scores: list[Score] = []
         self.caches: kv.Caches = kv.new(model)
         self._model = model
         self._token_ids = token_ids
-        self._num_top = num_top
+        self._num_top = min(num_top, vocab_size - 1)
+        self._on_device = on_device
         self._piece_tokens = max(1, _PIECE_BYTES // (4 * vocab_size))
 
     @property
@@ -59,12 +55,24 @@ class PromptScoring:
         """Score the next piece."""
         first = len(self.scores)
         piece = self._token_ids[first : min(first + self._piece_tokens, len(self._token_ids) - 1)]
+        token_ids = self._token_ids[first + 1 : first + 1 + len(piece)]
         logits = self._model(mx.array([piece]), cache=self.caches)[0].astype(mx.float32)
+        score_piece = self._scores_on_device if self._on_device else self._scores_on_host
+        self.scores += score_piece(logits, token_ids)
+
+    def _scores_on_host(self, logits: mx.array, token_ids: list[int]) -> list[Score]:
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         mx.eval(logprobs, kv.states(self.caches))
-        for position, row in enumerate(np.array(logprobs, copy=False)):
-            token_id = self._token_ids[first + position + 1]
-            self.scores.append(Score(float(row[token_id]), top_tokens(row, self._num_top)))
+        rows = zip(np.array(logprobs, copy=False), token_ids, strict=True)
+        return [score(row, token_id, self._num_top) for row, token_id in rows]
+
+    def _scores_on_device(self, logits: mx.array, token_ids: list[int]) -> list[Score]:
+        columns = mx.arange(self._num_top + 1, dtype=mx.uint32)[None, :]
+        packed = top_tokens.scores(
+            logits, mx.array(token_ids, mx.uint32), self._num_top, columns, dtype=mx.float32
+        )
+        mx.eval(packed, kv.states(self.caches))
+        return top_tokens.unpack(np.array(packed), [self._num_top] * len(token_ids))
 
 
 class LogprobReport:
@@ -73,17 +81,11 @@ class LogprobReport:
     def __init__(self, tokenizer: Any, token_bytes: TokenBytes) -> None:
         self._tokenizer = tokenizer
         self._token_bytes = token_bytes
+        self._bytes: dict[int, bytes] = {}
 
-    def sampled(self, logprobs: Any, token_id: int, num_top: int) -> tuple[TokenLogprob, list[TokenLogprob]]:
-        """A sampled token's own log-probability and the `num_top` best, best first.
-
-        Args:
-            logprobs: mx.array or NumPy's (vocab,), natural log, computed with the step.
-        """
-        # NumPy, not MLX: an operation of MLX would wait in its stream behind the step that is already under way.
-        values = np.array(_as_float32(logprobs), copy=False)
-        ranked = top_tokens(values, num_top)
-        return self._token(token_id, float(values[token_id])), [self._token(*item) for item in ranked]
+    def sampled(self, token_id: int, score: Score) -> tuple[TokenLogprob, list[TokenLogprob]]:
+        """A sampled token's own log-probability and the most likely tokens, best first."""
+        return self._token(token_id, score.logprob), [self._token(*each) for each in score.best]
 
     def echo(self, job: GenerationJob, token_ids: list[int], scores: list[Score] | None) -> PromptEcho:
         """A job's prompt; `scores` None: without log-probabilities."""
@@ -110,23 +112,10 @@ class LogprobReport:
         return next((k for k in range(len(token_ids)) if token_ids[k : k + len(plain)] == plain), 0)
 
     def _token(self, token_id: int, logprob: float) -> TokenLogprob:
+        # Called for up to 21 tokens of each sequence in each step.
+        data = self._bytes.get(token_id)
+        if data is None:
+            data = self._bytes[token_id] = self._token_bytes[token_id]
         # JSON has neither infinity nor NaN (max takes the first if it cannot compare): a token that was banned, and one of a
         # model whose numbers overflow, reports a number that underflows to probability 0.
-        return TokenLogprob(token_id, max(_MIN_LOGPROB, logprob), self._token_bytes[token_id])
-
-
-def top_tokens(logprobs: Any, num_top: int) -> list[tuple[int, float]]:
-    """(token id, logprob), best first.
-
-    Args:
-        logprobs: NumPy's (vocab,), natural log.
-    """
-    num_top = min(num_top, len(logprobs))
-    best: Any = np.argpartition(-logprobs, num_top - 1)[:num_top] if num_top else []
-    return sorted(((int(i), float(logprobs[i])) for i in best), key=lambda item: -item[1])
-
-
-def _as_float32(logprobs: Any) -> Any:
-    if isinstance(logprobs, np.ndarray) or logprobs.dtype == mx.float32:
-        return logprobs
-    return logprobs.astype(mx.float32)  # NumPy has no bfloat16
+        return TokenLogprob(token_id, max(_MIN_LOGPROB, logprob), data)

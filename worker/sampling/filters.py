@@ -1,12 +1,11 @@
 """Which tokens may be drawn: min_p, top_k, top_p and XTC, on rows of log-probabilities.
 
-Called by `worker.sampling.sampler` before a draw. The array code is written once for NumPy and MLX, passed in as `xp`.
+Called by `worker.sampling.sampler` before a draw. For a GPU, `worker.mlx.sampling.filters` computes the same.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 
@@ -19,7 +18,6 @@ _NO_TOP_K = 2**31 - 1  # int32
 
 
 def apply_filters(
-    xp: Any,
     samplings: list[SamplingParams],
     scaled: Array,
     uniforms: list[float],
@@ -32,48 +30,45 @@ def apply_filters(
         uniforms: A random number in [0, 1) for each row: XTC applies if it is less than `xtc_probability`.
         never_excluded: Token ids that XTC does not exclude.
     """
-    result = xp.where(scaled >= _filter_thresholds(xp, samplings, scaled), scaled, -math.inf)
+    result = np.where(scaled >= _filter_thresholds(samplings, scaled), scaled, -math.inf)
     if any(s.xtc_probability > u for s, u in zip(samplings, uniforms, strict=True)):
-        result = _apply_xtc(xp, samplings, uniforms, result, never_excluded)
+        result = _apply_xtc(samplings, uniforms, result, never_excluded)
     return result
 
 
 def _apply_xtc(
-    xp: Any, samplings: list[SamplingParams], uniforms: list[float], scaled: Array, never_excluded: list[int]
+    samplings: list[SamplingParams], uniforms: list[float], scaled: Array, never_excluded: list[int]
 ) -> Array:
     """XTC (exclude top choices): if several tokens are above the threshold, keep only the least likely of them."""
-    mass = xp.exp(scaled)
-    probs = mass / xp.sum(mass, axis=-1, keepdims=True)
+    mass = np.exp(scaled)
+    probs = mass / np.sum(mass, axis=-1, keepdims=True)
     # A row to which XTC does not apply gets a threshold that no probability exceeds.
     thresholds = column(
-        xp,
         [s.xtc_threshold if s.xtc_probability > u else 2.0 for s, u in zip(samplings, uniforms, strict=True)],
     )
-    min_above = xp.min(xp.where(probs > thresholds, probs, math.inf), axis=-1, keepdims=True)
+    min_above = np.min(np.where(probs > thresholds, probs, math.inf), axis=-1, keepdims=True)
     excluded = probs > min_above
     if never_excluded:
         is_excludable = np.ones(scaled.shape[-1], dtype=bool)
         is_excludable[[i for i in never_excluded if i < len(is_excludable)]] = False
-        excluded = excluded & xp.array(is_excludable)[None, :]
-    return xp.where(excluded, -math.inf, scaled)
+        excluded = excluded & is_excludable[None, :]
+    return np.where(excluded, -math.inf, scaled)
 
 
-def _filter_thresholds(xp: Any, samplings: list[SamplingParams], scaled: Array) -> Array:
+def _filter_thresholds(samplings: list[SamplingParams], scaled: Array) -> Array:
     """The smallest value of each row that min_p, top_k and top_p keep, (rows, 1)."""
     vocab_size = scaled.shape[-1]
-    total = xp.sum(xp.exp(scaled), axis=-1, keepdims=True)
-    if xp is np and vocab_size > _NUM_CANDIDATES:
+    total = np.sum(np.exp(scaled), axis=-1, keepdims=True)
+    if vocab_size > _NUM_CANDIDATES:
         # Most often only a few tokens are kept, and the others need not be sorted.
         best = np.partition(scaled, vocab_size - _NUM_CANDIDATES, axis=-1)[:, vocab_size - _NUM_CANDIDATES :]
-        kept, threshold = _kept_candidates(xp, samplings, -np.sort(-best, axis=-1), total)
+        kept, threshold = _kept_candidates(samplings, -np.sort(-best, axis=-1), total)
         if not kept[:, -1].any():
             return threshold
-    return _kept_candidates(xp, samplings, -xp.sort(-scaled, axis=-1), total)[1]
+    return _kept_candidates(samplings, -np.sort(-scaled, axis=-1), total)[1]
 
 
-def _kept_candidates(
-    xp: Any, samplings: list[SamplingParams], best_first: Array, total: Array
-) -> tuple[Array, Array]:
+def _kept_candidates(samplings: list[SamplingParams], best_first: Array, total: Array) -> tuple[Array, Array]:
     """Apply min_p, top_k and top_p to the most likely tokens of each row.
 
     Args:
@@ -83,16 +78,16 @@ def _kept_candidates(
     Returns:
         Which candidates are kept, (rows, candidates) bool; and the smallest value that is kept, (rows, 1).
     """
-    mass = xp.exp(best_first)
-    cumulative = xp.cumsum(mass, axis=-1)
-    indices = xp.arange(best_first.shape[-1])[None, :]
-    floors = column(xp, [math.log(s.min_p) if s.min_p > 0 else -math.inf for s in samplings])
-    max_tokens = column(xp, [min(s.top_k or _NO_TOP_K, _NO_TOP_K) for s in samplings], np.int32)
+    mass = np.exp(best_first)
+    cumulative = np.cumsum(mass, axis=-1)
+    indices = np.arange(best_first.shape[-1])[None, :]
+    floors = column([math.log(s.min_p) if s.min_p > 0 else -math.inf for s in samplings])
+    max_tokens = column([min(s.top_k or _NO_TOP_K, _NO_TOP_K) for s in samplings], np.int32)
     kept = (best_first >= floors) & (indices < max_tokens)
-    mass_kept = xp.max(xp.where(kept, cumulative, 0.0), axis=-1, keepdims=True)
-    shares = column(xp, [s.top_p for s in samplings])
-    total = xp.where(kept[:, -1:], total, mass_kept)
+    mass_kept = np.max(np.where(kept, cumulative, 0.0), axis=-1, keepdims=True)
+    shares = column([s.top_p for s in samplings])
+    total = np.where(kept[:, -1:], total, mass_kept)
     # top_p keeps a token while the ones before it have less than its share of the mass; the first is always kept.
     kept = kept & ((cumulative - mass < shares * total) | (shares >= 1.0) | (indices == 0))
-    num_kept = xp.sum(kept, axis=-1, keepdims=True)
-    return kept, xp.take_along_axis(best_first, num_kept - 1, axis=-1)
+    num_kept = np.sum(kept, axis=-1, keepdims=True)
+    return kept, np.take_along_axis(best_first, num_kept - 1, axis=-1)

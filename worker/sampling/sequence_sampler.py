@@ -1,11 +1,10 @@
 """The sampling state of one sequence: its parameters, its position, what a grammar or penalties need of its history.
 
-Created by `worker.mlx.generation`; `worker.sampling.sampler` samples a step of many. Independent of MLX.
+Created by `worker.mlx.generation`; `worker.sampling.sampler` samples a step of many on a CPU, `worker.mlx.sampling` on a GPU. Independent of MLX.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,12 +12,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from common.protocol import SamplingParams
-from worker.sampling.arrays import Array, FloatArray, IntArray
+from worker.sampling.arrays import FloatArray, IntArray
 
 _GREEDY_BELOW_TEMPERATURE = 1e-5
 """Below it, dividing by the temperature overflows float32; sampling is greedy then, which is the limit."""
 
 _MASK64 = (1 << 64) - 1
+
+SPLITMIX_INCREMENT = 0x9E3779B97F4A7C15
+SPLITMIX_FACTORS = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 class Matcher(Protocol):
@@ -54,9 +56,8 @@ class SequenceSampler:
         num_sampled: Tokens of the answer so far, other workers' included; the position of the next draw.
         counts: How often each token id is in the answer; kept only if a penalty needs it.
         matcher: Restricts the answer to a grammar; None: unrestricted.
-        wants_logprobs: Whether the log-probabilities of the tokens are reported.
-        logprobs: The adjusted log-probabilities, (vocab,) float32, of tokens that were sampled and not reported yet, oldest first;
-            only if grammar, biases or penalties changed them.
+        num_top_logprobs: How many of the most likely tokens are reported with each token; 0: only the token's own log-probability;
+            None: none at all.
         error: What the matcher raised; the sequence cannot continue.
         biases: Token ids and amounts of `logit_bias`, once they were needed.
         is_greedy: Whether the most likely token is chosen.
@@ -70,8 +71,7 @@ class SequenceSampler:
     num_sampled: int = 0
     counts: dict[int, int] = field(default_factory=dict)
     matcher: Matcher | None = None
-    wants_logprobs: bool = False
-    logprobs: deque[Array] = field(default_factory=deque)
+    num_top_logprobs: int | None = None
     error: Exception | None = None
     biases: tuple[IntArray, FloatArray] | None = None
 
@@ -97,15 +97,12 @@ class SequenceSampler:
 
     @property
     def is_adjusted(self) -> bool:
-        """Whether the next token's log-probabilities are changed; only if `has_adjustments`.
-
-        If they are reported they may cease to be changed, but not become so later: see `logprobs`.
-        """
+        """Whether the next token's log-probabilities are changed; only if `has_adjustments`."""
         return (
             self.is_penalized
             or bool(self.sampling.logit_bias)
             or self.bans_eos
-            or (self.matcher is not None and (self.wants_logprobs or not self.matcher.is_open))
+            or (self.matcher is not None and not self.matcher.is_open)
         )
 
     def observe(self, token_ids: Sequence[int]) -> None:
@@ -140,15 +137,22 @@ class SequenceSampler:
             adjustments.append((np.array(list(self.counts), np.int64), penalties))
         return adjustments
 
+    @property
+    def random_states(self) -> tuple[int, int]:
+        """States of two SplitMix64 generators (Steele, Lea and Flood, OOPSLA 2014) for the next draw: to choose the token, and to decide
+        whether XTC applies. Each position adds `SPLITMIX_INCREMENT`.
+        """
+        seed, increment = self.sampling.seed & _MASK64, (self.num_sampled + 1) * SPLITMIX_INCREMENT
+        return (seed + increment) & _MASK64, ((seed ^ 0x5851F42D4C957F2D) + increment) & _MASK64
+
     def draw_keys(self) -> tuple[int, int]:
         """64 random bits each for the next draw: to choose the token, and to decide whether XTC applies."""
-        seed, position = self.sampling.seed & _MASK64, self.num_sampled
-        return _mix(seed, position), _mix(seed ^ 0x5851F42D4C957F2D, position)
+        to_choose, to_exclude = self.random_states
+        return _mix(to_choose), _mix(to_exclude)
 
 
-def _mix(seed: int, position: int) -> int:
-    """64 random bits for one draw (SplitMix64; Steele, Lea and Flood, OOPSLA 2014)."""
-    z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & _MASK64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+def _mix(z: int) -> int:
+    """64 random bits from a state of SplitMix64."""
+    z = ((z ^ (z >> 30)) * SPLITMIX_FACTORS[0]) & _MASK64
+    z = ((z ^ (z >> 27)) * SPLITMIX_FACTORS[1]) & _MASK64
     return z ^ (z >> 31)

@@ -12,7 +12,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
 
 from common.protocol import SamplingParams
-from worker.mlx.batch import Batch
+from worker.mlx.batch import Batch, make_sampler
 from worker.mlx.decode import BatchSequence
 from worker.mlx.kv_slots import SlotKVCache
 from worker.sampling.sequence_sampler import SequenceSampler
@@ -88,7 +88,14 @@ def generate_alone(model: Any, token_ids: list[int], num_tokens: int, penalty: f
 
 
 def batch_of(model: Any, max_sequences: int) -> Batch:
-    return Batch(model, eos_token_ids=[], max_sequences=max_sequences, step_tokens=64, on_cpu=True)
+    return Batch(
+        model,
+        eos_token_ids=[],
+        max_sequences=max_sequences,
+        step_tokens=64,
+        sampler=make_sampler(VOCABULARY, on_device=False),
+        on_cpu=True,
+    )
 
 
 def sequence_of(name: int, token_ids: list[int], num_tokens: int, penalty: float = 0.0) -> BatchSequence:
@@ -195,7 +202,15 @@ def test_offered_caches(model: Any) -> None:
         mx.eval([cache.state for cache in caches])
         offered.setdefault(token_ids[0], []).append((token_ids, caches))
 
-    batch = Batch(model, eos_token_ids=[], max_sequences=4, step_tokens=64, on_cpu=True, offer_caches=offer)
+    batch = Batch(
+        model,
+        eos_token_ids=[],
+        max_sequences=4,
+        step_tokens=64,
+        sampler=make_sampler(VOCABULARY, on_device=False),
+        on_cpu=True,
+        offer_caches=offer,
+    )
     inserted = {number: sequence_of(number, prompt(number), 6) for number in (0, 1, 3)}
     for sequence in inserted.values():
         batch.insert(sequence)

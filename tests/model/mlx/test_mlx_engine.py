@@ -17,8 +17,8 @@ from common.settings import Settings
 from worker.loop.engine import SequenceFailure, StepToken
 from worker.mlx import caches as kv
 from worker.mlx import generation
-from worker.mlx.decode import guarded
 from worker.mlx.engine import MLXEngine
+from worker.mlx.sampling.host_sampler import guarded
 
 GREEDY = SamplingParams(temperature=0)
 QUESTION = "What is the capital of France?"

@@ -19,7 +19,17 @@ VOCAB = 40
 
 
 def sampler(xtc_special_token_ids: tuple[int, ...] = ()) -> BatchSampler:
-    return BatchSampler(np, async_eval=lambda _array: None, xtc_special_token_ids=xtc_special_token_ids)
+    return BatchSampler(xtc_special_token_ids=xtc_special_token_ids)
+
+
+def sample(batch: BatchSampler, rows: list[SequenceSampler], values: Any) -> list[int]:
+    """The tokens of one step, which the sequences observe, as in a batch."""
+    found, _ = batch.sample(rows, values)
+    token_ids = (values.argmax(axis=-1) if found is None else found).tolist()
+    for row, token_id in zip(rows, token_ids, strict=True):
+        if row.depends_on_history:
+            row.observe([token_id])
+    return token_ids
 
 
 def logprobs(seed: int, num_rows: int = 1, spread: float = 2.0, vocab: int = VOCAB) -> Any:
@@ -32,12 +42,7 @@ def drawn(
 ) -> list[int]:
     """The tokens that `num` positions of one sequence draw from the same log-probabilities."""
     row, batch = SequenceSampler(params), sampler(xtc_special_token_ids)
-    tokens = []
-    for _ in range(num):
-        token_ids = batch.sample([row], values)
-        assert token_ids is not None
-        tokens.append(int(token_ids[0]))
-    return tokens
+    return [sample(batch, [row], values)[0] for _ in range(num)]
 
 
 def allowed(params: SamplingParams, values: Any) -> set[int]:
@@ -161,7 +166,7 @@ def test_penalties_and_bias() -> None:
     """As in OpenAI's API, for sampled tokens only: presence once, frequency times the count, plus the bias; greedy sampling uses them too."""
     row = SequenceSampler(
         SamplingParams(temperature=0, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={3: 1.0}),
-        wants_logprobs=True,
+        num_top_logprobs=0,
     )
     row.observe([1, 1, 3])
     added: dict[int, float] = {}
@@ -170,12 +175,12 @@ def test_penalties_and_bias() -> None:
             added[token_id] = added.get(token_id, 0.0) + amount
     assert added == {1: -1.0, 3: 0.25}
     values = np.log(np.array([[0.1, 0.5, 0.2, 0.2]])).astype(np.float32)
-    token_ids = sampler().sample([row], values)
+    token_ids, reported = sampler().sample([row], values)
     adjusted = np.log([0.1, 0.5, 0.2, 0.2]) + np.array([0, -1.0, 0, 0.25])
     assert token_ids is not None
     assert int(token_ids[0]) == int(adjusted.argmax())
     expected = adjusted - math.log(np.exp(adjusted).sum())
-    assert row.logprobs[0] == pytest.approx(expected, abs=1e-5)
+    assert reported[0] == pytest.approx(expected, abs=1e-5)
 
 
 class Evens:
@@ -195,15 +200,13 @@ class Evens:
 
 
 def test_grammars() -> None:
-    """Only tokens that the matcher allows are drawn, and it receives each token before the next draw."""
+    """Only tokens that the matcher allows are drawn."""
     matcher = Evens()
     row = SequenceSampler(SamplingParams(temperature=1.5, seed=2), matcher=matcher)
     batch, tokens = sampler(), []
     for position in range(50):
-        token_ids = batch.sample([row], logprobs(position))
-        assert token_ids is not None
         assert matcher.seen == tokens
-        tokens.append(int(token_ids[0]))
+        tokens += sample(batch, [row], logprobs(position))
     assert len(set(tokens)) > 10
     assert row.error is None
 
@@ -228,11 +231,7 @@ def test_a_matcher_that_raises_fails_its_sequence_alone() -> None:
     batch = sampler()
     for position in range(3):
         values = logprobs(position, 2)
-        both = batch.sample(rows, values)
-        single = sampler().sample([alone], values[1:])
-        assert both is not None
-        assert single is not None
-        assert both[1] == single[0]
+        assert sample(batch, rows, values)[1:] == sample(sampler(), [alone], values[1:])
     assert isinstance(rows[0].error, ValueError)
     assert rows[1].error is None
 
@@ -256,11 +255,9 @@ def test_sequences_are_independent(kinds: list[int], seed: int) -> None:
     singles = [(SequenceSampler(_seeded(kind, seed + i)), sampler()) for i, kind in enumerate(kinds)]
     for step in range(4):
         values = logprobs(step, len(kinds))
-        together = batch.sample(rows, values)
+        together = sample(batch, rows, values)
         for i, (row, single) in enumerate(singles):
-            own = values[i].argmax() if together is None else together[i]
-            token_ids = single.sample([row], values[i : i + 1])
-            assert own == (values[i].argmax() if token_ids is None else token_ids[0])
+            assert sample(single, [row], values[i : i + 1]) == [together[i]]
 
 
 def _seeded(kind: int, seed: int) -> SamplingParams:
@@ -273,7 +270,7 @@ def test_apply_mask() -> None:
     """Values stay as they are if their bit is set; otherwise they become too small to be chosen, row by row."""
     words = np.array([[0b101, 1 << 31], [0, 0xFFFFFFFF]], np.uint32)
     values = np.arange(2 * 40, dtype=np.float32).reshape(2, 40)
-    masked = apply_mask(np, words, values)
+    masked = apply_mask(words, values)
     assert np.flatnonzero(masked[0] >= 0).tolist() == [0, 2]
     assert np.flatnonzero(masked[1] >= 0).tolist() == [*range(32, 40)]
     assert (masked[1, 32:] == values[1, 32:]).all()
@@ -285,7 +282,7 @@ EOS = (3, 35)
 
 
 def eos_sampler() -> BatchSampler:
-    return BatchSampler(np, async_eval=lambda _array: None, eos_token_ids=EOS)
+    return BatchSampler(eos_token_ids=EOS)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -294,13 +291,12 @@ def test_min_tokens_bans_the_end(temperature: float) -> None:
     values = np.full((1, VOCAB), -20.0, np.float32)
     values[0, list(EOS)] = (-0.1, -3.0)
     row, batch = SequenceSampler(SamplingParams(temperature=temperature, min_tokens=3, seed=5)), eos_sampler()
-    tokens = [int(batch.sample([row], values)[0]) for _ in range(3)]
+    tokens = [sample(batch, [row], values)[0] for _ in range(3)]
     assert not set(tokens) & set(EOS)
-    last = batch.sample([row], values)
-    assert last is None or int(last[0]) in EOS
+    last = sample(batch, [row], values)
+    assert last[0] in EOS
     continued = SequenceSampler(SamplingParams(temperature=temperature, min_tokens=3, seed=5), num_sampled=3)
-    again = eos_sampler().sample([continued], values)
-    assert (again is None) == (last is None)
+    assert sample(eos_sampler(), [continued], values) == last
 
 
 def test_min_tokens_leaves_other_sequences_alone() -> None:
@@ -308,12 +304,13 @@ def test_min_tokens_leaves_other_sequences_alone() -> None:
     values = np.full((2, VOCAB), -20.0, np.float32)
     values[:, EOS[0]] = 0.0
     values[:, 7] = -1.0
-    asking = SequenceSampler(SamplingParams(temperature=0, min_tokens=1), wants_logprobs=True)
-    other = SequenceSampler(SamplingParams(temperature=0), wants_logprobs=True)
-    assert eos_sampler().sample([asking, other], values).tolist() == [7, EOS[0]]
-    assert not other.logprobs
-    [reported] = asking.logprobs
-    assert reported[7] == pytest.approx(0.0, abs=1e-3)
+    asking = SequenceSampler(SamplingParams(temperature=0, min_tokens=1), num_top_logprobs=0)
+    other = SequenceSampler(SamplingParams(temperature=0), num_top_logprobs=0)
+    token_ids, reported = eos_sampler().sample([asking, other], values)
+    assert token_ids is not None
+    assert token_ids.tolist() == [7, EOS[0]]
+    assert list(reported) == [0]
+    assert reported[0][7] == pytest.approx(0.0, abs=1e-3)
 
 
 def test_min_tokens_with_a_grammar() -> None:
@@ -333,7 +330,7 @@ def test_min_tokens_with_a_grammar() -> None:
     values[0, EOS[0]] = 0.0
     params = SamplingParams(temperature=0, min_tokens=5)
     chosen = [
-        int(eos_sampler().sample([SequenceSampler(params, matcher=matcher)], values)[0])
+        sample(eos_sampler(), [SequenceSampler(params, matcher=matcher)], values)[0]
         for matcher in (EndOnly(), EndToo())
     ]
     assert chosen == [EOS[0], 8]
@@ -357,8 +354,8 @@ def test_an_open_matcher_costs_no_mask() -> None:
     matcher = Open()
     row, batch = SequenceSampler(SamplingParams(temperature=0), matcher=matcher), sampler()
     for seed in range(3):
-        batch.sample([row], logprobs(seed))
-    assert len(matcher.seen) == 2
+        sample(batch, [row], logprobs(seed))
+    assert len(matcher.seen) == 3
 
 
 def test_min_tokens_bans_stop_tokens_too() -> None:
@@ -369,7 +366,7 @@ def test_min_tokens_bans_stop_tokens_too() -> None:
         SamplingParams(temperature=0, min_tokens=1, stop_token_ids=[7], logit_bias={11: 0.0})
     )
     batch = eos_sampler()
-    assert [int(batch.sample([row], values)[0]) for _ in range(2)] == [9, 7]
+    assert [sample(batch, [row], values)[0] for _ in range(2)] == [9, 7]
 
 
 def test_a_grammar_with_stop_tokens() -> None:
@@ -384,4 +381,4 @@ def test_a_grammar_with_stop_tokens() -> None:
     values[0, 6] = 0.0
     row = SequenceSampler(SamplingParams(temperature=0, min_tokens=1, stop_token_ids=[6]), matcher=Two())
     batch = eos_sampler()
-    assert [int(batch.sample([row], values)[0]) for _ in range(2)] == [8, 6]
+    assert [sample(batch, [row], values)[0] for _ in range(2)] == [8, 6]

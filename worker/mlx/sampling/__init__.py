@@ -1,0 +1,1 @@
+"""How the next tokens are chosen and scored on the device that computes the model."""

@@ -1,0 +1,94 @@
+"""The tokens that a step has chosen, and how the host reads them: at most once, one step later.
+
+`HostSampler` and `DeviceSampler` return a `ChosenTokens`; `worker.mlx.decode` keeps it with the rows that its sequences have in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import mlx.core as mx
+
+from worker.sampling.scores import Score
+from worker.sampling.sequence_sampler import SequenceSampler
+
+
+class SampledToken(NamedTuple):
+    """A token as the host reads it.
+
+    Attributes:
+        score: None unless the sequence reports log-probabilities.
+    """
+
+    token_id: int
+    score: Score | None
+
+
+class ChosenTokens:
+    """The tokens of one step. They may still be in computation.
+
+    Attributes:
+        token_ids: (rows,) uint32.
+
+    Args:
+        read: Waits for the tokens and copies them to the host.
+    """
+
+    def __init__(self, token_ids: mx.array, read: Callable[[], list[SampledToken]]) -> None:
+        self.token_ids = token_ids
+        self._read: Callable[[], list[SampledToken]] | None = read
+        self._tokens: list[SampledToken] = []
+
+    def read(self) -> list[SampledToken]:
+        """The tokens by row; waits for them."""
+        if self._read is not None:
+            self._tokens, self._read = self._read(), None
+        return self._tokens
+
+
+class ChosenRow(NamedTuple):
+    """A sequence's token among those of a step."""
+
+    chosen: ChosenTokens
+    row: int
+
+
+class PreviousTokens:
+    """The input tokens of a step, as far as they are tokens of answers: they are read while the step is computed, by the sampler if it
+    depends on them, by `DecodeBatch.step` otherwise.
+
+    Args:
+        samplers: Of the step's sequences, in order.
+        rows: Where each sequence's token is; None: its input is the prompt's last token.
+    """
+
+    def __init__(self, samplers: Sequence[SequenceSampler], rows: Sequence[ChosenRow | None]) -> None:
+        self._samplers = samplers
+        self._rows = rows
+        self._tokens: list[SampledToken | None] | None = None
+
+    def read(self) -> list[SampledToken | None]:
+        """The tokens by index; waits for them. Samplers that depend on their history observe them, once."""
+        if self._tokens is None:
+            self._tokens = [None if each is None else each.chosen.read()[each.row] for each in self._rows]
+            for sampler, token in zip(self._samplers, self._tokens, strict=True):
+                if token is not None and sampler.depends_on_history:
+                    sampler.observe([token.token_id])
+        return self._tokens
+
+
+class StepSampler(Protocol):
+    """Chooses the tokens of a step from its logits."""
+
+    def choose(
+        self, sequences: Sequence[Any], inputs: mx.array, logits: mx.array, previous: PreviousTokens
+    ) -> ChosenTokens:
+        """Start choosing the next token of each sequence.
+
+        Args:
+            sequences: `worker.mlx.decode.BatchSequence`s, in the order of the rows.
+            inputs: The step's input tokens, (rows,) uint32.
+            logits: (rows, vocab), not evaluated.
+            previous: Read only if the choice depends on these tokens, after the computation of `logits` was started.
+        """
