@@ -7,12 +7,15 @@ character: a text that ends inside one ends before it. Bytes that are invalid wh
 from __future__ import annotations
 
 import codecs
-import copy
+from collections.abc import Callable
 from typing import Any, Protocol
 
 _SENTENCEPIECE_SPACE = "\u2581".encode()
 _MAX_INCOMPLETE_BYTES = 3
 """Of a character in UTF-8."""
+
+_MAX_WINDOW_TOKENS, _CONTEXT_TOKENS = 32, 8
+"""How many tokens are decoded at a time, and how many of them stay as the context of the next ones."""
 
 
 class Detokenizer(Protocol):
@@ -39,20 +42,24 @@ class TokenBytes:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._streaming = tokenizer.detokenizer
-        pieces = getattr(self._streaming, "tokenmap", None)
-        self.strips_first_space = bool(getattr(self._streaming, "trim_space", False))
+        pieces = getattr(tokenizer.detokenizer, "tokenmap", None)
+        self.strips_first_space = bool(getattr(tokenizer.detokenizer, "trim_space", False))
         self._table: list[bytes] | None = None
         if pieces:
             added = {i: str(token).encode() for i, token in tokenizer.added_tokens_decoder.items()}
             to_bytes = _sentencepiece_bytes if isinstance(pieces[0], bytes) else _byte_level_bytes
             self._table = [added[i] if i in added else to_bytes(piece) for i, piece in enumerate(pieces)]
+            self._num_tokens = len(self._table)
+        else:
+            self._num_tokens = 1 + max(tokenizer.get_vocab().values())
+            probe = tokenizer.encode("a ,b", add_special_tokens=False)
+            self._cleans_spaces = " ," not in tokenizer.decode(probe)
 
     def __getitem__(self, token_id: int) -> bytes:
-        if self._table is None:
-            return bytes(self._tokenizer.decode([token_id]).encode())
         # A model's vocabulary may be padded beyond its tokenizer's.
-        return self._table[token_id] if token_id < len(self._table) else b""
+        if token_id >= self._num_tokens:
+            return b""
+        return self._decode([token_id]).encode() if self._table is None else self._table[token_id]
 
     def new_detokenizer(self, *, after_template: bool) -> Detokenizer:
         """Create the detokenizer of one sequence.
@@ -62,8 +69,14 @@ class TokenBytes:
                 (sentencepiece's dummy prefix) drops it there, and keeps it after a plain prompt.
         """
         if self._table is None:
-            return _DecodingDetokenizer(self._streaming)
+            return _DecodingDetokenizer(self._decode, cleans_spaces=self._cleans_spaces)
         return _ByteDetokenizer(self, strip=self.strips_first_space and after_template)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        """The text of those that the tokenizer has: not every tokenizer ignores others."""
+        return str(
+            self._tokenizer.decode([token_id for token_id in token_ids if token_id < self._num_tokens])
+        )
 
 
 class _ByteDetokenizer:
@@ -93,26 +106,59 @@ class _ByteDetokenizer:
 
 
 class _DecodingDetokenizer:
-    """For every other vocabulary: mlx-lm's detokenizer, which decodes the current line again with each token."""
+    """For every other vocabulary: decodes a window of the last tokens again with each token.
 
-    def __init__(self, streaming: Any) -> None:
-        self._streaming = copy.copy(streaming)  # building one costs tens of ms; its state is reset
-        self._streaming.reset()
+    Args:
+        decode: Token ids to text.
+        cleans_spaces: Whether `decode` removes spaces before punctuation, so that a space at the end may still go.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], *, cleans_spaces: bool) -> None:
+        self._decode = decode
+        self._cleans_spaces = cleans_spaces
+        self._window: list[int] = []
+        self._text = ""  # of the window
+        self._num_released = 0  # characters of it
+        self._next_cut = _MAX_WINDOW_TOKENS
 
     @property
     def is_inside_character(self) -> bool:
-        return False  # mlx-lm's detokenizers do not expose it
+        return False  # U+FFFD at the end may be an incomplete character, or text
 
     def add(self, token_id: int) -> str:
-        self._streaming.add_token(token_id)
-        return str(self._streaming.last_segment)
+        self._window.append(token_id)
+        self._text = self._decode(self._window)
+        num_held = _num_incomplete(self._text)
+        if not num_held and self._cleans_spaces and self._text.endswith(" "):
+            num_held = 1
+        released = self._release(len(self._text) - num_held)
+        if len(self._window) >= self._next_cut:
+            self._shorten()
+        return released
 
     def flush(self) -> str:
-        self._streaming.finalize()
-        held = str(self._streaming.last_segment)
-        # mlx-lm holds a text that ends with U+FFFD: one per byte of an incomplete character, or one for all of them.
-        num_incomplete = min(_MAX_INCOMPLETE_BYTES, len(held) - len(held.rstrip("\ufffd")))
-        return held[: len(held) - num_incomplete]
+        return self._release(len(self._text) - _num_incomplete(self._text))
+
+    def _release(self, end: int) -> str:
+        released = self._text[self._num_released : end]
+        self._num_released = max(self._num_released, end)
+        return released
+
+    def _shorten(self) -> None:
+        """Forget all but the last tokens, unless they mean something else without those before them."""
+        window = self._window[-_CONTEXT_TOKENS:]
+        text = self._decode(window)
+        num_held = len(self._text) - self._num_released
+        if not self._text.endswith(text) or len(text) < num_held:
+            self._next_cut = len(self._window) + _CONTEXT_TOKENS
+            return
+        self._window, self._text, self._num_released = window, text, len(text) - num_held
+        self._next_cut = _MAX_WINDOW_TOKENS
+
+
+def _num_incomplete(text: str) -> int:
+    """How many characters at the end of a decoded text may be an incomplete character: U+FFFD, one for each byte or one for all."""
+    return min(_MAX_INCOMPLETE_BYTES, len(text) - len(text.rstrip("\ufffd")))
 
 
 def _byte_level_alphabet() -> dict[str, int]:
