@@ -195,8 +195,8 @@ def all_contenders(arguments: argparse.Namespace) -> Iterator[tuple[list[Contend
         yield contenders, placement
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Compare all contenders and print a table; the exit status."""
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command's arguments."""
     parser = argparse.ArgumentParser(prog="python -m bench.contest", description=__doc__)
     parser.add_argument("--model", default="demo", help="'demo' or a folder")
     parser.add_argument("--streams", type=int, nargs="+", default=list(NUM_STREAMS), metavar="N")
@@ -229,9 +229,16 @@ def main(argv: list[str] | None = None) -> int:
         "--patience", type=float, default=60.0, metavar="SECONDS", help="how long to wait for a quiet machine"
     )
     arguments = parser.parse_args(argv)
+    arguments.mix = arguments.mix or [mixes.SAMPLING]
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compare all contenders and print a table for each mix; the exit status."""
+    arguments = parse_arguments(argv)
     found: list[Summary] = []
     with all_contenders(arguments) as (contenders, placement):
-        for mix in arguments.mix or [mixes.SAMPLING]:
+        for mix in arguments.mix:
             say(f"\n{conditions(mix, arguments)}, {arguments.rounds} rounds\n")
             table = Table(COLUMNS)
             for num_streams in arguments.streams:

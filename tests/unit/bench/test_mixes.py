@@ -58,6 +58,19 @@ def test_every_combination_has_log_probabilities() -> None:
     assert named >= {"response_format", "logit_bias", "frequency_penalty", "echo", "seed", "top_p"}
 
 
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        ([], ["greedy"]),
+        (["--mix", "--streams", "8"], ["sampling"]),
+        (["--mix", "greedy", "logprobs"], ["greedy", "logprobs"]),
+    ],
+)
+def test_the_option(argv: list[str], expected: list[str]) -> None:
+    """Without a name it is the mix that the results of earlier versions are of."""
+    assert rounds.parse_arguments(argv).mix == expected
+
+
 def test_streams_take_turns() -> None:
     """The default of `--mix` has one plain stream in five."""
     assert [not kind.fields for kind in mixes.kinds(mixes.SAMPLING, 6)] == [True, *4 * [False], True]
