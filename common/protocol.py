@@ -179,7 +179,7 @@ class GenerationJob(msgspec.Struct, frozen=True, kw_only=True):
     includes_stop: bool = False
 
 
-class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A token with its log-probability.
 
     Attributes:
@@ -248,7 +248,7 @@ class ToolArguments(msgspec.Struct, frozen=True, array_like=True, tag="a"):
 Piece = Reasoning | ToolCall | ToolArguments
 
 
-class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
+class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d", gc=False):
     """One generated token.
 
     Attributes:

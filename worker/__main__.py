@@ -79,13 +79,22 @@ def run(flags: WorkerFlags, make_engine: Callable[[Settings], Engine], argv: lis
         logging.configure(settings.log_level)
         connection = connections.connect(settings.redis_url)
         connections.check(connection)
-        worker = BatchWorker(settings, connection, settings.model_id, lambda: make_engine(settings))
+        worker = BatchWorker(
+            settings, connection, settings.model_id, lambda: _make_engine(settings, make_engine)
+        )
         return 0 if worker.work() else 1
     except StartupError as error:
         sys.stderr.write(f"mlx-pool worker: {error}\n")
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _make_engine(settings: Settings, make_engine: Callable[[Settings], Engine]) -> Engine:
+    engine = make_engine(settings)
+    garbage.freeze_loaded_objects()
+    garbage.collect_rarely()
+    return engine
 
 
 def _load_engine(settings: Settings) -> Engine:
@@ -95,9 +104,7 @@ def _load_engine(settings: Settings) -> Engine:
         from worker.mlx.engine import MLXEngine
     except ImportError as error:
         raise StartupError(f"MLX cannot be imported ({error}); `make install` installs it") from None
-    engine = MLXEngine(settings, folder)
-    garbage.freeze_loaded_objects()
-    return engine
+    return MLXEngine(settings, folder)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -38,7 +38,7 @@ class InsertResult:
     parser: AnswerParser | None = None
 
 
-class StepToken(msgspec.Struct, frozen=True):  # a dataclass would cost a microsecond more per token
+class StepToken(msgspec.Struct, frozen=True, gc=False):  # a dataclass would cost a microsecond more per token
     """One generated token of one job.
 
     Attributes:

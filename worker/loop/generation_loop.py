@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 from common.errors import RequestError
 from common.protocol import Event, Failed, Finished, GenerationJob, encode
 from worker.loop.admission import Admission
-from worker.loop.engine import Engine, InsertResult, PromptEcho, SequenceFailure, StepEvent
+from worker.loop.engine import Engine, InsertResult, PromptEcho, StepEvent, StepToken
 from worker.loop.journal import AppendResult, Journal, JournalEntry
 from worker.loop.messages import Abort, AbortReason, Admit, JobEnd, Message, Outcome, Shutdown
 from worker.loop.progress import Progress
@@ -217,7 +217,7 @@ class GenerationLoop:
             log.error("job %s: the engine failed to accept it", message.job.job_id, exc_info=error)
             error = RequestError("The model could not take this request.", status=500, type="server_error")
         failed = failed_event(message.last_n + 1, error)
-        self._unsent_entries.append(self._make_entry(message.job, message.execution_id, failed))
+        self._append_terminal(message.job, message.execution_id, failed)
         self._unsent_job_ends.append(JobEnd(message.job.job_id, message.execution_id, Outcome.FAILED, failed))
 
     def _abort(self, message: Abort) -> None:
@@ -297,17 +297,21 @@ class GenerationLoop:
         sequence = self._running.get(event.job_id)
         if sequence is None:  # it ended earlier in this step
             return
-        if isinstance(event, SequenceFailure):
-            log.error("job %s failed", event.job_id, exc_info=event.error)
-            self._end(sequence, Outcome.FAILED, sequence.make_failed(_SEQUENCE_FAILED))
-            return
-        if isinstance(event, PromptEcho):
+        if isinstance(event, StepToken):
+            self._handle_token(sequence, event)
+        elif isinstance(event, PromptEcho):
             self._append(sequence, sequence.make_echo(event))
             self._end_if_complete(sequence)
-            return
+        else:
+            log.error("job %s failed", event.job_id, exc_info=event.error)
+            self._end(sequence, Outcome.FAILED, sequence.make_failed(_SEQUENCE_FAILED))
+
+    def _handle_token(self, sequence: Sequence, token: StepToken) -> None:
+        # Runs for each token on the thread that launches the device's work: next to a GPU it never waits for the device.
         self.num_tokens += 1
-        self._admission.clear_poison_candidate(event.job_id)
-        delta, reason = sequence.make_delta(event)
+        if self._admission.poison_candidate is not None:
+            self._admission.clear_poison_candidate(token.job_id)
+        delta, reason = sequence.make_delta(token)
         self._append(sequence, delta)
         if reason is not None:
             weight = _MEAN_TOKENS_WEIGHT if self.mean_tokens else 1.0
@@ -326,20 +330,19 @@ class GenerationLoop:
                 self._engine.remove(job_id)
             self._admission.clear_poison_candidate(job_id)
         if terminal is not None:
-            self._append(sequence, terminal)
+            self._append_terminal(sequence.job, sequence.execution_id, terminal)
         self._unsent_job_ends.append(JobEnd(job_id, sequence.execution_id, outcome, terminal, sequence))
 
     def _append(self, sequence: Sequence, event: Event) -> None:
-        self._unsent_entries.append(self._make_entry(sequence.job, sequence.execution_id, event))
+        job = sequence.job
+        self._append_entry(job, sequence.execution_id, event, self._live_ttl_seconds if event.n == 1 else 0)
 
-    def _make_entry(self, job: GenerationJob, execution_id: str, event: Event) -> JournalEntry:
-        ttl_seconds = 0
-        if isinstance(event, Finished | Failed):
-            ttl_seconds = job.final_ttl_seconds or self._final_ttl_seconds
-        elif event.n == 1:
-            ttl_seconds = self._live_ttl_seconds
-        return JournalEntry(
-            job.channel, job.job_id, execution_id, event.n, encode(event).decode(), ttl_seconds
+    def _append_terminal(self, job: GenerationJob, execution_id: str, terminal: Finished | Failed) -> None:
+        self._append_entry(job, execution_id, terminal, job.final_ttl_seconds or self._final_ttl_seconds)
+
+    def _append_entry(self, job: GenerationJob, execution_id: str, event: Event, ttl_seconds: int) -> None:
+        self._unsent_entries.append(
+            JournalEntry(job.channel, job.job_id, execution_id, event.n, encode(event).decode(), ttl_seconds)
         )
 
     def _flush(self) -> None:

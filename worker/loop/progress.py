@@ -7,9 +7,8 @@ messages or for Redis, is not recorded. Independent of MLX, RQ and Redis.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Self
 
 
 class Work(NamedTuple):
@@ -38,11 +37,13 @@ class Progress:
         self.work: Work | None = None
         self._clock = clock
 
-    @contextmanager
-    def on(self, what: str, job_id: str = "") -> Iterator[None]:
+    def on(self, what: str, job_id: str = "") -> Self:
         """Record the work that the `with` block does. Not nested."""
         self.work = Work(what, self._clock(), job_id)
-        try:
-            yield
-        finally:
-            self.work = None
+        return self
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.work = None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from common.protocol import Delta, Failed, Finished, Started, Usage, decode_event
+from common.protocol import Delta, Failed, Finished, Started, Usage, decode_event, encode
 from tests.unit.worker.loop.scripted import LoopHarness, admit, refusal
+from worker.loop.journal import JournalEntry
 from worker.loop.messages import Abort, AbortReason, Outcome
 
 
@@ -60,7 +61,7 @@ def test_started_is_journaled_once_over_takeovers(written: list[Started | Delta]
     """The next worker only publishes its own, also after an older one that wrote none, and continues with the next token."""
     harness = LoopHarness()
     harness.journal.entries["a"] = [
-        harness.loop._make_entry(admit("a").job, "old", event) for event in written
+        JournalEntry("c", "a", "old", event.n, encode(event).decode()) for event in written
     ]
     harness.run(admit("a", journal=list(written), journals_started=True))
     harness.run_until(lambda: bool(harness.job_ends))
