@@ -154,8 +154,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     max_batch: Annotated[int, _about("requests that a worker decodes together", ge=1, le=1024)] = 32
     prefill_step_tokens: Annotated[
-        int, _about("maximum number of prompt tokens prefilled between two decode steps", ge=16)
-    ] = 2048
+        Annotated[int, Meta(ge=16)] | None,
+        _about(
+            "maximum number of prompt tokens prefilled between two decode steps; unset: 2048, or what a GPU prefills fastest"
+        ),
+    ] = None
 
     memory_limit_gb: Annotated[
         Annotated[float, Meta(gt=0)] | None,

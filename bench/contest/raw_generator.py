@@ -109,7 +109,7 @@ def _generate(loaded: mlx_model.LoadedModel, settings: Settings, request: Round)
         stop_tokens=[[token_id] for token_id in loaded.tokenizer.eos_token_ids],
         completion_batch_size=settings.max_batch,
         prefill_batch_size=min(settings.max_batch, 8),
-        prefill_step_size=settings.prefill_step_tokens,
+        prefill_step_size=settings.prefill_step_tokens or 2048,
         stream=mx.default_stream(mx.default_device()),
     )
     generator.close()  # so that no memory stays wired, as in a worker

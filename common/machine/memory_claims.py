@@ -72,9 +72,14 @@ class Machine(msgspec.Struct, frozen=True):
     limit_bytes: int
 
 
+def working_bytes(limit_bytes: float) -> float:
+    """What a step may take in addition to weights and caches, in a worker that may use `limit_bytes`."""
+    return max(WORKING_BYTES, WORKING_SHARE * limit_bytes)
+
+
 def room_bytes(limit_bytes: float, weight_bytes: int) -> float:
     """The room for caches in a worker that may use `limit_bytes`; below 0 if that is too little for its weights."""
-    return limit_bytes - weight_bytes - max(WORKING_BYTES, WORKING_SHARE * limit_bytes)
+    return limit_bytes - weight_bytes - working_bytes(limit_bytes)
 
 
 def needed_bytes(weight_bytes: int, cache_bytes: int) -> int:

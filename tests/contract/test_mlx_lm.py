@@ -119,7 +119,7 @@ def test_merge_of_empty_caches() -> None:
 def test_right_padding_moves_to_the_left() -> None:
     """Prompts of different lengths are prefilled with padding on the right, which `finalize` turns into padding on the left.
 
-    Otherwise padding would be attended to, or part of the prompt would not. Open worker/mlx/prefill.py.
+    Otherwise padding would be attended to, or part of the prompt would not. Open worker/mlx/prefill/prompts.py.
     """
     batch = cache.KVCache.merge([cache.KVCache(), cache.KVCache()])
     batch.prepare(lengths=[3, 1], right_padding=[0, 2])

@@ -1,6 +1,6 @@
 """Continuous batching: which sequences wait, prefill and decode, and what the next step does for each.
 
-Created and called by `worker.mlx.engine`, on one thread. Decides when to prefill and how much; `PromptBatch` and `DecodeBatch`
+Created and called by `worker.mlx.engine`, on one thread. Decides when to prefill and how much; `PromptBatches` and `DecodeBatch`
 compute. Built on mlx-lm's models and caches, not on its `BatchGenerator`; independent of jobs, text and cached prefixes.
 """
 
@@ -8,21 +8,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
 from worker.mlx import caches as kv
 from worker.mlx.backends.cpu_ops import FusedCpuOps
 from worker.mlx.backends.cuda_attention import PaddedAttention, cuda_kernel
+from worker.mlx.backends.prompt_attention import PromptAttention
 from worker.mlx.decode import BatchSequence, BatchToken, DecodeBatch
-from worker.mlx.prefill import PrefillBudget, PromptBatch, merge_own_caches
+from worker.mlx.prefill.budget import INITIAL_TOKENS, PrefillBudget
+from worker.mlx.prefill.prompts import MAX_FREE_BYTES, PromptBatches, merge_own_caches
 from worker.mlx.sampling.chosen import StepSampler
 from worker.mlx.sampling.device_sampler import DeviceSampler
 from worker.mlx.sampling.host_sampler import HostSampler
 from worker.sampling.sampler import BatchSampler
 
-OfferCaches = Callable[[list[int], Callable[[], kv.Caches]], None]
-"""Offers a sequence's caches to the prefix cache: its token ids, and a function that extracts the caches from the batch's, at a cost."""
+OfferCaches = Callable[[Sequence[kv.CacheOffer]], None]
+"""Offers the caches of sequences to the prefix cache."""
 
 _STEPS_PER_CACHE_CLEAR = 512
 
@@ -36,9 +41,11 @@ class Batch:
     Args:
         max_sequences: How many are in the batch at most; 1 for a model whose caches cannot batch.
         step_tokens: Prompt tokens to prefill between two decode steps, at most.
+        first_step_tokens: The same until a prefill has been observed.
         sampler: Chooses the tokens; see `make_sampler`.
         on_cpu: Whether MLX computes on a CPU.
-        offer_caches: Called for each prompt when it is prefilled, and for each sequence when it is finished.
+        offer_caches: Called with prompts when they are prefilled, and with sequences when they are finished.
+        working_bytes: The memory that a step may take in addition to weights and caches.
     """
 
     def __init__(
@@ -48,22 +55,30 @@ class Batch:
         eos_token_ids: Sequence[int],
         max_sequences: int,
         step_tokens: int,
+        first_step_tokens: int = INITIAL_TOKENS,
         sampler: StepSampler,
         on_cpu: bool,
-        offer_caches: OfferCaches = lambda _token_ids, _extract: None,
+        offer_caches: OfferCaches = lambda _offers: None,
+        working_bytes: float = MAX_FREE_BYTES,
     ) -> None:
-        self._model = model
+        self._model: Any = model
         self._offer_caches = offer_caches
-        self._budget = PrefillBudget(step_tokens)
+        self._budget = PrefillBudget(step_tokens, first_step_tokens)
         self._waiting: list[BatchSequence] = []
-        self._prompts = PromptBatch(model)
+        on_cuda = not on_cpu and mx.cuda.is_available()
+        self._prompt_attention = PromptAttention(working_bytes) if on_cuda else None
+        self._prompts = PromptBatches(
+            model,
+            self._prompt_attention,
+            MAX_FREE_BYTES if on_cpu else max(MAX_FREE_BYTES, working_bytes),
+        )
         self.decoding = DecodeBatch(
             model,
             sampler,
             eos_token_ids=eos_token_ids,
             max_sequences=max_sequences,
             offer=self._offer,
-            attention=PaddedAttention(cuda_kernel()) if not on_cpu and mx.cuda.is_available() else None,
+            attention=PaddedAttention(cuda_kernel()) if on_cuda else None,
             fused_ops=FusedCpuOps() if on_cpu else None,
         )
         self._num_steps = 0
@@ -79,7 +94,7 @@ class Batch:
 
     @property
     def copy_tokens(self) -> int:
-        """See `worker.mlx.prefill.PrefillBudget`."""
+        """See `worker.mlx.prefill.budget.PrefillBudget`."""
         return self._budget.copy_tokens
 
     @property
@@ -91,6 +106,18 @@ class Batch:
     def prefilling(self) -> list[BatchSequence]:
         """The sequences whose prompts are not completely prefilled, including those that have not begun."""
         return [*self._prompts.sequences, *self._waiting]
+
+    def set_step_tokens(self, step_tokens: int) -> None:
+        """Change how many prompt tokens are prefilled between two decode steps, at most."""
+        self._budget.set_max_tokens(step_tokens)
+
+    def prefill_alone(self, token_ids: list[int]) -> kv.Caches:
+        """Prefill tokens that belong to no sequence, as a test; returns their caches."""
+        caches = kv.merge([kv.new(self._model)])
+        with self._prompt_attention or nullcontext():
+            self._model(mx.array([token_ids]), cache=caches)
+        mx.eval(kv.states(caches))
+        return caches
 
     def insert(self, sequence: BatchSequence) -> None:
         """Add a sequence; there may be `max_sequences` at most."""
@@ -135,21 +162,26 @@ class Batch:
         num_tokens = self._prompts.prefill(plan.num_tokens)
         self._budget.observe(num_tokens, time.perf_counter() - began)
         self._prefilled_mono = time.monotonic()
-        prefilled, caches = self._prompts.take_prefilled()
-        if prefilled:
+        for prefilled, caches in self._prompts.take_prefilled():
             self._join(prefilled, caches)
 
     def _join(self, sequences: list[BatchSequence], caches: kv.Caches) -> None:
         first = len(self.decoding.sequences)
         self.decoding.join(sequences, caches)
-        for index in range(first, first + len(sequences)):
-            self._offer(index)
+        self._offer(range(first, first + len(sequences)))
 
-    def _offer(self, index: int) -> None:
+    def _offer(self, indices: Sequence[int]) -> None:
         caches = self.decoding.caches
         if kv.can_extract(caches):
-            sequence = self.decoding.sequences[index]
-            self._offer_caches(sequence.token_ids[: sequence.num_cached], lambda: kv.extract(caches, index))
+            each = [(index, self.decoding.sequences[index]) for index in indices]
+            self._offer_caches(
+                [
+                    kv.CacheOffer(
+                        sequence.token_ids[: sequence.num_cached], partial(kv.extract, caches, index)
+                    )
+                    for index, sequence in each
+                ]
+            )
 
 
 def make_sampler(

@@ -5,7 +5,7 @@ kind of cache of mlx-lm, open this file first.
 
 | mlx-lm's cache of a sequence | in a batch | newcomers | cached prefix serves |
 | --- | --- | --- | --- |
-| `KVCache`: every token | `BatchKVCache` while it prefills, then `SlotKVCache` | join between two steps | any shorter prefix |
+| `KVCache`: every token | `PromptKVCache` while it prefills, then `SlotKVCache` | join between two steps | any shorter prefix |
 | `RotatingKVCache`: the last tokens | `BatchRotatingKVCache` | after a step of their own | until the window is full, any |
 | `ArraysCache`: a state (Mamba, convolutions) | `ArraysCache` | after a step of their own | exactly this prefix |
 | `CacheList`: several for a layer | `CacheList` of the above | after a step of their own | what all of them serve |
@@ -15,18 +15,34 @@ kind of cache of mlx-lm, open this file first.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
+from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
 from worker.mlx.backends.cuda_attention import PaddedAttention
 from worker.mlx.kv_slots import SlotKVCache
 from worker.mlx.memory import CacheCost
+from worker.mlx.prefill.prompt_cache import PromptKVCache
 
 Caches = list[Any]
 """One per layer: of one sequence, or of all sequences of a batch."""
+
+
+class CacheOffer(NamedTuple):
+    """A sequence whose caches may be kept as a prefix.
+
+    Attributes:
+        token_ids: The tokens in the caches.
+        extract: Returns them, extracted from a batch's and not evaluated yet.
+    """
+
+    token_ids: list[int]
+    extract: Callable[[], Caches]
+
+
+_EVERY_TOKEN = (BatchKVCache, PromptKVCache)
 
 
 def new(model: Any) -> Caches:
@@ -53,7 +69,10 @@ def merge(sequences: Sequence[Caches]) -> Caches:
     if not _can_merge(sequences[0]):
         (own,) = sequences
         return own
-    return [layer[0].merge(layer) for layer in zip(*sequences, strict=True)]
+    return [
+        PromptKVCache.merge(layer) if type(layer[0]) is KVCache else layer[0].merge(layer)
+        for layer in zip(*sequences, strict=True)
+    ]
 
 
 def extend(caches: Caches, newcomers: Caches) -> None:
@@ -83,13 +102,13 @@ def extract(caches: Caches, index: int) -> Caches:
 
 def keep_every_token(caches: Caches) -> bool:
     """Whether all layers do: then sequences can join others at any time, even with no token in their caches."""
-    return all(type(cache) is BatchKVCache for cache in caches)
+    return all(type(cache) in _EVERY_TOKEN for cache in caches)
 
 
 def with_slots(caches: Caches, max_sequences: int, attention: PaddedAttention | None) -> Caches:
     """A batch's caches with slots in the layers that keep every token; see `worker.mlx.kv_slots`."""
     return [
-        SlotKVCache(cache, max_sequences, attention) if type(cache) is BatchKVCache else cache
+        SlotKVCache(cache, max_sequences, attention) if type(cache) in _EVERY_TOKEN else cache
         for cache in caches
     ]
 

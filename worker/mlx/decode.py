@@ -81,7 +81,7 @@ class DecodeBatch:
     """See the module.
 
     Args:
-        offer: Called with a sequence's index when it is finished and its caches are still in the batch.
+        offer: Called with the indices of sequences that are finished, while their caches are still in the batch.
         attention: Computes the attention of padded sequences on CUDA; None: MLX does.
         fused_ops: For MLX's CPU back-end; None elsewhere.
     """
@@ -93,7 +93,7 @@ class DecodeBatch:
         *,
         eos_token_ids: Sequence[int],
         max_sequences: int,
-        offer: Callable[[int], None],
+        offer: Callable[[Sequence[int]], None],
         attention: PaddedAttention | None = None,
         fused_ops: FusedCpuOps | None = None,
     ) -> None:
@@ -148,6 +148,7 @@ class DecodeBatch:
         chosen = self._compute(self.sequences, self.caches, self._inputs, previous)
         self._inputs, self._chosen = chosen.token_ids, _rows(chosen, len(self.sequences))
         tokens: list[BatchToken] = []
+        finished: list[int] = []
         unfinished: list[int] = []
         for index, (sequence, token) in enumerate(zip(self.sequences, previous.read(), strict=True)):
             sequence.num_cached += 1
@@ -157,11 +158,9 @@ class DecodeBatch:
                 sequence.num_generated += 1
                 reason = self._finish_reason(sequence, token.token_id)
                 tokens.append(BatchToken(sequence.job_id, token.token_id, token.score, reason))
-            if reason is None:
-                unfinished.append(index)
-            else:
-                self._offer(index)
-        if len(unfinished) < len(self.sequences):
+            (unfinished if reason is None else finished).append(index)
+        if finished:
+            self._offer(finished)
             self._keep(unfinished)
         return tokens
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.machine import memory_claims
 from common.protocol import GenerationJob
 from worker.loop.engine import (
     InsertResult,
@@ -28,6 +29,7 @@ from worker.mlx.decode import BatchToken
 from worker.mlx.generation import Generation, GenerationBuilder
 from worker.mlx.memory import CacheMemory, cache_memory, expected_tokens
 from worker.mlx.memory_share import MemoryShare
+from worker.mlx.prefill.step_size import StepSize, measured
 from worker.mlx.prefixes.prefix_cache import CachedPrefix, PrefixCache, should_wait_for
 from worker.mlx.scoring import LogprobReport, PromptScoring
 from worker.mlx.warm_up import warm_up
@@ -74,8 +76,11 @@ class MLXEngine:
             self._tokenizer, self._token_bytes, self._info, loaded.template_arguments
         )
         self._info = replace(self._info, can_reason=self._builder.can_reason)
+        self._step_size = StepSize()
         self._start_empty()
         warm_up(self, on_gpu=mlx_model.has_gpu())
+        if mlx_model.has_gpu() and settings.prefill_step_tokens is None:
+            self._step_size = measured(self._prefill_dummy, context_length, self._working_bytes)
         self._start_empty()  # the slow first steps must not influence the prefill budget
 
     def _start_empty(self) -> None:
@@ -89,7 +94,8 @@ class MLXEngine:
             self._model,
             eos_token_ids=self._eos_token_ids,
             max_sequences=self._info.max_batch,
-            step_tokens=self._settings.prefill_step_tokens,
+            step_tokens=self._step_tokens,
+            first_step_tokens=self._step_size.first_tokens,
             sampler=make_sampler(
                 self._info.vocab_size,
                 xtc_special_token_ids=[
@@ -102,7 +108,19 @@ class MLXEngine:
             ),
             on_cpu=not mlx_model.has_gpu(),
             offer_caches=self._prefixes.offer,
+            working_bytes=self._working_bytes,
         )
+
+    @property
+    def _working_bytes(self) -> float:
+        return memory_claims.working_bytes(self._limit_bytes)
+
+    @property
+    def _step_tokens(self) -> int:
+        return self._settings.prefill_step_tokens or self._step_size.within(self._working_bytes)
+
+    def _prefill_dummy(self, num_tokens: int) -> kv.Caches:
+        return self._batch.prefill_alone([i % self._info.vocab_size for i in range(num_tokens)])
 
     @property
     def info(self) -> ModelInfo:
@@ -129,6 +147,7 @@ class MLXEngine:
             log.info("this worker may now use %.1f GB of memory", limit_bytes / 2**30)
             self._limit_bytes = limit_bytes
             self._memory = self._memory.with_limit(limit_bytes)
+            self._batch.set_step_tokens(self._step_tokens)
             self._make_room()
 
     def has_room(self, job: GenerationJob, num_prompt_tokens: int, num_answer_tokens: int) -> bool:

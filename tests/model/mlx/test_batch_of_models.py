@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -13,6 +14,7 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from common.protocol import SamplingParams
 from worker.mlx.batch import Batch, make_sampler
+from worker.mlx.caches import CacheOffer
 from worker.mlx.decode import BatchSequence
 from worker.mlx.kv_slots import SlotKVCache
 from worker.sampling.sequence_sampler import SequenceSampler
@@ -197,10 +199,11 @@ def test_offered_caches(model: Any) -> None:
     """A prompt's when it is prefilled and a sequence's when it is finished, extracted from the batch: generation from them continues as the batch did."""
     offered: dict[int, list[tuple[list[int], Any]]] = {}
 
-    def offer(token_ids: list[int], extract: Any) -> None:
-        caches = extract()
-        mx.eval([cache.state for cache in caches])
-        offered.setdefault(token_ids[0], []).append((token_ids, caches))
+    def offer(offers: Sequence[CacheOffer]) -> None:
+        for token_ids, extract in offers:
+            caches = extract()
+            mx.eval([cache.state for cache in caches])
+            offered.setdefault(token_ids[0], []).append((token_ids, caches))
 
     batch = Batch(
         model,

@@ -7,11 +7,11 @@ what is kept, how a sequence gets its own caches from it, and which sequences wa
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
-from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import KVCache, can_trim_prompt_cache, trim_prompt_cache
 
 from worker.mlx import caches as kv
 from worker.mlx.prefixes.prefix_index import PrefixIndex, num_common
@@ -69,30 +69,32 @@ class PrefixCache:
         nearest = self._index.nearest(token_ids[:-1])
         if nearest is None or nearest.num_shared < self.min_tokens:
             return CachedPrefix(None, 0)
-        # New objects that share the arrays: the kept caches do not change.
-        caches = copy.deepcopy(nearest.entry.value)
+        caches = _copied(nearest.entry.value)
         if num_after := len(nearest.entry.token_ids) - nearest.num_shared:
             trim_prompt_cache(caches, num_after)
         return CachedPrefix(caches, nearest.num_shared)
 
-    def offer(self, token_ids: list[int], extract: Callable[[], kv.Caches]) -> None:
-        """Keep a sequence's caches if that is worth it.
-
-        Args:
-            token_ids: The tokens in the caches.
-            extract: Returns them, extracted from a batch's and not evaluated yet.
-        """
-        if not self.is_enabled or len(token_ids) < self.min_tokens:
+    def offer(self, offers: Sequence[kv.CacheOffer]) -> None:
+        """Keep the caches of sequences if that is worth it."""
+        if not self.is_enabled:
             return
-        caches = extract()
+        kept = [(each.token_ids, each.extract()) for each in offers if len(each.token_ids) >= self.min_tokens]
         # Until they are evaluated, they keep all of the batch's arrays alive. Nothing waits for the evaluation.
-        mx.async_eval(kv.states(caches))
-        is_divisible = can_trim_prompt_cache(caches)
-        self._index.add(token_ids, caches, kv.num_bytes(caches), is_divisible=is_divisible)
+        mx.async_eval([kv.states(caches) for _, caches in kept])
+        for token_ids, caches in kept:
+            is_divisible = can_trim_prompt_cache(caches)
+            self._index.add(token_ids, caches, kv.num_bytes(caches), is_divisible=is_divisible)
 
     def shrink_to(self, num_bytes: float) -> None:
         """Make room for sequences: the least recently used caches are evicted."""
         self._index.shrink_to(int(num_bytes))
+
+
+def _copied(caches: kv.Caches) -> kv.Caches:
+    """New objects that share the arrays: kept caches do not change."""
+    if all(type(cache) is KVCache for cache in caches):
+        return [copy.copy(cache) for cache in caches]  # their arrays are merged into others, never written
+    return copy.deepcopy(caches)
 
 
 def should_wait_for(

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.settings import Settings
-from worker.mlx.prefill import (
+from worker.mlx.prefill.budget import (
     MAX_IN_PIECES,
     MAX_PROMPTS,
     MIN_TOKENS,

@@ -1,4 +1,4 @@
-"""Prefill: how much to prefill between two decode steps (`PrefillBudget`), and the batch of prompts (`PromptBatch`).
+"""How much to prefill between two decode steps, and of which prompts. Pure arithmetic.
 
 Called by `worker.mlx.batch` after each decode step. A GPU prefills thousands of tokens in the time in which a CPU prefills a
 hundred, and the next decode step has to wait, so the budget adapts to how long prefilling takes.
@@ -6,13 +6,7 @@ hundred, and the next decode step has to wait, so the budget adapts to how long 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-import mlx.core as mx
-
-from worker.mlx import caches as kv
-from worker.mlx.decode import BatchSequence
+from typing import NamedTuple
 
 TARGET_SECONDS = 1.0
 """How long a prefill of complete prompts may delay decoding sequences, and those that join or leave. A smaller value costs
@@ -28,15 +22,12 @@ MAX_PROMPTS = 64
 MAX_IN_PIECES = 8
 """The same while a long prompt prefills in pieces, which are divided among them."""
 
-_MAX_FREE_BYTES = 256 * 2**20
-"""How much freed memory MLX may keep for reuse."""
-
 _COPY_SECONDS = 0.004
 """How long it takes to keep the caches of a prefix, to find and copy them, and to merge them into a batch. Measured with 32 arrays
 on an H200, where it does not depend on their lengths."""
 
-_INITIAL_TOKENS = 64
-"""The budgets before anything was observed. The slowest machine must prefill so many tokens within the time after which the
+INITIAL_TOKENS = 64
+"""The budgets before anything was observed or measured. The slowest machine must prefill so many tokens within the time after which the
 watchdog takes a step for hung. The price is one short step for the first prompt, a few milliseconds on a GPU."""
 
 _SECOND_TOKENS = 512
@@ -62,7 +53,7 @@ class PrefillPlan(NamedTuple):
 
 
 class PrefillBudget:
-    """How much to prefill between two decode steps, and of which prompts. Pure arithmetic.
+    """See the module.
 
     Attributes:
         num_tokens: Budget for complete prompts, all together and padding included; at most `max_tokens`.
@@ -73,17 +64,24 @@ class PrefillBudget:
         copy_tokens: How many tokens are prefilled in the time that it takes to copy a cached prefix.
 
     Args:
-        max_tokens: The largest budget, as set by the operator.
+        max_tokens: The largest budget: as set by the operator, or see `worker.mlx.prefill.step_size`.
+        first_tokens: The budgets before anything was observed.
     """
 
-    def __init__(self, max_tokens: int) -> None:
+    def __init__(self, max_tokens: int, first_tokens: int = INITIAL_TOKENS) -> None:
         self._max_tokens = max_tokens
-        self.num_tokens = min(max_tokens, _INITIAL_TOKENS)
-        self.piece_tokens = min(max_tokens, _INITIAL_TOKENS)
+        self.num_tokens = min(max_tokens, first_tokens)
+        self.piece_tokens = min(max_tokens, first_tokens)
         self.burst_wait_seconds = 0.0
         self.pause_seconds = 0.0
         self._best_per_second = 0.0
         self._is_first = True
+
+    def set_max_tokens(self, max_tokens: int) -> None:
+        """Change the largest budget."""
+        self._max_tokens = max_tokens
+        self.num_tokens = min(max_tokens, self.num_tokens)
+        self.piece_tokens = min(max_tokens, self.piece_tokens)
 
     @property
     def copy_tokens(self) -> int:
@@ -161,77 +159,3 @@ class PrefillBudget:
             best = int(self._best_per_second * target_seconds) or before
             affordable = max(affordable, min(before, best))
         return max(min(MIN_TOKENS, self._max_tokens), min(self._max_tokens, affordable))
-
-
-class PromptBatch:
-    """Prompts that prefill together, each from its own position. Sequence i is row i of the caches."""
-
-    def __init__(self, model: object) -> None:
-        self.sequences: list[BatchSequence] = []
-        self._model: Any = model
-        self._caches: kv.Caches = []
-
-    def join(self, sequences: Sequence[BatchSequence]) -> None:
-        """Add sequences, each with the tokens in its caches."""
-        if not sequences:
-            return
-        caches = merge_own_caches(self._model, sequences)
-        if self.sequences:
-            kv.extend(self._caches, caches)
-        else:
-            self._caches = caches
-        self.sequences += sequences
-
-    def prefill(self, max_tokens: int) -> int:
-        """Prefill the next tokens of each prompt, `max_tokens` at most; returns their number, padding included."""
-        pieces = [
-            each.token_ids[each.num_cached : each.num_cached + min(each.num_left, max_tokens)]
-            for each in self.sequences
-        ]
-        lengths = [len(piece) for piece in pieces]
-        longest = max(lengths)
-        padding = [longest - length for length in lengths]
-        if any(padding):
-            for cache in self._caches:
-                cache.prepare(lengths=lengths, right_padding=padding)
-        self._model(
-            mx.array([piece + [0] * rest for piece, rest in zip(pieces, padding, strict=True)]),
-            cache=self._caches,
-        )
-        if any(padding):
-            for cache in self._caches:
-                cache.finalize()
-        mx.eval(kv.states(self._caches))
-        if mx.get_cache_memory() > _MAX_FREE_BYTES:
-            mx.clear_cache()
-        for sequence, length in zip(self.sequences, lengths, strict=True):
-            sequence.num_cached += length
-        return longest * len(lengths)
-
-    def take_prefilled(self) -> tuple[list[BatchSequence], kv.Caches]:
-        """Remove the sequences with all but the last token of their prompts in their caches; returns them and their batch's caches."""
-        return self._take([index for index, each in enumerate(self.sequences) if not each.num_left])
-
-    def remove(self, sequence: BatchSequence) -> None:
-        """Remove a sequence."""
-        self._take([index for index, each in enumerate(self.sequences) if each is sequence])
-
-    def _take(self, leaving: list[int]) -> tuple[list[BatchSequence], kv.Caches]:
-        staying = [index for index in range(len(self.sequences)) if index not in leaving]
-        sequences = [self.sequences[index] for index in leaving]
-        if not leaving:
-            caches: kv.Caches = []
-        elif staying:
-            caches = kv.split(self._caches, leaving, staying)
-        else:
-            caches, self._caches = self._caches, []
-        self.sequences = [self.sequences[index] for index in staying]
-        return sequences, caches
-
-
-def merge_own_caches(model: Any, sequences: Sequence[BatchSequence]) -> kv.Caches:
-    """Merge the sequences' own caches into a batch's; the sequences give theirs up."""
-    own = [kv.new(model) if each.caches is None else each.caches for each in sequences]
-    for sequence in sequences:
-        sequence.caches = None
-    return kv.merge(own)

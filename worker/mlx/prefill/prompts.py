@@ -1,0 +1,230 @@
+"""The prompts that are prefilling, in batches.
+
+Created and called by `worker.mlx.batch`, which decides who joins and how much is prefilled. There is one batch, except on CUDA: prompts of
+different lengths or after different prefixes need a mask there, and those with a long prefix many scores, so a batch for each kind is faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache
+
+from worker.mlx import caches as kv
+from worker.mlx.backends.prompt_attention import PromptAttention
+from worker.mlx.decode import BatchSequence
+from worker.mlx.memory import columns
+from worker.mlx.prefill.prompt_cache import PromptKVCache
+
+MAX_FREE_BYTES = 256 * 2**20
+"""How much freed memory MLX may keep for reuse, at least."""
+
+_MAX_RECOMPUTED_TOKENS = 256
+"""Of a cached prefix, so that all prompts of a batch have as many tokens left: rather than padding, which all rows would have to be moved for."""
+
+
+class PromptBatches:
+    """See the module.
+
+    Args:
+        attention: Computes attention on CUDA; None: MLX does.
+        max_free_bytes: How much freed memory MLX may keep for reuse.
+    """
+
+    def __init__(
+        self,
+        model: object,
+        attention: PromptAttention | None = None,
+        max_free_bytes: float = MAX_FREE_BYTES,
+    ) -> None:
+        self._model = model
+        self._attention = attention
+        self._max_free_bytes = max_free_bytes
+        self._batches: list[PromptBatch] = []
+
+    @property
+    def sequences(self) -> list[BatchSequence]:
+        """All sequences."""
+        return [sequence for batch in self._batches for sequence in batch.sequences]
+
+    def join(self, sequences: Sequence[BatchSequence]) -> None:
+        """Add sequences, each with the tokens in its caches."""
+        if self._attention is None and self._batches:
+            self._batches[0].join(sequences)
+            return
+        for group in grouped(sequences, self._attention):
+            batch = PromptBatch(self._model, self._attention)
+            batch.join(group)
+            self._batches.append(batch)
+
+    def prefill(self, max_tokens: int) -> int:
+        """Prefill the next tokens of each prompt, `max_tokens` at most; returns their number, padding included."""
+        num_tokens = sum(batch.prefill(max_tokens) for batch in self._batches)
+        mx.eval([batch.states for batch in self._batches])
+        if mx.get_cache_memory() > self._max_free_bytes:
+            mx.clear_cache()
+        return num_tokens
+
+    def take_prefilled(self) -> list[tuple[list[BatchSequence], kv.Caches]]:
+        """Remove the sequences with all but the last token of their prompts in their caches; returns them and their caches, by batch."""
+        taken = [batch.take_prefilled() for batch in self._batches]
+        self._drop_empty()
+        return [(sequences, caches) for sequences, caches in taken if sequences]
+
+    def remove(self, sequence: BatchSequence) -> None:
+        """Remove a sequence."""
+        for batch in self._batches:
+            batch.remove(sequence)
+        self._drop_empty()
+
+    def _drop_empty(self) -> None:
+        self._batches = [batch for batch in self._batches if batch.sequences]
+
+
+def grouped(
+    sequences: Sequence[BatchSequence], attention: PromptAttention | None
+) -> list[list[BatchSequence]]:
+    """The sequences that should prefill together: on CUDA those without a cached prefix, those with little left after one, and others alone."""
+    if attention is None:
+        return [list(sequences)] if sequences else []
+    new, short, long = [], [], []
+    for each in sequences:
+        if not each.num_cached:
+            new.append(each)
+        elif attention.is_large(1, each.num_left, len(each.token_ids)):
+            long.append([each])
+        else:
+            short.append(each)
+    return [group for group in (new, short, *long) if group]
+
+
+class PromptBatch:
+    """Prompts that prefill together. Sequence i is row i of the caches.
+
+    Args:
+        attention: See `PromptBatches`.
+    """
+
+    def __init__(self, model: object, attention: PromptAttention | None) -> None:
+        self.sequences: list[BatchSequence] = []
+        self._model: Any = model
+        self._attention = attention
+        self._caches: kv.Caches = []
+
+    @property
+    def states(self) -> list[Any]:
+        """Arrays to be evaluated after a prefill."""
+        return kv.states(self._caches)
+
+    def join(self, sequences: Sequence[BatchSequence]) -> None:
+        """Add sequences, each with the tokens in its caches."""
+        if not sequences:
+            return
+        if not self.sequences:
+            self._even_out(sequences)
+        caches = merge_own_caches(self._model, sequences)
+        if self.sequences:
+            kv.extend(self._caches, caches)
+        else:
+            self._caches = caches
+        self.sequences += sequences
+
+    def _even_out(self, sequences: Sequence[BatchSequence]) -> None:
+        """Cut cached prefixes to lengths that compute faster, though more tokens are left then."""
+        if not all(_is_divisible(each.caches) for each in sequences):
+            return
+        num_left = max(each.num_left for each in sequences)
+        if self._attention is not None and len(sequences) == 1:
+            (only,) = sequences
+            if self._attention.is_large(1, num_left, only.num_cached + num_left):
+                _cut(only, only.num_cached % self._attention.multiple)
+        elif num_left <= _MAX_RECOMPUTED_TOKENS and all(len(each.token_ids) > num_left for each in sequences):
+            for each in sequences:
+                _cut(each, num_left - each.num_left)
+
+    def prefill(self, max_tokens: int) -> int:
+        """Start to prefill the next tokens of each prompt, `max_tokens` at most; returns their number, padding included."""
+        num_before = {each.num_cached for each in self.sequences}
+        if self._attention is not None:
+            max_tokens = self._attention.rounded_down(max_tokens, min(num_before))
+        pieces = [
+            each.token_ids[each.num_cached : each.num_cached + min(each.num_left, max_tokens)]
+            for each in self.sequences
+        ]
+        lengths = [len(piece) for piece in pieces]
+        longest = max(lengths)
+        if self._attention is not None and len(num_before) == 1 and self._keeps_every_token:
+            longest = self._attention.rounded_up(len(lengths), longest, min(num_before) + longest)
+        padding = [longest - length for length in lengths]
+        if any(padding):
+            for cache in self._caches:
+                cache.prepare(lengths=lengths, right_padding=padding)
+        self._reserve()
+        with self._attention or nullcontext():
+            self._model(
+                mx.array([piece + [0] * rest for piece, rest in zip(pieces, padding, strict=True)]),
+                cache=self._caches,
+            )
+        if any(padding):
+            for cache in self._caches:
+                cache.finalize()
+        for sequence, length in zip(self.sequences, lengths, strict=True):
+            sequence.num_cached += length
+        return longest * len(lengths)
+
+    @property
+    def _keeps_every_token(self) -> bool:
+        return all(isinstance(cache, PromptKVCache) for cache in self._caches)
+
+    def _reserve(self) -> None:
+        """Let arrays have room for the rest of all prompts: MLX writes into them in place then."""
+        if self._attention is not None:
+            return
+        num_columns = columns(max(len(each.token_ids) for each in self.sequences))
+        for cache in self._caches:
+            if isinstance(cache, PromptKVCache):
+                cache.num_columns = num_columns
+
+    def take_prefilled(self) -> tuple[list[BatchSequence], kv.Caches]:
+        """Remove the sequences with all but the last token of their prompts in their caches; returns them and their batch's caches."""
+        return self._take([index for index, each in enumerate(self.sequences) if not each.num_left])
+
+    def remove(self, sequence: BatchSequence) -> None:
+        """Remove a sequence."""
+        if sequence in self.sequences:
+            self._take([self.sequences.index(sequence)])
+
+    def _take(self, leaving: list[int]) -> tuple[list[BatchSequence], kv.Caches]:
+        staying = [index for index in range(len(self.sequences)) if index not in leaving]
+        sequences = [self.sequences[index] for index in leaving]
+        if not leaving:
+            caches: kv.Caches = []
+        elif staying:
+            caches = kv.split(self._caches, leaving, staying)
+        else:
+            caches, self._caches = self._caches, []
+        self.sequences = [self.sequences[index] for index in staying]
+        return sequences, caches
+
+
+def merge_own_caches(model: Any, sequences: Sequence[BatchSequence]) -> kv.Caches:
+    """Merge the sequences' own caches into a batch's; the sequences give theirs up."""
+    own = [kv.new(model) if each.caches is None else each.caches for each in sequences]
+    for sequence in sequences:
+        sequence.caches = None
+    return kv.merge(own)
+
+
+def _is_divisible(caches: kv.Caches | None) -> bool:
+    """Whether a sequence has caches that can be cut at any token."""
+    return caches is not None and all(type(cache) is KVCache for cache in caches)
+
+
+def _cut(sequence: BatchSequence, num_tokens: int) -> None:
+    """Remove the last tokens from a sequence's own caches."""
+    sequence.num_cached -= num_tokens
+    for cache in sequence.caches or []:
+        cache.trim(num_tokens)
