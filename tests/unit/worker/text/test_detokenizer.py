@@ -72,6 +72,20 @@ def test_invalid_utf8(data: bytes) -> None:
     assert run() == run() == codecs.getincrementaldecoder("utf-8")("replace").decode(data)
 
 
+@given(
+    st.lists(st.one_of(st.text(min_size=1).map(str.encode), st.binary(min_size=1, max_size=5)), max_size=12)
+)
+def test_tokens_of_any_length(tokens: list[bytes]) -> None:
+    """Complete characters, halves of them and invalid bytes in any order: the text is that of all bytes together, as early as possible."""
+    token_bytes = TokenBytes(Tokenizer(Streaming([byte_level(token) for token in tokens] or ["a"])))
+    detokenizer = token_bytes.new_detokenizer(after_template=False)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for _ in range(2):  # the second time, the texts of tokens are known
+        for token_id, token in enumerate(tokens):
+            assert detokenizer.add(token_id) == decoder.decode(token)
+            assert detokenizer.is_inside_character == bool(decoder.getstate()[0])
+
+
 def test_an_incomplete_character_at_the_end() -> None:
     """A text that ends inside a character ends before it."""
     detokenizer = ALL_BYTES.new_detokenizer(after_template=True)
