@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from worker.mlx import caches as kv
+from worker.mlx import model as mlx_model
 from worker.mlx.backends.cpu_ops import FusedCpuOps
 from worker.mlx.backends.cuda_attention import PaddedAttention, cuda_kernel
 from worker.mlx.backends.prompt_attention import PromptAttention
@@ -22,7 +23,7 @@ from worker.mlx.decode import BatchSequence, BatchToken, DecodeBatch
 from worker.mlx.prefill.budget import INITIAL_TOKENS, PrefillBudget
 from worker.mlx.prefill.prompts import MAX_FREE_BYTES, PromptBatches, merge_own_caches
 from worker.mlx.sampling.chosen import StepSampler
-from worker.mlx.sampling.device_sampler import DeviceSampler
+from worker.mlx.sampling.device_sampler import STEPS_BEFORE_COMPILING, DeviceSampler
 from worker.mlx.sampling.host_sampler import HostSampler
 from worker.sampling.sampler import BatchSampler
 
@@ -190,9 +191,8 @@ def make_sampler(
     xtc_special_token_ids: Sequence[int] = (),
     eos_token_ids: Sequence[int] = (),
     on_device: bool,
-    compiles: bool = True,
 ) -> StepSampler:
-    """Create what chooses the tokens of a batch. All arguments but one are those of `DeviceSampler`.
+    """Create what chooses the tokens of a batch; see `DeviceSampler` for the other arguments.
 
     Args:
         on_device: Whether MLX chooses them, for a GPU; otherwise NumPy does.
@@ -202,6 +202,6 @@ def make_sampler(
             vocab_size,
             xtc_special_token_ids=xtc_special_token_ids,
             eos_token_ids=eos_token_ids,
-            compiles=compiles,
+            compile_after=STEPS_BEFORE_COMPILING if mlx_model.has_gpu() else None,
         )
     return HostSampler(BatchSampler(xtc_special_token_ids=xtc_special_token_ids, eos_token_ids=eos_token_ids))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
@@ -154,10 +155,11 @@ class DecodeBatch:
             sequence.num_cached += 1
             reason = None
             if token is not None:
-                sequence.token_ids.append(token.token_id)
+                token_id, score = token
+                sequence.token_ids.append(token_id)
                 sequence.num_generated += 1
-                reason = self._finish_reason(sequence, token.token_id)
-                tokens.append(BatchToken(sequence.job_id, token.token_id, token.score, reason))
+                reason = self._finish_reason(sequence, token_id)
+                tokens.append(BatchToken(sequence.job_id, token_id, score, reason))
             (unfinished if reason is None else finished).append(index)
         if finished:
             self._offer(finished)
@@ -241,4 +243,4 @@ def _previous(sequences: list[BatchSequence], chosen: list[ChosenRow | None]) ->
 
 
 def _rows(chosen: ChosenTokens, num_sequences: int) -> list[ChosenRow | None]:
-    return [ChosenRow(chosen, index) for index in range(num_sequences)]
+    return list(zip(repeat(chosen), range(num_sequences)))

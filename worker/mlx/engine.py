@@ -104,7 +104,6 @@ class MLXEngine:
                 ],
                 eos_token_ids=self._eos_token_ids,
                 on_device=self._samples_on_device,
-                compiles=mlx_model.has_gpu(),
             ),
             on_cpu=not mlx_model.has_gpu(),
             offer_caches=self._prefixes.offer,

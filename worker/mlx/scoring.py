@@ -21,8 +21,6 @@ from worker.text.detokenizer import TokenBytes
 _PIECE_BYTES = 32 * 2**20
 """Memory of the logits that are computed at a time."""
 
-_MIN_LOGPROB = -9999.0
-
 
 class PromptScoring:
     """Scores a prompt from its start; see the module.
@@ -81,11 +79,11 @@ class LogprobReport:
     def __init__(self, tokenizer: Any, token_bytes: TokenBytes) -> None:
         self._tokenizer = tokenizer
         self._token_bytes = token_bytes
-        self._bytes: dict[int, bytes] = {}
+        self._bytes = _KnownBytes(token_bytes)
 
     def sampled(self, token_id: int, score: Score) -> tuple[TokenLogprob, list[TokenLogprob]]:
         """A sampled token's own log-probability and the most likely tokens, best first."""
-        return self._token(token_id, score.logprob), [self._token(*each) for each in score.best]
+        return TokenLogprob(token_id, score.logprob, self._bytes[token_id]), self._top(score)
 
     def echo(self, job: GenerationJob, token_ids: list[int], scores: list[Score] | None) -> PromptEcho:
         """A job's prompt; `scores` None: without log-probabilities."""
@@ -99,9 +97,12 @@ class LogprobReport:
             text = "".join([*(detokenizer.add(i) for i in token_ids), detokenizer.flush()])
         if job.top_logprobs is None or not token_ids:
             return PromptEcho(job.job_id, text)
-        tokens = [self._token(token_ids[0], 0.0)]
-        tokens += [self._token(i, score.logprob) for i, score in zip(token_ids[1:], scores, strict=True)]
-        tops: list[list[TokenLogprob]] = [[], *([self._token(*b) for b in score.best] for score in scores)]
+        tokens = [TokenLogprob(token_ids[0], 0.0, self._bytes[token_ids[0]])]
+        tokens += [
+            TokenLogprob(i, score.logprob, self._bytes[i])
+            for i, score in zip(token_ids[1:], scores, strict=True)
+        ]
+        tops: list[list[TokenLogprob]] = [[], *(self._top(score) for score in scores)]
         return PromptEcho(job.job_id, text, tokens, tops)
 
     def _num_added(self, text: str, token_ids: list[int]) -> int:
@@ -111,11 +112,20 @@ class LogprobReport:
             return len(token_ids)
         return next((k for k in range(len(token_ids)) if token_ids[k : k + len(plain)] == plain), 0)
 
-    def _token(self, token_id: int, logprob: float) -> TokenLogprob:
-        # Called for up to 21 tokens of each sequence in each step.
-        data = self._bytes.get(token_id)
-        if data is None:
-            data = self._bytes[token_id] = self._token_bytes[token_id]
-        # JSON has neither infinity nor NaN (max takes the first if it cannot compare): a token that was banned, and one of a
-        # model whose numbers overflow, reports a number that underflows to probability 0.
-        return TokenLogprob(token_id, max(_MIN_LOGPROB, logprob), data)
+    def _top(self, score: Score) -> list[TokenLogprob]:
+        # `map`, not a loop in Python: there are up to 20 tokens for each sequence in each step.
+        return list(
+            map(TokenLogprob, score.top_ids, score.top_logprobs, map(self._bytes.__getitem__, score.top_ids))
+        )
+
+
+class _KnownBytes(dict[int, bytes]):
+    """The bytes of the tokens that were reported; the others are looked up."""
+
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        super().__init__()
+        self._token_bytes = token_bytes
+
+    def __missing__(self, token_id: int) -> bytes:
+        data = self[token_id] = self._token_bytes[token_id]
+        return data

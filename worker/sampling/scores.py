@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+_MIN_LOGPROB = -9999.0
+
 _GROUP = 128
 """How many adjacent tokens are compared at first; a multiple of what a CPU compares at once."""
 
@@ -19,11 +21,20 @@ class Score(NamedTuple):
 
     Attributes:
         logprob: Natural log, given the tokens before it.
-        best: (token id, logprob) of the most likely tokens at its position, best first.
+        top_ids: Of the most likely tokens at its position, best first.
+        top_logprobs: Of the same tokens.
     """
 
     logprob: float
-    best: list[tuple[int, float]]
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+def finite(logprobs: Any) -> Any:
+    """Log-probabilities as JSON can have them, which has neither infinity nor NaN: those of a token that was banned, and of a model
+    whose numbers overflow, become a number that underflows to probability 0.
+    """
+    return np.fmax(logprobs, np.float32(_MIN_LOGPROB))
 
 
 def score(logprobs: Any, token_id: int, num_top: int) -> Score:
@@ -33,15 +44,16 @@ def score(logprobs: Any, token_id: int, num_top: int) -> Score:
         logprobs: NumPy's (vocab,) float32, natural log.
         num_top: How many of the most likely tokens.
     """
+    own = float(finite(logprobs[token_id]))
     if num_top == 0:
-        return Score(float(logprobs[token_id]), [])
+        return Score(own, [], [])
     candidates = _candidates(logprobs, num_top)
     values = logprobs if candidates is None else logprobs[candidates]
     num_top = min(num_top, len(values))
     best = np.argpartition(-values, num_top - 1)[:num_top]
     best = best[np.argsort(-values[best], kind="stable")]
     token_ids = best if candidates is None else candidates[best]
-    return Score(float(logprobs[token_id]), list(zip(token_ids.tolist(), values[best].tolist(), strict=True)))
+    return Score(own, token_ids.tolist(), finite(values[best]).tolist())
 
 
 def _candidates(logprobs: Any, num_top: int) -> Any:

@@ -89,20 +89,20 @@ def generate_alone(model: Any, token_ids: list[int], num_tokens: int, penalty: f
     return found
 
 
-def batch_of(model: Any, max_sequences: int) -> Batch:
+def batch_of(model: Any, max_sequences: int, *, on_device: bool = False) -> Batch:
     return Batch(
         model,
         eos_token_ids=[],
         max_sequences=max_sequences,
         step_tokens=64,
-        sampler=make_sampler(VOCABULARY, on_device=False),
+        sampler=make_sampler(VOCABULARY, on_device=on_device),
         on_cpu=True,
     )
 
 
 def sequence_of(name: int, token_ids: list[int], num_tokens: int, penalty: float = 0.0) -> BatchSequence:
     made = processors(penalty=penalty) if penalty else []
-    sampler = SequenceSampler(SamplingParams(temperature=0))
+    sampler = SequenceSampler(SamplingParams(temperature=0, repetition_penalty=penalty or 1.0))
     return BatchSequence(str(name), token_ids, num_tokens, sampler, processors=made)
 
 
@@ -111,13 +111,14 @@ def model(request: pytest.FixtureRequest) -> Any:
     return make_model(request.param)
 
 
+@pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize("penalty", [0.0, 1.5])
-def test_sequences_of_a_model(model: Any, penalty: float) -> None:
+def test_sequences_of_a_model(model: Any, penalty: float, on_device: bool) -> None:
     """Short and long prompts, one token among them; one sequence is removed while it decodes, another before its first token.
 
-    The second one may have a logits processor.
+    The second one may have a repetition penalty. The tokens are chosen as on a CPU, and as on a GPU.
     """
-    batch = batch_of(model, 8)
+    batch = batch_of(model, 8, on_device=on_device)
     found: dict[int, list[int]] = {}
     inserted: dict[int, BatchSequence] = {}
     removed = {4: 5, 3: 0}  # after so many tokens

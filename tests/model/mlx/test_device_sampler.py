@@ -13,13 +13,14 @@ import pytest
 from common.protocol import SamplingParams
 from worker.mlx.decode import BatchSequence
 from worker.mlx.sampling.choose import PlanKey, make_choose
-from worker.mlx.sampling.chosen import ChosenRow, ChosenTokens, PreviousTokens, SampledToken, StepSampler
+from worker.mlx.sampling.chosen import ChosenRow, ChosenTokens, PreviousTokens, StepSampler
 from worker.mlx.sampling.device_sampler import DeviceSampler
 from worker.mlx.sampling.host_sampler import HostSampler, logits_processors
+from worker.mlx.sampling.top_tokens import own_token_ids, scores, unpack
 from worker.sampling.arrays import apply_mask
 from worker.sampling.masks import fill_mask
 from worker.sampling.sampler import BatchSampler
-from worker.sampling.scores import Score
+from worker.sampling.scores import Score, score
 from worker.sampling.sequence_sampler import SequenceSampler
 
 EOS = (3, 35)
@@ -119,20 +120,18 @@ class Run:
         for sequence, token in zip(self.sequences, previous.read(), strict=True):
             sequence.num_cached += 1
             if token is not None:
-                sequence.token_ids.append(token.token_id)
+                sequence.token_ids.append(token[0])
         return chosen
 
     def continue_with(self, token_ids: list[int]) -> None:
-        tokens = ChosenTokens(
-            mx.array(token_ids, mx.uint32), lambda: [SampledToken(each, None) for each in token_ids]
-        )
-        self.rows = [ChosenRow(tokens, index) for index in range(len(token_ids))]
+        tokens = ChosenTokens(mx.array(token_ids, mx.uint32), lambda: [(each, None) for each in token_ids])
+        self.rows = [(tokens, index) for index in range(len(token_ids))]
         self.inputs = list(token_ids)
 
 
-def device_run(vocab_size: int, *, compiles: bool = False) -> Run:
+def device_run(vocab_size: int, *, compile_after: int | None = None) -> Run:
     sampler = DeviceSampler(
-        vocab_size, xtc_special_token_ids=XTC_SPECIAL, eos_token_ids=EOS, compiles=compiles
+        vocab_size, xtc_special_token_ids=XTC_SPECIAL, eos_token_ids=EOS, compile_after=compile_after
     )
     return Run(sampler, vocab_size)
 
@@ -142,17 +141,19 @@ def host_run(vocab_size: int) -> Run:
     return Run(HostSampler(sampler), vocab_size)
 
 
+def ids(chosen: ChosenTokens) -> list[int]:
+    return [token_id for token_id, _ in chosen.read()]
+
+
 def assert_same_scores(ours: Score | None, theirs: Score | None) -> None:
     """Up to rounding, which may swap tokens that are equally likely."""
     if ours is None or theirs is None:
         assert ours is theirs
         return
     assert ours.logprob == pytest.approx(theirs.logprob, rel=1e-5, abs=1e-4)
-    assert len(ours.best) == len(theirs.best)
-    for (_, mine), (_, other) in zip(ours.best, theirs.best, strict=True):
-        assert mine == pytest.approx(other, rel=1e-5, abs=1e-4)
-    if len({round(logprob, 3) for _, logprob in theirs.best}) == len(theirs.best):
-        assert [token_id for token_id, _ in ours.best[:-1]] == [token_id for token_id, _ in theirs.best[:-1]]
+    assert ours.top_logprobs == pytest.approx(theirs.top_logprobs, rel=1e-5, abs=1e-4)
+    if len({round(logprob, 3) for logprob in theirs.top_logprobs}) == len(theirs.top_logprobs):
+        assert ours.top_ids[:-1] == theirs.top_ids[:-1]
 
 
 def compare(
@@ -174,13 +175,13 @@ def compare(
         logits = random.normal(0, 3, (len(host.sequences), device.vocab_size)).astype(np.float32)
         ours, theirs = device.step(logits), host.step(logits)
         # A draw on the border between two tokens may be rounded to either; both continue with the same one.
-        for mine, other in zip(ours.read(), theirs.read(), strict=True):
+        for (mine, our_score), (other, their_score) in zip(ours.read(), theirs.read(), strict=True):
             num_all += 1
-            if mine.token_id == other.token_id:
-                assert_same_scores(mine.score, other.score)
+            if mine == other:
+                assert_same_scores(our_score, their_score)
             else:
                 num_differing += 1
-        token_ids = [token.token_id for token in theirs.read()]
+        token_ids = ids(theirs)
         order = [int(i) for i in random.permutation(len(token_ids)) if random.random() < 0.9] or [0]
         for run in (device, host):
             run.continue_with(token_ids)
@@ -218,11 +219,11 @@ def test_a_long_window_grows() -> None:
     for step in range(150):
         logits = np.zeros((1, 512), np.float32)
         logits[0, 300 + step] = 9.0
-        assert run.step(logits).read()[0].token_id == 300 + step
+        assert ids(run.step(logits)) == [300 + step]
         run.continue_with([300 + step])
     logits = np.zeros((1, 512), np.float32)
     logits[0, [300, 7]] = (3.0, 2.9)
-    assert run.step(logits).read()[0].token_id == 7
+    assert ids(run.step(logits)) == [7]
 
 
 def test_spare_rows_change_nothing() -> None:
@@ -236,16 +237,16 @@ def test_spare_rows_change_nothing() -> None:
     sampler: Any = padded.sampler
     for _ in range(5):
         logits = random.normal(0, 3, (num_rows, 256)).astype(np.float32)
-        wanted = [token.token_id for token in exact.step(logits[: len(KINDS)]).read()]
+        wanted = ids(exact.step(logits[: len(KINDS)]))
         plan = sampler.plan(padded.sequences, num_rows)
         inputs = mx.array([*padded.inputs, 0, 0, 0, 0, 0], mx.uint32)
         chosen = sampler.record(
             plan, *sampler.function(plan.key)(mx.array(logits), inputs, plan.state, plan.constants)
         )
         found = chosen.read()
-        assert [token.token_id for token in found[: len(KINDS)]] == wanted
-        assert all(token.score is not None for token in found[: len(KINDS)])
-        assert all(token.score is None and 0 <= token.token_id < 256 for token in found[len(KINDS) :])
+        assert [token_id for token_id, _ in found[: len(KINDS)]] == wanted
+        assert all(score is not None for _, score in found[: len(KINDS)])
+        assert all(score is None and 0 <= token_id < 256 for token_id, score in found[len(KINDS) :])
         for run in (exact, padded):
             for sequence in run.sequences:
                 sequence.num_cached += run is padded
@@ -272,15 +273,22 @@ def test_only_what_is_needed() -> None:
 
 
 def test_compiled() -> None:
-    """The same tokens, and no function is compiled twice for plans of the same key."""
-    kinds = ["greedy", "all", "XTC"]
-    compare(device_run(256, compiles=True), 2, kinds, 3, held=False, reporting=True)
-    sampler = DeviceSampler(256)
-    assert sampler.function(PlanKey(2)) is sampler.function(PlanKey(2))
-    oldest = sampler.function(PlanKey(1))
-    for num_rows in range(2, 60):
+    """The same tokens."""
+    compare(device_run(256, compile_after=0), 2, ["greedy", "all", "XTC"], 3, held=False, reporting=True)
+
+
+def test_only_what_is_used_often_is_compiled() -> None:
+    """A function is compiled once, after so many uses, and dropped when others were used more recently."""
+    sampler = DeviceSampler(256, compile_after=2)
+    first, second, third = (sampler.function(PlanKey(1)) for _ in range(3))
+    assert first is second
+    assert third is not first
+    assert sampler.function(PlanKey(1)) is third
+    for num_rows in range(2, 100):
         sampler.function(PlanKey(num_rows))
-    assert sampler.function(PlanKey(1)) is not oldest
+    assert sampler.function(PlanKey(1)) is not third
+    never = DeviceSampler(256, compile_after=None)
+    assert len({id(never.function(PlanKey(1))) for _ in range(99)}) == 1
 
 
 class Broken(Thirds):
@@ -301,8 +309,8 @@ def test_a_matcher_that_raises_fails_its_sequence_alone() -> None:
     both.sequences[1].sampler = SequenceSampler(broken.sampling, matcher=Broken(300))
     for _ in range(4):
         logits = random.normal(0, 3, (2, 300)).astype(np.float32)
-        together = [token.token_id for token in both.step(logits).read()]
-        single = [token.token_id for token in alone.step(logits[:1]).read()]
+        together = ids(both.step(logits))
+        single = ids(alone.step(logits[:1]))
         assert together[:1] == single
         both.continue_with(together)
         alone.continue_with(single)
@@ -338,3 +346,21 @@ def test_random_masks(vocab_size: int) -> None:
     constants = {"masks": mx.array(words), "mask_shifts": mx.arange(32, dtype=mx.uint32)}
     token_ids, _, _ = choose(mx.array(logits), mx.zeros(3, mx.uint32), {}, constants)
     assert token_ids.tolist() == apply_mask(words, logits).argmax(axis=-1).tolist()
+
+
+@pytest.mark.parametrize("vocab_size", [40, 1500, 4096, 20_011, 49_152])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+def test_scores(vocab_size: int, dtype: mx.Dtype) -> None:
+    """Those of NumPy, in groups of any size or none, if the model's log-probabilities are rounded to its dtype."""
+    logits = mx.random.normal((3, vocab_size), scale=3, key=mx.random.key(vocab_size)).astype(dtype)
+    logprobs = np.array((logits - mx.logsumexp(logits, axis=-1, keepdims=True)).astype(mx.float32))
+    for num_top in (0, 1, 2, 20):
+        columns = mx.arange(num_top + 1, dtype=mx.uint32)[None, :]
+        packed = scores(logits, mx.array([5, 0, 39], mx.uint32), num_top, columns, dtype=dtype)
+        assert own_token_ids(np.array(packed)) == [5, 0, 39]
+        found = unpack(np.array(packed), [num_top] * 3)
+        wanted = [score(row, token_id, num_top) for row, token_id in zip(logprobs, (5, 0, 39), strict=True)]
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert ours.logprob == theirs.logprob
+            assert ours.top_logprobs == theirs.top_logprobs
+            assert len(set(ours.top_ids)) == num_top

@@ -6,23 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 
 from worker.sampling.scores import Score
 from worker.sampling.sequence_sampler import SequenceSampler
 
-
-class SampledToken(NamedTuple):
-    """A token as the host reads it.
-
-    Attributes:
-        score: None unless the sequence reports log-probabilities.
-    """
-
-    token_id: int
-    score: Score | None
+SampledToken = tuple[int, Score | None]
+"""A token id as the host reads it, and its score: None unless the sequence reports log-probabilities."""
 
 
 class ChosenTokens:
@@ -47,11 +39,8 @@ class ChosenTokens:
         return self._tokens
 
 
-class ChosenRow(NamedTuple):
-    """A sequence's token among those of a step."""
-
-    chosen: ChosenTokens
-    row: int
+ChosenRow = tuple[ChosenTokens, int]
+"""Where a sequence's token is among those of a step."""
 
 
 class PreviousTokens:
@@ -71,10 +60,10 @@ class PreviousTokens:
     def read(self) -> list[SampledToken | None]:
         """The tokens by index; waits for them. Samplers that depend on their history observe them, once."""
         if self._tokens is None:
-            self._tokens = [None if each is None else each.chosen.read()[each.row] for each in self._rows]
+            self._tokens = [None if each is None else each[0].read()[each[1]] for each in self._rows]
             for sampler, token in zip(self._samplers, self._tokens, strict=True):
-                if token is not None and sampler.depends_on_history:
-                    sampler.observe([token.token_id])
+                if sampler.depends_on_history and token is not None:
+                    sampler.observe(token[:1])
         return self._tokens
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import repeat
 
 import mlx.core as mx
 import numpy as np
@@ -23,8 +25,17 @@ from worker.mlx.sampling.plan import Plan, PlanBuilder, SampledSequence
 from worker.mlx.sampling.top_tokens import own_token_ids, unpack
 from worker.sampling.scores import Score
 
-_MAX_COMPILED = 32
-"""How many compiled functions are cached: `mx.compile` keeps what it has compiled as long as its function."""
+_MAX_FUNCTIONS = 64
+"""How many functions are cached: `mx.compile` keeps what it has compiled as long as its function."""
+
+STEPS_BEFORE_COMPILING = 16
+"""A function is compiled when it was used so often: compiling takes as long as several steps, and a busy batch changes its size in each."""
+
+
+@dataclass(slots=True)
+class _Function:
+    choose: Choose
+    num_uses: int = 0
 
 
 class DeviceSampler:
@@ -34,7 +45,7 @@ class DeviceSampler:
         vocab_size: Number of logits.
         xtc_special_token_ids: Tokens that XTC never excludes: line breaks and end of text, without which an answer would not end.
         eos_token_ids: End-of-text tokens, which `min_tokens` bans.
-        compiles: Whether `choose` compiles its functions.
+        compile_after: How many uses of a function come before it is compiled; None: none is compiled.
     """
 
     def __init__(
@@ -43,14 +54,14 @@ class DeviceSampler:
         *,
         xtc_special_token_ids: Sequence[int] = (),
         eos_token_ids: Sequence[int] = (),
-        compiles: bool = True,
+        compile_after: int | None = STEPS_BEFORE_COMPILING,
     ) -> None:
         self._builder = PlanBuilder(
             vocab_size, xtc_special_token_ids=xtc_special_token_ids, eos_token_ids=eos_token_ids
         )
-        self._compiles = compiles
+        self._compile_after = compile_after
         self._plan: Plan | None = None
-        self._functions: OrderedDict[PlanKey, Choose] = OrderedDict()
+        self._functions: OrderedDict[PlanKey, _Function] = OrderedDict()
 
     def plan(self, sequences: Sequence[SampledSequence], num_rows: int | None = None) -> Plan:
         """The plan of the next step of these sequences; the latest one if they are still the same.
@@ -81,18 +92,18 @@ class DeviceSampler:
         return self.record(plan, *function(logits, inputs, plan.state, plan.constants | masks))
 
     def function(self, key: PlanKey) -> Choose:
-        """The function of plans with this key; compiled unless the sampler was created otherwise.
+        """The function of plans with this key, to use once; compiled if it is used often.
 
         A graph that is compiled as a part of a larger one uses `make_choose` itself.
         """
-        if not self._compiles:
-            return make_choose(key)
-        if key not in self._functions:
-            self._functions[key] = mx.compile(make_choose(key))
-            if len(self._functions) > _MAX_COMPILED:
-                self._functions.popitem(last=False)
-        self._functions.move_to_end(key)
-        return self._functions[key]
+        function = self._functions.pop(key, None) or _Function(make_choose(key))
+        self._functions[key] = function  # now the latest
+        if len(self._functions) > _MAX_FUNCTIONS:
+            self._functions.popitem(last=False)
+        if function.num_uses == self._compile_after:
+            function.choose = mx.compile(function.choose)
+        function.num_uses += 1
+        return function.choose
 
     def record(self, plan: Plan, token_ids: mx.array, scores: list[mx.array], state: Arrays) -> ChosenTokens:
         """Start the computation of a step that was built with this plan, and keep its state for the next one."""
@@ -105,7 +116,7 @@ class DeviceSampler:
 
 def _tokens(token_ids: mx.array) -> list[SampledToken]:
     found: list[int] = token_ids.tolist()  # type: ignore[assignment]
-    return [SampledToken(token_id, None) for token_id in found]
+    return list(zip(found, repeat(None)))
 
 
 def _scored_tokens(scores: mx.array, reporting: list[tuple[int, int]]) -> list[SampledToken]:
@@ -114,4 +125,4 @@ def _scored_tokens(scores: mx.array, reporting: list[tuple[int, int]]) -> list[S
     rows, num_top = zip(*reporting, strict=True)
     for row, score in zip(rows, unpack(packed[list(rows)], num_top), strict=True):
         found[row] = score
-    return [SampledToken(*each) for each in zip(own_token_ids(packed), found, strict=True)]
+    return list(zip(own_token_ids(packed), found, strict=True))

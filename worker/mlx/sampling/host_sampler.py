@@ -81,7 +81,7 @@ def _tokens(
         if num_top is not None:
             # NumPy, not MLX: an operation of MLX would wait in its stream behind the step that is already under way.
             found = score(np.array(reported[row], copy=False), token_id, num_top)
-        tokens.append(SampledToken(token_id, found))
+        tokens.append((token_id, found))
     return tokens
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from worker.sampling.scores import Score
+from worker.sampling.scores import Score, finite
 
 MAX_GROUP = 128
 """How many adjacent tokens are compared at first, at most."""
@@ -60,9 +60,9 @@ def unpack(packed: Any, num_top: Sequence[int]) -> list[Score]:
         num_top: How many of the most likely tokens each row reports, at most as many as were computed.
     """
     ids = (packed >> np.uint64(32)).tolist()
-    logprobs = packed.astype(np.uint32).view(np.float32).tolist()
+    logprobs = finite(packed.astype(np.uint32).view(np.float32)).tolist()
     return [
-        Score(row_logprobs[-1], list(zip(row_ids[:k], row_logprobs[:k], strict=True)))
+        Score(row_logprobs[-1], row_ids[:k], row_logprobs[:k])
         for row_ids, row_logprobs, k in zip(ids, logprobs, num_top, strict=True)
     ]
 
@@ -75,7 +75,7 @@ def own_token_ids(packed: Any) -> list[int]:
 def group_size(vocab_size: int, num_top: int) -> int:
     """How many adjacent tokens to compare at first; 0: no groups, as the vocabulary is too small."""
     size = MAX_GROUP
-    while vocab_size % size and size > _MIN_GROUP:
+    while size > _MIN_GROUP and (vocab_size % size or vocab_size < 4 * size * num_top):
         size //= 2
     if vocab_size % size:
         size = MAX_GROUP  # the vocabulary is padded
