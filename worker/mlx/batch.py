@@ -20,6 +20,7 @@ from worker.mlx.backends.cpu_ops import FusedCpuOps
 from worker.mlx.backends.cuda_attention import PaddedAttention, cuda_kernel
 from worker.mlx.backends.prompt_attention import PromptAttention
 from worker.mlx.decode import BatchSequence, BatchToken, DecodeBatch
+from worker.mlx.decoding.compiled_forward import CompiledForward
 from worker.mlx.prefill.budget import INITIAL_TOKENS, PrefillBudget
 from worker.mlx.prefill.prompts import MAX_FREE_BYTES, PromptBatches, merge_own_caches
 from worker.mlx.sampling.chosen import StepSampler
@@ -45,6 +46,7 @@ class Batch:
         first_step_tokens: The same until a prefill has been observed.
         sampler: Chooses the tokens; see `make_sampler`.
         on_cpu: Whether MLX computes on a CPU.
+        compiled: See `DecodeBatch`.
         offer_caches: Called with prompts when they are prefilled, and with sequences when they are finished.
         working_bytes: The memory that a step may take in addition to weights and caches.
     """
@@ -59,6 +61,7 @@ class Batch:
         first_step_tokens: int = INITIAL_TOKENS,
         sampler: StepSampler,
         on_cpu: bool,
+        compiled: CompiledForward | None = None,
         offer_caches: OfferCaches = lambda _offers: None,
         working_bytes: float = MAX_FREE_BYTES,
     ) -> None:
@@ -81,6 +84,7 @@ class Batch:
             offer=self._offer,
             attention=PaddedAttention(cuda_kernel()) if on_cuda else None,
             fused_ops=FusedCpuOps() if on_cpu else None,
+            compiled=compiled,
         )
         self._num_steps = 0
         self._prefilled_mono = 0.0

@@ -19,6 +19,7 @@ from mlx_lm.models.cache import TokenBuffer
 from worker.mlx import caches as kv
 from worker.mlx.backends.cpu_ops import FusedCpuOps
 from worker.mlx.backends.cuda_attention import PaddedAttention
+from worker.mlx.decoding.compiled_forward import CompiledForward
 from worker.mlx.kv_slots import SlotKVCache, moves_to
 from worker.mlx.sampling.chosen import ChosenRow, ChosenTokens, PreviousTokens, StepSampler
 from worker.mlx.sampling.host_sampler import LogitsProcessor
@@ -85,6 +86,7 @@ class DecodeBatch:
         offer: Called with the indices of sequences that are finished, while their caches are still in the batch.
         attention: Computes the attention of padded sequences on CUDA; None: MLX does.
         fused_ops: For MLX's CPU back-end; None elsewhere.
+        compiled: The model's compiled forward pass; None: it is not compiled.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class DecodeBatch:
         offer: Callable[[Sequence[int]], None],
         attention: PaddedAttention | None = None,
         fused_ops: FusedCpuOps | None = None,
+        compiled: CompiledForward | None = None,
     ) -> None:
         self.sequences: list[BatchSequence] = []
         self.caches: kv.Caches = []
@@ -107,8 +110,10 @@ class DecodeBatch:
         self._max_sequences = max_sequences
         self._offer = offer
         self._fused_ops = fused_ops
-        # By index: the next step's input token, and where it was chosen; None: it is a prompt's last token.
+        self.compiled = compiled
+        # By index, then those of slots without a sequence: the next step's input tokens.
         self._inputs: Any = None
+        # By index: where the input token was chosen; None: it is a prompt's last token.
         self._chosen: list[ChosenRow | None] = []
 
     def join(self, sequences: list[BatchSequence], caches: kv.Caches) -> None:
@@ -129,7 +134,7 @@ class DecodeBatch:
                 sequence.num_cached += 1
         if self.sequences:
             kv.extend(self.caches, caches)
-            inputs = mx.concatenate([self._inputs, inputs])
+            inputs = mx.concatenate([self._inputs[: len(self.sequences)], inputs])
         else:
             self.caches = kv.with_slots(caches, self._max_sequences, self.attention)
         self._inputs = inputs
@@ -200,6 +205,8 @@ class DecodeBatch:
         slots = self._slots(self.caches)
         for cache in slots:
             cache.update_positions(None if cache is slots[0] else slots[0])
+        if self.compiled is not None:
+            self.compiled.forget_positions()
         # Now: as part of the next step they would be known only at its end.
         mx.async_eval(self._inputs)
 
@@ -212,6 +219,14 @@ class DecodeBatch:
             previous: The tokens of `inputs`; read if the choice depends on them.
         """
         slots = self._slots(caches)
+        if self.compiled is not None and len(slots) == len(caches) and slots[0].keys is not None:
+            for cache in slots:
+                cache.make_room(1, has_common_shape=True)
+            padded = _padded(inputs, slots[0].num_slots)
+            if (logits := self.compiled.logits(padded, slots)) is not None:
+                return self._sampler.choose(sequences, padded, logits, previous)
+            self._update_positions()
+            inputs = inputs[: len(sequences)]
         with self._operations(slots):
             logits = self._model(inputs[:, None], cache=caches)[:, -1, :]
         for cache in slots[1:]:
@@ -236,6 +251,12 @@ def fill_gaps(indices: Sequence[int]) -> list[int]:
     stay = {index for index in indices if index < len(indices)}
     last = (index for index in indices if index >= len(indices))
     return [index if index in stay else next(last) for index in range(len(indices))]
+
+
+def _padded(token_ids: mx.array, num_slots: int) -> mx.array:
+    """(slots,) token ids; any for slots without a sequence."""
+    num_missing = num_slots - token_ids.shape[0]
+    return token_ids if not num_missing else mx.concatenate([token_ids, mx.zeros((num_missing,), mx.uint32)])
 
 
 def _previous(sequences: list[BatchSequence], chosen: list[ChosenRow | None]) -> PreviousTokens:

@@ -26,11 +26,13 @@ from worker.mlx import caches as kv
 from worker.mlx import model as mlx_model
 from worker.mlx.batch import Batch, make_sampler
 from worker.mlx.decode import BatchToken
+from worker.mlx.decoding.compiled_forward import compiled_forward
 from worker.mlx.generation import Generation, GenerationBuilder
 from worker.mlx.memory import CacheMemory, cache_memory, expected_tokens
 from worker.mlx.memory_share import MemoryShare
 from worker.mlx.prefill.step_size import StepSize, measured
 from worker.mlx.prefixes.prefix_cache import CachedPrefix, PrefixCache, should_wait_for
+from worker.mlx.sampling.chosen import StepSampler
 from worker.mlx.scoring import LogprobReport, PromptScoring
 from worker.mlx.warm_up import warm_up
 from worker.text.detokenizer import TokenBytes
@@ -76,12 +78,23 @@ class MLXEngine:
             self._tokenizer, self._token_bytes, self._info, loaded.template_arguments
         )
         self._info = replace(self._info, can_reason=self._builder.can_reason)
+        self._sampler = self._make_sampler()
+        self._compiled = compiled_forward(self._model)
         self._step_size = StepSize()
         self._start_empty()
         warm_up(self, on_gpu=mlx_model.has_gpu())
         if mlx_model.has_gpu() and settings.prefill_step_tokens is None:
             self._step_size = measured(self._prefill_dummy, context_length, self._working_bytes)
         self._start_empty()  # the slow first steps must not influence the prefill budget
+
+    def _make_sampler(self) -> StepSampler:
+        newline = self._tokenizer.encode("\n", add_special_tokens=False)
+        return make_sampler(
+            self._info.vocab_size,
+            xtc_special_token_ids=[*self._eos_token_ids, *newline],
+            eos_token_ids=self._eos_token_ids,
+            on_device=self._samples_on_device,
+        )
 
     def _start_empty(self) -> None:
         self._prefixes = PrefixCache(_prompt_cache_bytes(self._settings, self._memory))
@@ -90,22 +103,16 @@ class MLXEngine:
     def _reset(self) -> None:
         """Start with an empty batch: a failed step may have left the old one in an inconsistent state."""
         self._running: dict[str, Generation] = {}
+        self._sampler.reset()
         self._batch = Batch(
             self._model,
             eos_token_ids=self._eos_token_ids,
             max_sequences=self._info.max_batch,
             step_tokens=self._step_tokens,
             first_step_tokens=self._step_size.first_tokens,
-            sampler=make_sampler(
-                self._info.vocab_size,
-                xtc_special_token_ids=[
-                    *self._eos_token_ids,
-                    *self._tokenizer.encode("\n", add_special_tokens=False),
-                ],
-                eos_token_ids=self._eos_token_ids,
-                on_device=self._samples_on_device,
-            ),
+            sampler=self._sampler,
             on_cpu=not mlx_model.has_gpu(),
+            compiled=self._compiled,
             offer_caches=self._prefixes.offer,
             working_bytes=self._working_bytes,
         )

@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from worker.mlx.backends.cuda_attention import PaddedAttention
-from worker.mlx.memory import columns, slots
+from worker.mlx.memory import GROWS_BY_TOKENS, columns, common_size, slots
 
 
 class Move(NamedTuple):
@@ -65,6 +65,45 @@ class SlotKVCache(BatchKVCache):
         """How many sequences the buffers have room for."""
         return len(self.starts) if self.keys is None else int(self.keys.shape[0])
 
+    @property
+    def num_columns(self) -> int:
+        """How many tokens the buffers have room for. Only if there are keys."""
+        return int(self.keys.shape[2])
+
+    @property
+    def end(self) -> int:
+        """The column that the next step writes."""
+        return int(self._end)
+
+    def make_room(self, num_columns: int, *, has_common_shape: bool = False) -> None:
+        """Make new buffers if these have fewer free columns. Only if there are keys.
+
+        Args:
+            has_common_shape: Also if their shape is not one that many buffers have, such as that of a prefilled batch's.
+        """
+        num_slots = self.num_slots
+        is_common = self.num_columns % GROWS_BY_TOKENS == 0 and (
+            num_slots == common_size(num_slots) or num_slots == self._max_sequences
+        )
+        if self._end + num_columns > self.num_columns or (has_common_shape and not is_common):
+            num_sequences = len(self.starts)
+            self._rebuild(range(num_sequences), self._first, num_sequences, num_columns)
+
+    def advance(self, num_columns: int) -> None:
+        """Record that columns were written, with no new `offset`: it is out of date until `update_positions`."""
+        self._end += num_columns
+        self._idx = self._end - self._first
+
+    def is_parallel_to(self, other: SlotKVCache) -> bool:
+        """Whether both have the same sequences in the same slots and columns."""
+        return (
+            self.keys is not None
+            and other.keys is not None
+            and (self.starts, self._end) == (other.starts, other._end)
+            and self.num_slots == other.num_slots
+            and self.num_columns == other.num_columns
+        )
+
     def is_wasteful(self, indices: Sequence[int]) -> bool:
         """Whether these sequences alone would leave more than half of the slots or columns empty."""
         if self.keys is None:
@@ -91,8 +130,7 @@ class SlotKVCache(BatchKVCache):
         num_sequences, num_new = keys.shape[0], keys.shape[2]
         if self.keys is None:
             self.keys, self.values = (_empty(each, num_sequences) for each in (keys, values))
-        if self._end + num_new > self.keys.shape[2]:
-            self._rebuild(range(num_sequences), self._first, num_sequences, num_new)
+        self.make_room(num_new)
         end = self._end + num_new
         self.keys[:num_sequences, :, self._end : end] = keys
         self.values[:num_sequences, :, self._end : end] = values

@@ -16,7 +16,7 @@ from common.machine import memory_claims
 
 _MIN_CONTEXT_TOKENS = 512
 
-_GROWS_BY_TOKENS = 256
+GROWS_BY_TOKENS = 256
 """Caches grow in steps of so many tokens: mlx-lm's (0.32, `KVCache.step`), and those in slots."""
 
 _MIN_SPARE_TOKENS = 128
@@ -94,12 +94,18 @@ class CacheMemory:
 
 def slots(num_sequences: int) -> int:
     """How many slots buffers for so many sequences have: from 8 sequences on, some are free for newcomers."""
-    return num_sequences + num_sequences // 8
+    return common_size(num_sequences + num_sequences // 8)
+
+
+def common_size(num_slots: int) -> int:
+    """The next number of slots that buffers have: one of eight between a power of two and the next, as a compiled decode step serves one number."""
+    step = 1 << max(0, num_slots.bit_length() - 4)
+    return -(-num_slots // step) * step
 
 
 def columns(num_tokens: int) -> int:
     """How many columns buffers for so many tokens have, some of them free."""
-    return -(-(num_tokens + _MIN_SPARE_TOKENS) // _GROWS_BY_TOKENS) * _GROWS_BY_TOKENS
+    return -(-(num_tokens + _MIN_SPARE_TOKENS) // GROWS_BY_TOKENS) * GROWS_BY_TOKENS
 
 
 def expected_tokens(num_prompt_tokens: int, num_answer_tokens: int, max_tokens: int) -> int:

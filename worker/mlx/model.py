@@ -22,6 +22,7 @@ from common.settings import Settings
 from worker.loop.engine import ModelInfo
 from worker.mlx import caches
 from worker.mlx.backends.blas import preload_blas
+from worker.mlx.backends.fused_projections import fuse_projections
 from worker.text import fill_in_middle, template_defaults
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ def load_model(
         logger.debug("loading %s failed", folder, exc_info=True)
         raise StartupError(f"the model in {folder} cannot be loaded: {one_line(error)}") from None
     model, tokenizer, config = loaded
+    fuse_projections(model)
     if settings.use_default_chat_template:
         _use_default_chat_template(tokenizer)
     defaults = sampling_defaults.read(folder) if settings.use_generation_config else {}

@@ -13,9 +13,11 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
 
 from common.protocol import SamplingParams
+from worker.mlx.backends.append_attention import FunctionalAppendAttention
 from worker.mlx.batch import Batch, make_sampler
 from worker.mlx.caches import CacheOffer
 from worker.mlx.decode import BatchSequence
+from worker.mlx.decoding.compiled_forward import CompiledForward
 from worker.mlx.kv_slots import SlotKVCache
 from worker.sampling.sequence_sampler import SequenceSampler
 
@@ -89,14 +91,15 @@ def generate_alone(model: Any, token_ids: list[int], num_tokens: int, penalty: f
     return found
 
 
-def batch_of(model: Any, max_sequences: int, *, on_device: bool = False) -> Batch:
+def batch_of(model: Any, max_sequences: int, *, on_device: bool = False, is_compiled: bool = False) -> Batch:
     return Batch(
         model,
         eos_token_ids=[],
         max_sequences=max_sequences,
         step_tokens=64,
-        sampler=make_sampler(VOCABULARY, on_device=on_device),
+        sampler=make_sampler(VOCABULARY, on_device=on_device or is_compiled),
         on_cpu=True,
+        compiled=CompiledForward(model, FunctionalAppendAttention()) if is_compiled else None,
     )
 
 
@@ -111,21 +114,26 @@ def model(request: pytest.FixtureRequest) -> Any:
     return make_model(request.param)
 
 
-@pytest.mark.parametrize("on_device", [False, True])
+STEPS = pytest.mark.parametrize(
+    "step", [{}, {"on_device": True}, {"is_compiled": True}], ids=["CPU", "GPU", "CUDA"]
+)
+
+
+@STEPS
 @pytest.mark.parametrize("penalty", [0.0, 1.5])
-def test_sequences_of_a_model(model: Any, penalty: float, on_device: bool) -> None:
+def test_sequences_of_a_model(model: Any, penalty: float, step: dict[str, bool]) -> None:
     """Short and long prompts, one token among them; one sequence is removed while it decodes, another before its first token.
 
-    The second one may have a repetition penalty. The tokens are chosen as on a CPU, and as on a GPU.
+    The second one may have a repetition penalty. The tokens are computed as on a CPU, on a GPU, and in compiled steps.
     """
-    batch = batch_of(model, 8, on_device=on_device)
+    batch = batch_of(model, 8, **step)
     found: dict[int, list[int]] = {}
     inserted: dict[int, BatchSequence] = {}
     removed = {4: 5, 3: 0}  # after so many tokens
     num_steps = 0
     while len(inserted) < len(SEQUENCES) or len(batch):
-        for number, (_, num_tokens, step) in enumerate(SEQUENCES):
-            if step == num_steps:
+        for number, (_, num_tokens, first_step) in enumerate(SEQUENCES):
+            if first_step == num_steps:
                 factor = penalty if number == 1 else 0.0
                 inserted[number] = sequence_of(number, prompt(number), num_tokens, factor)
                 batch.insert(inserted[number])
@@ -169,9 +177,10 @@ def test_removal_at_any_time(model: Any, num_steps: int) -> None:
     assert found == generate_alone(model, prompt(0, 9), 8)
 
 
-def test_many_leave_at_once(model: Any) -> None:
+@STEPS
+def test_many_leave_at_once(model: Any, step: dict[str, bool]) -> None:
     """Every second sequence leaves: more than are copied one by one."""
-    batch = batch_of(model, 32)
+    batch = batch_of(model, 32, **step)
     lengths = [4 if number % 2 == 0 and number < 24 else 9 for number in range(32)]
     for number, length in enumerate(lengths):
         batch.insert(sequence_of(number, prompt(number, 3 + number % 5), length))

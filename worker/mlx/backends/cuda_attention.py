@@ -1,8 +1,9 @@
-"""A CUDA kernel for the attention of a decode step with left-padded rows.
+"""CUDA kernels for the attention of a decode step with left-padded rows.
 
 MLX 0.32 has a CUDA kernel for one query that attends to all keys, but none with a mask: it launches five kernels then, and
-launches limit the decode step of a small model. Metal's kernel supports masks, so this is for CUDA alone. `worker.mlx.decode` uses it in
-place of MLX's own attention if the mask is the padding mask and nothing else.
+launches limit the decode step of a small model. Metal's kernel supports masks, so this is for CUDA alone. `CudaKernel` takes the place of
+MLX's own attention if the mask is the padding mask and nothing else (`worker.mlx.decode`). With `APPEND` the
+kernel also writes the step's keys and values into the buffers, see `worker.mlx.backends.append_attention`.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ log = logging.getLogger(__name__)
 MAX_KEYS = 32_768
 """With more keys MLX's own attention is used: one thread block per head was not measured there."""
 
-_LANES = {64: 8, 80: 8, 96: 8, 128: 16, 256: 32}
+LANES = {64: 8, 80: 8, 96: 8, 128: 16, 256: 32}
 """By head dimension: the number of threads that share a key."""
 
-_THREADS = 256
-_MAX_HEADS = 8
+THREADS = 256
+MAX_HEADS = 8
 
 _TEST_KEYS = 40
 _MAX_DIFFERENCE = 0.03
 
-_HEADER = """
+HEADER = """
 template <typename T, int N>
 struct Numbers {
   alignas(16) T of[N];
@@ -47,7 +48,7 @@ struct Numbers {
 };
 """
 
-_SOURCE = """
+SOURCE = """
   // LANES threads share a key at a time; a block processes all keys of one row and key head, for HEADS of its queries.
   constexpr int PER_LANE = D / LANES;
   constexpr int GROUPS = THREADS / LANES;
@@ -58,7 +59,22 @@ _SOURCE = """
 
   const int lane = threadIdx.x % LANES, group = threadIdx.x / LANES, in_warp = group % (32 / LANES);
   const int head = blockIdx.x, row = blockIdx.y, first_query = head * REPEATS + blockIdx.z * HEADS;
+#if APPEND
+  const int last = end[0], num_keys = last + 1;
+  new_keys += row * new_keys_strides[0] + head * new_keys_strides[1];
+  new_values += row * new_values_strides[0] + head * new_values_strides[1];
+  if (blockIdx.z == 0) {
+    // No thread of this launch reads these columns: all take the new key and value from where they come from.
+    T* key_to = const_cast<T*>(keys) + row * keys_strides[0] + head * keys_strides[1] + last * keys_strides[2];
+    T* value_to = const_cast<T*>(values) + row * values_strides[0] + head * values_strides[1] + last * values_strides[2];
+    for (int d = threadIdx.x; d < D; d += THREADS) {
+      key_to[d] = new_keys[d];
+      value_to[d] = new_values[d];
+    }
+  }
+#else
   const int num_keys = keys_shape[2];
+#endif
   queries += row * queries_strides[0] + first_query * queries_strides[1] + lane * PER_LANE;
   keys += row * keys_strides[0] + head * keys_strides[1] + lane * PER_LANE;
   values += row * values_strides[0] + head * values_strides[1] + lane * PER_LANE;
@@ -77,12 +93,22 @@ _SOURCE = """
   }
 
   // All threads of a warp run the same number of iterations: they shuffle together.
-  for (int first = start[row] + group - in_warp; first < num_keys; first += GROUPS) {
+#if APPEND
+  const int begin = min(start[row], last);  // a slot without a sequence sees its own key only
+#else
+  const int begin = start[row];
+#endif
+  for (int first = begin + group - in_warp; first < num_keys; first += GROUPS) {
     const bool is_key = first + in_warp < num_keys;
     const long long at = is_key ? first + in_warp : num_keys - 1;
     Numbers<T, PER_LANE> key, value;
+#if APPEND
+    key.read(at == last ? new_keys + lane * PER_LANE : keys + at * keys_strides[2]);
+    value.read(at == last ? new_values + lane * PER_LANE : values + at * values_strides[2]);
+#else
     key.read(keys + at * keys_strides[2]);
     value.read(values + at * values_strides[2]);
+#endif
     #pragma unroll
     for (int h = 0; h < HEADS; h++) {
       float score = 0.0f;
@@ -125,6 +151,11 @@ _SOURCE = """
 """
 
 
+def kernel_name(purpose: str) -> str:
+    """A name that changes with the source: MLX may cache compiled kernels by name alone."""
+    return f"mlx_pool_{purpose}_" + hashlib.sha256((HEADER + SOURCE).encode()).hexdigest()[:8]
+
+
 class Kernel(Protocol):
     """Attention with one query per row and head, over rows whose keys begin at different positions."""
 
@@ -151,7 +182,7 @@ def fits(queries: mx.array, keys: mx.array, values: mx.array) -> bool:
     """Whether `CudaKernel` supports arrays of these shapes and types."""
     return (
         queries.shape[2] == 1
-        and queries.shape[3] in _LANES
+        and queries.shape[3] in LANES
         and queries.shape[0] == keys.shape[0]
         and keys.shape == values.shape
         and keys.shape[2] < MAX_KEYS
@@ -194,12 +225,11 @@ class CudaKernel:
     def __init__(self) -> None:
         self._scales: dict[float, mx.array] = {}
         self._kernel: Any = mx.fast.cuda_kernel(
-            # MLX may cache compiled kernels by name alone.
-            name="mlx_pool_attention_" + hashlib.sha256((_HEADER + _SOURCE).encode()).hexdigest()[:8],
+            name=kernel_name("attention"),
             input_names=["queries", "keys", "values", "start", "scale"],
             output_names=["result"],
-            source=_SOURCE,
-            header=_HEADER,
+            source=SOURCE,
+            header="#define APPEND 0" + HEADER,
             ensure_row_contiguous=False,
         )
 
@@ -214,22 +244,22 @@ class CudaKernel:
         num_rows, num_heads, _, dim = queries.shape
         num_key_heads = keys.shape[1]
         repeats = num_heads // num_key_heads
-        heads = next(n for n in range(min(repeats, _MAX_HEADS), 0, -1) if repeats % n == 0)
+        heads = next(n for n in range(min(repeats, MAX_HEADS), 0, -1) if repeats % n == 0)
         if scale not in self._scales:
             self._scales[scale] = mx.array(scale, mx.float32)
         template = [
             ("T", queries.dtype),
             ("D", dim),
-            ("LANES", _LANES[dim]),
-            ("THREADS", _THREADS),
+            ("LANES", LANES[dim]),
+            ("THREADS", THREADS),
             ("REPEATS", repeats),
             ("HEADS", heads),
         ]
         results: list[mx.array] = self._kernel(
             inputs=[queries, keys, values, start, self._scales[scale]],
             template=template,
-            grid=(num_key_heads * _THREADS, num_rows, repeats // heads),
-            threadgroup=(_THREADS, 1, 1),
+            grid=(num_key_heads * THREADS, num_rows, repeats // heads),
+            threadgroup=(THREADS, 1, 1),
             output_shapes=[queries.shape],
             output_dtypes=[queries.dtype],
         )

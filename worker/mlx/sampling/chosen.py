@@ -81,3 +81,6 @@ class StepSampler(Protocol):
             logits: (rows, vocab), not evaluated.
             previous: Read only if the choice depends on these tokens, after the computation of `logits` was started.
         """
+
+    def reset(self) -> None:
+        """Forget all sequences, after a step failed."""

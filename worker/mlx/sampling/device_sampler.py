@@ -74,6 +74,10 @@ class DeviceSampler:
             self._plan = self._builder.build(sequences, num_rows, self._plan)
         return self._plan
 
+    def reset(self) -> None:
+        """See `StepSampler`."""
+        self._plan = None
+
     def choose(
         self,
         sequences: Sequence[SampledSequence],

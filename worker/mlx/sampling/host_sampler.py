@@ -37,6 +37,9 @@ class HostSampler:
     def __init__(self, sampler: BatchSampler) -> None:
         self._sampler = sampler
 
+    def reset(self) -> None:
+        """See `StepSampler`: it keeps nothing about sequences."""
+
     def choose(
         self,
         sequences: Sequence[ProcessedSequence],

@@ -1,0 +1,210 @@
+"""Compiled decode steps: which models have them, when they are traced, and what becomes of a model that has none.
+
+That sequences generate the same tokens in compiled steps is tested in `test_batch_of_models.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from tests.model.mlx.test_batch_of_models import (
+    batch_of,
+    generate_alone,
+    make_model,
+    prompt,
+    sequence_of,
+)
+from worker.mlx.backends.append_attention import (
+    Appended,
+    CudaAppendAttention,
+    FunctionalAppendAttention,
+    block_shape,
+    self_test,
+)
+from worker.mlx.backends.cuda_attention import LANES, MAX_KEYS
+from worker.mlx.batch import Batch
+
+ONLY_CUDA = pytest.mark.skipif(not mx.cuda.is_available(), reason="needs MLX's CUDA back-end")
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return make_model("llama")
+
+
+def generate(batch: Batch, *lengths: int, num_tokens: int = 8) -> list[list[int]]:
+    """The tokens of sequences that begin together, with prompts of these lengths."""
+    found: dict[str, list[int]] = {str(number): [] for number in range(len(lengths))}
+    for number, length in enumerate(lengths):
+        batch.insert(sequence_of(number, prompt(number, length), num_tokens))
+    while len(batch):
+        for token in batch.step():
+            found[token.job_id].append(token.token_id)
+    return list(found.values())
+
+
+def traced_shapes(batch: Batch) -> list[tuple[int, int]]:
+    """Numbers of slots and columns for which there are compiled steps."""
+    assert batch.decoding.compiled is not None
+    return list(batch.decoding.compiled._traces)
+
+
+def test_a_shape_is_traced_once(llama: Any) -> None:
+    """Other sequences in as many slots use the same trace; more columns need another."""
+    batch = batch_of(llama, 4, is_compiled=True)
+    generate(batch, 5, 9)
+    generate(batch, 20, 3)
+    assert traced_shapes(batch) == [(2, 256)]
+    found = generate(batch, 5, num_tokens=260)
+    assert traced_shapes(batch) == [(2, 256), (1, 256), (1, 512)]
+    assert found == [generate_alone(llama, prompt(0, 5), 260)]
+
+
+def test_few_traces_are_kept(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shape that was used least recently is dropped, and traced again when it comes back."""
+    monkeypatch.setattr("worker.mlx.decoding.compiled_forward._MAX_TRACES", 1)
+    batch = batch_of(llama, 4, is_compiled=True)
+    expected = generate_alone(llama, prompt(0, 5), 8)
+    for lengths in ((5,), (5, 9), (5,)):
+        assert generate(batch, *lengths)[0] == expected
+        assert len(traced_shapes(batch)) == 1
+
+
+def test_sequences_leave_slots_empty(llama: Any) -> None:
+    """The steps go on with all slots when a sequence has left, and a newcomer takes its slot."""
+    batch = batch_of(llama, 4, is_compiled=True)
+    sequences = [sequence_of(number, prompt(number, 6 + number), 12) for number in range(3)]
+    for sequence in sequences:
+        batch.insert(sequence)
+    for _ in range(4):
+        batch.step()
+    batch.remove(sequences[0])
+    for _ in range(3):
+        batch.step()
+    assert traced_shapes(batch) == [(3, 256)]
+    late = sequence_of(3, prompt(3, 4), 6)
+    batch.insert(late)
+    while len(batch):
+        batch.step()
+    for sequence in (*sequences[1:], late):
+        length = len(sequence.token_ids) - sequence.num_generated
+        answer = sequence.token_ids[length:]
+        assert answer == generate_alone(llama, prompt(int(sequence.job_id), length), len(answer))
+
+
+class OwnAttention:
+    """A model that attends in its own way, to the same effect: with sinks, changed keys, or a mask of its own."""
+
+    def __init__(self, model: Any, way: str) -> None:
+        self._model = model
+        self._way = way
+        self.layers = model.layers
+
+    def __call__(self, tokens: mx.array, cache: Any) -> mx.array:
+        attention = mx.fast.scaled_dot_product_attention
+
+        def changed(q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
+            if self._way == "sinks":
+                options["sinks"] = mx.full((q.shape[1],), -1e4)  # without effect
+            elif self._way == "changed keys":
+                k = 1.0 * k
+            elif options["mask"] is None:
+                options["mask"] = mx.ones((1, 1, q.shape[2], k.shape[2]), mx.bool_)
+            return attention(q, k, v, **options)
+
+        mx.fast.scaled_dot_product_attention = changed
+        try:
+            logits: mx.array = self._model(tokens, cache=cache)
+        finally:
+            mx.fast.scaled_dot_product_attention = attention
+        return logits
+
+
+@pytest.mark.parametrize("way", ["sinks", "changed keys", "a mask"])
+def test_a_model_with_its_own_attention(llama: Any, way: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Its steps are not compiled, which is logged once; its tokens are the same."""
+    batch = batch_of(OwnAttention(llama, way), 4, is_compiled=True)
+    with caplog.at_level(logging.INFO):
+        found = generate(batch, 5, 9)
+        generate(batch, 5)
+    assert batch.decoding.compiled is not None
+    assert not batch.decoding.compiled.is_supported
+    assert caplog.text.count("decode steps are not compiled") == 1
+    assert found == [generate_alone(llama, prompt(number, n), 8) for number, n in enumerate((5, 9))]
+
+
+def test_models_with_other_caches() -> None:
+    """They have layers without slots, so that their steps are not compiled."""
+    batch = batch_of(make_model("gemma3_text"), 4, is_compiled=True)
+    generate(batch, 5)
+    assert not traced_shapes(batch)
+
+
+class WrongAttention(FunctionalAppendAttention):
+    """Forgets to write the new keys, or raises."""
+
+    def __init__(self, *, raises: bool) -> None:
+        super().__init__()
+        self._raises = raises
+
+    def __call__(
+        self,
+        queries: mx.array,
+        new: tuple[mx.array, mx.array],
+        buffers: tuple[mx.array, mx.array],
+        start: mx.array,
+        end: mx.array,
+        *,
+        scale: float,
+    ) -> Appended:
+        if self._raises:
+            raise RuntimeError("no such architecture")
+        output = super().__call__(queries, new, buffers, start, end, scale=scale).output
+        return Appended(output, *buffers)
+
+
+def test_the_self_test(caplog: pytest.LogCaptureFixture) -> None:
+    """It finds a kernel that raises, and one that does not write the new keys."""
+    assert self_test(FunctionalAppendAttention(), mx.float16, 64, 2, 3)
+    assert not caplog.records
+    assert not self_test(WrongAttention(raises=True), mx.float16, 64, 2, 3)
+    assert "no such architecture" in caplog.text
+    assert not self_test(WrongAttention(raises=False), mx.float16, 64, 2, 3)
+    assert "differs by" in caplog.text
+
+
+def test_few_rows_get_more_blocks() -> None:
+    """One query head a block, and more threads over long buffers; many rows share the keys of a head."""
+    assert block_shape(8, 4, 256) == (1, 256)
+    assert block_shape(8, 4, 2048) == (1, 512)
+    assert block_shape(128 * 8, 4, 2048) == (4, 256)
+    assert block_shape(2, 7, 256) == (1, 256)
+
+
+def test_what_the_kernel_supports() -> None:
+    """One query a row, head dimensions with a number of lanes, one type, and buffers up to a length."""
+    attention = FunctionalAppendAttention() if not mx.cuda.is_available() else CudaAppendAttention()
+    q, k = mx.zeros((2, 4, 1, 64), mx.float16), mx.zeros((2, 2, 256, 64), mx.float16)
+    assert attention.supports(q, k, k)
+    assert not attention.supports(mx.zeros((2, 4, 3, 64), mx.float16), k, k)
+    if not isinstance(attention, CudaAppendAttention):
+        return
+    assert not attention.supports(q.astype(mx.float32), k, k)
+    assert not attention.supports(q, k, mx.zeros((2, 2, 256, 80), mx.float16))
+    long = mx.zeros((2, 2, MAX_KEYS + 1, 64), mx.float16)
+    assert not attention.supports(q, long, long)
+
+
+@ONLY_CUDA
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("dim", list(LANES))
+def test_the_kernel(dtype: mx.Dtype, dim: int) -> None:
+    """Its results are those of MLX's operations, and it writes the new keys and values."""
+    assert all(
+        self_test(CudaAppendAttention(), dtype, dim, num_key_heads, repeats)
+        for num_key_heads, repeats in ((2, 1), (1, 12), (40, 8))
+    )
