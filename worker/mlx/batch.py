@@ -66,6 +66,7 @@ class Batch:
         working_bytes: float = MAX_FREE_BYTES,
     ) -> None:
         self._model: Any = model
+        self._sampler = sampler
         self._offer_caches = offer_caches
         self._budget = PrefillBudget(step_tokens, first_step_tokens)
         self._waiting: list[BatchSequence] = []
@@ -111,6 +112,11 @@ class Batch:
     def prefilling(self) -> list[BatchSequence]:
         """The sequences whose prompts are not completely prefilled, including those that have not begun."""
         return [*self._prompts.sequences, *self._waiting]
+
+    def warm_up_sampler(self) -> None:
+        """Let the sampler compile what it needs for any kind of sequence."""
+        logits = self._model(mx.zeros((1, 1), mx.int32), cache=kv.new(self._model))
+        self._sampler.warm_up(logits.dtype)
 
     def set_step_tokens(self, step_tokens: int) -> None:
         """Change how many prompt tokens are prefilled between two decode steps, at most."""

@@ -82,6 +82,7 @@ class MLXEngine:
         self._compiled = compiled_forward(self._model)
         self._step_size = StepSize()
         self._start_empty()
+        self._batch.warm_up_sampler()
         warm_up(self, on_gpu=mlx_model.has_gpu())
         if mlx_model.has_gpu() and settings.prefill_step_tokens is None:
             self._step_size = measured(self._prefill_dummy, context_length, self._working_bytes)

@@ -70,6 +70,13 @@ class PreviousTokens:
 class StepSampler(Protocol):
     """Chooses the tokens of a step from its logits."""
 
+    def warm_up(self, dtype: mx.Dtype) -> None:
+        """Prepare for all kinds of sequences, before the first step.
+
+        Args:
+            dtype: Of the model's logits.
+        """
+
     def choose(
         self, sequences: Sequence[Any], inputs: mx.array, logits: mx.array, previous: PreviousTokens
     ) -> ChosenTokens:

@@ -23,6 +23,7 @@ from worker.mlx.sampling.chosen import ChosenTokens, PreviousTokens, SampledToke
 from worker.mlx.sampling.filters import Arrays
 from worker.mlx.sampling.plan import Plan, PlanBuilder, SampledSequence
 from worker.mlx.sampling.top_tokens import own_token_ids, unpack
+from worker.mlx.sampling.warm_up import warm_up
 from worker.sampling.scores import Score
 
 _MAX_FUNCTIONS = 64
@@ -59,9 +60,18 @@ class DeviceSampler:
         self._builder = PlanBuilder(
             vocab_size, xtc_special_token_ids=xtc_special_token_ids, eos_token_ids=eos_token_ids
         )
+        self._vocab_size = vocab_size
         self._compile_after = compile_after
         self._plan: Plan | None = None
         self._functions: OrderedDict[PlanKey, _Function] = OrderedDict()
+
+    def warm_up(self, dtype: mx.Dtype) -> None:
+        """Use each kind of plan once, so that MLX compiles its kernels.
+
+        Args:
+            dtype: Of the model's logits.
+        """
+        warm_up(self._builder, self._vocab_size, dtype, compiles=self._compile_after is not None)
 
     def plan(self, sequences: Sequence[SampledSequence], num_rows: int | None = None) -> Plan:
         """The plan of the next step of these sequences; the latest one if they are still the same.

@@ -40,6 +40,9 @@ class HostSampler:
     def reset(self) -> None:
         """See `StepSampler`: it keeps nothing about sequences."""
 
+    def warm_up(self, dtype: mx.Dtype) -> None:
+        """See `StepSampler`: NumPy compiles nothing."""
+
     def choose(
         self,
         sequences: Sequence[ProcessedSequence],

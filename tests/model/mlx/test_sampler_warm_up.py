@@ -1,0 +1,64 @@
+"""The device sampler's warm-up: each operation that some request may need is used before the first request."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from worker.mlx.sampling import warm_up
+from worker.mlx.sampling.choose import PlanKey, make_choose
+from worker.mlx.sampling.device_sampler import DeviceSampler
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[PlanKey]:
+    """The keys of the functions that were used."""
+    keys: list[PlanKey] = []
+
+    def make(key: PlanKey) -> Callable[..., Any]:
+        keys.append(key)
+        return make_choose(key)
+
+    monkeypatch.setattr(warm_up, "make_choose", make)
+    return keys
+
+
+def test_each_operation_is_used(used: list[PlanKey], caplog: pytest.LogCaptureFixture) -> None:
+    """Alone and with others: with logits of the model's dtype and of float32, for some rows and for all."""
+    with caplog.at_level(logging.INFO):
+        DeviceSampler(300, eos_token_ids=[1], compile_after=None).warm_up(mx.float16)
+    assert "warmed up the sampler" in caplog.text
+    for name in ("window_tokens", "num_biases", "has_min_tokens", "is_penalized", "is_drawn", "has_xtc"):
+        assert any(getattr(key, name) for key in used), name
+    is_float32 = {bool(key.is_penalized or key.is_masked or key.num_biases) for key in used if key.num_top}
+    assert is_float32 == {False, True}
+    assert {0 < key.num_filtered < key.num_rows for key in used if key.num_filtered} == {False, True}
+    assert {(key.is_penalized, key.is_masked) for key in used} == {
+        (False, False),
+        (False, True),
+        (True, False),
+        (True, True),
+    }
+
+
+def test_functions_are_compiled_too(used: list[PlanKey], monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the sampler compiles in service, each function is also used as it is compiled."""
+    compiled: list[Any] = []
+    monkeypatch.setattr(mx, "compile", lambda function: compiled.append(function) or function)
+    DeviceSampler(300).warm_up(mx.float32)
+    assert len(compiled) == len(used) > 0
+
+
+def test_a_failure_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The worker starts anyway."""
+
+    def fail(_key: PlanKey) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(warm_up, "make_choose", fail)
+    DeviceSampler(300, compile_after=None).warm_up(mx.float32)
+    assert "no such kernel" in caplog.text
