@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from worker.mlx.backends.cuda_attention import PaddedAttention
-from worker.mlx.memory import GROWS_BY_TOKENS, columns, common_size, slots
+from worker.mlx.memory import columns, common_size, is_common_length, slots
 
 
 class Move(NamedTuple):
@@ -82,9 +82,8 @@ class SlotKVCache(BatchKVCache):
             has_common_shape: Also if their shape is not one that many buffers have, such as that of a prefilled batch's.
         """
         num_slots = self.num_slots
-        is_common = self.num_columns % GROWS_BY_TOKENS == 0 and (
-            num_slots == common_size(num_slots) or num_slots == self._max_sequences
-        )
+        is_common_size = num_slots in (common_size(num_slots), self._max_sequences)
+        is_common = is_common_size and is_common_length(self.num_columns)
         if self._end + num_columns > self.num_columns or (has_common_shape and not is_common):
             num_sequences = len(self.starts)
             self._rebuild(range(num_sequences), self._first, num_sequences, num_columns)

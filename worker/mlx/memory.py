@@ -16,7 +16,7 @@ from common.machine import memory_claims
 
 _MIN_CONTEXT_TOKENS = 512
 
-GROWS_BY_TOKENS = 256
+_GROWS_BY_TOKENS = 256
 """Caches grow in steps of so many tokens: mlx-lm's (0.32, `KVCache.step`), and those in slots."""
 
 _MIN_SPARE_TOKENS = 128
@@ -105,7 +105,12 @@ def common_size(num_slots: int) -> int:
 
 def columns(num_tokens: int) -> int:
     """How many columns buffers for so many tokens have, some of them free."""
-    return -(-(num_tokens + _MIN_SPARE_TOKENS) // GROWS_BY_TOKENS) * GROWS_BY_TOKENS
+    return -(-(num_tokens + _MIN_SPARE_TOKENS) // _GROWS_BY_TOKENS) * _GROWS_BY_TOKENS
+
+
+def is_common_length(num_columns: int) -> bool:
+    """Whether this is a number of columns that buffers have: few numbers are, as a compiled decode step serves one."""
+    return columns(num_columns - _GROWS_BY_TOKENS) == num_columns
 
 
 def expected_tokens(num_prompt_tokens: int, num_answer_tokens: int, max_tokens: int) -> int:
