@@ -139,6 +139,19 @@ def test_arrays_share_with_numpy() -> None:
         np.array(mx.array([1.0], mx.bfloat16), copy=False)
 
 
+def test_operations_of_the_device_sampler() -> None:
+    """Integers of 64 bits wrap, sums run from the end, bits of floats can be read. Open worker/mlx/sampling/."""
+    import numpy as np
+
+    large = mx.array(np.array([2**63 + 5, 3], np.uint64))
+    factor = mx.array(np.array(2**63 + 1, np.uint64))
+    assert (large * factor).tolist() == [(2**63 + 5) * (2**63 + 1) % 2**64, 3 * (2**63 + 1) % 2**64]
+    assert (large >> 40).dtype == mx.uint64
+    assert mx.cumsum(mx.array([[1, 2, 3]]), axis=-1, reverse=True).tolist() == [[6, 5, 3]]
+    assert mx.array([1.0]).view(mx.uint32).tolist() == [0x3F800000]
+    assert mx.argmax(mx.array([[1.0, 3.0]]), axis=-1).dtype == mx.uint32
+
+
 def test_precise_softmax() -> None:
     """The CPU back-end's attention requests a softmax that sums in float32. Open worker/mlx/backends/cpu_ops.py."""
     assert "precise" in str(mx.softmax.__doc__)

@@ -241,3 +241,29 @@ def test_offered_caches(model: Any) -> None:
         while len(batch):
             batch.step()
         assert rest.token_ids == all_ids[: len(rest.token_ids)]
+
+
+def test_penalties_of_a_model(model: Any) -> None:
+    """Sequences with frequency and presence penalties and draws, which join one by one and leave: the same tokens as with NumPy."""
+    samplings = [
+        SamplingParams(temperature=0, frequency_penalty=4.0, presence_penalty=2.0),
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=2.0, seed=3, presence_penalty=6.0),
+    ]
+    found: list[dict[str, list[int]]] = []
+    for on_device in (False, True):
+        batch = batch_of(model, 8, on_device=on_device)
+        tokens: dict[str, list[int]] = {}
+        for number in range(9):
+            sampler = SequenceSampler(samplings[number % 3], num_top_logprobs=1 if number % 2 else None)
+            batch.insert(BatchSequence(str(number), prompt(number % 8), 5 + 3 * (number % 4), sampler))
+            for token in batch.step() + batch.step():
+                tokens.setdefault(token.job_id, []).append(token.token_id)
+                assert (token.score is None) == (int(token.job_id) % 2 == 0)
+        while len(batch):
+            for token in batch.step():
+                tokens.setdefault(token.job_id, []).append(token.token_id)
+        found.append(tokens)
+    assert found[0] == found[1]
+    assert [len(found[0][str(number)]) for number in range(9)] == [5 + 3 * (n % 4) for n in range(9)]
+    assert len(set(found[0]["0"])) > len(found[0]["0"]) // 2

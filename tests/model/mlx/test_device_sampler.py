@@ -280,15 +280,17 @@ def test_compiled() -> None:
 def test_only_what_is_used_often_is_compiled() -> None:
     """A function is compiled once, after so many uses, and dropped when others were used more recently."""
     sampler = DeviceSampler(256, compile_after=2)
-    first, second, third = (sampler.function(PlanKey(1)) for _ in range(3))
+    key = PlanKey(1, is_drawn=True)
+    first, second, third = (sampler.function(key) for _ in range(3))
     assert first is second
     assert third is not first
-    assert sampler.function(PlanKey(1)) is third
+    assert sampler.function(key) is third
     for num_rows in range(2, 100):
         sampler.function(PlanKey(num_rows))
-    assert sampler.function(PlanKey(1)) is not third
+    assert sampler.function(key) is not third
     never = DeviceSampler(256, compile_after=None)
-    assert len({id(never.function(PlanKey(1))) for _ in range(99)}) == 1
+    assert len({id(never.function(key)) for _ in range(99)}) == 1
+    assert len({id(sampler.function(PlanKey(200))) for _ in range(9)}) == 1  # greedy: one operation
 
 
 class Broken(Thirds):
@@ -364,3 +366,15 @@ def test_scores(vocab_size: int, dtype: mx.Dtype) -> None:
             assert ours.logprob == theirs.logprob
             assert ours.top_logprobs == theirs.top_logprobs
             assert len(set(ours.top_ids)) == num_top
+
+
+def test_scores_of_a_row_without_likely_tokens() -> None:
+    """Logits of minus infinity, or none that are numbers: token ids of the vocabulary, log-probabilities that JSON has."""
+    logits = np.full((2, 20_011), -np.inf, np.float32)
+    logits[0, 20_000], logits[1] = 1.0, np.nan
+    columns = mx.arange(21, dtype=mx.uint32)[None, :]
+    packed = scores(mx.array(logits), mx.array([20_000, 3], mx.uint32), 20, columns, dtype=mx.float32)
+    first, second = unpack(np.array(packed), [20, 20])
+    assert (first.logprob, first.top_ids[0], first.top_logprobs[:2]) == (0.0, 20_000, [0.0, -9999.0])
+    assert second.logprob == -9999.0
+    assert all(0 <= token_id < 20_011 for token_id in first.top_ids + second.top_ids)

@@ -114,7 +114,7 @@ class DeviceSampler:
         self._functions[key] = function  # now the latest
         if len(self._functions) > _MAX_FUNCTIONS:
             self._functions.popitem(last=False)
-        if function.num_uses == self._compile_after:
+        if function.num_uses == self._compile_after and key != PlanKey(key.num_rows):  # greedy: one operation
             function.choose = mx.compile(function.choose)
         function.num_uses += 1
         return function.choose

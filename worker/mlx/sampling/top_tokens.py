@@ -97,4 +97,7 @@ def _top_ids(values: mx.array, num_top: int) -> mx.array:
     groups = mx.argsort(mx.max(grouped, axis=-1), axis=-1)[:, ::-1][:, :num_top]
     candidates = mx.take_along_axis(grouped, groups[:, :, None], axis=1).reshape(rows, -1)
     order = mx.argsort(candidates, axis=-1)[:, ::-1][:, : num_top + 1]
-    return mx.take_along_axis(groups, order // size, axis=-1) * size + order % size
+    ids = mx.take_along_axis(groups, order // size, axis=-1) * size + order % size
+    return mx.minimum(
+        ids, vocab_size - 1
+    )  # what pads the vocabulary is as unlikely as a logit of minus infinity
