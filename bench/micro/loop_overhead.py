@@ -1,6 +1,6 @@
 """What the generation thread does between two engine steps: events, their encoding, the journal on a real Redis.
 
-`python -m bench.loop_overhead` runs the worker's generation loop with an engine whose steps sleep, as if a device computed. It
+`python -m bench.micro.loop_overhead` runs the worker's generation loop with an engine whose steps sleep, as if a device computed. It
 reports the time from the end of a step to the beginning of the next, by wall clock and in CPU time of the thread, and how much
 of it each phase takes. A step of the real engine returns when the next one is launched already: this time is hidden if it is
 shorter than the device's step.
@@ -135,7 +135,7 @@ def row(num_streams: int, between: list[Times], others: float) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Measure and print a table; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m bench.loop_overhead", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.micro.loop_overhead", description=__doc__)
     parser.add_argument("--streams", type=int, nargs="+", default=list(NUM_STREAMS), metavar="N")
     parser.add_argument("--step-ms", type=float, default=1.2, metavar="MS")
     parser.add_argument("--steps", type=int, default=1500, metavar="N")

@@ -1,0 +1,1 @@
+"""Benchmarks of single parts of the worker, without a model."""
