@@ -320,21 +320,33 @@ def test_a_matcher_that_raises_fails_its_sequence_alone() -> None:
     assert both.sequences[0].sampler.error is None
 
 
-def test_masks_leave_other_rows_alone() -> None:
-    """A mask is written for the rows that a matcher restricts; a row becomes free again when its matcher is open."""
+@pytest.mark.parametrize("num_free", [0, 1, 5])
+def test_masks_of_constrained_rows(num_free: int) -> None:
+    """One for each row that a matcher restricts, the last one for all free rows; a row becomes free when its matcher is open."""
     run = device_run(70)
-    run.join(0, "greedy", num_replayed=0, num_top=None, held=True)
-    run.join(1, "greedy", num_replayed=0, num_top=None, held=False)
+    for number in range(num_free):
+        run.join(number, "greedy", num_replayed=0, num_top=None, held=False)
+    for number in (8, 9):
+        run.join(number, "greedy", num_replayed=0, num_top=None, held=True)
+    first, second = (each.sampler for each in run.sequences[-2:])
     plan: Any = run.sampler.plan(run.sequences)  # type: ignore[attr-defined]
     assert plan.has_matchers
-    words = np.array(plan.masks()["masks"])
-    assert words.shape == (2, 3)
     expected = np.zeros(3, np.uint32)
-    fill_mask(run.sequences[0].sampler, expected, EOS)
-    assert words[0].tolist() == expected.tolist()
-    assert (words[1] == 0xFFFFFFFF).all()
+    fill_mask(first, expected, EOS)
+    everything = [0xFFFFFFFF] * 3
+
+    def by_row() -> list[list[int]]:
+        words = np.array(plan.masks()["masks"])
+        assert len(words) == plan.masked_key.num_masks == min(4, num_free + 2)
+        rows = plan.constants.get("mask_rows", mx.arange(num_free + 2)).tolist()
+        return [words[row].tolist() for row in rows]
+
+    assert by_row() == [everything] * num_free + [expected.tolist()] * 2
     for _ in range(3):
-        run.sequences[0].sampler.observe([0])
+        second.observe([0])
+    assert by_row() == [everything] * num_free + [expected.tolist(), everything]
+    for _ in range(3):
+        first.observe([0])
     assert plan.masks() == {}
 
 
@@ -344,7 +356,7 @@ def test_random_masks(vocab_size: int) -> None:
     generator = np.random.default_rng(1)
     words = generator.integers(0, 2**32, (3, -(-vocab_size // 32)), np.uint32)
     logits = generator.standard_normal((3, vocab_size), np.float32)
-    choose = make_choose(PlanKey(3, is_masked=True))
+    choose = make_choose(PlanKey(3, num_masks=3))
     constants = {"masks": mx.array(words), "mask_shifts": mx.arange(32, dtype=mx.uint32)}
     token_ids, _, _ = choose(mx.array(logits), mx.zeros(3, mx.uint32), {}, constants)
     assert token_ids.tolist() == apply_mask(words, logits).argmax(axis=-1).tolist()

@@ -34,10 +34,11 @@ def test_each_operation_is_used(used: list[PlanKey], caplog: pytest.LogCaptureFi
     assert "warmed up the sampler" in caplog.text
     for name in ("window_tokens", "num_biases", "has_min_tokens", "is_penalized", "is_drawn", "has_xtc"):
         assert any(getattr(key, name) for key in used), name
-    is_float32 = {bool(key.is_penalized or key.is_masked or key.num_biases) for key in used if key.num_top}
+    is_float32 = {bool(key.is_penalized or key.num_masks or key.num_biases) for key in used if key.num_top}
     assert is_float32 == {False, True}
     assert {0 < key.num_filtered < key.num_rows for key in used if key.num_filtered} == {False, True}
-    assert {(key.is_penalized, key.is_masked) for key in used} == {
+    assert {0 < key.num_masks < key.num_rows for key in used if key.num_masks} == {False, True}
+    assert {(key.is_penalized, bool(key.num_masks)) for key in used} == {
         (False, False),
         (False, True),
         (True, False),

@@ -1,7 +1,7 @@
 """The choice of a step's tokens as one function of arrays, which `mx.compile` can compile, alone or with a model's forward pass.
 
 All rows are treated alike: what a row does not use is neutral in its constants. Which operations there are is determined by a `PlanKey`
-alone; `worker.mlx.sampling.plan` makes the arrays. Nothing is read on the host, and random states, penalties' counts, windows and
+alone; `worker.mlx.sampling.plan_builder` makes the arrays. Nothing is read on the host, and random states, penalties' counts, windows and
 positions advance on the device.
 """
 
@@ -35,7 +35,7 @@ class PlanKey(NamedTuple):
         num_filtered: Rows with filters, padded; 0: there are none.
         has_xtc: Whether some of these use XTC.
         num_top: How many of the most likely tokens are reported, at least; None: no log-probabilities are reported.
-        is_masked: Whether masks are an input.
+        num_masks: Rows of the masks that are an input, padded; 0: there are none.
     """
 
     num_rows: int
@@ -47,7 +47,7 @@ class PlanKey(NamedTuple):
     num_filtered: int = 0
     has_xtc: bool = False
     num_top: int | None = None
-    is_masked: bool = False
+    num_masks: int = 0
 
 
 Chosen = tuple[mx.array, list[mx.array], Arrays]
@@ -55,7 +55,7 @@ Chosen = tuple[mx.array, list[mx.array], Arrays]
 
 Choose = Callable[[mx.array, mx.array, Arrays, Arrays], Chosen]
 """Of: logits (rows, vocab); the input tokens of the step (rows,) uint32, which are the previous step's choice; state; constants, and `masks`
-(rows, num_words) uint32 among them if the key says so."""
+(num_masks, num_words) uint32 among them if the key says so."""
 
 
 def make_choose(key: PlanKey) -> Choose:
@@ -81,7 +81,7 @@ def _choose(
     if key.window_tokens:
         logits, next_state["window"] = _repetition_penalized(logits, inputs, state["window"], constants)
     values = logits
-    if key.is_penalized or key.is_masked:
+    if key.is_penalized or key.num_masks:
         values, counts = _adjusted(key, values, inputs, state, constants)
         next_state |= counts
     if key.num_biases:
@@ -146,8 +146,11 @@ def _adjusted(
         penalties = occurrences * frequency + (new_counts > 0).astype(mx.float32) * presence
         values = values - penalties
         counts["counts"] = new_counts.reshape(rows, vocab_size)
-    if key.is_masked:
-        bits = constants["masks"][:, :, None] >> constants["mask_shifts"]
+    if key.num_masks:
+        masks = constants["masks"]
+        if key.num_masks < rows:
+            masks = masks[constants["mask_rows"]]
+        bits = masks[:, :, None] >> constants["mask_shifts"]
         if len(shape) == 2:  # noqa: PLR2004 (dimensions)
             bits = bits.reshape(rows, -1)[:, :vocab_size]
         values = mx.where((bits & 1) > 0, values, values + BANNED_LOGPROB)

@@ -21,7 +21,8 @@ import numpy as np
 from worker.mlx.sampling.choose import Choose, PlanKey, make_choose
 from worker.mlx.sampling.chosen import ChosenTokens, PreviousTokens, SampledToken
 from worker.mlx.sampling.filters import Arrays
-from worker.mlx.sampling.plan import Plan, PlanBuilder, SampledSequence
+from worker.mlx.sampling.plan import Plan, SampledSequence
+from worker.mlx.sampling.plan_builder import PlanBuilder
 from worker.mlx.sampling.top_tokens import own_token_ids, unpack
 from worker.mlx.sampling.warm_up import warm_up
 from worker.sampling.scores import Score
@@ -102,7 +103,7 @@ class DeviceSampler:
             mx.async_eval(logits)
             previous.read()
             masks = plan.masks()
-        function = self.function(plan.key._replace(is_masked=bool(masks)))
+        function = self.function(plan.masked_key if masks else plan.key)
         return self.record(plan, *function(logits, inputs, plan.state, plan.constants | masks))
 
     def function(self, key: PlanKey) -> Choose:

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from common.protocol import SamplingParams
 from worker.mlx.sampling.choose import make_choose
-from worker.mlx.sampling.plan import PlanBuilder
+from worker.mlx.sampling.plan_builder import PlanBuilder
 from worker.sampling.masks import ALL_ALLOWED
 from worker.sampling.sequence_sampler import SequenceSampler
 
@@ -46,11 +46,11 @@ class _Free:
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """A plan: how its sequences are sampled, in turn, how many of the most likely tokens they report, and whether they have matchers."""
+    """A plan: how its sequences are sampled, in turn, how many of the most likely tokens they report, and how many have matchers."""
 
     samplings: tuple[SamplingParams, ...]
     num_top: int | None = None
-    is_masked: bool = False
+    num_matchers: int = 0
 
 
 _KINDS = (
@@ -62,9 +62,9 @@ _KINDS = (
     _Kind((_REPETITION,), 20),
     _Kind((_PENALIZED,), 20),
     _Kind((_PENALIZED, _TOP_P)),
-    _Kind((_GREEDY,), is_masked=True),
-    _Kind((_DRAWN, _XTC), 20, is_masked=True),
-    _Kind((_PENALIZED, _TOP_P), 2, is_masked=True),
+    _Kind((_GREEDY,), num_matchers=3),
+    _Kind((_DRAWN, _XTC), 20, num_matchers=1),
+    _Kind((_PENALIZED, _TOP_P), 2, num_matchers=3),
     _Kind((_BIASED, _DRAWN), 0),
     _Kind((_BIASED, _MIN_TOKENS, _PENALIZED), 2),
 )
@@ -93,7 +93,7 @@ def warm_up(builder: PlanBuilder, vocab_size: int, dtype: mx.Dtype, *, compiles:
         for kind in _KINDS:
             plan = builder.build(_sequences(kind), _NUM_ROWS, None)
             masks = plan.masks()
-            choose = make_choose(plan.key._replace(is_masked=bool(masks)))
+            choose = make_choose(plan.masked_key if masks else plan.key)
             for function in (choose, mx.compile(choose)) if compiles else (choose,):
                 mx.eval(function(logits, inputs, plan.state, plan.constants | masks))
     except Exception:
@@ -104,8 +104,8 @@ def warm_up(builder: PlanBuilder, vocab_size: int, dtype: mx.Dtype, *, compiles:
 
 def _sequences(kind: _Kind) -> list[_Dummy]:
     samplings = (kind.samplings * _NUM_ROWS)[:_NUM_ROWS]
-    matcher = _Free() if kind.is_masked else None
+    matchers = [_Free() if row < kind.num_matchers else None for row in range(_NUM_ROWS)]
     return [
         _Dummy(SequenceSampler(sampling, matcher=matcher, num_top_logprobs=kind.num_top), [0, 0], 1)
-        for sampling in samplings
+        for sampling, matcher in zip(samplings, matchers, strict=True)
     ]
