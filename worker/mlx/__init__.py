@@ -9,6 +9,5 @@ import os
 from worker.mlx.backends.blas import preload_blas
 
 preload_blas()
-# On CUDA, cuDNN plans attention anew for each number of prompts and each length: 70 ms on an H200, where MLX's own kernels take
-# 15 ms (mlx 0.32, which reads the variable at first use). Figures: bench/RESULTS.md.
-os.environ.setdefault("MLX_CUDA_USE_CUDNN_SDPA", "0")
+# How many plans of cuDNN MLX keeps (mlx 0.32, which reads the variable at first use); see `worker.mlx.backends.prompt_attention`.
+os.environ.setdefault("MLX_CUDA_SDPA_CACHE_SIZE", "2048")

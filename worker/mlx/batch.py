@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
+from common.machine import memory_claims
 from worker.mlx import caches as kv
 from worker.mlx import model as mlx_model
 from worker.mlx.backends.cpu_ops import FusedCpuOps
@@ -22,7 +23,7 @@ from worker.mlx.backends.prompt_attention import PromptAttention
 from worker.mlx.decode import BatchSequence, BatchToken, DecodeBatch
 from worker.mlx.decoding.compiled_forward import CompiledForward
 from worker.mlx.prefill.budget import INITIAL_TOKENS, PrefillBudget
-from worker.mlx.prefill.prompts import MAX_FREE_BYTES, PromptBatches, merge_own_caches
+from worker.mlx.prefill.prompts import PromptBatches, merge_own_caches
 from worker.mlx.sampling.chosen import StepSampler
 from worker.mlx.sampling.device_sampler import STEPS_BEFORE_COMPILING, DeviceSampler
 from worker.mlx.sampling.host_sampler import HostSampler
@@ -49,6 +50,7 @@ class Batch:
         compiled: See `DecodeBatch`.
         offer_caches: Called with prompts when they are prefilled, and with sequences when they are finished.
         working_bytes: The memory that a step may take in addition to weights and caches.
+        limit_bytes: The memory that the process may use; see `set_limits`.
     """
 
     def __init__(
@@ -63,7 +65,8 @@ class Batch:
         on_cpu: bool,
         compiled: CompiledForward | None = None,
         offer_caches: OfferCaches = lambda _offers: None,
-        working_bytes: float = MAX_FREE_BYTES,
+        working_bytes: float = memory_claims.WORKING_BYTES,
+        limit_bytes: float = 0.0,
     ) -> None:
         self._model: Any = model
         self._sampler = sampler
@@ -75,8 +78,8 @@ class Batch:
         self._prompts = PromptBatches(
             model,
             self._prompt_attention,
-            MAX_FREE_BYTES if on_cpu else max(MAX_FREE_BYTES, working_bytes),
         )
+        self.set_limits(step_tokens, limit_bytes, working_bytes)
         self.decoding = DecodeBatch(
             model,
             sampler,
@@ -118,16 +121,25 @@ class Batch:
         logits = self._model(mx.zeros((1, 1), mx.int32), cache=kv.new(self._model))
         self._sampler.warm_up(logits.dtype)
 
-    def set_step_tokens(self, step_tokens: int) -> None:
-        """Change how many prompt tokens are prefilled between two decode steps, at most."""
+    def set_limits(self, step_tokens: int, limit_bytes: float, working_bytes: float) -> None:
+        """Change how many prompt tokens are prefilled between two decode steps, and the memory that the process may use."""
         self._budget.set_max_tokens(step_tokens)
+        if self._prompt_attention is not None:
+            # CUDA takes milliseconds to free memory, and more to get it again. What is kept is not available to other processes,
+            # but this one's share is its own; on a Mac the GPU shares memory with everything else.
+            self._prompts.limit_bytes = limit_bytes - working_bytes
 
-    def prefill_alone(self, token_ids: list[int]) -> kv.Caches:
+    def prompt_attention(self) -> AbstractContextManager[Any]:
+        """In this context, models compute the attention of prompts as in this batch."""
+        return self._prompt_attention or nullcontext()
+
+    def prefill_alone(self, token_ids: list[int], step_tokens: int) -> kv.Caches:
         """Prefill tokens that belong to no sequence, as a test; returns their caches."""
         caches = kv.merge([kv.new(self._model)])
-        with self._prompt_attention or nullcontext():
-            self._model(mx.array([token_ids]), cache=caches)
-        mx.eval(kv.states(caches))
+        for first in range(0, len(token_ids), step_tokens):
+            with self.prompt_attention():
+                self._model(mx.array([token_ids[first : first + step_tokens]]), cache=caches)
+            mx.eval(kv.states(caches))
         return caches
 
     def insert(self, sequence: BatchSequence) -> None:

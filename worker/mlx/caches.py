@@ -60,8 +60,11 @@ def _can_merge(caches: Caches) -> bool:
     return all(hasattr(cache, "merge") for cache in caches)
 
 
-def merge(sequences: Sequence[Caches]) -> Caches:
+def merge(sequences: Sequence[Caches], num_columns: int = 0) -> Caches:
     """Merge sequences' caches into a batch's; a single sequence of a kind that cannot batch keeps its own.
+
+    Args:
+        num_columns: How many tokens layers that keep every token should have room for.
 
     Raises:
         ValueError: There are several sequences of a kind that cannot batch.
@@ -70,7 +73,7 @@ def merge(sequences: Sequence[Caches]) -> Caches:
         (own,) = sequences
         return own
     return [
-        PromptKVCache.merge(layer) if type(layer[0]) is KVCache else layer[0].merge(layer)
+        PromptKVCache.merge(layer, num_columns) if type(layer[0]) is KVCache else layer[0].merge(layer)
         for layer in zip(*sequences, strict=True)
     ]
 

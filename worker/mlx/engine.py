@@ -120,6 +120,7 @@ class MLXEngine:
             compiled=self._compiled,
             offer_caches=self._prefixes.offer,
             working_bytes=self._working_bytes,
+            limit_bytes=self._limit_bytes,
         )
 
     @property
@@ -130,8 +131,9 @@ class MLXEngine:
     def _step_tokens(self) -> int:
         return self._settings.prefill_step_tokens or self._step_size.within(self._working_bytes)
 
-    def _prefill_dummy(self, num_tokens: int) -> kv.Caches:
-        return self._batch.prefill_alone([i % self._info.vocab_size for i in range(num_tokens)])
+    def _prefill_dummy(self, num_tokens: int, step_tokens: int) -> kv.Caches:
+        token_ids = [i % self._info.vocab_size for i in range(num_tokens)]
+        return self._batch.prefill_alone(token_ids, step_tokens)
 
     @property
     def info(self) -> ModelInfo:
@@ -158,7 +160,7 @@ class MLXEngine:
             log.info("this worker may now use %.1f GB of memory", limit_bytes / 2**30)
             self._limit_bytes = limit_bytes
             self._memory = self._memory.with_limit(limit_bytes)
-            self._batch.set_step_tokens(self._step_tokens)
+            self._batch.set_limits(self._step_tokens, limit_bytes, self._working_bytes)
             self._make_room()
 
     def has_room(self, job: GenerationJob, num_prompt_tokens: int, num_answer_tokens: int) -> bool:
@@ -261,7 +263,8 @@ class MLXEngine:
         if first is None:
             return []
         if first.scoring is not None and not first.scoring.is_done:
-            first.scoring.step()
+            with self._batch.prompt_attention():
+                first.scoring.step()
             if not first.scoring.is_done:
                 return []
         first.is_echoed = True

@@ -22,6 +22,10 @@ _GROWS_BY_TOKENS = 256
 _MIN_SPARE_TOKENS = 128
 """Free columns of new buffers, so that they are not too short again soon."""
 
+_ODD_COLUMNS = 8
+"""So that buffers are never multiples of 256 columns: MLX's CUDA back-end (0.32) would use cuDNN for decode steps then, and make a
+plan for each number of sequences."""
+
 EXPECTED_TOKENS = 512
 """What is reserved for an answer without a limit, or with a larger one: few are longer, and to reserve a full context for each
 would leave most of the memory unused. A batch that outgrows its room has a sequence requeued."""
@@ -105,7 +109,7 @@ def common_size(num_slots: int) -> int:
 
 def columns(num_tokens: int) -> int:
     """How many columns buffers for so many tokens have, some of them free."""
-    return -(-(num_tokens + _MIN_SPARE_TOKENS) // _GROWS_BY_TOKENS) * _GROWS_BY_TOKENS
+    return -(-(num_tokens + _MIN_SPARE_TOKENS) // _GROWS_BY_TOKENS) * _GROWS_BY_TOKENS + _ODD_COLUMNS
 
 
 def is_common_length(num_columns: int) -> bool:

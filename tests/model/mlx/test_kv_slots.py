@@ -170,13 +170,13 @@ def test_buffers_shrink() -> None:
     slots.step()
     cache = slots.cache
     assert cache is not None
-    assert cache.keys.shape == (16, HEADS, 3328, SIZE)
+    assert cache.keys.shape == (16, HEADS, 3336, SIZE)
     slots.leave(15)
     slots.check()
-    assert cache.keys.shape == (16, HEADS, 1024, SIZE)
+    assert cache.keys.shape == (16, HEADS, 1032, SIZE)
     slots.leave(*range(10))
     slots.check()
-    assert cache.keys.shape == (5, HEADS, 1024, SIZE)
+    assert cache.keys.shape == (5, HEADS, 1032, SIZE)
 
 
 def test_buffers_are_written_in_place() -> None:

@@ -142,3 +142,15 @@ def test_a_single_prefix_is_not_copied() -> None:
     merged.update_and_fetch(array([[9.0]]), array([[9.0]], VALUE_SIZE))
     assert own.keys[0, 0, :3, 0].tolist() == [1.0, 2.0, 3.0]
     assert merged.keys[0, 0, :3, 0].tolist() == [1.0, 2.0, 9.0]
+
+
+def test_padding_of_a_single_prompt() -> None:
+    """It is cut off, and nothing moves; slots get no columns that they have not chosen themselves."""
+    made = PromptKVCache([0])
+    made.prepare(lengths=[3], right_padding=[2])
+    made.update_and_fetch(
+        array([[1.0, 2.0, 3.0, -1.0, -1.0]]), array([[1.0, 2.0, 3.0, -1.0, -1.0]], VALUE_SIZE)
+    )
+    made.finalize()
+    assert made.keys[0, 0, :, 0].tolist() == [1.0, 2.0, 3.0]
+    assert (made.starts, made.offset, made.values.shape[2]) == ([0], 3, 3)

@@ -23,8 +23,7 @@ class PromptKVCache(BatchKVCache):
 
     Attributes:
         starts: By row: the first column of its sequence. What is before it is padding.
-        num_columns: How many columns new arrays have room for, if known: writing into an array is cheaper than making one that is
-            longer. On CUDA exact lengths are better, see `worker.mlx.backends.prompt_attention`.
+        num_columns: How many columns new arrays have room for, at least: writing into an array is cheaper than making a longer one.
     """
 
     def __init__(self, starts: Sequence[int]) -> None:
@@ -66,13 +65,19 @@ class PromptKVCache(BatchKVCache):
         return len(set(self.starts)) == 1
 
     @classmethod
-    def merge(cls, caches: Sequence[Any]) -> PromptKVCache:
-        """Merge sequences' own caches, `KVCache`; the arrays of a single one are shared, not copied."""
+    def merge(cls, caches: Sequence[Any], num_columns: int = 0) -> PromptKVCache:
+        """Merge sequences' own caches, `KVCache`; the arrays of a single one are shared, not copied.
+
+        Args:
+            num_columns: See the class.
+        """
         end = max(cache.offset for cache in caches)
         merged = cls([end - cache.offset for cache in caches])
+        merged.num_columns = num_columns
         if end:
-            merged.keys = _padded([_used(cache.keys, cache.offset) for cache in caches], end)
-            merged.values = _padded([_used(cache.values, cache.offset) for cache in caches], end)
+            room = max(end, num_columns)
+            merged.keys = _padded([_used(cache.keys, cache.offset) for cache in caches], end, room)
+            merged.values = _padded([_used(cache.values, cache.offset) for cache in caches], end, room)
             merged._idx = end
         return merged
 
@@ -111,7 +116,10 @@ class PromptKVCache(BatchKVCache):
         padding, self._padding = self._padding, []
         if not any(padding):
             return
-        self._idx -= min(padding)
+        if common := min(padding):
+            # No columns are left for decode steps: slots make buffers of the lengths that suit them.
+            self._idx -= common
+            self.keys, self.values = self.keys[:, :, : self._idx], self.values[:, :, : self._idx]
         shifts = [each - min(padding) for each in padding]
         if any(shifts):
             columns = np.arange(self._idx)[None, :] - np.array(shifts)[:, None]
@@ -130,7 +138,7 @@ class PromptKVCache(BatchKVCache):
         if like.keys is not None:
             keys = [each.rows_of(each.keys, like.keys) for each in both]
             values = [each.rows_of(each.values, like.values) for each in both]
-            self.keys, self.values = _padded(keys, end), _padded(values, end)
+            self.keys, self.values = _padded(keys, end, end), _padded(values, end, end)
         self.starts, self._idx = starts, end
 
     def rows_of(self, array: Any, like: mx.array) -> mx.array:
@@ -176,8 +184,11 @@ def _used(array: Any, num_columns: int) -> Any:
     return None if array is None else array[:, :, :num_columns]
 
 
-def _padded(parts: Sequence[Any], num_columns: int) -> mx.array:
-    """Arrays of some rows each as one array, with zeros before the columns of the shorter ones; a missing one is all zeros, one row."""
+def _padded(parts: Sequence[Any], end: int, num_columns: int) -> mx.array:
+    """Arrays of some rows each as one array of `num_columns`, in which all of them end at column `end`.
+
+    A missing one is one row of zeros. A single one is returned as it is.
+    """
     like: mx.array = next(part for part in parts if part is not None)
     if len(parts) == 1:
         return like
@@ -186,6 +197,6 @@ def _padded(parts: Sequence[Any], num_columns: int) -> mx.array:
     first = 0
     for part, count in zip(parts, num_rows, strict=True):
         if part is not None and part.shape[2]:
-            merged[first : first + count, :, num_columns - part.shape[2] :] = part
+            merged[first : first + count, :, end - part.shape[2] : end] = part
         first += count
     return merged

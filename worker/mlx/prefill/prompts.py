@@ -19,8 +19,8 @@ from worker.mlx.decode import BatchSequence
 from worker.mlx.memory import columns
 from worker.mlx.prefill.prompt_cache import PromptKVCache
 
-MAX_FREE_BYTES = 256 * 2**20
-"""How much freed memory MLX may keep for reuse, at least."""
+_MAX_FREE_BYTES = 256 * 2**20
+"""How much freed memory MLX may keep for reuse in any case."""
 
 _MAX_RECOMPUTED_TOKENS = 256
 """Of a cached prefix, so that all prompts of a batch have as many tokens left: rather than padding, which all rows would have to be moved for."""
@@ -31,18 +31,15 @@ class PromptBatches:
 
     Args:
         attention: Computes attention on CUDA; None: MLX does.
-        max_free_bytes: How much freed memory MLX may keep for reuse.
+        limit_bytes: Below this, MLX may keep all freed memory for reuse.
     """
 
     def __init__(
-        self,
-        model: object,
-        attention: PromptAttention | None = None,
-        max_free_bytes: float = MAX_FREE_BYTES,
+        self, model: object, attention: PromptAttention | None = None, limit_bytes: float = 0.0
     ) -> None:
+        self.limit_bytes = limit_bytes
         self._model = model
         self._attention = attention
-        self._max_free_bytes = max_free_bytes
         self._batches: list[PromptBatch] = []
 
     @property
@@ -64,7 +61,8 @@ class PromptBatches:
         """Prefill the next tokens of each prompt, `max_tokens` at most; returns their number, padding included."""
         num_tokens = sum(batch.prefill(max_tokens) for batch in self._batches)
         mx.eval([batch.states for batch in self._batches])
-        if mx.get_cache_memory() > self._max_free_bytes:
+        free_bytes = mx.get_cache_memory()
+        if free_bytes > _MAX_FREE_BYTES and free_bytes + mx.get_active_memory() > self.limit_bytes:
             mx.clear_cache()
         return num_tokens
 
@@ -125,7 +123,9 @@ class PromptBatch:
             return
         if not self.sequences:
             self._even_out(sequences)
-        caches = merge_own_caches(self._model, sequences)
+        num_left = max(each.num_left for each in sequences)
+        num_columns = self._room(sequences, num_left) if len(sequences) > 1 else 0
+        caches = merge_own_caches(self._model, sequences, num_columns)
         if self.sequences:
             kv.extend(self._caches, caches)
         else:
@@ -162,7 +162,7 @@ class PromptBatch:
         if any(padding):
             for cache in self._caches:
                 cache.prepare(lengths=lengths, right_padding=padding)
-        self._reserve()
+        self._reserve(longest)
         with self._attention or nullcontext():
             self._model(
                 mx.array([piece + [0] * rest for piece, rest in zip(pieces, padding, strict=True)]),
@@ -179,11 +179,19 @@ class PromptBatch:
     def _keeps_every_token(self) -> bool:
         return all(isinstance(cache, PromptKVCache) for cache in self._caches)
 
-    def _reserve(self) -> None:
-        """Let arrays have room for the rest of all prompts: MLX writes into them in place then."""
-        if self._attention is not None:
-            return
-        num_columns = columns(max(len(each.token_ids) for each in self.sequences))
+    def _room(self, sequences: Sequence[BatchSequence], num_next: int) -> int:
+        """How many columns arrays should have: room for all prompts, or on CUDA, before a large piece, no more than are used: shapes count there.
+
+        Args:
+            num_next: How many tokens of each prompt are prefilled next.
+        """
+        num_tokens = max(len(each.token_ids) for each in sequences)
+        if self._attention is not None and self._attention.is_large(len(sequences), num_next, num_tokens):
+            return 0
+        return columns(num_tokens)
+
+    def _reserve(self, num_next: int) -> None:
+        num_columns = self._room(self.sequences, num_next)
         for cache in self._caches:
             if isinstance(cache, PromptKVCache):
                 cache.num_columns = num_columns
@@ -210,12 +218,12 @@ class PromptBatch:
         return sequences, caches
 
 
-def merge_own_caches(model: Any, sequences: Sequence[BatchSequence]) -> kv.Caches:
-    """Merge the sequences' own caches into a batch's; the sequences give theirs up."""
+def merge_own_caches(model: Any, sequences: Sequence[BatchSequence], num_columns: int = 0) -> kv.Caches:
+    """Merge the sequences' own caches into a batch's; the sequences give theirs up. See `kv.merge`."""
     own = [kv.new(model) if each.caches is None else each.caches for each in sequences]
     for sequence in sequences:
         sequence.caches = None
-    return kv.merge(own)
+    return kv.merge(own, num_columns)
 
 
 def _is_divisible(caches: kv.Caches | None) -> bool:

@@ -60,7 +60,8 @@ def choose(measure: Callable[[int], Measurement], max_tokens: int, limit_bytes: 
 
     Args:
         max_tokens: Longer prompts are not possible.
-        limit_bytes: What a step may take; a step that would probably take more, or longer than a piece may, is not measured.
+        limit_bytes: What a step may take; nothing is measured beyond the first step that takes more. Nor is one that
+            would probably take longer than a piece may.
     """
     best_tokens, first_tokens, best_per_second, bytes_per_token = 0, INITIAL_TOKENS, 0.0, 0.0
     num_tokens = min(_FIRST_TOKENS, max_tokens)
@@ -73,22 +74,24 @@ def choose(measure: Callable[[int], Measurement], max_tokens: int, limit_bytes: 
             best_tokens, best_per_second = num_tokens, num_tokens / seconds
         elif num_tokens > DEFAULT_TOKENS:
             break
-        if 2 * seconds > PIECE_SECONDS or 2 * peak_bytes > limit_bytes:
+        if 2 * seconds > PIECE_SECONDS or peak_bytes > limit_bytes:
             break
         num_tokens *= 2
     best_tokens = max(best_tokens, DEFAULT_TOKENS)
     return StepSize(best_tokens, min(first_tokens, best_tokens), bytes_per_token)
 
 
-def measured(prefill: Callable[[int], Any], max_tokens: int, limit_bytes: float) -> StepSize:
+def measured(prefill: Callable[[int, int], Any], max_tokens: int, limit_bytes: float) -> StepSize:
     """Choose the step size of this GPU. A failure is logged; the default is used then.
 
     Args:
-        prefill: Prefills one prompt of so many tokens, and returns its caches.
+        prefill: Prefills one prompt of so many tokens, so many at a time, and returns its caches.
     """
     began = time.monotonic()
     try:
         size = choose(lambda num_tokens: _measure(prefill, num_tokens), max_tokens, limit_bytes)
+        if size.first_tokens >= DEFAULT_TOKENS and 2 * size.first_tokens <= max_tokens:
+            prefill(2 * size.first_tokens, size.first_tokens)  # the kernels for the second piece of a prompt
     except Exception:
         log.exception("the prefill step cannot be measured; it has %d tokens", DEFAULT_TOKENS)
         return StepSize()
@@ -102,12 +105,12 @@ def measured(prefill: Callable[[int], Any], max_tokens: int, limit_bytes: float)
     return size
 
 
-def _measure(prefill: Callable[[int], Any], num_tokens: int) -> Measurement:
-    prefill(num_tokens)  # kernels are loaded and plans are made at first use
+def _measure(prefill: Callable[[int, int], Any], num_tokens: int) -> Measurement:
+    prefill(num_tokens, num_tokens)  # kernels are loaded and plans are made at first use
     mx.synchronize()
     mx.reset_peak_memory()
     before_bytes, began = mx.get_active_memory(), time.perf_counter()
-    caches = prefill(num_tokens)
+    caches = prefill(num_tokens, num_tokens)
     seconds = time.perf_counter() - began
     kept_bytes = mx.get_active_memory() - before_bytes
     peak_bytes = mx.get_peak_memory() - before_bytes - kept_bytes

@@ -9,23 +9,23 @@ from worker.mlx.memory import EXPECTED_TOKENS, CacheCost, CacheMemory, expected_
 
 
 def test_total_bytes() -> None:
-    """Whole steps of 256 tokens, at least 128 ahead; a window stops growing; a state of fixed size does not grow."""
-    assert CacheCost(10.0).total_bytes(1, 127) == 2560
-    assert CacheCost(10.0).total_bytes(1, 128) == 5120
-    assert CacheCost(10.0, bytes_per_sequence=7, windows=((1.0, 300),)).total_bytes(1, 800) == 10240 + 7 + 300
+    """Whole steps of 256 tokens and 8, at least 128 ahead; a window stops growing; a state of fixed size does not grow."""
+    assert CacheCost(10.0).total_bytes(1, 127) == 2640
+    assert CacheCost(10.0).total_bytes(1, 128) == 5200
+    assert CacheCost(10.0, bytes_per_sequence=7, windows=((1.0, 300),)).total_bytes(1, 800) == 10320 + 7 + 300
     assert CacheCost(0.0, bytes_per_sequence=7).total_bytes(1, 10**9) == 7
 
 
 def test_spare_slots() -> None:
     """Layers that keep every token have spare slots, from eight sequences on."""
-    assert CacheCost(1.0).total_bytes(7, 100) == 7 * 256
-    assert CacheCost(1.0).total_bytes(16, 100) == 18 * 256
+    assert CacheCost(1.0).total_bytes(7, 100) == 7 * 264
+    assert CacheCost(1.0).total_bytes(16, 100) == 18 * 264
     assert CacheCost(0.0, bytes_per_sequence=7, windows=((1.0, 10),)).total_bytes(16, 100) == 16 * 17
 
 
 def test_a_batch_is_as_long_as_its_longest_sequence() -> None:
     """One long sequence makes all the others cost as much."""
-    memory = CacheMemory(CacheCost(1.0), 4 * 256)
+    memory = CacheMemory(CacheCost(1.0), 4 * 264)
     assert memory.fits([])
     assert memory.fits([100] * 4)
     assert not memory.fits([100] * 5)
@@ -36,7 +36,7 @@ def test_a_batch_is_as_long_as_its_longest_sequence() -> None:
 def test_held_memory_counts() -> None:
     """If caches hold more than the sequences need, since others have left, that counts."""
     memory = CacheMemory(CacheCost(1.0), 1000)
-    assert memory.left_bytes([100], 10) == 744
+    assert memory.left_bytes([100], 10) == 736
     assert memory.left_bytes([100], 900) == 100
     assert memory.left_bytes([], 900) == 100
 
