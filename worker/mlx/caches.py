@@ -24,7 +24,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 from worker.mlx.backends.cuda_attention import PaddedAttention
 from worker.mlx.kv_slots import SlotKVCache
 from worker.mlx.memory import CacheCost
-from worker.mlx.prefill.prompt_cache import PromptKVCache
+from worker.mlx.prompt_cache import PromptKVCache
 
 Caches = list[Any]
 """One per layer: of one sequence, or of all sequences of a batch."""

@@ -1,1 +1,1 @@
-"""Prefill: how much is prefilled between two decode steps, the batch of prompts, and their caches."""
+"""Prefill: how much is prefilled between two decode steps, and the batches of prompts."""

@@ -17,7 +17,7 @@ from worker.mlx import caches as kv
 from worker.mlx.backends.prompt_attention import PromptAttention
 from worker.mlx.decode import BatchSequence
 from worker.mlx.memory import columns
-from worker.mlx.prefill.prompt_cache import PromptKVCache
+from worker.mlx.prompt_cache import PromptKVCache
 
 _MAX_FREE_BYTES = 256 * 2**20
 """How much freed memory MLX may keep for reuse in any case."""
