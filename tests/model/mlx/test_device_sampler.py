@@ -35,6 +35,7 @@ KINDS = {
     "huge top_k": SamplingParams(temperature=1.0, top_k=10**12),
     "XTC": SamplingParams(temperature=1.0, xtc_probability=0.7, xtc_threshold=0.02),
     "XTC and top_p": SamplingParams(temperature=1.3, xtc_probability=0.4, xtc_threshold=0.1, top_p=0.95),
+    "greedy XTC": SamplingParams(temperature=0, xtc_probability=1.0, xtc_threshold=0.001, top_p=0.9),
     "bias": SamplingParams(temperature=0, logit_bias={3: 5.0, 5: -100.0}),
     "penalties": SamplingParams(temperature=1.0, frequency_penalty=1.0, presence_penalty=-0.5),
     "greedy penalties": SamplingParams(temperature=0, frequency_penalty=0.7, presence_penalty=1.5),
@@ -203,6 +204,12 @@ def test_each_kind_alone(kind: str) -> None:
     """A batch in which no other kind's operations are needed, without and with greedy sequences."""
     compare(device_run(1024), 6, [kind], 6, held=False, reporting=False)
     compare(device_run(1024), 7, [kind, "greedy"], 8, held=False, reporting=True)
+
+
+def test_greedy_sequences_have_no_filters() -> None:
+    """Next to sequences with filters, XTC does not exclude a greedy sequence's most likely token."""
+    kinds = ["greedy XTC", "XTC", "top_p", "greedy XTC"]
+    compare(device_run(512), 8, kinds, 6, held=False, reporting=False)
 
 
 @pytest.mark.parametrize("seed", range(6))

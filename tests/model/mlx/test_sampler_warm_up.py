@@ -32,7 +32,15 @@ def test_each_operation_is_used(used: list[PlanKey], caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.INFO):
         DeviceSampler(300, eos_token_ids=[1], compile_after=None).warm_up(mx.float16)
     assert "warmed up the sampler" in caplog.text
-    for name in ("window_tokens", "num_biases", "has_min_tokens", "is_penalized", "is_drawn", "has_xtc"):
+    for name in (
+        "window_tokens",
+        "num_biases",
+        "has_min_tokens",
+        "is_penalized",
+        "is_drawn",
+        "has_limits",
+        "has_xtc",
+    ):
         assert any(getattr(key, name) for key in used), name
     is_float32 = {bool(key.is_penalized or key.num_masks or key.num_biases) for key in used if key.num_top}
     assert is_float32 == {False, True}

@@ -33,6 +33,7 @@ class PlanKey(NamedTuple):
         is_penalized: Whether some rows have frequency or presence penalties.
         is_drawn: Whether some rows are not greedy.
         num_filtered: Rows with filters, padded; 0: there are none.
+        has_limits: Whether some of these use min_p or top_k.
         has_xtc: Whether some of these use XTC.
         num_top: How many of the most likely tokens are reported, at least; None: no log-probabilities are reported.
         num_masks: Rows of the masks that are an input, padded; 0: there are none.
@@ -45,6 +46,7 @@ class PlanKey(NamedTuple):
     is_penalized: bool = False
     is_drawn: bool = False
     num_filtered: int = 0
+    has_limits: bool = False
     has_xtc: bool = False
     num_top: int | None = None
     num_masks: int = 0
@@ -89,7 +91,7 @@ def _choose(
     if "positions" in state:
         next_state["positions"] = state["positions"] + 1
     if key.is_drawn:
-        token_ids = mx.argmax(_race(key, values.astype(mx.float32), state, constants), axis=-1)
+        token_ids = mx.argmax(_race(key, values, state, constants), axis=-1)
         next_state |= {name: next_states(state[name]) for name in ("random", "xtc_random") if name in state}
     else:
         token_ids = mx.argmax(values, axis=-1)
@@ -134,7 +136,7 @@ def _adjusted(
     rows, vocab_size = values.shape
     shape = (rows, vocab_size // MASK_BITS, MASK_BITS) if vocab_size % MASK_BITS == 0 else values.shape
     one_per_row = (rows,) + (1,) * (len(shape) - 1)
-    values, counts = values.astype(mx.float32).reshape(shape), {}
+    values, counts = values.reshape(shape).astype(mx.float32), {}
     if key.is_penalized:
         is_input = constants["token_ids"].reshape(1, *shape[1:]) == inputs.reshape(one_per_row)
         is_counted = is_input & (state["positions"].reshape(one_per_row) > 0)
@@ -168,12 +170,12 @@ def _biased(key: PlanKey, values: mx.array, state: Arrays, constants: Arrays) ->
 def _race(key: PlanKey, values: mx.array, state: Arrays, constants: Arrays) -> mx.array:
     """Values whose maximum is each row's choice, (rows, vocab) float32: of an exponential race, as logarithms; greedy rows stay as they are."""
     times = log_times(random_bits(state["random"]), constants["token_hashes"])
-    race = values * constants["inverse_temperature"] - times * constants["is_drawn"]
+    race = values.astype(mx.float32) * constants["inverse_temperature"] - times * constants["is_drawn"]
     if not key.num_filtered:
         return race
     xtc_bits = random_bits(state["xtc_random"]) if key.has_xtc else None
-    lower, *upper = bounds(values, constants, xtc_bits)
-    kept = values >= lower
+    lower, *upper = bounds(values, constants, xtc_bits, has_limits=key.has_limits)
+    kept = (values >= lower) | (lower == math.inf)
     if upper:
         kept = kept & ((values <= upper[0]) | constants["is_never_excluded"])
     return mx.where(kept, race, -math.inf)

@@ -116,22 +116,23 @@ class PlanBuilder:
         filtered = [row for row, each in enumerate(samplers) if each.is_filtered and not each.is_greedy]
         if not filtered:
             return key
-        size = padded(len(filtered))
+        size = padded(len(filtered) + 1)  # the last one keeps no token: it stands for rows without filters
         if size < num_rows:
             repeated = filtered + filtered[:1] * (size - len(filtered))
             constants["filtered"] = mx.array(np.array(repeated, np.int32))
-            filter_rows = np.full(num_rows, size, np.int32)
+            filter_rows = np.full(num_rows, size - 1, np.int32)
             filter_rows[filtered] = np.arange(len(filtered))
             constants["filter_rows"] = mx.array(filter_rows)
-            chosen = [samplers[row] for row in repeated]
+            chosen = [samplers[row] for row in filtered]
         else:
             size, chosen = num_rows, samplers
         columns: dict[str, tuple[Callable[[SequenceSampler], float], Any, float]] = {
             "filter_inverse_temperature": (_inverse_temperature, np.float32, 1.0),
             "filter_floor": (_log_min_p, np.float32, -math.inf),
-            "filter_max_tokens": (lambda s: min(s.sampling.top_k or _INT32_MAX, _INT32_MAX), np.int32, _INT32_MAX),
+            "filter_max_tokens": (lambda s: min(s.sampling.top_k or _INT32_MAX, _INT32_MAX), np.int32, 0),
             "filter_share": (lambda s: s.sampling.top_p, np.float32, 1.0),
         }  # fmt: skip
+        has_limits = any(each.sampling.top_k or each.sampling.min_p > 0 for each in chosen)
         has_xtc = any(each.sampling.xtc_probability > 0 for each in chosen)
         if has_xtc:
             columns["xtc_limit"] = (_xtc_limit, np.uint32, 0)
@@ -141,7 +142,7 @@ class PlanBuilder:
         for name, (value_of, dtype, neutral) in columns.items():
             constants[name] = _column(chosen, size, value_of, dtype, neutral)
         constants["ranks"] = self._constant("ranks")
-        return key._replace(num_filtered=size, has_xtc=has_xtc)
+        return key._replace(num_filtered=size, has_limits=has_limits, has_xtc=has_xtc)
 
     def _add_adjustments(
         self,
@@ -293,7 +294,7 @@ def _log_min_p(sampler: SequenceSampler) -> float:
 
 def _xtc_limit(sampler: SequenceSampler) -> int:
     """XTC applies if the upper 24 bits of a random number are less than this."""
-    return math.ceil(sampler.sampling.xtc_probability * 2**24)
+    return 0 if sampler.is_greedy else math.ceil(sampler.sampling.xtc_probability * 2**24)
 
 
 def _is_always_adjusted(sampler: SequenceSampler) -> bool:

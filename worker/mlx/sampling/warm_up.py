@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 _NUM_ROWS = 3
 _DRAWN = SamplingParams()
 _TOP_P = SamplingParams(top_p=0.9)
+_TOP_K = SamplingParams(top_k=5)
 _XTC = SamplingParams(xtc_probability=0.5)
 _GREEDY = SamplingParams(temperature=0.0)
 _PENALIZED = SamplingParams(temperature=0.0, frequency_penalty=0.5)
@@ -55,9 +56,10 @@ class _Kind:
 
 _KINDS = (
     _Kind((_DRAWN,)),
-    _Kind((_GREEDY, _TOP_P), 2),
+    _Kind((_GREEDY, _TOP_P, _GREEDY), 2),
     _Kind((_TOP_P,)),
-    _Kind((_XTC, _GREEDY)),
+    _Kind((_TOP_K, _GREEDY)),
+    _Kind((_XTC, _GREEDY, _GREEDY)),
     _Kind((_XTC,)),
     _Kind((_REPETITION,), 20),
     _Kind((_PENALIZED,), 20),
