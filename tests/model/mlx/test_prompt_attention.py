@@ -93,3 +93,15 @@ def test_lengths() -> None:
     assert made.rounded_up(1, 1001, 1001) == 1024
     assert made.rounded_up(1, 1024, 4096) == 1024
     assert made.rounded_up(8, 300, 1000) == 512
+
+
+def test_without_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If an operator has turned it off in MLX, large pieces are computed in parts, too."""
+    monkeypatch.setenv("MLX_CUDA_USE_CUDNN_SDPA", "0")
+    recorded = Recorded(monkeypatch)
+    q, k, v = (each.astype(mx.bfloat16) for each in inputs(7, 13))
+    with PromptAttention(10**9, max_small_scores=0):
+        found = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask="causal")
+    assert recorded.num_calls == 0
+    expected = recorded._mlx_attention(q, k, v, scale=0.3, mask="causal")
+    assert mx.allclose(found, expected, atol=0.03)

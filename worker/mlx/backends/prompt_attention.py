@@ -9,6 +9,7 @@ slower than matrix products, and with either a long context takes gigabytes for 
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import mlx.core as mx
@@ -47,6 +48,7 @@ class PromptAttention:
         self._max_part_scores = min(_MAX_PART_SCORES, max(1, int(working_bytes / _BYTES_PER_SCORE)))
         self._max_small_scores = max_small_scores
         self._num_heads = _DEFAULT_HEADS
+        self._has_cudnn = os.environ.get("MLX_CUDA_USE_CUDNN_SDPA", "1") != "0"
         self._mlx_attention: Any = mx.fast.scaled_dot_product_attention
         # The layers of a model share it.
         self._causal: tuple[tuple[int, int], mx.array] | None = None
@@ -85,7 +87,7 @@ class PromptAttention:
         elif is_array:
             is_ours = mask.dtype == mx.bool_
         else:
-            has_cudnn = q.dtype in _CUDNN_TYPES and max(dim, v.shape[3]) <= _MAX_CUDNN_DIM
+            has_cudnn = self._has_cudnn and q.dtype in _CUDNN_TYPES and max(dim, v.shape[3]) <= _MAX_CUDNN_DIM
             is_ours = not (has_cudnn and self.is_large(num_rows, num_queries, num_keys))
         if not is_ours:
             result: mx.array = self._mlx_attention(q, k, v, scale=scale, mask=mask, **options)
