@@ -28,7 +28,7 @@ from bench.harness.table import percentile
 from bench.load.streams import Load, Stream, errors
 from common import connections
 
-START_SECONDS = 180.0
+START_SECONDS = 300.0
 STREAM_SECONDS = 600.0
 ONE_AT_A_TIME_QUEUE = "one-at-a-time"
 

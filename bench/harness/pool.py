@@ -29,7 +29,7 @@ from common.pool.redis_server import arguments
 ROOT = Path(__file__).resolve().parent.parent.parent
 HOST = "127.0.0.1"
 
-_READY_SECONDS = 120.0
+_READY_SECONDS = 300.0
 _END_SECONDS = 15.0
 _POLL_SECONDS = 0.05
 

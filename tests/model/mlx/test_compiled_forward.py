@@ -22,12 +22,16 @@ from worker.mlx.backends.append_attention import (
     Appended,
     CudaAppendAttention,
     FunctionalAppendAttention,
+    Kind,
     block_shape,
     self_test,
 )
 from worker.mlx.backends.cuda_attention import LANES, MAX_KEYS
 from worker.mlx.batch import Batch
+from worker.mlx.decoding.compiled_forward import CompiledForward
+from worker.mlx.memory import columns
 
+KIND = Kind(mx.float16, 64, 2, 3)
 ONLY_CUDA = pytest.mark.skipif(not mx.cuda.is_available(), reason="needs MLX's CUDA back-end")
 
 
@@ -55,12 +59,13 @@ def traced_shapes(batch: Batch) -> list[tuple[int, int]]:
 
 def test_a_shape_is_traced_once(llama: Any) -> None:
     """Other sequences in as many slots use the same trace; more columns need another."""
+    short, long = columns(1), columns(260)
     batch = batch_of(llama, 4, is_compiled=True)
     generate(batch, 5, 9)
     generate(batch, 20, 3)
-    assert traced_shapes(batch) == [(2, 256)]
+    assert traced_shapes(batch) == [(2, short)]
     found = generate(batch, 5, num_tokens=260)
-    assert traced_shapes(batch) == [(2, 256), (1, 256), (1, 512)]
+    assert traced_shapes(batch) == [(2, short), (1, short), (1, long)]
     assert found == [generate_alone(llama, prompt(0, 5), 260)]
 
 
@@ -85,7 +90,7 @@ def test_sequences_leave_slots_empty(llama: Any) -> None:
     batch.remove(sequences[0])
     for _ in range(3):
         batch.step()
-    assert traced_shapes(batch) == [(3, 256)]
+    assert traced_shapes(batch) == [(3, columns(1))]
     late = sequence_of(3, prompt(3, 4), 6)
     batch.insert(late)
     while len(batch):
@@ -148,8 +153,10 @@ class WrongAttention(FunctionalAppendAttention):
     """Forgets to write the new keys, or raises."""
 
     def __init__(self, *, raises: bool) -> None:
-        super().__init__()
         self._raises = raises
+
+    def supports(self, queries: mx.array, keys: mx.array, values: mx.array) -> bool:
+        return super().supports(queries, keys, values) and self_test(self, KIND)
 
     def __call__(
         self,
@@ -169,12 +176,23 @@ class WrongAttention(FunctionalAppendAttention):
 
 def test_the_self_test(caplog: pytest.LogCaptureFixture) -> None:
     """It finds a kernel that raises, and one that does not write the new keys."""
-    assert self_test(FunctionalAppendAttention(), mx.float16, 64, 2, 3)
+    assert self_test(FunctionalAppendAttention(), KIND)
     assert not caplog.records
-    assert not self_test(WrongAttention(raises=True), mx.float16, 64, 2, 3)
+    assert not self_test(WrongAttention(raises=True), KIND)
     assert "no such architecture" in caplog.text
-    assert not self_test(WrongAttention(raises=False), mx.float16, 64, 2, 3)
+    assert not self_test(WrongAttention(raises=False), KIND)
     assert "differs by" in caplog.text
+
+
+def test_the_self_test_while_a_step_is_traced(llama: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """If it fails, steps are not compiled."""
+    batch = batch_of(llama, 4, is_compiled=True)
+    batch.decoding.compiled = CompiledForward(llama, WrongAttention(raises=False))
+    assert generate(batch, 5, 9) == [
+        generate_alone(llama, prompt(number, n), 8) for number, n in enumerate((5, 9))
+    ]
+    assert not batch.decoding.compiled.is_supported
+    assert caplog.text.count("differs by") == 1
 
 
 def test_few_rows_get_more_blocks() -> None:
@@ -183,6 +201,7 @@ def test_few_rows_get_more_blocks() -> None:
     assert block_shape(8, 4, 2048) == (1, 512)
     assert block_shape(128 * 8, 4, 2048) == (4, 256)
     assert block_shape(2, 7, 256) == (1, 256)
+    assert block_shape(100, 16, 2048) == (8, 256)
 
 
 def test_what_the_kernel_supports() -> None:
@@ -203,8 +222,9 @@ def test_what_the_kernel_supports() -> None:
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("dim", list(LANES))
 def test_the_kernel(dtype: mx.Dtype, dim: int) -> None:
-    """Its results are those of MLX's operations, and it writes the new keys and values."""
-    assert all(
-        self_test(CudaAppendAttention(), dtype, dim, num_key_heads, repeats)
-        for num_key_heads, repeats in ((2, 1), (1, 12), (40, 8))
-    )
+    """The results of all variants are those of MLX's operations, and they write the new keys and values."""
+    attention = CudaAppendAttention()
+    for num_key_heads, repeats in ((2, 1), (1, 12)):
+        queries = mx.zeros((2, num_key_heads * repeats, 1, dim), dtype)
+        keys = mx.zeros((2, num_key_heads, 264, dim), dtype)
+        assert attention.supports(queries, keys, keys)
