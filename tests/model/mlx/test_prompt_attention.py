@@ -86,7 +86,9 @@ def test_lengths() -> None:
     """Large pieces end at a multiple of 256 and are padded to one; small ones are neither."""
     made = PromptAttention(10**9, max_small_scores=32 * 1000 * 1000)
     assert made.rounded_down(2048, 0) == 2048
-    assert made.rounded_down(2000, 0) == 1792
+    assert made.rounded_down(2811, 0) == 2048
+    assert made.rounded_down(2811, 256) == 1792
+    assert made.rounded_down(300, 0) == 256
     assert made.rounded_down(2048, 100) == 1948
     assert made.rounded_down(60, 0) == 60
     assert made.rounded_up(1, 1000, 1000) == 1000

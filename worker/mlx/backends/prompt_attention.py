@@ -58,8 +58,11 @@ class PromptAttention:
         return num_rows * self._num_heads * num_queries * num_keys > self._max_small_scores
 
     def rounded_down(self, num_tokens: int, num_before: int) -> int:
-        """How many tokens to prefill after `num_before`, at most `num_tokens`, so that the next piece begins at a multiple."""
-        excess = (num_before + num_tokens) % self.multiple
+        """How many tokens to prefill after `num_before`, at most `num_tokens`, so that the next piece begins at a multiple.
+
+        Of a power of two, at most half of `num_tokens`: pieces of many prompts have the same shapes then.
+        """
+        excess = (num_before + num_tokens) % max(self.multiple, 1 << max(0, num_tokens.bit_length() - 2))
         return num_tokens - excess if num_tokens > excess else num_tokens
 
     def rounded_up(self, num_rows: int, num_queries: int, num_keys: int) -> int:

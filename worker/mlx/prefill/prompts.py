@@ -148,7 +148,7 @@ class PromptBatch:
     def prefill(self, max_tokens: int) -> int:
         """Start to prefill the next tokens of each prompt, `max_tokens` at most; returns their number, padding included."""
         num_before = {each.num_cached for each in self.sequences}
-        if self._attention is not None:
+        if self._attention is not None and max(each.num_left for each in self.sequences) > max_tokens:
             max_tokens = self._attention.rounded_down(max_tokens, min(num_before))
         pieces = [
             each.token_ids[each.num_cached : each.num_cached + min(each.num_left, max_tokens)]
