@@ -111,6 +111,8 @@ class DecodeBatch:
         self._offer = offer
         self._fused_ops = fused_ops
         self.compiled = compiled
+        # Whether the caches' own arrays of positions are up to date: compiled steps have others.
+        self._has_offsets = True
         # By index, then those of slots without a sequence: the next step's input tokens.
         self._inputs: Any = None
         # By index: where the input token was chosen; None: it is a prompt's last token.
@@ -205,6 +207,7 @@ class DecodeBatch:
         slots = self._slots(self.caches)
         for cache in slots:
             cache.update_positions(None if cache is slots[0] else slots[0])
+        self._has_offsets = True
         if self.compiled is not None:
             self.compiled.forget_positions()
         # Now: as part of the next step they would be known only at its end.
@@ -222,16 +225,27 @@ class DecodeBatch:
         if self.compiled is not None and len(slots) == len(caches) and slots[0].keys is not None:
             for cache in slots:
                 cache.make_room(1, has_common_shape=True)
-            padded = _padded(inputs, slots[0].num_slots)
-            if (logits := self.compiled.logits(padded, slots)) is not None:
-                return self._sampler.choose(sequences, padded, logits, previous)
-            self._update_positions()
-            inputs = inputs[: len(sequences)]
+            if (logits := self._compiled_logits(self.compiled, inputs, slots)) is not None:
+                return self._sampler.choose(sequences, self._inputs, logits, previous)
+        inputs = inputs[: len(sequences)]
         with self._operations(slots):
             logits = self._model(inputs[:, None], cache=caches)[:, -1, :]
         for cache in slots[1:]:
             cache.share_offset(slots[0])
         return self._sampler.choose(sequences, inputs, logits, previous)
+
+    def _compiled_logits(
+        self, compiled: CompiledForward, inputs: Any, slots: list[SlotKVCache]
+    ) -> mx.array | None:
+        """The logits of all slots, (slots, vocab); None if the forward pass cannot be compiled for them."""
+        if compiled.can_run(slots):
+            self._inputs = _padded(inputs, slots[0].num_slots)
+            if (logits := compiled.logits(self._inputs, slots)) is not None:
+                self._has_offsets = False
+                return logits
+        if not self._has_offsets:
+            self._update_positions()
+        return None
 
     @contextmanager
     def _operations(self, slots: list[SlotKVCache]) -> Iterator[None]:

@@ -33,6 +33,10 @@ class CannotCompileError(Exception):
     """The model's step cannot be compiled: it does something else with its caches than to attend to them."""
 
 
+class UnsupportedShapeError(Exception):
+    """There is no attention for buffers of this shape, such as very long ones."""
+
+
 class CompiledForward:
     """See the module. Used on one thread.
 
@@ -46,7 +50,8 @@ class CompiledForward:
     def __init__(self, model: Any, attention: AppendAttention) -> None:
         self._model = model
         self._attention = attention
-        self._traces: OrderedDict[tuple[int, int], Any] = OrderedDict()  # by numbers of slots and columns
+        # By numbers of slots and columns; None: this shape is not supported.
+        self._traces: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._positions: _Positions | None = None
         self.is_supported = True
 
@@ -54,31 +59,39 @@ class CompiledForward:
         """To be called when sequences have joined, left or moved."""
         self._positions = None
 
+    def can_run(self, caches: list[SlotKVCache]) -> bool:
+        """Whether `logits` may be called with these caches, one per layer and all with keys."""
+        first = caches[0]
+        shape = first.num_slots, first.num_columns
+        is_supported = self.is_supported and self._traces.get(shape, True) is not None
+        return is_supported and all(map(first.is_parallel_to, caches))
+
     def logits(self, tokens: mx.array, caches: list[SlotKVCache]) -> mx.array | None:
         """The logits of one step of all slots, (slots, vocab), not evaluated; its keys and values are in the caches.
 
         Args:
             tokens: Input tokens, (slots,).
-            caches: One per layer, with a free column.
+            caches: Those for which `can_run`, with a free column.
 
         Returns:
-            None if the model's forward pass cannot be compiled, or not with these caches; nothing was changed then.
+            None if it turns out that the forward pass cannot be compiled; nothing was changed then.
         """
-        first = caches[0]
-        if not self.is_supported or not all(first.is_parallel_to(cache) for cache in caches):
-            return None
+        shape = caches[0].num_slots, caches[0].num_columns
         try:
-            return self._compute(tokens, caches)
+            return self._compute(self._forward(shape), tokens, caches)
+        except UnsupportedShapeError as error:
+            log.debug("decode steps of %d slots and %d columns are not compiled: %s", *shape, error)
+            self._traces[shape] = None
+            return None
         except CannotCompileError as error:
             log.info("decode steps are not compiled: %s", error)
             self.is_supported = False
             self._traces.clear()
             return None
 
-    def _compute(self, tokens: mx.array, caches: list[SlotKVCache]) -> mx.array:
+    def _compute(self, forward: Any, tokens: mx.array, caches: list[SlotKVCache]) -> mx.array:
         first = caches[0]
         positions = self._positions_in(first)
-        forward = self._forward((first.num_slots, first.num_columns))
         buffers = [(cache.keys, cache.values) for cache in caches]
         logits: mx.array
         logits, end, written = forward(tokens, positions.start, positions.end, buffers)
@@ -120,7 +133,7 @@ class CompiledForward:
         try:
             with self._attending(caches):
                 logits: mx.array = self._model(tokens[:, None], cache=caches)[:, -1, :]
-        except CannotCompileError:
+        except (CannotCompileError, UnsupportedShapeError):
             raise
         except Exception as error:
             log.debug("the model's step cannot be traced", exc_info=True)
@@ -142,7 +155,9 @@ class CompiledForward:
             if mask is not None or any(option is not None for option in options.values()):
                 raise CannotCompileError("its attention has a mask of its own, or further options")
             if not self._attention.supports(q, k, v):
-                raise CannotCompileError(f"no kernel for queries {q.shape} and keys {k.shape} of {k.dtype}")
+                raise UnsupportedShapeError(
+                    f"no kernel for queries {q.shape} and keys {k.shape} of {k.dtype}"
+                )
             return cache.append(self._attention, q, scale)
 
         replaced, mx.fast.scaled_dot_product_attention = mx.fast.scaled_dot_product_attention, attend

@@ -14,7 +14,7 @@ import numpy as np
 
 from worker.sampling.scores import Score, finite
 
-MAX_GROUP = 128
+MAX_GROUP = 256
 """How many adjacent tokens are compared at first, at most."""
 
 _MIN_GROUP = 16

@@ -47,24 +47,32 @@ class _Free:
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """A plan: how its sequences are sampled, in turn, how many of the most likely tokens they report, and how many have matchers."""
+    """A plan.
+
+    Attributes:
+        samplings: How its sequences are sampled, in turn.
+        num_top: How many of the most likely tokens they report.
+        num_matchers: How many of them have matchers.
+        is_common: Whether its function is compiled too, also where that takes long.
+    """
 
     samplings: tuple[SamplingParams, ...]
     num_top: int | None = None
     num_matchers: int = 0
+    is_common: bool = False
 
 
 _KINDS = (
-    _Kind((_DRAWN,)),
+    _Kind((_DRAWN,), is_common=True),
     _Kind((_GREEDY, _TOP_P, _GREEDY), 2),
-    _Kind((_TOP_P,)),
+    _Kind((_TOP_P,), is_common=True),
     _Kind((_TOP_K, _GREEDY)),
     _Kind((_XTC, _GREEDY, _GREEDY)),
     _Kind((_XTC,)),
     _Kind((_REPETITION,), 20),
     _Kind((_PENALIZED,), 20),
     _Kind((_PENALIZED, _TOP_P)),
-    _Kind((_GREEDY,), num_matchers=3),
+    _Kind((_GREEDY,), num_matchers=3, is_common=True),
     _Kind((_DRAWN, _XTC), 20, num_matchers=1),
     _Kind((_PENALIZED, _TOP_P), 2, num_matchers=3),
     _Kind((_BIASED, _DRAWN), 0),
@@ -86,7 +94,7 @@ def warm_up(builder: PlanBuilder, vocab_size: int, dtype: mx.Dtype, *, compiles:
 
     Args:
         dtype: Of the model's logits.
-        compiles: Whether functions are compiled in service; each is used both ways then.
+        compiles: Whether functions are compiled in service; on CUDA only the common ones are compiled here.
     """
     start_mono = time.monotonic()
     logits = mx.zeros((_NUM_ROWS, vocab_size), dtype)
@@ -96,7 +104,9 @@ def warm_up(builder: PlanBuilder, vocab_size: int, dtype: mx.Dtype, *, compiles:
             plan = builder.build(_sequences(kind), _NUM_ROWS, None)
             masks = plan.masks()
             choose = make_choose(plan.masked_key if masks else plan.key)
-            for function in (choose, mx.compile(choose)) if compiles else (choose,):
+            # CUDA's compiler takes a second or more for each fused kernel, Metal's some ten milliseconds.
+            is_compiled = compiles and (kind.is_common or not mx.cuda.is_available())
+            for function in (choose, mx.compile(choose)) if is_compiled else (choose,):
                 mx.eval(function(logits, inputs, plan.state, plan.constants | masks))
     except Exception:
         log.exception("the sampler's warm-up failed; the worker starts without it")
