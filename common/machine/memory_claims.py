@@ -1,6 +1,6 @@
 """How workers on one machine share its memory: each has a claim, a file that is locked while its process lives.
 
-A worker registers its claim before it loads a model (`worker.mlx.memory_share`) and reads the others' periodically: its limit
+A worker registers its claim before it loads a model (`worker.mlx.memory.memory_share`) and reads the others' periodically: its limit
 follows from all of them, so a worker that starts or ends changes everyone's. `make up` does the same arithmetic before it starts
 any. The kernel drops the lock of a process that was killed, and the next reader removes its file. Each host has a folder of its
 own: on a network file system, locks may not be seen by other hosts. Independent of MLX.

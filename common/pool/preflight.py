@@ -107,7 +107,7 @@ def check_memory(workers: Sequence[Settings], num_each: int) -> None:
     """
     if len(workers) * num_each == 1:
         return
-    machine = msgspec.json.decode(_output("worker.mlx.memory_share", workers[0]), type=Machine)
+    machine = msgspec.json.decode(_output("worker.mlx.memory.memory_share", workers[0]), type=Machine)
     limit_gb = workers[0].memory_limit_gb
     limit_bytes = None if limit_gb is None else int(limit_gb * GB)
     claims = [

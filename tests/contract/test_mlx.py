@@ -65,7 +65,7 @@ def test_compiled_norm_checks_no_shapes() -> None:
 def test_slices_are_written_in_place() -> None:
     """Slots are written by assignment to a slice of a buffer; a copy that was taken before keeps its values.
 
-    Open worker/mlx/kv_slots.py.
+    Open worker/mlx/caches/kv_slots.py.
     """
     buffer = mx.zeros((3, 2))
     before = mx.contiguous(buffer[1:2])
@@ -100,7 +100,7 @@ def test_kinds_of_devices() -> None:
 
 
 def test_device_info() -> None:
-    """On a GPU one of these keys has the size of its memory; which one differs between Metal and CUDA. Open worker/mlx/memory_share.py, `_machine_limit_bytes`."""
+    """On a GPU one of these keys has the size of its memory; which one differs between Metal and CUDA. Open worker/mlx/memory/memory_share.py, `_machine_limit_bytes`."""
     if not model.has_gpu():
         pytest.skip("this machine has no GPU")
     about = mx.device_info()
@@ -125,7 +125,7 @@ def test_safetensors(tmp_path: Path) -> None:
 
 
 def test_parameters_are_flattened() -> None:
-    """Weights are measured through `tree_flatten(parameters())`, which gives pairs of name and array. Open worker/mlx/memory.py, `cache_memory`."""
+    """Weights are measured through `tree_flatten(parameters())`, which gives pairs of name and array. Open worker/mlx/memory/cache_memory.py, `cache_memory`."""
     flat = dict(tree_flatten(nn.Linear(2, 3).parameters()))
     assert {name: weight.nbytes for name, weight in flat.items()} == {"weight": 24, "bias": 12}
 

@@ -54,7 +54,7 @@ class Layers(nn.Module):
 
 
 def test_make_prompt_cache() -> None:
-    """One cache a layer; a model's own `make_cache` decides, if it has one. Open worker/mlx/caches.py."""
+    """One cache a layer; a model's own `make_cache` decides, if it has one. Open worker/mlx/caches/kinds.py."""
     model = Layers()
     assert [type(each) for each in cache.make_prompt_cache(model)] == [cache.KVCache] * 2
     model.make_cache = lambda: ["its own"]
@@ -65,7 +65,7 @@ def test_make_prompt_cache() -> None:
 def test_single_caches(kind: type) -> None:
     """A sequence's cache can be merged, measured and copied: `can_batch`, the estimate of memory and the prefix cache rely on it.
 
-    Open worker/mlx/caches.py, worker/mlx/prefixes/prefix_cache.py.
+    Open worker/mlx/caches/kinds.py, worker/mlx/prefixes/prefix_cache.py.
     """
     for name in ("merge", "state", "nbytes", "is_trimmable", "empty", "size"):
         assert hasattr(kind, name), name
@@ -76,14 +76,14 @@ def test_single_caches(kind: type) -> None:
 def test_caches_that_cannot_batch(kind: type) -> None:
     """Caches without `merge` are those that cannot be batched: their models decode one sequence at a time.
 
-    If one has it now, its models can be batched, once tests/model covers them. Open worker/mlx/caches.py.
+    If one has it now, its models can be batched, once tests/model covers them. Open worker/mlx/caches/kinds.py.
     """
     assert not hasattr(kind, "merge")
 
 
 @pytest.mark.parametrize("kind", BATCHED)
 def test_batched_caches(kind: type) -> None:
-    """The methods of a batch's caches, called as the batch calls them. Open worker/mlx/caches.py."""
+    """The methods of a batch's caches, called as the batch calls them. Open worker/mlx/caches/kinds.py."""
     assert accepts(kind.filter, None, [0])
     assert accepts(kind.extend, None, "other")
     assert accepts(kind.extract, None, 0)
@@ -96,7 +96,7 @@ def test_batched_caches(kind: type) -> None:
 def test_merge_pads_on_the_left() -> None:
     """`merge` pads shorter sequences on the left and records it in `left_padding` and `offset`.
 
-    Slots are built from these numbers. Open worker/mlx/kv_slots.py.
+    Slots are built from these numbers. Open worker/mlx/caches/kv_slots.py.
     """
     merged = cache.KVCache.merge([_filled([1, 2, 3]), _filled([4])])
     assert type(merged) is cache.BatchKVCache
@@ -107,7 +107,7 @@ def test_merge_pads_on_the_left() -> None:
 
 
 def test_merge_of_empty_caches() -> None:
-    """Empty caches can be merged, and filled afterwards. Open worker/mlx/caches.py."""
+    """Empty caches can be merged, and filled afterwards. Open worker/mlx/caches/kinds.py."""
     merged = cache.KVCache.merge([cache.KVCache(), cache.KVCache()])
     assert merged.keys is None
     assert merged.empty()
@@ -142,7 +142,7 @@ def test_extract_is_a_cache_of_its_own() -> None:
 
 
 def test_extend_and_filter_keep_order() -> None:
-    """`extend` appends new sequences after the present ones, and `filter` accepts any order. Open worker/mlx/caches.py."""
+    """`extend` appends new sequences after the present ones, and `filter` accepts any order. Open worker/mlx/caches/kinds.py."""
     batch = cache.KVCache.merge([_filled([1, 2])])
     batch.extend(cache.KVCache.merge([_filled([3, 4, 5])]))
     assert _numbers(batch.keys_and_values()[0]) == [[0, 1, 2], [3, 4, 5]]
@@ -157,7 +157,7 @@ def test_extend_and_filter_keep_order() -> None:
 def test_slots_override_what_a_step_calls() -> None:
     """`SlotKVCache` is a `BatchKVCache` with its own buffers: these are the methods that a model's layers and mlx-lm call.
 
-    Open worker/mlx/kv_slots.py.
+    Open worker/mlx/caches/kv_slots.py.
     """
     made = cache.BatchKVCache([])
     assert {"keys", "values", "left_padding", "offset", "_idx"} <= vars(made).keys()
@@ -169,7 +169,7 @@ def test_slots_override_what_a_step_calls() -> None:
 def test_masks() -> None:
     """A decode step's mask excludes each sequence's left padding and nothing else; a single cache needs none.
 
-    Open worker/mlx/kv_slots.py, `make_mask`.
+    Open worker/mlx/caches/kv_slots.py, `make_mask`.
     """
     merged = cache.KVCache.merge([_filled([1, 2, 3]), _filled([4])])
     assert merged.make_mask(1).squeeze((1, 2)).tolist() == [[True] * 4, [False, False, True, True]]
@@ -177,7 +177,7 @@ def test_masks() -> None:
 
 
 def test_models_ask_caches_for_masks() -> None:
-    """Models request a mask from the first cache with `return_array` and `window_size`. Open worker/mlx/kv_slots.py, `make_mask`."""
+    """Models request a mask from the first cache with `return_array` and `window_size`. Open worker/mlx/caches/kv_slots.py, `make_mask`."""
     assert accepts(base.create_attention_mask, "h", "cache", window_size=None, return_array=False)
     source = inspect.getsource(base.create_attention_mask)
     assert "cache.make_mask(N, return_array=return_array, window_size=window_size)" in source
@@ -196,7 +196,7 @@ def test_trimming() -> None:
 
 
 def test_rotating_caches_have_a_window() -> None:
-    """`max_size` is a window, which bounds the memory of a sequence. Open worker/mlx/caches.py, `measured_cost`."""
+    """`max_size` is a window, which bounds the memory of a sequence. Open worker/mlx/caches/kinds.py, `measured_cost`."""
     assert cache.RotatingKVCache(max_size=4).max_size == 4
     merged = cache.RotatingKVCache.merge([cache.RotatingKVCache(max_size=4)])
     assert type(merged) is cache.BatchRotatingKVCache
@@ -204,7 +204,7 @@ def test_rotating_caches_have_a_window() -> None:
 
 
 def test_recurrent_states() -> None:
-    """`ArraysCache` is also its own batched class, and has no keys. Open worker/mlx/caches.py, `measured_cost`."""
+    """`ArraysCache` is also its own batched class, and has no keys. Open worker/mlx/caches/kinds.py, `measured_cost`."""
     one, other = cache.ArraysCache(1), cache.ArraysCache(1)
     one[0], other[0] = mx.array([[1.0]]), mx.array([[2.0]])
     merged = cache.ArraysCache.merge([one, other])
@@ -217,7 +217,7 @@ def test_recurrent_states() -> None:
 
 
 def test_lists_of_caches() -> None:
-    """A `CacheList` has its caches in `caches`, and applies each operation to all of them. Open worker/mlx/caches.py, `_flat`."""
+    """A `CacheList` has its caches in `caches`, and applies each operation to all of them. Open worker/mlx/caches/kinds.py, `_flat`."""
     listed = cache.CacheList(_filled([1]), _filled([2]))
     assert [type(each) for each in listed.caches] == [cache.KVCache] * 2
     merged = cache.CacheList.merge([listed, cache.CacheList(_filled([3]), _filled([4]))])
@@ -226,7 +226,7 @@ def test_lists_of_caches() -> None:
 
 
 def test_caches_grow_in_steps() -> None:
-    """Caches of single sequences grow by 256 tokens: memory is estimated in these steps. Open worker/mlx/memory.py, `columns`."""
+    """Caches of single sequences grow by 256 tokens: memory is estimated in these steps. Open worker/mlx/memory/cache_memory.py, `columns`."""
     assert cache.KVCache.step == cache.BatchKVCache.step == 256
     assert _filled([1]).keys.shape[2] == 256
     assert _filled([1]).nbytes == 2 * 256 * 4
@@ -249,14 +249,14 @@ def test_download_patterns() -> None:
 
 
 def test_processors_context() -> None:
-    """`TokenBuffer` passes all token ids so far to a logits processor, on the device. Open worker/mlx/decode.py."""
+    """`TokenBuffer` passes all token ids so far to a logits processor, on the device. Open worker/mlx/decoding/decode_batch.py."""
     context = cache.TokenBuffer([1, 2])
     assert context.update_and_fetch(mx.array([3], mx.uint32)).tolist() == [1, 2, 3]
     assert context.update_and_fetch(mx.array([4], mx.uint32)).tolist() == [1, 2, 3, 4]
 
 
 def test_logits_processors() -> None:
-    """The repetition penalty is mlx-lm's processor, called with all token ids and (1, vocab) logits. Open worker/mlx/decode.py."""
+    """The repetition penalty is mlx-lm's processor, called with all token ids and (1, vocab) logits. Open worker/mlx/decoding/decode_batch.py."""
     (processor,) = make_logits_processors(repetition_penalty=2.0, repetition_context_size=2)
     logits = processor(mx.array([0, 1, 2]), mx.array([[1.0, 1.0, -1.0, 1.0]]))
     assert logits.tolist() == [[1, 0.5, -2, 1]]

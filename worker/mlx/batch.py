@@ -15,13 +15,13 @@ from typing import Any
 import mlx.core as mx
 
 from common.machine import memory_claims
-from worker.mlx import caches as kv
 from worker.mlx import model as mlx_model
 from worker.mlx.backends.cpu_ops import FusedCpuOps
 from worker.mlx.backends.cuda_attention import PaddedAttention, cuda_kernel
 from worker.mlx.backends.prompt_attention import PromptAttention
-from worker.mlx.decode import BatchSequence, BatchToken, DecodeBatch
+from worker.mlx.caches import kinds as kv
 from worker.mlx.decoding.compiled_forward import CompiledForward
+from worker.mlx.decoding.decode_batch import BatchSequence, BatchToken, DecodeBatch
 from worker.mlx.prefill.budget import INITIAL_TOKENS, PrefillBudget
 from worker.mlx.prefill.prompts import PromptBatches, merge_own_caches
 from worker.mlx.sampling.chosen import StepSampler

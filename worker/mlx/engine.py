@@ -22,14 +22,14 @@ from worker.loop.engine import (
     StepEvent,
     StepToken,
 )
-from worker.mlx import caches as kv
 from worker.mlx import model as mlx_model
 from worker.mlx.batch import Batch, make_sampler
-from worker.mlx.decode import BatchToken
+from worker.mlx.caches import kinds as kv
 from worker.mlx.decoding.compiled_forward import compiled_forward
+from worker.mlx.decoding.decode_batch import BatchToken
 from worker.mlx.generation import Generation, GenerationBuilder
-from worker.mlx.memory import CacheMemory, cache_memory, expected_tokens
-from worker.mlx.memory_share import MemoryShare
+from worker.mlx.memory.cache_memory import CacheMemory, cache_memory, expected_tokens
+from worker.mlx.memory.memory_share import MemoryShare
 from worker.mlx.prefill.step_size import StepSize, measured
 from worker.mlx.prefixes.prefix_cache import CachedPrefix, PrefixCache, should_wait_for
 from worker.mlx.sampling.chosen import StepSampler

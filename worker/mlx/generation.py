@@ -14,8 +14,8 @@ import msgspec
 from common.errors import invalid
 from common.protocol import ChatPrompt, GenerationJob
 from worker.loop.engine import InsertResult, ModelInfo
-from worker.mlx.decode import BatchSequence
-from worker.mlx.memory import expected_tokens
+from worker.mlx.decoding.decode_batch import BatchSequence
+from worker.mlx.memory.cache_memory import expected_tokens
 from worker.mlx.sampling.host_sampler import logits_processors
 from worker.mlx.scoring import PromptScoring
 from worker.sampling.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher

@@ -20,9 +20,9 @@ from common.machine import local_model
 from common.models import sampling_defaults
 from common.settings import Settings
 from worker.loop.engine import ModelInfo
-from worker.mlx import caches
 from worker.mlx.backends.blas import preload_blas
-from worker.mlx.backends.fused_projections import fuse_projections
+from worker.mlx.caches import kinds
+from worker.mlx.fused_projections import fuse_projections
 from worker.text import fill_in_middle, template_defaults
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def describe(loaded: LoadedModel, max_batch: int) -> ModelInfo:
     return ModelInfo(
         context_length=context_length(loaded.config, getattr(loaded.tokenizer, "model_max_length", None)),
         vocab_size=int(_text_config(loaded.config).get("vocab_size") or len(loaded.tokenizer.get_vocab())),
-        max_batch=max_batch if caches.can_batch(loaded.model) else 1,
+        max_batch=max_batch if kinds.can_batch(loaded.model) else 1,
         quantization=quantization(loaded.config) or weight_type(loaded.model),
         has_chat_template=bool(loaded.tokenizer.has_chat_template),
         can_fill=fill_in_middle.find_markers(loaded.tokenizer) is not None,

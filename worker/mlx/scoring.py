@@ -13,7 +13,7 @@ import numpy as np
 
 from common.protocol import GenerationJob, TextPrompt, TokenLogprob
 from worker.loop.engine import PromptEcho
-from worker.mlx import caches as kv
+from worker.mlx.caches import kinds as kv
 from worker.mlx.sampling import top_tokens
 from worker.sampling.scores import Score, score
 from worker.text.detokenizer import TokenBytes

@@ -45,7 +45,9 @@ def warm_up(engine: Engine, *, on_gpu: bool) -> None:
         engine: Without sequences.
     """
     if on_gpu:
-        log.info("warming up; on CUDA, kernels are compiled at first use, which may take a few minutes on a machine's first start")
+        log.info(
+            "warming up; on CUDA, kernels are compiled at first use, which may take a few minutes on a machine's first start"
+        )
     start_mono = time.monotonic()
     numbers = range(len(_DUMMIES) if on_gpu else _NUM_DUMMIES_ON_CPU)
     min_tokens = _MIN_TOKENS if on_gpu else _MIN_TOKENS_ON_CPU

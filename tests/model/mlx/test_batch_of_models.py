@@ -15,10 +15,10 @@ from mlx_lm.sample_utils import make_logits_processors
 from common.protocol import SamplingParams
 from worker.mlx.backends.append_attention import FunctionalAppendAttention
 from worker.mlx.batch import Batch, make_sampler
-from worker.mlx.caches import CacheOffer
-from worker.mlx.decode import BatchSequence
+from worker.mlx.caches.kinds import CacheOffer
+from worker.mlx.caches.kv_slots import SlotKVCache
 from worker.mlx.decoding.compiled_forward import CompiledForward
-from worker.mlx.kv_slots import SlotKVCache
+from worker.mlx.decoding.decode_batch import BatchSequence
 from worker.sampling.sequence_sampler import SequenceSampler
 
 VOCABULARY = 97

@@ -29,7 +29,7 @@ from worker.mlx.backends.append_attention import (
 from worker.mlx.backends.cuda_attention import LANES, MAX_KEYS
 from worker.mlx.batch import Batch
 from worker.mlx.decoding.compiled_forward import CompiledForward
-from worker.mlx.memory import columns
+from worker.mlx.memory.cache_memory import columns
 
 KIND = Kind(mx.float16, 64, 2, 3)
 ONLY_CUDA = pytest.mark.skipif(not mx.cuda.is_available(), reason="needs MLX's CUDA back-end")

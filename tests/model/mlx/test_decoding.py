@@ -9,8 +9,8 @@ import pytest
 
 from common.settings import Settings
 from tests.model.mlx.reference import greedy_job, mlx_lm_token_ids
-from worker.mlx import memory_share
 from worker.mlx.engine import MLXEngine
+from worker.mlx.memory import memory_share
 
 EVEN = [list(range(100, 120)), list(range(200, 220))]
 SHORT = list(range(300, 309))

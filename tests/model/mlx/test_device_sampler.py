@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from common.protocol import SamplingParams
-from worker.mlx.decode import BatchSequence
+from worker.mlx.decoding.decode_batch import BatchSequence
 from worker.mlx.sampling.choose import PlanKey, make_choose
 from worker.mlx.sampling.chosen import ChosenRow, ChosenTokens, PreviousTokens, StepSampler
 from worker.mlx.sampling.device_sampler import DeviceSampler

@@ -9,8 +9,8 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
-from worker.mlx.decode import fill_gaps
-from worker.mlx.kv_slots import Move, SlotKVCache, moves_to
+from worker.mlx.caches.kv_slots import Move, SlotKVCache, moves_to
+from worker.mlx.decoding.decode_batch import fill_gaps
 
 HEADS, SIZE, VALUE_SIZE = 2, 4, 6
 

@@ -15,8 +15,8 @@ from common.machine import memory_claims
 from common.protocol import ChatPrompt, GenerationJob, SamplingParams, TextPrompt, TokenPrompt
 from common.settings import Settings
 from worker.loop.engine import SequenceFailure, StepToken
-from worker.mlx import caches as kv
 from worker.mlx import generation
+from worker.mlx.caches import kinds as kv
 from worker.mlx.engine import MLXEngine
 from worker.mlx.sampling.host_sampler import guarded
 

@@ -9,10 +9,10 @@ import mlx.core as mx
 import pytest
 
 from tests.model.mlx.test_batch_of_models import VOCABULARY, batch_of, generate_alone, make_model, sequence_of
-from worker.mlx import caches as kv
 from worker.mlx.backends.prompt_attention import PromptAttention
 from worker.mlx.batch import Batch
-from worker.mlx.decode import BatchSequence
+from worker.mlx.caches import kinds as kv
+from worker.mlx.decoding.decode_batch import BatchSequence
 from worker.mlx.prefill.prompts import PromptBatches, grouped
 
 NUM_TOKENS = 6

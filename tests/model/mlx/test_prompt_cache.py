@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
-from worker.mlx.prompt_cache import PromptKVCache
+from worker.mlx.caches.prompt_cache import PromptKVCache
 
 HEADS, SIZE, VALUE_SIZE = 2, 3, 5
 

@@ -2,7 +2,7 @@
 
 On a GPU MLX 0.32 has one kernel each for rotary embeddings, RMS norm and attention. On a CPU it composes them of many small operations; each
 costs some microseconds on the thread that builds the graph, and again on the one that evaluates it, however little it computes. Here
-they are composed of fewer operations, with the same results up to the rounding of sums. `worker.mlx.decode` activates them while it builds a decode step.
+they are composed of fewer operations, with the same results up to the rounding of sums. `worker.mlx.decoding.decode_batch` activates them while it builds a decode step.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 MLX 0.32 has a CUDA kernel for one query that attends to all keys, but none with a mask: it launches five kernels then, and
 launches limit the decode step of a small model. Metal's kernel supports masks, so this is for CUDA alone. `CudaKernel` takes the place of
-MLX's own attention if the mask is the padding mask and nothing else (`worker.mlx.decode`). With `APPEND` the
+MLX's own attention if the mask is the padding mask and nothing else (`worker.mlx.decoding.decode_batch`). With `APPEND` the
 kernel also writes the step's keys and values into the buffers, see `worker.mlx.backends.append_attention`.
 """
 

@@ -1,6 +1,6 @@
 """The model's forward pass in a decode step, compiled at fixed shapes.
 
-Called by `worker.mlx.decode` for models whose layers all keep their keys and values in slots. On a GPU a decode step of a small model takes
+Called by `worker.mlx.decoding.decode_batch` for models whose layers all keep their keys and values in slots. On a GPU a decode step of a small model takes
 as long as the CPU needs to launch it. A compiled graph is traced once and then replayed without Python, and adjacent elementwise
 operations become one launch. All slots are computed, also those without a sequence, and all columns are passed in, so that shapes
 change only when buffers grow or shrink: then the forward pass is traced again, which takes some ten milliseconds. Independent of how tokens
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from worker.mlx.backends.append_attention import AppendAttention, CudaAppendAttention
-from worker.mlx.kv_slots import SlotKVCache
+from worker.mlx.caches.kv_slots import SlotKVCache
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from worker.mlx import caches as kv
 from worker.mlx.backends.prompt_attention import PromptAttention
-from worker.mlx.decode import BatchSequence
-from worker.mlx.memory import columns
-from worker.mlx.prompt_cache import PromptKVCache
+from worker.mlx.caches import kinds as kv
+from worker.mlx.caches.prompt_cache import PromptKVCache
+from worker.mlx.decoding.decode_batch import BatchSequence
+from worker.mlx.memory.cache_memory import columns
 
 _MAX_FREE_BYTES = 256 * 2**20
 """How much freed memory MLX may keep for reuse in any case."""

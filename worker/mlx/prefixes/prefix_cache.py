@@ -13,7 +13,7 @@ from typing import NamedTuple
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, can_trim_prompt_cache, trim_prompt_cache
 
-from worker.mlx import caches as kv
+from worker.mlx.caches import kinds as kv
 from worker.mlx.prefixes.prefix_index import PrefixIndex, num_common
 
 _MIN_CACHED_TOKENS = 16

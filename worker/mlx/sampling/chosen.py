@@ -1,6 +1,6 @@
 """The tokens that a step has chosen, and how the host reads them: at most once, one step later.
 
-`HostSampler` and `DeviceSampler` return a `ChosenTokens`; `worker.mlx.decode` keeps it with the rows that its sequences have in it.
+`HostSampler` and `DeviceSampler` return a `ChosenTokens`; `worker.mlx.decoding.decode_batch` keeps it with the rows that its sequences have in it.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class StepSampler(Protocol):
         """Start choosing the next token of each sequence.
 
         Args:
-            sequences: `worker.mlx.decode.BatchSequence`s, in the order of the rows.
+            sequences: `worker.mlx.decoding.decode_batch.BatchSequence`s, in the order of the rows.
             inputs: The step's input tokens, (rows,) uint32.
             logits: (rows, vocab), not evaluated.
             previous: Read only if the choice depends on these tokens, after the computation of `logits` was started.

@@ -1,6 +1,6 @@
 """Chooses a step's tokens on the device that computes the model: nothing but the chosen tokens and their scores is copied to the host.
 
-Called by `worker.mlx.decode`. On a GPU a step of a small model takes as long as the CPU needs to launch it, so a choice is few operations
+Called by `worker.mlx.decoding.decode_batch`. On a GPU a step of a small model takes as long as the CPU needs to launch it, so a choice is few operations
 for all rows, and its arrays stay on the device from step to step.
 
 A step without matchers is one graph, forward pass and choice, and may be compiled as one: `plan`, `function`, `record`. With matchers it

@@ -1,6 +1,6 @@
 """Chooses a step's tokens on the CPU that computes the model, with NumPy (`worker.sampling.sampler`) and mlx-lm's logits processors.
 
-Called by `worker.mlx.decode`.
+Called by `worker.mlx.decoding.decode_batch`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LogitsProcessor = Callable[[Any, Any], Any]
 
 
 class ProcessedSequence(SampledSequence, Protocol):
-    """What this sampler reads of a `worker.mlx.decode.BatchSequence`, and its processors' tokens, which it keeps there."""
+    """What this sampler reads of a `worker.mlx.decoding.decode_batch.BatchSequence`, and its processors' tokens, which it keeps there."""
 
     processors: list[LogitsProcessor]
     context: TokenBuffer | None

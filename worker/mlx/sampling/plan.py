@@ -19,7 +19,7 @@ from worker.sampling.sequence_sampler import SequenceSampler
 
 
 class SampledSequence(Protocol):
-    """What a plan reads of a `worker.mlx.decode.BatchSequence`.
+    """What a plan reads of a `worker.mlx.decoding.decode_batch.BatchSequence`.
 
     Attributes:
         token_ids: The prompt and the answer; without the next step's input if the host does not know it yet.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.mlx.memory import EXPECTED_TOKENS, CacheCost, CacheMemory, expected_tokens
+from worker.mlx.memory.cache_memory import EXPECTED_TOKENS, CacheCost, CacheMemory, expected_tokens
 
 
 def test_total_bytes() -> None:

@@ -1,7 +1,7 @@
 """How much memory the caches of sequences may take, and whether one more sequence fits.
 
-Called by `worker.mlx.engine`; `worker.mlx.caches` measures what a model's caches cost. A batch's caches are arrays as long as its
-longest sequence, with slots for a few sequences more (`worker.mlx.kv_slots`): what counts is slots times longest.
+Called by `worker.mlx.engine`; `worker.mlx.caches.kinds` measures what a model's caches cost. A batch's caches are arrays as long as its
+longest sequence, with slots for a few sequences more (`worker.mlx.caches.kv_slots`): what counts is slots times longest.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 mlx-lm 0.32 makes new arrays of all sequences whenever one joins a batch or leaves it: with many short answers a batch spends most of
 its time on that. Here each sequence has a slot of a buffer that is written in place. A newcomer is written into the next free slot;
 if one leaves, the last one is copied into its slot. New buffers are made only when slots or columns are short. Created by
-`worker.mlx.caches`; `worker.mlx.decode` owns the order of the sequences.
+`worker.mlx.caches.kinds`; `worker.mlx.decoding.decode_batch` owns the order of the sequences.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from worker.mlx.backends.cuda_attention import PaddedAttention
-from worker.mlx.memory import columns, common_size, is_common_length, slots
+from worker.mlx.memory.cache_memory import columns, common_size, is_common_length, slots
 
 
 class Move(NamedTuple):

@@ -22,9 +22,9 @@ import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache, make_prompt_cache
 
 from worker.mlx.backends.cuda_attention import PaddedAttention
-from worker.mlx.kv_slots import SlotKVCache
-from worker.mlx.memory import CacheCost
-from worker.mlx.prompt_cache import PromptKVCache
+from worker.mlx.caches.kv_slots import SlotKVCache
+from worker.mlx.caches.prompt_cache import PromptKVCache
+from worker.mlx.memory.cache_memory import CacheCost
 
 Caches = list[Any]
 """One per layer: of one sequence, or of all sequences of a batch."""
@@ -109,7 +109,7 @@ def keep_every_token(caches: Caches) -> bool:
 
 
 def with_slots(caches: Caches, max_sequences: int, attention: PaddedAttention | None) -> Caches:
-    """A batch's caches with slots in the layers that keep every token; see `worker.mlx.kv_slots`."""
+    """A batch's caches with slots in the layers that keep every token; see `worker.mlx.caches.kv_slots`."""
     return [
         SlotKVCache(cache, max_sequences, attention) if type(cache) in _EVERY_TOKEN else cache
         for cache in caches

@@ -1,6 +1,6 @@
 """Keys and values of prompts that prefill together.
 
-Created by `worker.mlx.caches`, in place of mlx-lm's `BatchKVCache`; used by `PromptBatch`, until `worker.mlx.kv_slots` takes the
+Created by `worker.mlx.caches.kinds`, in place of mlx-lm's `BatchKVCache`; used by `PromptBatch`, until `worker.mlx.caches.kv_slots` takes the
 arrays over. It differs from mlx-lm's in three ways: positions are known on the host, so that nothing waits for the device to read them; attention
 without padding has no mask array, which costs a GPU up to three times as long; and a single prompt is never copied to be padded.
 """

@@ -16,11 +16,11 @@ from typing import Any, Literal, NamedTuple
 import mlx.core as mx
 from mlx_lm.models.cache import TokenBuffer
 
-from worker.mlx import caches as kv
 from worker.mlx.backends.cpu_ops import FusedCpuOps
 from worker.mlx.backends.cuda_attention import PaddedAttention
+from worker.mlx.caches import kinds as kv
+from worker.mlx.caches.kv_slots import SlotKVCache, moves_to
 from worker.mlx.decoding.compiled_forward import CompiledForward
-from worker.mlx.kv_slots import SlotKVCache, moves_to
 from worker.mlx.sampling.chosen import ChosenRow, ChosenTokens, PreviousTokens, StepSampler
 from worker.mlx.sampling.host_sampler import LogitsProcessor
 from worker.sampling.scores import Score

@@ -1,7 +1,7 @@
 """This worker's share of the machine's memory, next to the other workers on the machine.
 
 Created by `worker.mlx.engine` before it loads a model; sets MLX's memory limit and wired limit. `python -m
-worker.mlx.memory_share` prints the machine's memory for `make up`, which must not import MLX. The arithmetic is in `common.machine.memory_claims`.
+worker.mlx.memory.memory_share` prints the machine's memory for `make up`, which must not import MLX. The arithmetic is in `common.machine.memory_claims`.
 """
 
 from __future__ import annotations

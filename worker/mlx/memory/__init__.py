@@ -1,0 +1,1 @@
+"""How much memory a worker may use, and what of it the caches of sequences need."""
