@@ -38,7 +38,8 @@ def fuse_projections(model: Any) -> int:
             setattr(module, name, FusedPart(fused, index))
         module["_".join(["fused", *names])] = fused.layer  # among the model's parameters
         num_fused += 1
-    mx.clear_cache()
+        del layers, fused
+        mx.clear_cache()  # else MLX keeps the memory of the layers that were replaced
     return num_fused
 
 

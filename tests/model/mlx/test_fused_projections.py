@@ -44,6 +44,18 @@ def test_the_logits_are_the_same(make: Any) -> None:
     assert num_bytes(model) == before
 
 
+def test_memory_while_fusing() -> None:
+    """The weights of one block are in memory twice, not those of all."""
+    model = make_model("llama")
+    block_bytes = num_bytes(model.layers[0])
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    fuse_projections(model)
+    assert mx.get_active_memory() + mx.get_cache_memory() <= before + block_bytes // 2
+    assert mx.get_peak_memory() <= before + 2 * block_bytes
+
+
 def test_layers_with_biases() -> None:
     """The biases are fused too."""
 
