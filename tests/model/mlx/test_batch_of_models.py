@@ -3,110 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
 import mlx.core as mx
 import pytest
-from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import KVCache, make_prompt_cache
-from mlx_lm.sample_utils import make_logits_processors
 
 from common.protocol import SamplingParams
-from worker.mlx.backends.append_attention import FunctionalAppendAttention
+from tests.model.mlx.random_models import (
+    MODELS,
+    VOCABULARY,
+    batch_of,
+    generate_alone,
+    make_model,
+    prompt,
+    sequence_of,
+)
 from worker.mlx.batch import Batch, make_sampler
 from worker.mlx.caches.kinds import CacheOffer
 from worker.mlx.caches.kv_slots import SlotKVCache
-from worker.mlx.decoding.compiled_forward import CompiledForward
 from worker.mlx.decoding.decode_batch import BatchSequence
 from worker.sampling.sequence_sampler import SequenceSampler
 
-VOCABULARY = 97
-COMMON = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": VOCABULARY}
-MODELS: dict[str, dict[str, Any]] = {
-    # All layers keep every token.
-    "llama": {"num_hidden_layers": 3, "intermediate_size": 64, "rms_norm_eps": 1e-5},
-    # Three of four keep the last 16 tokens.
-    "gemma3_text": {
-        "num_hidden_layers": 4,
-        "intermediate_size": 64,
-        "head_dim": 8,
-        "sliding_window": 16,
-        "sliding_window_pattern": 4,
-    },
-    # Convolutions keep a state.
-    "lfm2": {
-        "num_hidden_layers": 4,
-        "max_position_embeddings": 512,
-        "norm_eps": 1e-5,
-        "conv_bias": False,
-        "conv_L_cache": 3,
-        "block_dim": 32,
-        "block_ff_dim": 64,
-        "block_multiple_of": 8,
-        "block_ffn_dim_multiplier": 1.0,
-        "block_auto_adjust_ff_dim": False,
-        "full_attn_idxs": [1, 3],
-    },
-}
 # Number of prompt tokens, number of tokens to generate, and the step before which the sequence is inserted.
 SEQUENCES = [(9, 30, 0), (4, 12, 0), (1, 6, 2), (25, 9, 3), (3, 20, 8), (40, 5, 8), (1, 3, 9), (7, 7, 20)]
 
 
-def make_model(kind: str) -> Any:
-    """A random model, the same each time."""
-    module: Any = import_module(f"mlx_lm.models.{kind}")
-    mx.random.seed(3)
-    model = module.Model(module.ModelArgs.from_dict({"model_type": kind, **COMMON, **MODELS[kind]}))
-    # Large weights, so that the logits are far apart and rounding does not decide which is the largest.
-    model.update(_scaled(model.parameters()))
-    mx.eval(model.parameters())
-    return model
-
-
-def _scaled(parameters: Any) -> Any:
-    from mlx.utils import tree_map
-
-    return tree_map(lambda each: 3 * mx.random.normal(each.shape) if each.ndim == 2 else each, parameters)
-
-
-def prompt(number: int, length: int = 0) -> list[int]:
-    """Arbitrary token ids."""
-    return [(11 * number + 7 * i) % VOCABULARY for i in range(length or SEQUENCES[number][0])]
-
-
-def processors(*, penalty: float) -> list[Any]:
-    """mlx-lm's logits processors of one sequence."""
-    return make_logits_processors(repetition_penalty=penalty)
-
-
-def generate_alone(model: Any, token_ids: list[int], num_tokens: int, penalty: float = 0.0) -> list[int]:
-    """The tokens that mlx-lm generates for a single sequence."""
-    generator = BatchGenerator(model)
-    made = [processors(penalty=penalty)] if penalty else None
-    generator.insert([token_ids], max_tokens=[num_tokens], logits_processors=made)
-    found: list[int] = []
-    while len(found) < num_tokens:
-        found += [response.token for response in generator.next()[1]]
-    return found
-
-
-def batch_of(model: Any, max_sequences: int, *, on_device: bool = False, is_compiled: bool = False) -> Batch:
-    return Batch(
-        model,
-        eos_token_ids=[],
-        max_sequences=max_sequences,
-        step_tokens=64,
-        sampler=make_sampler(VOCABULARY, on_device=on_device or is_compiled),
-        on_cpu=True,
-        compiled=CompiledForward(model, FunctionalAppendAttention()) if is_compiled else None,
-    )
-
-
-def sequence_of(name: int, token_ids: list[int], num_tokens: int, penalty: float = 0.0) -> BatchSequence:
-    made = processors(penalty=penalty) if penalty else []
-    sampler = SequenceSampler(SamplingParams(temperature=0, repetition_penalty=penalty or 1.0))
-    return BatchSequence(str(name), token_ids, num_tokens, sampler, processors=made)
+def own_prompt(number: int) -> list[int]:
+    """The prompt of one of `SEQUENCES`."""
+    return prompt(number, SEQUENCES[number][0])
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
@@ -135,7 +60,7 @@ def test_sequences_of_a_model(model: Any, penalty: float, step: dict[str, bool])
         for number, (_, num_tokens, first_step) in enumerate(SEQUENCES):
             if first_step == num_steps:
                 factor = penalty if number == 1 else 0.0
-                inserted[number] = sequence_of(number, prompt(number), num_tokens, factor)
+                inserted[number] = sequence_of(number, own_prompt(number), num_tokens, factor)
                 batch.insert(inserted[number])
                 found[number] = []
         for token in batch.step():
@@ -150,8 +75,8 @@ def test_sequences_of_a_model(model: Any, penalty: float, step: dict[str, bool])
         num_tokens = removed.get(number, SEQUENCES[number][1])
         assert len(tokens) == num_tokens
         factor = penalty if number == 1 else 0.0
-        assert tokens == generate_alone(model, prompt(number), SEQUENCES[number][1], factor)[:num_tokens]
-        assert inserted[number].token_ids == prompt(number) + tokens
+        assert tokens == generate_alone(model, own_prompt(number), SEQUENCES[number][1], factor)[:num_tokens]
+        assert inserted[number].token_ids == own_prompt(number) + tokens
     assert len({tuple(tokens) for tokens in found.values()}) == len(SEQUENCES)
 
 
@@ -196,7 +121,7 @@ def test_which_layers_have_slots(model: Any) -> None:
     """Those that keep every token; the others have mlx-lm's caches."""
     batch = batch_of(model, 8)
     for number in (0, 1):
-        batch.insert(sequence_of(number, prompt(number), 5))
+        batch.insert(sequence_of(number, own_prompt(number), 5))
     while not batch.step():
         pass
     has_slots = [isinstance(cache, SlotKVCache) for cache in batch.decoding.caches]
@@ -224,17 +149,17 @@ def test_offered_caches(model: Any) -> None:
         on_cpu=True,
         offer_caches=offer,
     )
-    inserted = {number: sequence_of(number, prompt(number), 6) for number in (0, 1, 3)}
+    inserted = {number: sequence_of(number, own_prompt(number), 6) for number in (0, 1, 3)}
     for sequence in inserted.values():
         batch.insert(sequence)
     while len(batch):
         batch.step()
     for number, sequence in inserted.items():
-        (prefix, caches), (all_ids, _) = offered[prompt(number)[0]]
+        (prefix, caches), (all_ids, _) = offered[own_prompt(number)[0]]
         assert all_ids == sequence.token_ids
-        assert prefix in (prompt(number)[:-1], prompt(number))
+        assert prefix in (own_prompt(number)[:-1], own_prompt(number))
         rest = sequence_of(
-            9, prompt(number) + ([] if len(prefix) < SEQUENCES[number][0] else all_ids[-6:-5]), 5
+            9, own_prompt(number) + ([] if len(prefix) < SEQUENCES[number][0] else all_ids[-6:-5]), 5
         )
         rest.caches, rest.num_cached = caches, len(prefix)
         batch.insert(rest)
@@ -256,7 +181,7 @@ def test_penalties_of_a_model(model: Any) -> None:
         tokens: dict[str, list[int]] = {}
         for number in range(9):
             sampler = SequenceSampler(samplings[number % 3], num_top_logprobs=1 if number % 2 else None)
-            batch.insert(BatchSequence(str(number), prompt(number % 8), 5 + 3 * (number % 4), sampler))
+            batch.insert(BatchSequence(str(number), own_prompt(number % 8), 5 + 3 * (number % 4), sampler))
             for token in batch.step() + batch.step():
                 tokens.setdefault(token.job_id, []).append(token.token_id)
                 assert (token.score is None) == (int(token.job_id) % 2 == 0)

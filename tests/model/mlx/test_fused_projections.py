@@ -10,7 +10,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from tests.model.mlx.test_batch_of_models import make_model, prompt
+from tests.model.mlx.random_models import make_model, prompt
 from worker.mlx.fused_projections import fuse_projections
 
 TOKENS = mx.array([prompt(1, 9), prompt(2, 9)])

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from tests.model.mlx.test_batch_of_models import (
+from tests.model.mlx.random_models import (
     batch_of,
     generate_alone,
     make_model,

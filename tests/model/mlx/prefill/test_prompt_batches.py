@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from tests.model.mlx.test_batch_of_models import VOCABULARY, batch_of, generate_alone, make_model, sequence_of
+from tests.model.mlx.random_models import VOCABULARY, batch_of, generate_alone, make_model, sequence_of
 from worker.mlx.backends.prompt_attention import PromptAttention
 from worker.mlx.batch import Batch
 from worker.mlx.caches import kinds as kv
