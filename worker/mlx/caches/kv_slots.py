@@ -46,11 +46,13 @@ class SlotKVCache(BatchKVCache):
     Attributes:
         keys: (slots, heads, columns, size), as `values`; None if a layer keeps nothing.
         starts: By slot: the first column of its sequence.
+        expected_tokens: New buffers have room for so many tokens, and buffers with room for them are not wasteful.
     """
 
     def __init__(self, cache: BatchKVCache, max_sequences: int, attention: PaddedAttention | None) -> None:
         super().__init__([])
         self.attention = attention
+        self.expected_tokens = 0
         self._max_sequences = max_sequences
         self.keys: Any = cache.keys
         self.values: Any = cache.values
@@ -79,11 +81,13 @@ class SlotKVCache(BatchKVCache):
         """Make new buffers if these have fewer free columns. Only if there are keys.
 
         Args:
-            has_common_shape: Also if their shape is not one that many buffers have, such as that of a prefilled batch's.
+            has_common_shape: Also if their shape is not one that many buffers have, such as that of a prefilled batch's, or if
+                they have no room for `expected_tokens`.
         """
         num_slots = self.num_slots
         is_common_size = num_slots in (common_size(num_slots), self._max_sequences)
-        is_common = is_common_size and is_common_length(self.num_columns)
+        is_long_enough = self.num_columns >= columns(self.expected_tokens)
+        is_common = is_common_size and is_common_length(self.num_columns) and is_long_enough
         if self._end + num_columns > self.num_columns or (has_common_shape and not is_common):
             num_sequences = len(self.starts)
             self._rebuild(range(num_sequences), self._first, num_sequences, num_columns)
@@ -107,7 +111,7 @@ class SlotKVCache(BatchKVCache):
         """Whether these sequences alone would leave more than half of the slots or columns empty."""
         if self.keys is None:
             return False
-        num_tokens = self._end - min(self.starts[index] for index in indices)
+        num_tokens = max(self._end - min(self.starts[index] for index in indices), self.expected_tokens)
         return 2 * slots(len(indices)) < self.num_slots or 2 * columns(num_tokens) < self.keys.shape[2]
 
     def update_positions(self, like: SlotKVCache | None = None) -> None:
@@ -228,7 +232,7 @@ class SlotKVCache(BatchKVCache):
         """
         begin = max(first, self._first)
         num_slots = max(num_sequences, min(self._max_sequences, slots(num_sequences)))
-        num_columns = columns(self._end - first + num_more)
+        num_columns = columns(max(self._end - first + num_more, self.expected_tokens))
         padding = [
             (0, num_slots - len(indices)),
             (0, 0),

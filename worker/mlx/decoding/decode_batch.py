@@ -21,6 +21,7 @@ from worker.mlx.backends.cuda_attention import PaddedAttention
 from worker.mlx.caches import kinds as kv
 from worker.mlx.caches.kv_slots import SlotKVCache, moves_to
 from worker.mlx.decoding.compiled_forward import CompiledForward
+from worker.mlx.memory.cache_memory import expected_tokens
 from worker.mlx.sampling.chosen import ChosenRow, ChosenTokens, PreviousTokens, StepSampler
 from worker.mlx.sampling.host_sampler import LogitsProcessor
 from worker.sampling.scores import Score
@@ -58,6 +59,12 @@ class BatchSequence:
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     context: TokenBuffer | None = None
+
+    @property
+    def expected_tokens(self) -> int:
+        """How long the sequence is expected to become, as memory is reserved for it."""
+        num_prompt_tokens = len(self.token_ids) - self.num_generated
+        return expected_tokens(num_prompt_tokens, self.num_generated, self.max_tokens)
 
     @property
     def num_left(self) -> int:
@@ -134,11 +141,13 @@ class DecodeBatch:
             inputs, chosen = first.token_ids, _rows(first, len(sequences))
             for sequence in sequences:
                 sequence.num_cached += 1
+        self._expect([*self.sequences, *sequences])
         if self.sequences:
             kv.extend(self.caches, caches)
             inputs = mx.concatenate([self._inputs[: len(self.sequences)], inputs])
         else:
             self.caches = kv.with_slots(caches, self._max_sequences, self.attention)
+            self._expect(sequences)
         self._inputs = inputs
         self.sequences += sequences
         self._chosen += chosen
@@ -181,6 +190,8 @@ class DecodeBatch:
 
     def _keep(self, indices: list[int]) -> None:
         """Remove all other sequences. Those that stay may change their indices: the last ones fill the gaps."""
+        if indices:
+            self._expect([self.sequences[index] for index in indices])
         order = self._order(indices) if indices else []
         self.sequences = [self.sequences[index] for index in order]
         self._chosen = [self._chosen[index] for index in order]
@@ -202,6 +213,12 @@ class DecodeBatch:
         if moves:
             mx.async_eval([copied for cache in slots for copied in cache.lift(moves)])
         return order
+
+    def _expect(self, sequences: list[BatchSequence]) -> None:
+        """Let new buffers have room for these sequences' answers, if steps are compiled: longer buffers need another trace."""
+        if self.compiled is not None:
+            for cache in self._slots(self.caches):
+                cache.expected_tokens = max(sequence.expected_tokens for sequence in sequences)
 
     def _update_positions(self) -> None:
         slots = self._slots(self.caches)

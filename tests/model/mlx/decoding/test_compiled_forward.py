@@ -29,7 +29,7 @@ from worker.mlx.backends.append_attention import (
 from worker.mlx.backends.cuda_attention import LANES, MAX_KEYS
 from worker.mlx.batch import Batch
 from worker.mlx.decoding.compiled_forward import CompiledForward
-from worker.mlx.memory.cache_memory import columns
+from worker.mlx.memory.cache_memory import EXPECTED_TOKENS, columns
 
 KIND = Kind(mx.float16, 64, 2, 3)
 ONLY_CUDA = pytest.mark.skipif(not mx.cuda.is_available(), reason="needs MLX's CUDA back-end")
@@ -64,9 +64,19 @@ def test_a_shape_is_traced_once(llama: Any) -> None:
     generate(batch, 5, 9)
     generate(batch, 20, 3)
     assert traced_shapes(batch) == [(2, short)]
+    generate(batch, 5)
     found = generate(batch, 5, num_tokens=260)
     assert traced_shapes(batch) == [(2, short), (1, short), (1, long)]
     assert found == [generate_alone(llama, prompt(0, 5), 260)]
+
+
+def test_buffers_have_room_for_the_answers(llama: Any) -> None:
+    """A step is traced once for a long answer, and again when a sequence outgrows what is expected of an answer."""
+    batch = batch_of(llama, 4, is_compiled=True)
+    generate(batch, 9, num_tokens=500)
+    assert traced_shapes(batch) == [(1, columns(9 + 500))]
+    generate(batch, 9, num_tokens=EXPECTED_TOKENS + 300)
+    assert traced_shapes(batch) == [(1, columns(9 + 500)), (1, columns(777))]
 
 
 def test_few_traces_are_kept(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
