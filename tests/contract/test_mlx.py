@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from mlx import nn
 from mlx.utils import tree_flatten
 
 from worker.mlx import model
+from worker.mlx.backends.append_attention import CudaAppendAttention
+
+ONLY_CUDA = pytest.mark.skipif(not mx.cuda.is_available(), reason="needs MLX's CUDA back-end")
+ONLY_CPU = pytest.mark.skipif(model.has_gpu(), reason="compares addresses, which only a CPU's arrays show")
 
 
 class Calls:
@@ -62,7 +67,7 @@ def test_compiled_norm_checks_no_shapes() -> None:
     assert num_traced == 1
 
 
-def test_slices_are_written_in_place() -> None:
+def test_a_copy_keeps_its_values() -> None:
     """Slots are written by assignment to a slice of a buffer; a copy that was taken before keeps its values.
 
     Open worker/mlx/caches/kv_slots.py.
@@ -73,6 +78,123 @@ def test_slices_are_written_in_place() -> None:
     buffer[1:2] = mx.ones((1, 2))
     assert buffer.tolist() == [[0, 0], [1, 1], [0, 0]]
     assert before.tolist() == [[0, 0]]
+
+
+def _address(array: mx.array) -> int:
+    return int(np.array(array, copy=False).ctypes.data)
+
+
+@ONLY_CPU
+def test_buffers_are_written_in_place() -> None:
+    """A slice assignment and `slice_update` reuse a buffer that nothing else holds; while something does, it is copied.
+
+    Copied buffers would make each decode step as slow as a copy of all keys and values. Open worker/mlx/caches/kv_slots.py.
+    """
+    buffer = mx.zeros((3, 2))
+    mx.eval(buffer)
+    address = _address(buffer)
+    buffer[1:2] = mx.ones((1, 2))
+    mx.eval(buffer)
+    assert _address(buffer) == address
+    buffer = mx.slice_update(buffer, mx.ones((1, 2)), mx.array([0]), axes=(0,))
+    mx.eval(buffer)
+    assert _address(buffer) == address
+    held = buffer[:]
+    mx.eval(held)
+    buffer[1:2] = mx.zeros((1, 2))
+    mx.eval(buffer)
+    assert _address(buffer) != address
+    assert held.tolist() == [[1, 1], [1, 1], [0, 0]]
+
+
+class Traced:
+    """A method to compile, which counts how often it is traced."""
+
+    def __init__(self) -> None:
+        self.num_traces = 0
+
+    def add(self, x: mx.array, pairs: list[tuple[mx.array, mx.array]]) -> tuple[mx.array, list[Any]]:
+        """Returns nested results, one of them empty; cannot add three numbers."""
+        self.num_traces += 1
+        if x.shape == (3,):
+            raise LookupError(x.shape)
+        return x + pairs[0][1], []
+
+
+def test_compiled_functions_are_traced_once_a_shape() -> None:
+    """Other values and known shapes use a trace again; each `mx.compile` of the same method has traces of its own.
+
+    Arguments and results may be nested. Open worker/mlx/decoding/compiled_forward.py and worker/mlx/sampling/device_sampler.py.
+    """
+    traced = Traced()
+    first, second = mx.compile(traced.add), mx.compile(traced.add)
+    pairs = [(mx.zeros(1), mx.ones(1))]
+    for values in ([1.0, 2.0], [3.0, 4.0], [1.0, 2.0, 3.0, 4.0], [5.0, 6.0]):
+        total, nothing = first(mx.array(values), pairs)
+        assert total.tolist() == [value + 1 for value in values]
+        assert nothing == []
+    assert traced.num_traces == 2
+    second(mx.array([1.0, 2.0]), pairs)
+    assert traced.num_traces == 3
+
+
+def test_errors_of_traced_functions() -> None:
+    """They keep their type, and the function can still be used with other shapes. Open worker/mlx/decoding/compiled_forward.py."""
+    traced = Traced()
+    compiled = mx.compile(traced.add)
+    pairs = [(mx.zeros(1), mx.ones(1))]
+    for _ in range(2):
+        with pytest.raises(LookupError):
+            compiled(mx.zeros(3), pairs)
+    assert compiled(mx.zeros(2), pairs)[0].tolist() == [1, 1]
+
+
+def test_tracing_calls_replaced_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function of `mx.fast` that is replaced while a step is traced is the one in the trace, also after it was put back.
+
+    Open worker/mlx/decoding/compiled_forward.py and worker/mlx/backends/append_attention.py.
+    """
+    compiled = mx.compile(lambda x: mx.fast.rms_norm(x, None, 1e-5))
+    with monkeypatch.context() as patch:
+        patch.setattr(mx.fast, "rms_norm", lambda x, _weight, _eps: x + 1)
+        assert compiled(mx.zeros(2)).tolist() == [1, 1]
+    assert compiled(mx.zeros(2)).tolist() == [1, 1]
+
+
+@ONLY_CUDA
+def test_a_kernel_writes_into_its_input() -> None:
+    """In a compiled function too: the step's keys and values are in the buffers afterwards, not in copies of them.
+
+    Open worker/mlx/backends/append_attention.py.
+    """
+    attention = CudaAppendAttention()
+    queries, new = mx.ones((1, 2, 1, 64), mx.float16), mx.ones((1, 1, 1, 64), mx.float16)
+    keys, values = mx.zeros((1, 1, 8, 64), mx.float16), mx.zeros((1, 1, 8, 64), mx.float16)
+    start, end = mx.array([0], mx.int32), mx.array([5], mx.int32)
+    assert attention.supports(queries, keys, values)
+    compiled = mx.compile(
+        lambda *buffers: attention(queries, (new, new), buffers, start, end, scale=1.0).output
+    )
+    mx.eval(keys, values)
+    mx.eval(compiled(keys, values))
+    for buffer in (keys, values):
+        assert mx.sum(buffer, axis=(0, 1, 3)).tolist() == [0, 0, 0, 0, 0, 64, 0, 0]
+
+
+@ONLY_CUDA
+@pytest.mark.parametrize("name", ["MLX_CUDA_SDPA_CACHE_SIZE", "MLX_CUDA_USE_CUDNN_SDPA"])
+def test_variables_of_cudnn(name: str) -> None:
+    """MLX reads this variable. Open worker/mlx/__init__.py and worker/mlx/backends/prompt_attention.py."""
+    (library,) = Path(mx.__file__).parent.rglob("libmlx.so")
+    assert name.encode() in library.read_bytes()
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(64, 32), lambda: nn.QuantizedLinear(64, 32)])
+def test_linear_layers_have_a_row_for_each_output(make: Any) -> None:
+    """The first axis of all their arrays, by which layers with the same input are fused. Open worker/mlx/fused_projections.py."""
+    arrays = {name: each for name, each in make().items() if isinstance(each, mx.array)}
+    assert {"weight", "bias"} <= arrays.keys()
+    assert {each.shape[0] for each in arrays.values()} == {32}
 
 
 @pytest.mark.parametrize(
@@ -132,8 +254,6 @@ def test_parameters_are_flattened() -> None:
 
 def test_arrays_share_with_numpy() -> None:
     """The sampler and the scorer read logits through NumPy without a copy, float32 only. Open worker/sampling/sampler.py."""
-    import numpy as np
-
     assert np.array(mx.array([1.0, 2.0]), copy=False).tolist() == [1.0, 2.0]
     with pytest.raises((RuntimeError, TypeError, ValueError)):
         np.array(mx.array([1.0], mx.bfloat16), copy=False)
@@ -141,8 +261,6 @@ def test_arrays_share_with_numpy() -> None:
 
 def test_operations_of_the_device_sampler() -> None:
     """Integers of 64 bits wrap, sums run from the end, bits of floats can be read. Open worker/mlx/sampling/."""
-    import numpy as np
-
     large = mx.array(np.array([2**63 + 5, 3], np.uint64))
     factor = mx.array(np.array(2**63 + 1, np.uint64))
     assert (large * factor).tolist() == [(2**63 + 5) * (2**63 + 1) % 2**64, 3 * (2**63 + 1) % 2**64]

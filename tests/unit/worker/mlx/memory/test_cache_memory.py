@@ -5,7 +5,14 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.mlx.memory.cache_memory import EXPECTED_TOKENS, CacheCost, CacheMemory, expected_tokens
+from worker.mlx.memory.cache_memory import (
+    EXPECTED_TOKENS,
+    CacheCost,
+    CacheMemory,
+    columns,
+    expected_tokens,
+    is_common_length,
+)
 
 
 def test_total_bytes() -> None:
@@ -55,3 +62,13 @@ def test_expected_tokens() -> None:
     assert expected_tokens(10, 0, 5) == 15
     assert expected_tokens(10, 0, 100_000) == 10 + EXPECTED_TOKENS
     assert expected_tokens(10, 4000, 100_000) == 4010
+
+
+@given(st.integers(0, 100_000))
+def test_columns(num_tokens: int) -> None:
+    """Buffers have free columns, and never a multiple of 256: MLX's CUDA back-end would use cuDNN for decode steps then."""
+    found = columns(num_tokens)
+    assert num_tokens + 128 <= found <= num_tokens + 128 + 256 + 8
+    assert found % 256
+    assert is_common_length(found)
+    assert not is_common_length(found + 1)
