@@ -285,9 +285,11 @@ def fill_gaps(indices: Sequence[int]) -> list[int]:
 
 
 def _padded(token_ids: mx.array, num_slots: int) -> mx.array:
-    """(slots,) token ids; any for slots without a sequence."""
+    """(slots,) token ids; any for slots without a sequence. There are fewer slots than before if buffers were made anew."""
     num_missing = num_slots - token_ids.shape[0]
-    return token_ids if not num_missing else mx.concatenate([token_ids, mx.zeros((num_missing,), mx.uint32)])
+    if num_missing <= 0:
+        return token_ids[:num_slots] if num_missing else token_ids
+    return mx.concatenate([token_ids, mx.zeros((num_missing,), mx.uint32)])
 
 
 def _previous(sequences: list[BatchSequence], chosen: list[ChosenRow | None]) -> PreviousTokens:

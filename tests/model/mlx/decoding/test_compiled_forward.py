@@ -111,6 +111,19 @@ def test_sequences_leave_slots_empty(llama: Any) -> None:
         assert answer == generate_alone(llama, prompt(int(sequence.job_id), length), len(answer))
 
 
+def test_longer_buffers_may_have_fewer_slots(llama: Any) -> None:
+    """Sequences have left without new buffers being made; then the others need more columns."""
+    batch = batch_of(llama, 16, is_compiled=True)
+    sequences = [sequence_of(number, prompt(number, 4), 4 if number < 3 else 262) for number in range(8)]
+    for sequence in sequences:
+        batch.insert(sequence)
+    while len(batch):
+        batch.step()
+    assert traced_shapes(batch) == [(8, columns(1)), (5, columns(262))]
+    for number in (3, 7):
+        assert sequences[number].token_ids[4:] == generate_alone(llama, prompt(number, 4), 262)
+
+
 class OwnAttention:
     """A model that attends in its own way, to the same effect: with sinks, changed keys, or a mask of its own."""
 
