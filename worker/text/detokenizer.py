@@ -141,6 +141,7 @@ class _DecodingDetokenizer:
         self._window: list[int] = []
         self._text = ""  # of the window
         self._num_released = 0  # characters of it
+        self._num_changed = 0  # tokens since it stopped to begin with the released text
         self._next_cut = _MAX_WINDOW_TOKENS
 
     @property
@@ -149,7 +150,10 @@ class _DecodingDetokenizer:
 
     def add(self, token_id: int) -> str:
         self._window.append(token_id)
-        self._text = self._decode(self._window)
+        text = self._decode(self._window)
+        if self._changes_released(text):
+            return ""
+        self._text = text
         num_held = _num_incomplete(self._text)
         if not num_held and self._cleans_spaces and self._text.endswith(" "):
             num_held = 1
@@ -161,6 +165,18 @@ class _DecodingDetokenizer:
     def flush(self) -> str:
         return self._release(len(self._text) - _num_incomplete(self._text))
 
+    def _changes_released(self, text: str) -> bool:
+        """Whether a new text of the window has to wait, as it may become one that begins with the released text again.
+
+        While the last of several adjacent characters made of byte tokens is incomplete, the Rust tokenizers (0.23, `ByteFallback`)
+        decode each byte of all of them to U+FFFD.
+        """
+        if text.startswith(self._text[: self._num_released]) or self._num_changed == _MAX_INCOMPLETE_BYTES:
+            self._num_changed = 0
+            return False
+        self._num_changed += 1
+        return True
+
     def _release(self, end: int) -> str:
         released = self._text[self._num_released : end]
         self._num_released = max(self._num_released, end)
@@ -168,14 +184,16 @@ class _DecodingDetokenizer:
 
     def _shorten(self) -> None:
         """Forget all but the last tokens, unless they mean something else without those before them."""
-        window = self._window[-_CONTEXT_TOKENS:]
-        text = self._decode(window)
         num_held = len(self._text) - self._num_released
-        if not self._text.endswith(text) or len(text) < num_held:
-            self._next_cut = len(self._window) + _CONTEXT_TOKENS
-            return
-        self._window, self._text, self._num_released = window, text, len(text) - num_held
-        self._next_cut = _MAX_WINDOW_TOKENS
+        # One of four adjacent tokens begins a character, also if each is a byte.
+        for num_tokens in range(_CONTEXT_TOKENS, _CONTEXT_TOKENS + _MAX_INCOMPLETE_BYTES + 1):
+            window = self._window[-num_tokens:]
+            text = self._decode(window)
+            if self._text.endswith(text) and len(text) >= num_held:
+                self._window, self._text, self._num_released = window, text, len(text) - num_held
+                self._next_cut = _MAX_WINDOW_TOKENS
+                return
+        self._next_cut = len(self._window) + _CONTEXT_TOKENS
 
 
 def _num_incomplete(text: str) -> int:

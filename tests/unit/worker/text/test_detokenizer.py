@@ -6,7 +6,7 @@ import codecs
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from worker.text.detokenizer import TokenBytes
@@ -165,6 +165,40 @@ def test_decoded_bytes_that_are_no_text(parts: list[bytes]) -> None:
     whole = b"".join(parts).decode(errors="replace")
     num_dropped = min(3, len(whole) - len(whole.rstrip("\ufffd")))
     assert "".join(_decode_each(Decoding(), b"".join(parts))) == whole[: len(whole) - num_dropped]
+
+
+class ByteFallback(Decoding):
+    """Decodes as the Rust tokenizers' `ByteFallback`: if adjacent bytes are not UTF-8 together, each of them is U+FFFD."""
+
+    def decode(self, ids: list[int]) -> str:
+        self.num_decoded += len(ids)
+        try:
+            return bytes(ids).decode()
+        except UnicodeDecodeError:
+            return "\ufffd" * len(ids)
+
+
+@given(st.text(st.characters(exclude_characters="\ufffd", codec="utf-8"), max_size=60))
+@example("👩\u200d👩\u200d👧")
+def test_adjacent_characters_made_of_bytes(text: str) -> None:
+    """While a character is incomplete, the decoded text no longer begins with the one before it; nothing is lost, and none appears twice."""
+    assert "".join(_decode_each(ByteFallback(), text.encode())) == text
+    incomplete = _decode_each(ByteFallback(), (text + "🌊").encode()[:-1])
+    assert "".join(incomplete) == text
+
+
+def test_adjacent_bytes_that_are_no_text() -> None:
+    """What can no longer become a character is not held."""
+    pieces = _decode_each(ByteFallback(), b"ab\x80" + b"c" * 7)
+    assert pieces[:2] == ["a", "b"]
+    assert len("".join(pieces)) >= 7
+
+
+def test_the_cost_of_characters_made_of_bytes_is_bounded() -> None:
+    """The eighth last token is always inside a character here: the window is cut at another one."""
+    tokenizer, data = ByteFallback(), 500 * "\u200d👩".encode()
+    _decode_each(tokenizer, data)
+    assert tokenizer.num_decoded < 40 * len(data)
 
 
 @pytest.mark.parametrize("data", [b"abcd", b"\x80", b"\xe2\x82", b"\xf0\x9f\x8c\x8a", b"a ,"])
