@@ -7,9 +7,8 @@ compute. Built on mlx-lm's models and caches, not on its `BatchGenerator`; indep
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -21,16 +20,13 @@ from worker.mlx.backends.cuda_attention import PaddedAttention, cuda_kernel
 from worker.mlx.backends.prompt_attention import PromptAttention
 from worker.mlx.caches import kinds as kv
 from worker.mlx.decoding.compiled_forward import CompiledForward
-from worker.mlx.decoding.decode_batch import BatchSequence, BatchToken, DecodeBatch
+from worker.mlx.decoding.decode_batch import BatchSequence, BatchToken, DecodeBatch, OfferCaches
 from worker.mlx.prefill.budget import INITIAL_TOKENS, PrefillBudget
 from worker.mlx.prefill.prompts import PromptBatches, merge_own_caches
 from worker.mlx.sampling.chosen import StepSampler
 from worker.mlx.sampling.device_sampler import STEPS_BEFORE_COMPILING, DeviceSampler
 from worker.mlx.sampling.host_sampler import HostSampler
 from worker.sampling.sampler import BatchSampler
-
-OfferCaches = Callable[[Sequence[kv.CacheOffer]], None]
-"""Offers the caches of sequences to the prefix cache."""
 
 _STEPS_PER_CACHE_CLEAR = 512
 
@@ -70,7 +66,6 @@ class Batch:
     ) -> None:
         self._model: Any = model
         self._sampler = sampler
-        self._offer_caches = offer_caches
         self._budget = PrefillBudget(step_tokens, first_step_tokens)
         self._waiting: list[BatchSequence] = []
         on_cuda = not on_cpu and mx.cuda.is_available()
@@ -85,7 +80,7 @@ class Batch:
             sampler,
             eos_token_ids=eos_token_ids,
             max_sequences=max_sequences,
-            offer=self._offer,
+            offer_caches=offer_caches,
             attention=PaddedAttention(cuda_kernel()) if on_cuda else None,
             fused_ops=FusedCpuOps() if on_cpu else None,
             compiled=compiled,
@@ -176,7 +171,7 @@ class Batch:
         )
         joining = [self._waiting[index] for index in plan.joining]
         self._waiting = [each for index, each in enumerate(self._waiting) if index not in plan.joining]
-        self._prompts.join([sequence for sequence in joining if sequence.num_left])
+        self._prompts.join([sequence for sequence in joining if sequence.num_left], plan.num_tokens)
         if cached := [sequence for sequence in joining if not sequence.num_left]:
             self._join(cached, merge_own_caches(self._model, cached))
         if not self._prompts.sequences:
@@ -191,20 +186,7 @@ class Batch:
     def _join(self, sequences: list[BatchSequence], caches: kv.Caches) -> None:
         first = len(self.decoding.sequences)
         self.decoding.join(sequences, caches)
-        self._offer(range(first, first + len(sequences)))
-
-    def _offer(self, indices: Sequence[int]) -> None:
-        caches = self.decoding.caches
-        if kv.can_extract(caches):
-            each = [(index, self.decoding.sequences[index]) for index in indices]
-            self._offer_caches(
-                [
-                    kv.CacheOffer(
-                        sequence.token_ids[: sequence.num_cached], partial(kv.extract, caches, index)
-                    )
-                    for index, sequence in each
-                ]
-            )
+        self.decoding.offer(range(first, first + len(sequences)))
 
 
 def make_sampler(

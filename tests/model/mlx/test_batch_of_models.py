@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -192,3 +194,19 @@ def test_penalties_of_a_model(model: Any) -> None:
     assert found[0] == found[1]
     assert [len(found[0][str(number)]) for number in range(9)] == [5 + 3 * (n % 4) for n in range(9)]
     assert len(set(found[0]["0"])) > len(found[0]["0"]) // 2
+
+
+def test_a_dropped_batch_is_freed_at_once() -> None:
+    """The engine drops a batch whose step failed, often for lack of memory. The collector never frees the first one: it is frozen."""
+    batch = batch_of(make_model("llama"), 8)
+    sequence = sequence_of(0, prompt(0, 9), 40)
+    batch.insert(sequence)
+    while not batch.decoding.sequences:
+        batch.step()
+    keys = weakref.ref(batch.decoding.caches[0])
+    gc.disable()
+    try:
+        del batch
+        assert keys() is None
+    finally:
+        gc.enable()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +27,9 @@ from worker.mlx.sampling.chosen import ChosenRow, ChosenTokens, PreviousTokens, 
 from worker.mlx.sampling.host_sampler import LogitsProcessor
 from worker.sampling.scores import Score
 from worker.sampling.sequence_sampler import SequenceSampler
+
+OfferCaches = Callable[[Sequence[kv.CacheOffer]], None]
+"""Offers the caches of sequences to the prefix cache."""
 
 _MAX_MOVES = 8
 """How many groups of adjacent sequences are copied into freed slots; if more would move, new buffers are made instead."""
@@ -90,7 +94,7 @@ class DecodeBatch:
     """See the module.
 
     Args:
-        offer: Called with the indices of sequences that are finished, while their caches are still in the batch.
+        offer_caches: See `offer`.
         attention: Computes the attention of padded sequences on CUDA; None: MLX does.
         fused_ops: For MLX's CPU back-end; None elsewhere.
         compiled: The model's compiled forward pass; None: it is not compiled.
@@ -103,7 +107,7 @@ class DecodeBatch:
         *,
         eos_token_ids: Sequence[int],
         max_sequences: int,
-        offer: Callable[[Sequence[int]], None],
+        offer_caches: OfferCaches,
         attention: PaddedAttention | None = None,
         fused_ops: FusedCpuOps | None = None,
         compiled: CompiledForward | None = None,
@@ -115,7 +119,7 @@ class DecodeBatch:
         self._sampler = sampler
         self._eos_token_ids = frozenset(eos_token_ids)
         self._max_sequences = max_sequences
-        self._offer = offer
+        self._offer_caches = offer_caches
         self._fused_ops = fused_ops
         self.compiled = compiled
         # Whether the caches' own arrays of positions are up to date: compiled steps have others.
@@ -178,9 +182,22 @@ class DecodeBatch:
                 tokens.append(BatchToken(sequence.job_id, token_id, score, reason))
             (unfinished if reason is None else finished).append(index)
         if finished:
-            self._offer(finished)
+            self.offer(finished)
             self._keep(unfinished)
         return tokens
+
+    def offer(self, indices: Sequence[int]) -> None:
+        """Offer the caches of sequences to the prefix cache: of those that have joined, and of those that are finished, before they leave."""
+        if kv.can_extract(self.caches):
+            self._offer_caches(
+                [
+                    kv.CacheOffer(
+                        self.sequences[index].token_ids[: self.sequences[index].num_cached],
+                        partial(kv.extract, self.caches, index),
+                    )
+                    for index in indices
+                ]
+            )
 
     def _finish_reason(self, sequence: BatchSequence, token_id: int) -> Literal["stop", "length"] | None:
         is_eos = token_id in self._eos_token_ids and not sequence.ignores_eos

@@ -47,14 +47,18 @@ class PromptBatches:
         """All sequences."""
         return [sequence for batch in self._batches for sequence in batch.sequences]
 
-    def join(self, sequences: Sequence[BatchSequence]) -> None:
-        """Add sequences, each with the tokens in its caches."""
+    def join(self, sequences: Sequence[BatchSequence], max_tokens: int) -> None:
+        """Add sequences, each with the tokens in its caches.
+
+        Args:
+            max_tokens: How many tokens of each prompt are prefilled next, at most.
+        """
         if self._attention is None and self._batches:
-            self._batches[0].join(sequences)
+            self._batches[0].join(sequences, max_tokens)
             return
         for group in grouped(sequences, self._attention):
             batch = PromptBatch(self._model, self._attention)
-            batch.join(group)
+            batch.join(group, max_tokens)
             self._batches.append(batch)
 
     def prefill(self, max_tokens: int) -> int:
@@ -117,12 +121,16 @@ class PromptBatch:
         """Arrays to be evaluated after a prefill."""
         return kv.states(self._caches)
 
-    def join(self, sequences: Sequence[BatchSequence]) -> None:
-        """Add sequences, each with the tokens in its caches."""
+    def join(self, sequences: Sequence[BatchSequence], max_tokens: int) -> None:
+        """Add sequences, each with the tokens in its caches.
+
+        Args:
+            max_tokens: How many tokens of each prompt are prefilled next, at most.
+        """
         if not sequences:
             return
         if not self.sequences:
-            self._even_out(sequences)
+            self._even_out(sequences, max_tokens)
         num_left = max(each.num_left for each in sequences)
         num_columns = self._room(sequences, num_left) if len(sequences) > 1 else 0
         caches = merge_own_caches(self._model, sequences, num_columns)
@@ -132,8 +140,8 @@ class PromptBatch:
             self._caches = caches
         self.sequences += sequences
 
-    def _even_out(self, sequences: Sequence[BatchSequence]) -> None:
-        """Cut cached prefixes to lengths that compute faster, though more tokens are left then."""
+    def _even_out(self, sequences: Sequence[BatchSequence], max_tokens: int) -> None:
+        """Cut cached prefixes to lengths that compute faster, though more tokens are left then. All of them are prefilled in one step: nothing waits for another one's pieces."""
         if not all(_is_divisible(each.caches) for each in sequences):
             return
         num_left = max(each.num_left for each in sequences)
@@ -141,7 +149,9 @@ class PromptBatch:
             (only,) = sequences
             if self._attention.is_large(1, num_left, only.num_cached + num_left):
                 _cut(only, only.num_cached % self._attention.multiple)
-        elif num_left <= _MAX_RECOMPUTED_TOKENS and all(len(each.token_ids) > num_left for each in sequences):
+        elif num_left <= min(_MAX_RECOMPUTED_TOKENS, max_tokens) and all(
+            len(each.token_ids) > num_left for each in sequences
+        ):
             for each in sequences:
                 _cut(each, num_left - each.num_left)
 

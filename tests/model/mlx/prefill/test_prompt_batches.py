@@ -123,10 +123,26 @@ def test_second_turns_are_one_step_without_padding() -> None:
         sequences.append(sequence)
     batches = PromptBatches(model, PromptAttention(2**30))
     cached = [each for each in sequences if each.num_cached > 10]
-    batches.join(cached)
+    batches.join(cached, 100)
     assert {each.num_left for each in cached} == {7}
     assert batches.prefill(100) == 7 * len(cached)
     ((taken, caches),) = batches.take_prefilled()
     assert taken == cached
     assert caches[0].starts == [300 - len(each.token_ids) for each in cached]
     assert not batches.sequences
+
+
+@pytest.mark.parametrize("attention", [None, PromptAttention(2**30)], ids=["elsewhere", "CUDA"])
+def test_a_second_turn_does_not_wait_for_the_pieces_of_another(attention: PromptAttention | None) -> None:
+    """Prefixes are not cut if the longest one takes several steps: on a slow CPU the others would wait for seconds."""
+    model = make_model("llama")
+    sequences = []
+    for number, num_left in enumerate([200, 3]):
+        sequence = sequence_of(number, prompts(number)[2], NUM_TOKENS)
+        sequence.num_cached = 300 - 1 - num_left
+        sequence.caches = prefilled(model, sequence.token_ids[: sequence.num_cached])
+        sequences.append(sequence)
+    batches = PromptBatches(model, attention)
+    batches.join(sequences, 32)
+    batches.prefill(32)
+    assert [taken for taken, _ in batches.take_prefilled()] == [[sequences[1]]]
