@@ -65,7 +65,7 @@ class Plan:
         self._words: np.ndarray[Any, np.dtype[np.uint32]] | None = None
         constrained = [row for row, each in enumerate(self._samplers) if each.matcher is not None]
         self.has_matchers = bool(constrained)
-        num_masks = num_mask_rows(len(constrained), key.num_rows)
+        num_masks = shared_size(len(constrained), key.num_rows)
         self.masked_key = key._replace(num_masks=num_masks)
         self._constrained = [
             (index if num_masks < key.num_rows else row, self._samplers[row])
@@ -106,9 +106,9 @@ class Plan:
             each.num_sampled += 1
 
 
-def num_mask_rows(num_constrained: int, num_rows: int) -> int:
-    """How many masks are copied to the device: one of each constrained row and, last, one that allows everything; or one of each row."""
-    return min(num_rows, padded(num_constrained + 1))
+def shared_size(num_used: int, num_rows: int) -> int:
+    """Rows of an array that `num_used` of `num_rows` rows need: one for each and, last, a neutral one for all others; or one for each row."""
+    return min(num_rows, padded(num_used + 1))
 
 
 def _is_restricted(sampler: SequenceSampler) -> bool:
