@@ -23,6 +23,7 @@ from worker.loop.engine import ModelInfo
 from worker.mlx.backends.blas import preload_blas
 from worker.mlx.caches import kinds
 from worker.mlx.fused_projections import fuse_projections
+from worker.mlx.padding_masks import accept_padding_masks
 from worker.text import fill_in_middle, template_defaults
 
 logger = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ def load_model(
         raise StartupError(f"the model in {folder} cannot be loaded: {one_line(error)}") from None
     model, tokenizer, config = loaded
     fuse_projections(model)
+    accept_padding_masks(model)
     if settings.use_default_chat_template:
         _use_default_chat_template(tokenizer)
     defaults = sampling_defaults.read(folder) if settings.use_generation_config else {}

@@ -78,12 +78,14 @@ class SlotKVCache(BatchKVCache):
         return int(self._end)
 
     def make_room(self, num_columns: int, *, has_common_shape: bool = False) -> None:
-        """Make new buffers if these have fewer free columns. Only if there are keys.
+        """Make new buffers if these have fewer free columns; none if there are no keys.
 
         Args:
             has_common_shape: Also if their shape is not one that many buffers have, such as that of a prefilled batch's, or if
                 they have no room for `expected_tokens`.
         """
+        if self.keys is None:
+            return
         num_slots = self.num_slots
         is_common_size = num_slots in (common_size(num_slots), self._max_sequences)
         is_long_enough = self.num_columns >= columns(self.expected_tokens)

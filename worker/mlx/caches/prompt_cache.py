@@ -24,6 +24,7 @@ class PromptKVCache(BatchKVCache):
     Attributes:
         starts: By row: the first column of its sequence. What is before it is padding.
         num_columns: How many columns new arrays have room for, at least: writing into an array is cheaper than making a longer one.
+        keys: (rows, heads, columns, size), as `values`; None before the first tokens, and always if a layer keeps nothing.
     """
 
     def __init__(self, starts: Sequence[int]) -> None:
@@ -114,7 +115,7 @@ class PromptKVCache(BatchKVCache):
     def finalize(self) -> None:
         """Remove that padding: rows move to the right."""
         padding, self._padding = self._padding, []
-        if not any(padding):
+        if not any(padding) or self.keys is None:
             return
         if common := min(padding):
             # No columns are left for decode steps: slots make buffers of the lengths that suit them.
