@@ -12,7 +12,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from worker.mlx import model
-from worker.mlx.backends.append_attention import CudaAppendAttention
+from worker.mlx.backends.append_attention import CudaAppendAttention, Step
 
 ONLY_CUDA = pytest.mark.skipif(not mx.cuda.is_available(), reason="needs MLX's CUDA back-end")
 ONLY_CPU = pytest.mark.skipif(model.has_gpu(), reason="compares addresses, which only a CPU's arrays show")
@@ -172,11 +172,12 @@ def test_a_kernel_writes_into_its_input() -> None:
     keys, values = mx.zeros((1, 1, 8, 64), mx.float16), mx.zeros((1, 1, 8, 64), mx.float16)
     start, end = mx.array([0], mx.int32), mx.array([5], mx.int32)
     assert attention.supports(queries, keys, values)
-    compiled = mx.compile(
-        lambda *buffers: attention(queries, (new, new), buffers, start, end, scale=1.0).output
-    )
+
+    def attend(keys: mx.array, values: mx.array) -> mx.array:
+        return attention(Step(queries, new, new, keys, values, start, end, 1.0)).output
+
     mx.eval(keys, values)
-    mx.eval(compiled(keys, values))
+    mx.eval(mx.compile(attend)(keys, values))
     for buffer in (keys, values):
         assert mx.sum(buffer, axis=(0, 1, 3)).tolist() == [0, 0, 0, 0, 0, 64, 0, 0]
 
@@ -230,7 +231,7 @@ def test_device_info() -> None:
 
 
 def test_cuda_kernels() -> None:
-    """Our kernels are built with these options, which are documented with and without CUDA. Open worker/mlx/backends/cuda_attention.py."""
+    """Our kernels are built with these options, which are documented with and without CUDA. Open worker/mlx/backends/attention_kernel.py."""
     options = {"name", "input_names", "output_names", "source", "header", "ensure_row_contiguous"}
     written = str(mx.fast.cuda_kernel.__doc__)
     assert all(f"{option}:" in written for option in options), written[:500]

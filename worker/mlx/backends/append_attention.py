@@ -14,15 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 
-from worker.mlx.backends.cuda_attention import (
-    HEADER,
-    LANES,
-    MAX_HEADS,
-    MAX_KEYS,
-    SOURCE,
-    THREADS,
-    kernel_name,
-)
+from worker.mlx.backends.attention_kernel import THREADS, AttentionKernel, BlockShape, fits, max_block_heads
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +29,28 @@ _MAX_DIFFERENCE = 0.03
 
 _MLX_ATTENTION: Any = mx.fast.scaled_dot_product_attention
 """MLX's own, also while a step is traced."""
+
+
+class Step(NamedTuple):
+    """What one layer's attention receives in a decode step.
+
+    Attributes:
+        queries: (slots, query heads, 1, D).
+        new_keys: Of the step, (slots, key heads, 1, D), as `new_values`.
+        keys: The buffer, (slots, key heads, columns, D), as `values`.
+        start: (slots,) int32. A slot whose start is after `end` attends to the new key alone.
+        end: (1,) int32, less than columns: the column to write.
+        scale: Factor of the dot products.
+    """
+
+    queries: mx.array
+    new_keys: mx.array
+    new_values: mx.array
+    keys: mx.array
+    values: mx.array
+    start: mx.array
+    end: mx.array
+    scale: float
 
 
 class Appended(NamedTuple):
@@ -64,25 +78,8 @@ class AppendAttention(Protocol):
     def supports(self, queries: mx.array, keys: mx.array, values: mx.array) -> bool:
         """Whether arrays of these shapes and types are supported."""
 
-    def __call__(
-        self,
-        queries: mx.array,
-        new: tuple[mx.array, mx.array],
-        buffers: tuple[mx.array, mx.array],
-        start: mx.array,
-        end: mx.array,
-        *,
-        scale: float,
-    ) -> Appended:
-        """Write the new keys and values into column `end`, and attend to the columns from `start` to it.
-
-        Args:
-            queries: (slots, query heads, 1, D).
-            new: Keys and values of the step, (slots, key heads, 1, D) each.
-            buffers: Keys and values, (slots, key heads, columns, D) each.
-            start: (slots,) int32. A slot whose start is after `end` attends to the new key alone.
-            end: (1,) int32, less than columns.
-        """
+    def __call__(self, step: Step) -> Appended:
+        """Write the new keys and values into column `end`, and attend to the columns from `start` to it."""
 
 
 class FunctionalAppendAttention:
@@ -94,24 +91,16 @@ class FunctionalAppendAttention:
         """See `AppendAttention`."""
         return bool(queries.shape[2] == 1)
 
-    def __call__(
-        self,
-        queries: mx.array,
-        new: tuple[mx.array, mx.array],
-        buffers: tuple[mx.array, mx.array],
-        start: mx.array,
-        end: mx.array,
-        *,
-        scale: float,
-    ) -> Appended:
+    def __call__(self, step: Step) -> Appended:
         """See `AppendAttention`."""
         keys, values = (
-            mx.slice_update(buffer, column.astype(buffer.dtype), end, axes=(2,))
-            for buffer, column in zip(buffers, new, strict=True)
+            mx.slice_update(buffer, column.astype(buffer.dtype), step.end, axes=(2,))
+            for buffer, column in ((step.keys, step.new_keys), (step.values, step.new_values))
         )
         columns = mx.arange(keys.shape[2])
-        is_visible = (columns >= mx.minimum(start, end)[:, None]) & (columns <= end)
-        output = _MLX_ATTENTION(queries, keys, values, scale=scale, mask=is_visible[:, None, None, :])
+        is_visible = (columns >= mx.minimum(step.start, step.end)[:, None]) & (columns <= step.end)
+        mask = is_visible[:, None, None, :]
+        output = _MLX_ATTENTION(step.queries, keys, values, scale=step.scale, mask=mask)
         return Appended(output, keys, values)
 
 
@@ -127,27 +116,16 @@ class CudaAppendAttention:
     is_in_place = True
 
     def __init__(self) -> None:
-        self._scales: dict[float, mx.array] = {}
         self._passed: dict[Kind, bool] = {}
-        self._kernel: Any = mx.fast.cuda_kernel(
-            name=kernel_name("append"),
-            input_names=["queries", "new_keys", "new_values", "keys", "values", "start", "end", "scale"],
-            output_names=["result"],
-            source=SOURCE,
-            header="#define APPEND 1" + HEADER,
-            ensure_row_contiguous=False,
+        self._kernel = AttentionKernel(
+            "append",
+            ["queries", "new_keys", "new_values", "keys", "values", "start", "end"],
+            appends=True,
         )
 
     def supports(self, queries: mx.array, keys: mx.array, values: mx.array) -> bool:
         """See `AppendAttention`; a failed test is not repeated."""
-        if not (
-            queries.shape[2] == 1
-            and queries.shape[3] in LANES
-            and queries.shape[0] == keys.shape[0]
-            and keys.shape == values.shape
-            and keys.shape[2] <= MAX_KEYS
-            and queries.dtype == keys.dtype == values.dtype
-        ):
+        if not fits(queries, keys, values):
             return False
         num_key_heads = keys.shape[1]
         kind = Kind(queries.dtype, queries.shape[3], num_key_heads, queries.shape[1] // num_key_heads)
@@ -157,67 +135,17 @@ class CudaAppendAttention:
             )
         return self._passed[kind]
 
-    def __call__(
-        self,
-        queries: mx.array,
-        new: tuple[mx.array, mx.array],
-        buffers: tuple[mx.array, mx.array],
-        start: mx.array,
-        end: mx.array,
-        *,
-        scale: float,
-    ) -> Appended:
+    def __call__(self, step: Step) -> Appended:
         """See `AppendAttention`."""
-        num_slots, num_key_heads, num_columns, _ = buffers[0].shape
-        block = block_shape(num_slots * num_key_heads, queries.shape[1] // num_key_heads, num_columns)
-        return self.launch(block, queries, new, buffers, start, end, scale=scale)
+        num_slots, num_key_heads, num_columns, _ = step.keys.shape
+        repeats = step.queries.shape[1] // num_key_heads
+        return self.launch(block_shape(num_slots * num_key_heads, repeats, num_columns), step)
 
-    def launch(  # noqa: PLR0917 (those of `AppendAttention`)
-        self,
-        block: BlockShape,
-        queries: mx.array,
-        new: tuple[mx.array, mx.array],
-        buffers: tuple[mx.array, mx.array],
-        start: mx.array,
-        end: mx.array,
-        *,
-        scale: float,
-    ) -> Appended:
+    def launch(self, block: BlockShape, step: Step) -> Appended:
         """As a call, with thread blocks of this shape."""
-        keys, values = buffers
-        num_slots, num_heads, _, dim = queries.shape
-        num_key_heads = keys.shape[1]
-        repeats = num_heads // num_key_heads
-        if scale not in self._scales:
-            self._scales[scale] = mx.array(scale, mx.float32)
-        template = [
-            ("T", queries.dtype),
-            ("D", dim),
-            ("LANES", LANES[dim]),
-            ("THREADS", block.num_threads),
-            ("REPEATS", repeats),
-            ("HEADS", block.num_heads),
-        ]
-        results: list[mx.array] = self._kernel(
-            inputs=[queries, *new, keys, values, start, end, self._scales[scale]],
-            template=template,
-            grid=(num_key_heads * block.num_threads, num_slots, repeats // block.num_heads),
-            threadgroup=(block.num_threads, 1, 1),
-            output_shapes=[queries.shape],
-            output_dtypes=[queries.dtype],
-        )
-        return Appended(results[0], keys, values)
-
-
-class BlockShape(NamedTuple):
-    """What a thread block of the kernel computes.
-
-    Attributes:
-        num_heads: Query heads, which share a key head.
-    """
-
-    num_heads: int
-    num_threads: int
+        *inputs, scale = step
+        output = self._kernel(inputs, scale, step.keys.shape[1], block)
+        return Appended(output, step.keys, step.values)
 
 
 def block_shapes(repeats: int) -> list[BlockShape]:
@@ -226,8 +154,11 @@ def block_shapes(repeats: int) -> list[BlockShape]:
     Args:
         repeats: Query heads per key head.
     """
-    most = next(n for n in range(min(repeats, MAX_HEADS), 0, -1) if repeats % n == 0)
-    return [BlockShape(1, THREADS), BlockShape(1, _MANY_THREADS), BlockShape(most, THREADS)]
+    return [
+        BlockShape(1, THREADS),
+        BlockShape(1, _MANY_THREADS),
+        BlockShape(max_block_heads(repeats), THREADS),
+    ]
 
 
 def block_shape(num_key_rows: int, repeats: int, num_columns: int) -> BlockShape:
@@ -269,17 +200,21 @@ def self_test(attention: Callable[..., Appended], kind: Kind) -> bool:
     keys, values, new_keys, new_values, queries = (
         mx.random.normal(shape, key=mx.random.key(number)).astype(kind.dtype) for number in range(5)
     )
-    new = new_keys[:, :, :1], new_values[:, :, :1]
-    queries = mx.repeat(queries[:, :, :1], kind.repeats, axis=1)
-    start, end = mx.array([0, 7, 2**30], mx.int32), mx.array([21], mx.int32)
-    exact = [each.astype(mx.float32) for each in (queries, *new, keys, values)]
-    scale = kind.dim**-0.5
-    expected = FunctionalAppendAttention()(
-        exact[0], (exact[1], exact[2]), (exact[3], exact[4]), start, end, scale=scale
+    step = Step(
+        mx.repeat(queries[:, :, :1], kind.repeats, axis=1),
+        new_keys[:, :, :1],
+        new_values[:, :, :1],
+        keys,
+        values,
+        start=mx.array([0, 7, 2**30], mx.int32),
+        end=mx.array([21], mx.int32),
+        scale=kind.dim**-0.5,
     )
-    mx.eval(queries, new, keys, values, expected)
+    exact = {name: getattr(step, name).astype(mx.float32) for name in Step._fields[:5]}
+    expected = FunctionalAppendAttention()(step._replace(**exact))
+    mx.eval(step[:5], expected)
     try:
-        found = attention(queries, new, (keys, values), start, end, scale=scale)
+        found = attention(step)
         mx.eval(found)
         differences = [mx.abs(a.astype(mx.float32) - b).max() for a, b in zip(found, expected, strict=True)]
         largest: Any = mx.max(mx.stack(differences)).item()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from worker.mlx.backends.append_attention import AppendAttention, CudaAppendAttention
+from worker.mlx.backends.append_attention import AppendAttention, CudaAppendAttention, Step
 from worker.mlx.caches.kv_slots import SlotKVCache
 
 log = logging.getLogger(__name__)
@@ -216,8 +216,10 @@ class TracedCache:
     def append(self, attention: AppendAttention, queries: mx.array, scale: float) -> mx.array:
         """The attention's output; the new keys and values are written."""
         assert self._new is not None
-        output, *buffers = attention(queries, self._new, self.buffers, self._start, self._end, scale=scale)
-        self.buffers = buffers[0], buffers[1]
+        output, keys, values = attention(
+            Step(queries, *self._new, *self.buffers, self._start, self._end, scale)
+        )
+        self.buffers = keys, values
         self.is_pending = False
         return output
 

@@ -11,13 +11,12 @@ import pytest
 
 from common.settings import Settings
 from tests.model.mlx.reference import greedy_job, mlx_lm_token_ids
+from worker.mlx.backends.attention_kernel import MAX_KEYS, fits
 from worker.mlx.backends.cuda_attention import (
-    MAX_KEYS,
     CheckedKernel,
     CudaKernel,
     PaddedAttention,
     cuda_kernel,
-    fits,
     self_test,
 )
 from worker.mlx.engine import MLXEngine
