@@ -9,7 +9,8 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_map
 
-from tests.model.mlx.random_models import COMMON, batch_of, prompt, sequence_of
+from tests.model.mlx.random_models import COMMON, VOCABULARY, batch_of, prompt, sequence_of
+from worker.mlx.caches.kinds import can_batch
 from worker.mlx.fused_projections import fuse_projections
 from worker.mlx.padding_masks import accept_padding_masks
 
@@ -115,3 +116,25 @@ def test_sequences_of_a_type(model: Any, expected: list[list[int]], is_compiled:
             found[int(token.job_id)].append(token.token_id)
     assert found == expected
     assert len({token_id for tokens in found for token_id in tokens}) > len(SEQUENCES)
+
+
+def test_a_model_for_one_sequence(caplog: pytest.LogCaptureFixture) -> None:
+    """The positions of GPT BigCode's tokens begin at a number, not at one for each sequence: it decodes one at a time, which is logged."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_inner": 64, "n_head": 4, "n_positions": 128}
+    module: Any = import_module("mlx_lm.models.gpt_bigcode")
+    args = {"model_type": "gpt_bigcode", "layer_norm_epsilon": 1e-5, "vocab_size": VOCABULARY, **sizes}
+    model = module.Model(module.ModelArgs.from_dict(args))
+    assert not can_batch(model)
+    assert "one sequence at a time" in caplog.text
+    for number in range(2):
+        batch = batch_of(model, 1, is_compiled=True)
+        sequence = sequence_of(number, prompt(number, 5), 4)
+        batch.insert(sequence)
+        while len(batch):
+            batch.step()
+        assert sequence.token_ids[5:] == generate_without_caches(model, prompt(number, 5), 4)
+
+
+def test_models_for_several_sequences(model: Any) -> None:
+    """All others of this module."""
+    assert can_batch(model)

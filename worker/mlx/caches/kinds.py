@@ -15,6 +15,7 @@ kind of cache of mlx-lm, open this file first.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from worker.mlx.backends.cuda_attention import PaddedAttention
 from worker.mlx.caches.kv_slots import SlotKVCache
 from worker.mlx.caches.prompt_cache import PromptKVCache
 from worker.mlx.memory.cache_memory import CacheCost
+
+log = logging.getLogger(__name__)
 
 Caches = list[Any]
 """One per layer: of one sequence, or of all sequences of a batch."""
@@ -52,8 +55,23 @@ def new(model: Any) -> Caches:
 
 
 def can_batch(model: Any) -> bool:
-    """Whether sequences of the model can be decoded together."""
-    return _can_merge(new(model))
+    """Whether sequences of the model can be decoded together: those of different lengths are, which some models do not expect."""
+    if not _can_merge(new(model)):
+        return False
+    try:
+        caches = merge([new(model), new(model)])
+        for cache in caches:
+            cache.prepare(lengths=[2, 1], right_padding=[0, 1])
+        model(mx.zeros((2, 2), mx.int32), cache=caches)
+        for cache in caches:
+            cache.finalize()
+        mx.eval(model(mx.zeros((2, 1), mx.int32), cache=caches))
+    except Exception as error:  # noqa: BLE001 (the model's own code)
+        log.warning(
+            "the model decodes one sequence at a time: with two it raised %s: %s", type(error).__name__, error
+        )
+        return False
+    return True
 
 
 def _can_merge(caches: Caches) -> bool:
