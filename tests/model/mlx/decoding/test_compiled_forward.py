@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from tests.model.mlx.backends.wrong_attention import WrongAttention
 from tests.model.mlx.random_models import (
     batch_of,
     generate_alone,
@@ -18,22 +19,10 @@ from tests.model.mlx.random_models import (
     prompt,
     sequence_of,
 )
-from worker.mlx.backends.append_attention import (
-    Appended,
-    CudaAppendAttention,
-    FunctionalAppendAttention,
-    Kind,
-    Step,
-    block_shape,
-    self_test,
-)
-from worker.mlx.backends.attention_kernel import LANES, MAX_KEYS
+from worker.mlx.backends.append_attention import FunctionalAppendAttention
 from worker.mlx.batch import Batch
 from worker.mlx.decoding.compiled_forward import CompiledForward
 from worker.mlx.memory.cache_memory import EXPECTED_TOKENS, columns
-
-KIND = Kind(mx.float16, 64, 2, 3)
-ONLY_CUDA = pytest.mark.skipif(not mx.cuda.is_available(), reason="needs MLX's CUDA back-end")
 
 
 @pytest.fixture(scope="module")
@@ -174,34 +163,6 @@ def test_models_with_other_caches() -> None:
     assert not traced_shapes(batch)
 
 
-class WrongAttention(FunctionalAppendAttention):
-    """Forgets to write the new keys, or raises."""
-
-    def __init__(self, *, raises: bool) -> None:
-        self._raises = raises
-        self._passed: bool | None = None
-
-    def supports(self, queries: mx.array, keys: mx.array, values: mx.array) -> bool:
-        if self._passed is None:
-            self._passed = self_test(self, KIND)
-        return self._passed and super().supports(queries, keys, values)
-
-    def __call__(self, step: Step) -> Appended:
-        if self._raises:
-            raise RuntimeError("no such architecture")
-        return Appended(super().__call__(step).output, step.keys, step.values)
-
-
-def test_the_self_test(caplog: pytest.LogCaptureFixture) -> None:
-    """It finds a kernel that raises, and one that does not write the new keys."""
-    assert self_test(FunctionalAppendAttention(), KIND)
-    assert not caplog.records
-    assert not self_test(WrongAttention(raises=True), KIND)
-    assert "no such architecture" in caplog.text
-    assert not self_test(WrongAttention(raises=False), KIND)
-    assert "differs by" in caplog.text
-
-
 def test_the_self_test_while_a_step_is_traced(llama: Any, caplog: pytest.LogCaptureFixture) -> None:
     """If it fails, steps are not compiled."""
     batch = batch_of(llama, 4, is_compiled=True)
@@ -231,38 +192,3 @@ def test_a_shape_without_attention(llama: Any) -> None:
     assert batch.decoding.compiled._traces[2, columns(260)] is None
     assert generate(batch, 5, 9)[1] == generate_alone(llama, prompt(1, 9), 8)
     assert batch.decoding.compiled._traces[2, columns(1)] is not None
-
-
-def test_few_rows_get_more_blocks() -> None:
-    """One query head a block, and more threads over long buffers; many rows share the keys of a head."""
-    assert block_shape(8, 4, 256) == (1, 256)
-    assert block_shape(8, 4, 2048) == (1, 512)
-    assert block_shape(128 * 8, 4, 2048) == (4, 256)
-    assert block_shape(2, 7, 256) == (1, 256)
-    assert block_shape(100, 16, 2048) == (8, 256)
-
-
-def test_what_the_kernel_supports() -> None:
-    """One query a row, head dimensions with a number of lanes, one type, and buffers up to a length."""
-    attention = FunctionalAppendAttention() if not mx.cuda.is_available() else CudaAppendAttention()
-    q, k = mx.zeros((2, 4, 1, 64), mx.float16), mx.zeros((2, 2, 256, 64), mx.float16)
-    assert attention.supports(q, k, k)
-    assert not attention.supports(mx.zeros((2, 4, 3, 64), mx.float16), k, k)
-    if not isinstance(attention, CudaAppendAttention):
-        return
-    assert not attention.supports(q.astype(mx.float32), k, k)
-    assert not attention.supports(q, k, mx.zeros((2, 2, 256, 80), mx.float16))
-    long = mx.zeros((2, 2, MAX_KEYS + 1, 64), mx.float16)
-    assert not attention.supports(q, long, long)
-
-
-@ONLY_CUDA
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-@pytest.mark.parametrize("dim", list(LANES))
-def test_the_kernel(dtype: mx.Dtype, dim: int) -> None:
-    """The results of all variants are those of MLX's operations, and they write the new keys and values."""
-    attention = CudaAppendAttention()
-    for num_key_heads, repeats in ((2, 1), (1, 12)):
-        queries = mx.zeros((2, num_key_heads * repeats, 1, dim), dtype)
-        keys = mx.zeros((2, num_key_heads, 264, dim), dtype)
-        assert attention.supports(queries, keys, keys)
