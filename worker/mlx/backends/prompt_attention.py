@@ -4,7 +4,7 @@ MLX 0.32 computes it with cuDNN, which makes a plan for each new combination of 
 piece of 2,048 tokens of a 1B model. So few shapes should reach cuDNN. Small pieces, such as the second turn of a
 conversation, are computed with matrix products; large ones are padded to multiples of `PromptAttention.multiple`. With a mask array, cuDNN is
 slower than matrix products, and with either a long context takes gigabytes for the scores: here they are computed in parts.
-`worker.mlx.prefill` uses this in place of MLX's own attention. Metal's kernels have none of these costs.
+`worker.mlx.prefill.prompts` uses this in place of MLX's own attention. Metal's kernels have none of these costs.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from worker.mlx.backends.cuda_attention import PaddedAttention
+from worker.mlx.caches.prompt_cache import row_cache
 from worker.mlx.memory.cache_memory import columns, common_size, is_common_length, slots
 
 
@@ -217,14 +218,8 @@ class SlotKVCache(BatchKVCache):
         self._first = first
 
     def extract(self, index: int) -> KVCache:
-        """One sequence's own cache; not computed yet."""
-        cache = KVCache()
-        if self.keys is not None:
-            own = slice(self.starts[index], self._end)
-            cache.keys = mx.contiguous(self.keys[index : index + 1, :, own])
-            cache.values = mx.contiguous(self.values[index : index + 1, :, own])
-            cache.offset = self._end - self.starts[index]
-        return cache
+        """One sequence's own cache, not evaluated yet."""
+        return row_cache(self.keys, self.values, index, self.starts[index], self._end)
 
     def _rebuild(self, indices: Sequence[int], first: int, num_sequences: int, num_more: int = 0) -> None:
         """Make new buffers with room for `num_sequences`, the given ones first, and `num_more` columns; some of both are spare.

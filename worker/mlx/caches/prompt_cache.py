@@ -1,8 +1,8 @@
 """Keys and values of prompts that prefill together.
 
-Created by `worker.mlx.caches.kinds`, in place of mlx-lm's `BatchKVCache`; used by `PromptBatch`, until `worker.mlx.caches.kv_slots` takes the
-arrays over. It differs from mlx-lm's in three ways: positions are known on the host, so that nothing waits for the device to read them; attention
-without padding has no mask array, which costs a GPU up to three times as long; and a single prompt is never copied to be padded.
+Created by `worker.mlx.caches.kinds` in place of mlx-lm's `BatchKVCache`; used by `PromptBatch`, until `worker.mlx.caches.kv_slots` takes the
+arrays over. It differs from mlx-lm's in three ways: positions are kept on the host, so that nothing waits for the device to read them;
+attention without padding gets no mask array, with which a GPU takes up to three times as long; a single prompt is never copied to be padded.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 class PromptKVCache(BatchKVCache):
     """One layer's keys and values.
 
-    Sequence i is row i of both arrays. All sequences end at the same column, `_idx`, and each begins at its own.
+    Sequence i is row i of both arrays. All sequences end at the same column, `_idx` (mlx-lm's name), and each begins at its own.
 
     Attributes:
-        starts: By row: the first column of its sequence. What is before it is padding.
-        num_columns: How many columns new arrays have room for, at least: writing into an array is cheaper than making a longer one.
+        keys: (rows, heads, columns, size), as `values`; None while nothing is cached.
+        starts: By row: the first column of its sequence. The columns before it are padding.
+        num_columns: Columns of new arrays, at least: writing into an array is cheaper than making a longer one.
         keys: (rows, heads, columns, size), as `values`; None before the first tokens, and always if a layer keeps nothing.
     """
 
@@ -109,16 +110,20 @@ class PromptKVCache(BatchKVCache):
         return create_causal_mask(N, offset=self._idx, left_padding=padding, **options)
 
     def prepare(self, *, lengths: Any = None, right_padding: Any = None, left_padding: Any = None) -> None:  # noqa: ARG002 (mlx-lm's)
-        """Announce how many of the next tokens of each row are padding, at their end."""
+        """Announce right padding of the next tokens.
+
+        Args:
+            right_padding: By row: how many of them are padding, at the end. mlx-lm's other arguments are not needed.
+        """
         self._padding = list(right_padding)
 
     def finalize(self) -> None:
-        """Remove that padding: rows move to the right."""
+        """Remove the announced padding, by moving rows to the right."""
         padding, self._padding = self._padding, []
         if not any(padding) or self.keys is None:
             return
         if common := min(padding):
-            # No columns are left for decode steps: slots make buffers of the lengths that suit them.
+            # The arrays end with the last token: decode steps use buffers of other lengths.
             self._idx -= common
             self.keys, self.values = self.keys[:, :, : self._idx], self.values[:, :, : self._idx]
         shifts = [each - min(padding) for each in padding]
@@ -131,7 +136,7 @@ class PromptKVCache(BatchKVCache):
             self._drop_common_padding()
 
     def extend(self, other: PromptKVCache) -> None:
-        """Append the rows of another one."""
+        """Append the rows of another batch."""
         both = (self, other)
         end = max(each.num_used for each in both)
         starts = [end - each.num_used + start for each in both for start in each.starts]
@@ -143,27 +148,21 @@ class PromptKVCache(BatchKVCache):
         self.starts, self._idx = starts, end
 
     def rows_of(self, array: Any, like: mx.array) -> mx.array:
-        """The used columns of keys or values; there are none if nothing is cached."""
+        """The used columns of keys or values, (rows, heads, columns, size); without columns if nothing is cached."""
         if array is None:
             return mx.zeros((len(self.starts), like.shape[1], 0, like.shape[3]), like.dtype)
         used: mx.array = array[:, :, : self._idx]
         return used
 
     def trim(self, n: int) -> int:
-        """Remove the last columns; returns how many."""
+        """Remove up to n columns at the end; returns how many were removed."""
         n = min(self._idx, n)
         self._idx -= n
         return n
 
     def extract(self, idx: int) -> KVCache:
-        """One sequence's own cache; not computed yet."""
-        cache = KVCache()
-        if self.keys is not None:
-            own = slice(self.starts[idx], self._idx)
-            cache.keys = mx.contiguous(self.keys[idx : idx + 1, :, own])
-            cache.values = mx.contiguous(self.values[idx : idx + 1, :, own])
-            cache.offset = self._idx - self.starts[idx]
-        return cache
+        """One sequence's own cache, not evaluated yet."""
+        return row_cache(self.keys, self.values, idx, self.starts[idx], self._idx)
 
     def filter(self, batch_indices: Sequence[int]) -> None:
         """Keep these rows, in this order."""
@@ -181,14 +180,24 @@ class PromptKVCache(BatchKVCache):
             self._idx -= first
 
 
+def row_cache(keys: Any, values: Any, row: int, start: int, end: int) -> KVCache:
+    """The cache of one row's sequence, which has the columns from `start` to `end`, not evaluated yet; empty if there are no keys."""
+    cache = KVCache()
+    if keys is not None:
+        cache.keys = mx.contiguous(keys[row : row + 1, :, start:end])
+        cache.values = mx.contiguous(values[row : row + 1, :, start:end])
+        cache.offset = end - start
+    return cache
+
+
 def _used(array: Any, num_columns: int) -> Any:
     return None if array is None else array[:, :, :num_columns]
 
 
 def _padded(parts: Sequence[Any], end: int, num_columns: int) -> mx.array:
-    """Arrays of some rows each as one array of `num_columns`, in which all of them end at column `end`.
+    """Concatenate arrays of rows into one of `num_columns`, in which all rows end at column `end`.
 
-    A missing one is one row of zeros. A single one is returned as it is.
+    None stands for one row of zeros. A single array is returned as it is.
     """
     like: mx.array = next(part for part in parts if part is not None)
     if len(parts) == 1:

@@ -26,11 +26,11 @@ _MAX_TRACES = 64
 """How many traces are kept."""
 
 _NO_SEQUENCE = 2**30
-"""The first column of a slot without a sequence."""
+"""The first column of a slot without a sequence: after any that is written."""
 
 
 class CannotCompileError(Exception):
-    """The model's step cannot be compiled: it does something else with its caches than to attend to them."""
+    """The model's step cannot be compiled: it uses its caches in another way than to attend to them."""
 
 
 class UnsupportedShapeError(Exception):
@@ -187,8 +187,8 @@ class TracedCache:
     Attributes:
         buffers: Keys and values, (slots, heads, columns, size) each.
         offset: (slots,) int32, the position of each slot's token.
-        is_pending: Whether there are new keys and values that were not attended to yet.
-        is_written: Whether there have been some.
+        is_pending: Whether new keys and values were received and not attended to yet.
+        is_written: Whether any were received.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class TracedCache:
         return self.buffers
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> None:  # noqa: N803 (as mlx-lm calls it)
-        """None: what is visible is the attention's matter."""
+        """None: `AppendAttention` masks columns by itself."""
         if N != 1 or return_array or window_size is not None:
             raise CannotCompileError("a layer needs a mask")
 

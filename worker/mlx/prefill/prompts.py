@@ -1,7 +1,7 @@
 """The prompts that are prefilling, in batches.
 
-Created and called by `worker.mlx.batch`, which decides who joins and how much is prefilled. There is one batch, except on CUDA: prompts of
-different lengths or after different prefixes need a mask there, and those with a long prefix many scores, so a batch for each kind is faster.
+Created and called by `worker.mlx.batch`, which decides which sequences join and how much is prefilled. There is one batch, except on CUDA:
+a mask is expensive there, so prompts with and without cached prefixes are in different batches (`grouped`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _MAX_FREE_BYTES = 256 * 2**20
 """How much freed memory MLX may keep for reuse in any case."""
 
 _MAX_RECOMPUTED_TOKENS = 256
-"""Of a cached prefix, so that all prompts of a batch have as many tokens left: rather than padding, which all rows would have to be moved for."""
+"""How many tokens of a cached prefix are prefilled again, at most, so that all prompts of a batch have the same number left: padding would
+need a mask, and all rows would be copied to remove it."""
 
 
 class PromptBatches:
@@ -44,7 +45,6 @@ class PromptBatches:
 
     @property
     def sequences(self) -> list[BatchSequence]:
-        """All sequences."""
         return [sequence for batch in self._batches for sequence in batch.sequences]
 
     def join(self, sequences: Sequence[BatchSequence], max_tokens: int) -> None:
@@ -77,7 +77,6 @@ class PromptBatches:
         return [(sequences, caches) for sequences, caches in taken if sequences]
 
     def remove(self, sequence: BatchSequence) -> None:
-        """Remove a sequence."""
         for batch in self._batches:
             batch.remove(sequence)
         self._drop_empty()
@@ -89,7 +88,11 @@ class PromptBatches:
 def grouped(
     sequences: Sequence[BatchSequence], attention: PromptAttention | None
 ) -> list[list[BatchSequence]]:
-    """The sequences that should prefill together: on CUDA those without a cached prefix, those with little left after one, and others alone."""
+    """The sequences that should prefill together.
+
+    On CUDA these are the ones without a cached prefix, and the ones with few tokens left after one; each of the others is alone. Elsewhere
+    all are together.
+    """
     if attention is None:
         return [list(sequences)] if sequences else []
     new, short, long = [], [], []
@@ -190,7 +193,9 @@ class PromptBatch:
         return all(isinstance(cache, PromptKVCache) for cache in self._caches)
 
     def _room(self, sequences: Sequence[BatchSequence], num_next: int) -> int:
-        """How many columns arrays should have: room for all prompts, or on CUDA, before a large piece, no more than are used: shapes count there.
+        """How many columns the caches' arrays should have: enough for the complete prompts, or 0, no spare ones.
+
+        Before a large piece on CUDA there should be none: cuDNN makes a plan for each length of the arrays, not only of what is used.
 
         Args:
             num_next: How many tokens of each prompt are prefilled next.
@@ -211,7 +216,7 @@ class PromptBatch:
         return self._take([index for index, each in enumerate(self.sequences) if not each.num_left])
 
     def remove(self, sequence: BatchSequence) -> None:
-        """Remove a sequence."""
+        """Does nothing if the sequence is in another batch."""
         if sequence in self.sequences:
             self._take([self.sequences.index(sequence)])
 
@@ -229,7 +234,7 @@ class PromptBatch:
 
 
 def merge_own_caches(model: Any, sequences: Sequence[BatchSequence], num_columns: int = 0) -> kv.Caches:
-    """Merge the sequences' own caches into a batch's; the sequences give theirs up. See `kv.merge`."""
+    """Merge the sequences' own caches, which they lose, into a batch's; see `kv.merge`."""
     own = [kv.new(model) if each.caches is None else each.caches for each in sequences]
     for sequence in sequences:
         sequence.caches = None
@@ -237,7 +242,7 @@ def merge_own_caches(model: Any, sequences: Sequence[BatchSequence], num_columns
 
 
 def _is_divisible(caches: kv.Caches | None) -> bool:
-    """Whether a sequence has caches that can be cut at any token."""
+    """Whether caches can be cut at any token."""
     return caches is not None and all(type(cache) is KVCache for cache in caches)
 
 

@@ -39,9 +39,9 @@ class StepSize:
     """The size of a step.
 
     Attributes:
-        num_tokens: At which a larger one would not be faster.
-        first_tokens: How many certainly keep to the time of a piece.
-        bytes_per_token: What a step takes in addition to caches.
+        num_tokens: With more, prefilling would not be faster.
+        first_tokens: The most that were measured to take no longer than `PIECE_SECONDS`.
+        bytes_per_token: Memory that a step takes in addition to caches.
     """
 
     num_tokens: int = DEFAULT_TOKENS
@@ -56,12 +56,11 @@ class StepSize:
 
 
 def choose(measure: Callable[[int], Measurement], max_tokens: int, limit_bytes: float) -> StepSize:
-    """Measure steps, each twice as long as the one before, until that no longer pays.
+    """Measure steps, each of twice as many tokens, until larger ones are no faster, or would probably take longer than `PIECE_SECONDS`.
 
     Args:
-        max_tokens: Longer prompts are not possible.
-        limit_bytes: What a step may take; nothing is measured beyond the first step that takes more. Nor is one that
-            would probably take longer than a piece may.
+        max_tokens: The longest prompt.
+        limit_bytes: Memory that a step may take; nothing is measured beyond the first step that takes more.
     """
     best_tokens, first_tokens, best_per_second, bytes_per_token = 0, INITIAL_TOKENS, 0.0, 0.0
     num_tokens = min(_FIRST_TOKENS, max_tokens)
@@ -85,7 +84,7 @@ def measured(prefill: Callable[[int, int], Any], max_tokens: int, limit_bytes: f
     """Choose the step size of this GPU. A failure is logged; the default is used then.
 
     Args:
-        prefill: Prefills one prompt of so many tokens, so many at a time, and returns its caches.
+        prefill: Prefills a prompt; receives its number of tokens and that of a step, and returns its caches.
     """
     began = time.monotonic()
     try:

@@ -1,7 +1,7 @@
-"""The choice of a step's tokens as one function of arrays, which `mx.compile` can compile, alone or with a model's forward pass.
+"""The choice of a step's tokens as one pure function of arrays, which `mx.compile` can compile.
 
-All rows are treated alike: what a row does not use is neutral in its constants. Which operations there are is determined by a `PlanKey`
-alone; `worker.mlx.sampling.plan_builder` makes the arrays. Nothing is read on the host, and random states, penalties' counts, windows and
+All rows are treated alike: what a row does not use is neutral in its constants. A `PlanKey` alone determines which operations there are;
+`worker.mlx.sampling.plan_builder` makes the arrays. Nothing is read on the host: random states, penalties' counts, windows and
 positions advance on the device.
 """
 
@@ -56,12 +56,12 @@ Chosen = tuple[mx.array, list[mx.array], Arrays]
 """Token ids, (rows,) uint32; the scores of `worker.mlx.sampling.top_tokens` in a list, or an empty list; the state of the next step."""
 
 Choose = Callable[[mx.array, mx.array, Arrays, Arrays], Chosen]
-"""Of: logits (rows, vocab); the input tokens of the step (rows,) uint32, which are the previous step's choice; state; constants, and `masks`
-(num_masks, num_words) uint32 among them if the key says so."""
+"""Arguments: the logits (rows, vocab); the step's input tokens (rows,) uint32, which the previous step chose; the state; the constants, with
+`masks` (num_masks, num_words) uint32 if the key has masks."""
 
 
 def make_choose(key: PlanKey) -> Choose:
-    """The function of all plans with this key; it is pure."""
+    """The function of all plans with this key."""
     return partial(_choose, key)
 
 
@@ -129,7 +129,7 @@ def _repetition_penalized(
 def _adjusted(
     key: PlanKey, values: mx.array, inputs: mx.array, state: Arrays, constants: Arrays
 ) -> tuple[mx.array, Arrays]:
-    """Frequency and presence penalties and masks, which `mx.compile` makes one operation; also the penalties' new counts.
+    """Frequency and presence penalties and masks, which `mx.compile` fuses into one operation; also the penalties' new counts.
 
     The input token is counted here: the host does not know it yet when it launches the step. A prompt's last token is not counted.
     """
@@ -168,7 +168,7 @@ def _biased(key: PlanKey, values: mx.array, state: Arrays, constants: Arrays) ->
 
 
 def _race(key: PlanKey, values: mx.array, state: Arrays, constants: Arrays) -> mx.array:
-    """Values whose maximum is each row's choice, (rows, vocab) float32: of an exponential race, as logarithms; greedy rows stay as they are."""
+    """Values whose maximum is each row's choice, (rows, vocab) float32: the logarithms of an exponential race, or a greedy row's logits."""
     times = log_times(random_bits(state["random"]), constants["token_hashes"])
     race = values.astype(mx.float32) * constants["inverse_temperature"] - times * constants["is_drawn"]
     if not key.num_filtered:

@@ -18,7 +18,7 @@ SampledToken = tuple[int, Score | None]
 
 
 class ChosenTokens:
-    """The tokens of one step. They may still be in computation.
+    """The tokens of one step, which may not be computed yet.
 
     Attributes:
         token_ids: (rows,) uint32.
@@ -44,8 +44,9 @@ ChosenRow = tuple[ChosenTokens, int]
 
 
 class PreviousTokens:
-    """The input tokens of a step, as far as they are tokens of answers: they are read while the step is computed, by the sampler if it
-    depends on them, by `DecodeBatch.step` otherwise.
+    """The input tokens of a step that are tokens of answers, not of prompts.
+
+    They are read while the step is computed: by the sampler if it depends on them, otherwise by `DecodeBatch.step`.
 
     Args:
         samplers: Of the step's sequences, in order.

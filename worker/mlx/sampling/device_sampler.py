@@ -3,9 +3,9 @@
 Called by `worker.mlx.decoding.decode_batch`. On a GPU a step of a small model takes as long as the CPU needs to launch it, so a choice is few operations
 for all rows, and its arrays stay on the device from step to step.
 
-A step without matchers is one graph, forward pass and choice, and may be compiled as one: `plan`, `function`, `record`. With matchers it
-has two phases, as masks depend on the previous tokens: the forward pass is started, then the previous tokens are read and the masks
-computed while the device is busy, then the choice is started with the masks as an input.
+Without matchers, the forward pass and the choice are started together. With matchers there are two phases, as masks depend on the previous
+tokens: the forward pass is started, then the previous tokens are read and the masks computed while the device is busy, then the
+choice is started with the masks as an input.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _MAX_FUNCTIONS = 64
 """How many functions are cached: `mx.compile` keeps what it has compiled as long as its function."""
 
 STEPS_BEFORE_COMPILING = 16
-"""A function is compiled when it was used so often: compiling takes as long as several steps, and a busy batch changes its size in each."""
+"""Uses of a function before it is compiled. Compiling takes as long as several steps; while many sequences join and leave, few functions
+are used that often."""
 
 
 @dataclass(slots=True)
@@ -107,10 +108,7 @@ class DeviceSampler:
         return self.record(plan, *function(logits, inputs, plan.state, plan.constants | masks))
 
     def function(self, key: PlanKey) -> Choose:
-        """The function of plans with this key, to use once; compiled if it is used often.
-
-        A graph that is compiled as a part of a larger one uses `make_choose` itself.
-        """
+        """The function of plans with this key, to be called once; compiled if it is used often."""
         function = self._functions.pop(key, None) or _Function(make_choose(key))
         self._functions[key] = function  # now the latest
         if len(self._functions) > _MAX_FUNCTIONS:
@@ -121,7 +119,7 @@ class DeviceSampler:
         return function.choose
 
     def record(self, plan: Plan, token_ids: mx.array, scores: list[mx.array], state: Arrays) -> ChosenTokens:
-        """Start the computation of a step that was built with this plan, and keep its state for the next one."""
+        """Start the computation of a choice made with this plan, and keep its state for the next step."""
         mx.async_eval(token_ids, scores, state)
         plan.advance(state)
         if not scores:

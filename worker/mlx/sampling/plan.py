@@ -1,4 +1,4 @@
-"""The arrays with which a step's tokens are chosen while the batch consists of the same sequences.
+"""The arrays with which tokens are chosen as long as the batch consists of the same sequences.
 
 `PlanBuilder` makes a `Plan` when sequences join or leave; `DeviceSampler` uses it in each step. Most arrays are constant; those of `state`
 belong to the next step, and a step returns those of the one after it.
@@ -35,12 +35,12 @@ class Plan:
     """See the module.
 
     Attributes:
-        key: Which operations a step consists of if it needs no mask.
-        masked_key: The same if it needs masks.
+        key: The operations of a step that needs no mask.
+        masked_key: Those of a step that needs masks.
         sequences: Sequence i is in row i; further rows are spare.
         has_matchers: Whether masks may be needed: only known once the matchers have observed the step's input tokens.
         reporting: Row and number of most likely tokens, of each sequence that reports log-probabilities.
-        steps_left: For so many steps the plan can be used.
+        steps_left: How many more steps can use the plan.
     """
 
     def __init__(

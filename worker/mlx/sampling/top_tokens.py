@@ -83,7 +83,7 @@ def group_size(vocab_size: int, num_top: int) -> int:
 
 
 def _top_ids(values: mx.array, num_top: int) -> mx.array:
-    """Token ids of the most likely tokens, best first, (rows, num_top + 1); the last column has another token.
+    """Token ids of the most likely tokens, best first, (rows, num_top + 1); the last column is arbitrary.
 
     Exact: the groups with the largest maxima contain the most likely tokens. Sorting the complete vocabulary takes many times as long.
     """
@@ -98,6 +98,4 @@ def _top_ids(values: mx.array, num_top: int) -> mx.array:
     candidates = mx.take_along_axis(grouped, groups[:, :, None], axis=1).reshape(rows, -1)
     order = mx.argsort(candidates, axis=-1)[:, ::-1][:, : num_top + 1]
     ids = mx.take_along_axis(groups, order // size, axis=-1) * size + order % size
-    return mx.minimum(
-        ids, vocab_size - 1
-    )  # what pads the vocabulary is as unlikely as a logit of minus infinity
+    return mx.minimum(ids, vocab_size - 1)  # padding may win only against logits of minus infinity
