@@ -141,6 +141,7 @@ class GenerationBuilder:
             ignores_eos=job.sampling.ignore_eos,
             min_tokens=job.sampling.min_tokens - len(replay),
             stop_token_ids=frozenset(job.sampling.stop_token_ids),
+            num_replayed=len(replay),
         )
         return Generation(
             job, sequence, detokenizer, silent, len(prompt), len(replay), max_tokens, insert_result

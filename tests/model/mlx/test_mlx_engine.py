@@ -326,6 +326,18 @@ def test_engines_on_one_machine_share_its_memory(
     assert first._memory.room_bytes == alone
 
 
+def test_expected_tokens_after_a_takeover(engine: MLXEngine) -> None:
+    """Tokens that other workers generated are of the answer, not of the prompt: buffers have room for what memory is reserved for, not more."""
+    job = chat("a", max_tokens=1000)
+    prompt = engine.encode(job)
+    engine.insert(job, prompt, [28] * 300)
+    try:
+        running = engine._running["a"]
+        assert running.sequence.expected_tokens == running.expected_tokens == len(prompt) + 512
+    finally:
+        engine.remove("a")
+
+
 def test_memory(demo_folder: Path) -> None:
     """Sequences are admitted while their caches fit together; the context is what one sequence may fill; too little memory is an error."""
     engine = MLXEngine(Settings(model=str(demo_folder), max_batch=8, memory_limit_gb=1.0))

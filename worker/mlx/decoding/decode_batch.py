@@ -42,6 +42,7 @@ class BatchSequence:
     Attributes:
         token_ids: The prompt, at least one token, then each token that was generated.
         max_tokens: How many to generate, at least 1.
+        num_replayed: How many tokens at the end of the prompt are of the answer: other workers generated them.
         num_cached: How many of `token_ids` are in the caches, including those of the step under way.
         caches: The sequence's own, with `num_cached` tokens, until it is prefilled; None: there are none yet.
         ignores_eos: Whether an end-of-text token does not end the answer.
@@ -63,12 +64,14 @@ class BatchSequence:
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     context: TokenBuffer | None = None
+    num_replayed: int = 0
 
     @property
     def expected_tokens(self) -> int:
-        """How long the sequence is expected to become, as memory is reserved for it."""
-        num_prompt_tokens = len(self.token_ids) - self.num_generated
-        return expected_tokens(num_prompt_tokens, self.num_generated, self.max_tokens)
+        """How long the sequence is expected to become: what memory is reserved for, and what buffers have room for."""
+        num_answer_tokens = self.num_replayed + self.num_generated
+        num_prompt_tokens = len(self.token_ids) - num_answer_tokens
+        return expected_tokens(num_prompt_tokens, num_answer_tokens, self.num_replayed + self.max_tokens)
 
     @property
     def num_left(self) -> int:
