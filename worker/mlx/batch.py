@@ -120,6 +120,7 @@ class Batch:
         """Change how many prompt tokens are prefilled between two decode steps, and the memory that the process may use."""
         self._budget.set_max_tokens(step_tokens)
         if self._prompt_attention is not None:
+            self._prompt_attention.set_working_bytes(working_bytes)
             # CUDA takes milliseconds to free memory, and more to get it again. What is kept is not available to other processes,
             # but this one's share is its own; on a Mac the GPU shares memory with everything else.
             self._prompts.limit_bytes = limit_bytes - working_bytes

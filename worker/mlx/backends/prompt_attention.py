@@ -45,13 +45,17 @@ class PromptAttention:
 
     def __init__(self, working_bytes: float, max_small_scores: int = _MAX_SMALL_SCORES) -> None:
         self.multiple = _MULTIPLE
-        self._max_part_scores = min(_MAX_PART_SCORES, max(1, int(working_bytes / _BYTES_PER_SCORE)))
+        self.set_working_bytes(working_bytes)
         self._max_small_scores = max_small_scores
         self._num_heads = _DEFAULT_HEADS
         self._has_cudnn = os.environ.get("MLX_CUDA_USE_CUDNN_SDPA", "1") != "0"
         self._mlx_attention: Any = mx.fast.scaled_dot_product_attention
         # The layers of a model share it.
         self._causal: tuple[tuple[int, int], mx.array] | None = None
+
+    def set_working_bytes(self, working_bytes: float) -> None:
+        """Change the memory that scores may take."""
+        self._max_part_scores = min(_MAX_PART_SCORES, max(1, int(working_bytes / _BYTES_PER_SCORE)))
 
     def is_large(self, num_rows: int, num_queries: int, num_keys: int) -> bool:
         """Whether cuDNN computes pieces of this size, if they need no mask array."""

@@ -33,6 +33,7 @@ class MemoryShare:
         self._settings = settings
         self._machine = machine()
         self._registration: memory_claims.Registration | None = None
+        self._cuda_limit_bytes: int | None = None
         if settings.memory_limit_gb is not None:
             _mlx().set_memory_limit(int(settings.memory_limit_gb * GB))
         if settings.wired_limit and (recommended := _recommended_bytes()):
@@ -61,10 +62,16 @@ class MemoryShare:
     def limit_bytes(self) -> int:
         """The memory that this worker may use now, its model's weights included. Cheap enough to call often."""
         if self._registration is not None:
-            return self._registration.share_bytes()
-        if self._settings.memory_limit_gb is not None:
-            return int(self._settings.memory_limit_gb * GB)
-        return self._machine.limit_bytes
+            limit_bytes = self._registration.share_bytes()
+        elif self._settings.memory_limit_gb is not None:
+            limit_bytes = int(self._settings.memory_limit_gb * GB)
+        else:
+            limit_bytes = self._machine.limit_bytes
+        if limit_bytes != self._cuda_limit_bytes and _mlx().cuda.is_available():
+            # Freed memory is kept there. Above its limit MLX frees that before it takes more; by default the limit is nearly all of the device.
+            self._cuda_limit_bytes = limit_bytes
+            _mlx().set_memory_limit(max(0, limit_bytes))
+        return limit_bytes
 
 
 def machine() -> Machine:

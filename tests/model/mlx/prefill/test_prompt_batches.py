@@ -146,3 +146,14 @@ def test_a_second_turn_does_not_wait_for_the_pieces_of_another(attention: Prompt
     batches.join(sequences, 32)
     batches.prefill(32)
     assert [taken for taken, _ in batches.take_prefilled()] == [[sequences[1]]]
+
+
+def test_limits_follow_the_share() -> None:
+    """When the memory of a worker on CUDA changes, so do the memory for scores, the freed memory that is kept, and the steps."""
+    batch = batch_of(make_model("llama"), 8)
+    batch._prompt_attention = PromptAttention(2**20)
+    num_alone = batch._prompt_attention._max_part_scores
+    batch.set_limits(16, 2**30, 2**19)
+    assert batch._prompt_attention._max_part_scores == num_alone // 2
+    assert batch._prompts.limit_bytes == 2**30 - 2**19
+    assert batch._budget.num_tokens == 16
