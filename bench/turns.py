@@ -1,7 +1,7 @@
-"""Conversations with long prompts: their first turns at once, then their second turns at once, in one process.
+"""Conversations with long prompts: all first turns together, then all second turns, in one process.
 
-`python -m bench.turns` interleaves rounds of the worker's engine, which finds the conversations in its prefix cache, and of
-mlx-lm's `BatchGenerator` alone, which begins second turns from scratch, or with the caches that it returned if they are passed to it.
+`python -m bench.turns` interleaves rounds of the worker's engine, which finds the first turns in its prefix cache, and of mlx-lm's
+`BatchGenerator` alone, whose second turns begin from scratch, and once more with the caches that it returned after the first.
 Prompts are random tokens, new in each round; answers are greedy and of one length.
 """
 
@@ -86,7 +86,7 @@ def alone(engine: MLXEngine, prompts: Sequence[list[int]], num_tokens: int, cach
         completion_batch_size=len(prompts),
         stream=mx.default_stream(mx.default_device()),
     )
-    generator.close()
+    generator.close()  # so that no memory stays wired, as in a worker
     turns, began = Turns(), time.perf_counter()
     rest = (
         [prompt[own[0].offset :] for prompt, own in zip(prompts, caches, strict=True)] if caches else prompts
@@ -144,7 +144,7 @@ def measure_alone(engine: MLXEngine, conversations: Conversations, num_tokens: i
 
 
 def cells(own: list[Turns], other: list[Turns]) -> list[str]:
-    """Of several rounds: median milliseconds, first tokens' median and maximum, for both; ratios of the totals, and their range."""
+    """The cells of a row, each of several rounds: for both, the median time and the median and last first token in ms; the ratio of the times."""
     ratios = [theirs.seconds / mine.seconds for mine, theirs in zip(own, other, strict=True)]
     written = []
     for rounds in (other, own):

@@ -156,7 +156,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     prefill_step_tokens: Annotated[
         Annotated[int, Meta(ge=16)] | None,
         _about(
-            "maximum number of prompt tokens prefilled between two decode steps; unset: 2048, or what a GPU prefills fastest"
+            "maximum number of prompt tokens prefilled between two decode steps; unset: measured at start on a GPU, else 2048"
         ),
     ] = None
 

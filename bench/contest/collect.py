@@ -1,8 +1,7 @@
 """One table of several runs of `bench.contest --json FILE`: `python -m bench.contest.collect FILE...`.
 
-A machine is rented for minutes, and differs from the next one: rounds are measured on several machines, each with a file of its own,
-and this prints the median and the range of all rounds together, with the median of each machine. Results under different conditions
-(model, mix, tokens per stream) have tables of their own.
+Machines differ, so rounds are measured on several, each with a file of its own. This prints the median and the range of all rounds
+together, and the median of each machine. Each set of conditions (model, mix, tokens per stream) has a table.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ def _row(
 
 
 def _tokens_per_second(machines: Iterable[list[Summary]]) -> list[float]:
-    """By round, or the medians of files that do not have the rounds."""
+    """By round; a file without rounds counts with its median."""
     return [
         rate
         for found in machines

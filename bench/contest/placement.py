@@ -50,7 +50,7 @@ def spread(cpus: Sequence[int], num: int, number: int) -> set[int]:
     """`num` of the CPUs, every third one: siblings are mostly neighbors, or half of all CPUs apart.
 
     Args:
-        number: Of the round; each one begins at another CPU.
+        number: The round's; each round begins at another CPU.
     """
     first = number % len(cpus)
     rotated = [*cpus[first:], *cpus[:first]]

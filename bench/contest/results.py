@@ -19,6 +19,7 @@ class Summary(msgspec.Struct, frozen=True):
         ratios: Tokens per second ÷ those of `BatchGenerator` alone, by round.
         gaps_ms: Between the tokens of a stream: the median and the 99th percentile, each the median of all rounds.
         cpu_ms: Per token, by process.
+        first_ms: Time to first token: the median and the 99th percentile.
         others: Mean number of CPUs that other processes used.
         conditions: What all contenders of the run had in common, such as the model and the mix.
         round_tokens_per_second: By round.

@@ -1,7 +1,7 @@
 """The sequences that are decoding: one step computes the next token of each.
 
 Created and called by `worker.mlx.batch`. A sequence's index in `DecodeBatch.sequences` is its row in every array of a step and its
-slot in the caches; nothing else knows that order. On a GPU a decode step of a small model takes as long as the CPU
+slot in the caches; nothing else depends on that order. On a GPU a decode step of a small model takes as long as the CPU
 needs to launch it, about ten microseconds per operation, so a step is built of as few operations as possible.
 """
 
@@ -148,8 +148,8 @@ class DecodeBatch:
             inputs, chosen = first.token_ids, _rows(first, len(sequences))
             for sequence in sequences:
                 sequence.num_cached += 1
-        self._expect([*self.sequences, *sequences])
         if self.sequences:
+            self._expect([*self.sequences, *sequences])
             kv.extend(self.caches, caches)
             inputs = mx.concatenate([self._inputs[: len(self.sequences)], inputs])
         else:
@@ -161,7 +161,6 @@ class DecodeBatch:
         self._update_positions()
 
     def remove(self, sequence: BatchSequence) -> None:
-        """Remove a sequence."""
         self._keep([index for index, each in enumerate(self.sequences) if each is not sequence])
 
     def step(self) -> list[BatchToken]:
@@ -190,7 +189,7 @@ class DecodeBatch:
         return tokens
 
     def offer(self, indices: Sequence[int]) -> None:
-        """Offer the caches of sequences to the prefix cache: of those that have joined, and of those that are finished, before they leave."""
+        """Offer caches to the prefix cache: of sequences that have joined, and of finished ones before they leave."""
         if kv.can_extract(self.caches):
             self._offer_caches(
                 [
@@ -235,7 +234,7 @@ class DecodeBatch:
         return order
 
     def _expect(self, sequences: list[BatchSequence]) -> None:
-        """Let new buffers have room for these sequences' answers, if steps are compiled: longer buffers need another trace."""
+        """If steps are compiled, give new buffers room for these sequences' answers: longer buffers need another trace."""
         if self.compiled is not None:
             for cache in self._slots(self.caches):
                 cache.expected_tokens = max(sequence.expected_tokens for sequence in sequences)

@@ -144,7 +144,11 @@ class PromptBatch:
         self.sequences += sequences
 
     def _even_out(self, sequences: Sequence[BatchSequence], max_tokens: int) -> None:
-        """Cut cached prefixes to lengths that compute faster, though more tokens are left then. All of them are prefilled in one step: nothing waits for another one's pieces."""
+        """Cut cached prefixes: those of several sequences so that they need no padding, a single one on CUDA so that its pieces begin at multiples.
+
+        Args:
+            max_tokens: Several sequences are cut only if all their tokens fit into one step.
+        """
         if not all(_is_divisible(each.caches) for each in sequences):
             return
         num_left = max(each.num_left for each in sequences)

@@ -92,7 +92,7 @@ def measured(prefill: Callable[[int, int], Any], max_tokens: int, limit_bytes: f
         if size.first_tokens >= DEFAULT_TOKENS and 2 * size.first_tokens <= max_tokens:
             prefill(2 * size.first_tokens, size.first_tokens)  # the kernels for the second piece of a prompt
     except Exception:
-        log.exception("the prefill step cannot be measured; it has %d tokens", DEFAULT_TOKENS)
+        log.exception("the prefill step cannot be measured; using %d tokens", DEFAULT_TOKENS)
         return StepSize()
     finally:
         mx.clear_cache()
