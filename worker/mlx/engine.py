@@ -255,6 +255,7 @@ class MLXEngine:
         new.waits_for = None
         new.insert_result.cached_tokens = 0 if new.scoring else min(found.num_tokens, new.num_prompt_tokens)
         sequence.caches, sequence.num_cached = found.caches, found.num_tokens
+        new.scoring = None  # else it would keep the prompt's keys and values until the answer ends
         self._batch.insert(sequence)
 
     def _echo(self) -> list[PromptEcho]:

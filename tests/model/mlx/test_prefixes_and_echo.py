@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,20 @@ def test_echoed_logprobs_equal_generated_ones(engine: MLXEngine) -> None:
         assert token.logprob == pytest.approx(before.logprob.logprob, abs=1e-3)
     assert [top[0].token_id for top in echo.tops[-8:]] == [before.top[0].token_id for before in generated]
     assert echo.tops[0] == []
+
+
+def test_a_scored_prompt_is_in_memory_once(engine: MLXEngine) -> None:
+    """What scoring computed becomes the sequence's own and is freed when the batch has copied it, not when the answer ends."""
+    insert(engine, job("a", TextPrompt("The capital of France is"), 4, top_logprobs=0, echo=True))
+    scoring = engine._running["a"].scoring
+    assert scoring is not None
+    layer = weakref.ref(scoring.caches[0])
+    del scoring
+    while not any(isinstance(event, StepToken) for event in engine.step()):
+        pass
+    assert "a" in engine._running
+    assert layer() is None
+    run(engine)
 
 
 def test_an_echo_does_not_change_the_answer(engine: MLXEngine) -> None:
