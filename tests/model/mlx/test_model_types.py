@@ -138,3 +138,8 @@ def test_a_model_for_one_sequence(caplog: pytest.LogCaptureFixture) -> None:
 def test_models_for_several_sequences(model: Any) -> None:
     """All others of this module."""
     assert can_batch(model)
+
+
+def test_masks_that_do_not_fit() -> None:
+    """Gemma 2 as mlx-lm has made it decodes one sequence at a time."""
+    assert not can_batch(make_model("gemma2"))

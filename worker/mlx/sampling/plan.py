@@ -73,9 +73,9 @@ class Plan:
         ]
         """Indices in the masks, and samplers."""
         self.reporting = [
-            (row, each.num_top_logprobs)
+            (row, min(each.num_top_logprobs, key.num_top))
             for row, each in enumerate(self._samplers)
-            if each.num_top_logprobs is not None
+            if each.num_top_logprobs is not None and key.num_top is not None
         ]
 
     def fits(self, sequences: Sequence[SampledSequence], num_rows: int) -> bool:

@@ -85,17 +85,18 @@ def group_size(vocab_size: int, num_top: int) -> int:
 def _top_ids(values: mx.array, num_top: int) -> mx.array:
     """Token ids of the most likely tokens, best first, (rows, num_top + 1); the last column is arbitrary.
 
+    Of equally likely ones the first comes first, as in `argmax`: with 16 bits they are not rare. MLX's sorts are stable.
     Exact: the groups with the largest maxima contain the most likely tokens. Sorting the complete vocabulary takes many times as long.
     """
     rows, vocab_size = values.shape
     size = group_size(vocab_size, num_top)
     if not size:
-        return mx.argsort(values, axis=-1)[:, ::-1][:, : num_top + 1].astype(mx.uint32)
+        return mx.argsort(-values, axis=-1)[:, : num_top + 1].astype(mx.uint32)
     if vocab_size % size:
         values = mx.pad(values, [(0, 0), (0, size - vocab_size % size)], constant_values=-float("inf"))
     grouped = values.reshape(rows, -1, size)
-    groups = mx.argsort(mx.max(grouped, axis=-1), axis=-1)[:, ::-1][:, :num_top]
+    groups = mx.argsort(-mx.max(grouped, axis=-1), axis=-1)[:, :num_top]
     candidates = mx.take_along_axis(grouped, groups[:, :, None], axis=1).reshape(rows, -1)
-    order = mx.argsort(candidates, axis=-1)[:, ::-1][:, : num_top + 1]
+    order = mx.argsort(-candidates, axis=-1)[:, : num_top + 1]
     ids = mx.take_along_axis(groups, order // size, axis=-1) * size + order % size
     return mx.minimum(ids, vocab_size - 1)  # padding may win only against logits of minus infinity

@@ -6,8 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from common.protocol import SamplingParams
+from worker.mlx.batch import make_sampler
+from worker.mlx.decoding.decode_batch import BatchSequence
+from worker.mlx.sampling.chosen import PreviousTokens
 from worker.mlx.sampling.top_tokens import own_token_ids, scores, unpack
 from worker.sampling.scores import score
+from worker.sampling.sequence_sampler import SequenceSampler
 
 
 @pytest.mark.parametrize("vocab_size", [40, 1500, 4096, 20_011, 49_152])
@@ -38,3 +43,29 @@ def test_scores_of_a_row_without_likely_tokens() -> None:
     assert (first.logprob, first.top_ids[0], first.top_logprobs[:2]) == (0.0, 20_000, [0.0, -9999.0])
     assert second.logprob == -9999.0
     assert all(0 <= token_id < 20_011 for token_id in first.top_ids + second.top_ids)
+
+
+@pytest.mark.parametrize("vocab_size", [40, 4096, 20_011])
+def test_equally_likely_tokens(vocab_size: int) -> None:
+    """The first of them comes first, so that a greedy token is the first of the most likely ones."""
+    logits = mx.random.normal((8, vocab_size), key=mx.random.key(vocab_size)).round().astype(mx.float16)
+    token_ids = mx.argmax(logits, axis=-1)
+    for num_top in (1, 5):
+        columns = mx.arange(num_top + 1, dtype=mx.uint32)[None, :]
+        packed = scores(logits, token_ids.astype(mx.uint32), num_top, columns, dtype=mx.float16)
+        found = unpack(np.array(packed), [num_top] * 8)
+        assert [each.top_ids[0] for each in found] == token_ids.tolist()
+
+
+@pytest.mark.parametrize("vocab_size", [3, 20])
+def test_a_small_vocabulary(vocab_size: int) -> None:
+    """A token is reported once, the most likely ones first."""
+    sampler = make_sampler(vocab_size, on_device=True)
+    own = SequenceSampler(SamplingParams(temperature=0), num_top_logprobs=20)
+    sequence = BatchSequence("0", [1, 2], 9, own, num_cached=1)
+    logits = mx.arange(vocab_size, dtype=mx.float32)[None, :]
+    chosen = sampler.choose([sequence], mx.array([2], mx.uint32), logits, PreviousTokens([own], [None]))
+    ((token_id, found),) = chosen.read()
+    assert found is not None
+    assert token_id == vocab_size - 1
+    assert found.top_ids == list(range(vocab_size - 1, 0, -1))
