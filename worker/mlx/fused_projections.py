@@ -82,7 +82,7 @@ class _Fused:
         if self._is_split:
             product: mx.array = self.own_layer(index)(x)
             return product
-        if x is not self._input:
+        if x is not self._input or index not in self._parts:
             if self._parts:
                 self._input, self._parts, self._is_split = None, {}, True
                 return self.part(index, x)

@@ -96,3 +96,15 @@ def test_layers_that_are_not_called_together() -> None:
     fuse_projections(model)
     found = [attention.q_proj(x), attention.q_proj(y), attention.k_proj(x), attention.v_proj(y)]
     assert all(mx.allclose(a, b, atol=1e-4) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_layer_that_is_called_again() -> None:
+    """With the same input, before the others of its group: it gets its own output."""
+    model = make_model("llama")
+    mlp = model.layers[0].mlp
+    x = mx.random.normal((1, 2, 32))
+    expected = [mlp.gate_proj(x), mlp.gate_proj(x), mlp.up_proj(x)]
+    mx.eval(expected)
+    fuse_projections(model)
+    found = [mlp.gate_proj(x), mlp.gate_proj(x), mlp.up_proj(x)]
+    assert all(mx.allclose(a, b, atol=1e-4) for a, b in zip(found, expected, strict=True))
