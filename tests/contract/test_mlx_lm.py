@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from mlx import nn
-from mlx_lm.models import base, cache
+from mlx_lm.models import base, cache, gemma2
 from mlx_lm.sample_utils import make_logits_processors
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_config
@@ -271,6 +271,19 @@ def test_attention_is_called_by_its_name(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", lambda *_, **options: seen.append(options))
     base.scaled_dot_product_attention("q", "k", "v", cache.KVCache(), scale=1.0, mask=None)
     assert seen == [{"scale": 1.0, "mask": None, "sinks": None}]
+
+
+def test_gemma2_lacks_an_axis_in_masks() -> None:
+    """Its attention has an axis for the query heads of a key head, the masks of padded sequences have none.
+
+    If this fails, `worker/mlx/padding_masks.py` can go. Open worker/mlx/padding_masks.py.
+    """
+    attention = gemma2.Attention(gemma2.ModelArgs("gemma2", 8, 1, 8, 4, 4, 1e-5, 8, 2))
+    assert attention.repeats == 2
+    x, mask = mx.ones((3, 2, 8)), mx.ones((3, 1, 2, 2), mx.bool_)
+    with pytest.raises(ValueError, match="broadcast"):
+        mx.eval(attention(x, mask))
+    assert attention(x, mask[:, :, None]).shape == x.shape
 
 
 class _Tokenizer(SimpleNamespace):
