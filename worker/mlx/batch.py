@@ -208,5 +208,6 @@ def make_sampler(
             xtc_special_token_ids=xtc_special_token_ids,
             eos_token_ids=eos_token_ids,
             compile_after=STEPS_BEFORE_COMPILING if mlx_model.has_gpu() else None,
+            compiles_new=not mx.cuda.is_available(),
         )
     return HostSampler(BatchSampler(xtc_special_token_ids=xtc_special_token_ids, eos_token_ids=eos_token_ids))

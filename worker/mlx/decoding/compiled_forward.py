@@ -216,8 +216,12 @@ class TracedCache:
     def append(self, attention: AppendAttention, queries: mx.array, scale: float) -> mx.array:
         """The attention's output; the new keys and values are written."""
         assert self._new is not None
-        new = (each.astype(buffer.dtype) for each, buffer in zip(self._new, self.buffers, strict=True))
-        output, keys, values = attention(Step(queries, *new, *self.buffers, self._start, self._end, scale))
+        new_keys, new_values = (
+            each.astype(buffer.dtype) for each, buffer in zip(self._new, self.buffers, strict=True)
+        )
+        output, keys, values = attention(
+            Step(queries, new_keys, new_values, *self.buffers, self._start, self._end, scale)
+        )
         self.buffers = keys, values
         self.is_pending = False
         return output

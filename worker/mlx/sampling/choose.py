@@ -51,6 +51,24 @@ class PlanKey(NamedTuple):
     num_top: int | None = None
     num_masks: int = 0
 
+    def structure(self) -> PlanKey:
+        """The key without sizes: choices with the same structure are compiled to the same kernels."""
+        return self._replace(
+            num_rows=_ALL_ROWS,
+            window_tokens=min(1, self.window_tokens),
+            num_biases=min(1, self.num_biases),
+            num_filtered=_share(self.num_filtered, self.num_rows),
+            num_masks=_share(self.num_masks, self.num_rows),
+        )
+
+
+_ALL_ROWS = 2
+
+
+def _share(num_some: int, num_rows: int) -> int:
+    """0: none of the rows; 1: some, so that rows are gathered; 2: all."""
+    return 0 if not num_some else _ALL_ROWS if num_some >= num_rows else 1
+
 
 Chosen = tuple[mx.array, list[mx.array], Arrays]
 """Token ids, (rows,) uint32; the scores of `worker.mlx.sampling.top_tokens` in a list, or an empty list; the state of the next step."""

@@ -49,6 +49,8 @@ class DeviceSampler:
         xtc_special_token_ids: Tokens that XTC never excludes: line breaks and end of text, without which an answer would not end.
         eos_token_ids: End-of-text tokens, which `min_tokens` bans.
         compile_after: How many uses of a function come before it is compiled; None: none is compiled.
+        compiles_new: Whether functions are compiled whose kernels the warm-up has not. On CUDA each of them takes a second or more,
+            and all sequences would wait; on Metal it takes some ten milliseconds.
     """
 
     def __init__(
@@ -58,12 +60,15 @@ class DeviceSampler:
         xtc_special_token_ids: Sequence[int] = (),
         eos_token_ids: Sequence[int] = (),
         compile_after: int | None = STEPS_BEFORE_COMPILING,
+        compiles_new: bool = True,
     ) -> None:
         self._builder = PlanBuilder(
             vocab_size, xtc_special_token_ids=xtc_special_token_ids, eos_token_ids=eos_token_ids
         )
         self._vocab_size = vocab_size
         self._compile_after = compile_after
+        self._compiles_new = compiles_new
+        self._warm: set[PlanKey] = set()
         self._plan: Plan | None = None
         self._functions: OrderedDict[PlanKey, _Function] = OrderedDict()
 
@@ -73,7 +78,8 @@ class DeviceSampler:
         Args:
             dtype: Of the model's logits.
         """
-        warm_up(self._builder, self._vocab_size, dtype, compiles=self._compile_after is not None)
+        compiles = self._compile_after is not None
+        self._warm = warm_up(self._builder, self._vocab_size, dtype, compiles=compiles)
 
     def plan(self, sequences: Sequence[SampledSequence], num_rows: int | None = None) -> Plan:
         """The plan of the next step of these sequences; the latest one if they are still the same.
@@ -113,10 +119,14 @@ class DeviceSampler:
         self._functions[key] = function  # now the latest
         if len(self._functions) > _MAX_FUNCTIONS:
             self._functions.popitem(last=False)
-        if function.num_uses == self._compile_after and key != PlanKey(key.num_rows):  # greedy: one operation
+        if function.num_uses == self._compile_after and self._is_worth_compiling(key):
             function.choose = mx.compile(function.choose)
         function.num_uses += 1
         return function.choose
+
+    def _is_worth_compiling(self, key: PlanKey) -> bool:
+        is_greedy = key == PlanKey(key.num_rows)  # one operation
+        return not is_greedy and (self._compiles_new or key.structure() in self._warm)
 
     def record(self, plan: Plan, token_ids: mx.array, scores: list[mx.array], state: Arrays) -> ChosenTokens:
         """Start the computation of a choice made with this plan, and keep its state for the next step."""

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from common.protocol import SamplingParams
-from worker.mlx.sampling.choose import make_choose
+from worker.mlx.sampling.choose import PlanKey, make_choose
 from worker.mlx.sampling.plan_builder import PlanBuilder
 from worker.sampling.masks import ALL_ALLOWED
 from worker.sampling.sequence_sampler import SequenceSampler
@@ -53,26 +53,31 @@ class _Kind:
         samplings: How its sequences are sampled, in turn.
         num_top: How many of the most likely tokens they report.
         num_matchers: How many of them have matchers.
-        is_common: Whether its function is compiled too, also where that takes long.
     """
 
     samplings: tuple[SamplingParams, ...]
     num_top: int | None = None
     num_matchers: int = 0
-    is_common: bool = False
 
 
-_KINDS = (
-    _Kind((_DRAWN,), is_common=True),
-    _Kind((_GREEDY, _TOP_P, _GREEDY), 2),
-    _Kind((_TOP_P,), is_common=True),
+_COMMON_KINDS = (
+    _Kind((_DRAWN,)),
+    _Kind((_TOP_P,)),
+    _Kind((_TOP_P, _GREEDY, _GREEDY)),
+    _Kind((_TOP_P, _GREEDY, _GREEDY), 2),
+    _Kind((_TOP_P,), num_matchers=1),
+    _Kind((_GREEDY,), num_matchers=1),
+    _Kind((_GREEDY,), num_matchers=3),
+    _Kind((_GREEDY,), 20),
+    _Kind((_PENALIZED, _TOP_P)),
+    _Kind((_PENALIZED, _TOP_P), 2, num_matchers=1),
+)
+_RARE_KINDS = (
     _Kind((_TOP_K, _GREEDY)),
     _Kind((_XTC, _GREEDY, _GREEDY)),
     _Kind((_XTC,)),
     _Kind((_REPETITION,), 20),
     _Kind((_PENALIZED,), 20),
-    _Kind((_PENALIZED, _TOP_P)),
-    _Kind((_GREEDY,), num_matchers=3, is_common=True),
     _Kind((_DRAWN, _XTC), 20, num_matchers=1),
     _Kind((_PENALIZED, _TOP_P), 2, num_matchers=3),
     _Kind((_BIASED, _DRAWN), 0),
@@ -89,29 +94,36 @@ class _Dummy:
     num_cached: int
 
 
-def warm_up(builder: PlanBuilder, vocab_size: int, dtype: mx.Dtype, *, compiles: bool) -> None:
+def warm_up(builder: PlanBuilder, vocab_size: int, dtype: mx.Dtype, *, compiles: bool) -> set[PlanKey]:
     """Choose the tokens of dummy sequences. A failure is logged, and does not keep the worker from starting.
 
     Args:
         dtype: Of the model's logits.
-        compiles: Whether functions are compiled in service; on CUDA only the common ones are compiled here.
+        compiles: Whether the functions of common kinds are compiled too.
+
+    Returns:
+        The structures of the functions that were compiled.
     """
+    compiled: set[PlanKey] = set()
     start_mono = time.monotonic()
     logits = mx.zeros((_NUM_ROWS, vocab_size), dtype)
     inputs = mx.zeros(_NUM_ROWS, mx.uint32)
     try:
-        for kind in _KINDS:
+        for kind in (*_COMMON_KINDS, *_RARE_KINDS):
+            is_compiled = compiles and kind in _COMMON_KINDS
             plan = builder.build(_sequences(kind), _NUM_ROWS, None)
             masks = plan.masks()
-            choose = make_choose(plan.masked_key if masks else plan.key)
-            # CUDA's compiler takes a second or more for each fused kernel, Metal's some ten milliseconds.
-            is_compiled = compiles and (kind.is_common or not mx.cuda.is_available())
+            key = plan.masked_key if masks else plan.key
+            choose = make_choose(key)
             for function in (choose, mx.compile(choose)) if is_compiled else (choose,):
                 mx.eval(function(logits, inputs, plan.state, plan.constants | masks))
+            if is_compiled:
+                compiled.add(key.structure())
     except Exception:
         log.exception("the sampler's warm-up failed; the worker starts without it")
     else:
         log.info("warmed up the sampler in %.1f s", time.monotonic() - start_mono)
+    return compiled
 
 
 def _sequences(kind: _Kind) -> list[_Dummy]:
