@@ -95,6 +95,7 @@ def logprobs(events: list[StepToken | PromptEcho]) -> list[float]:
     return [each.logprob for each in found]
 
 
+@pytest.mark.heavy
 def test_any_batch_and_either_sampler(device: MLXEngine, host: MLXEngine) -> None:
     """All together, joining one by one and each alone, and with NumPy: the same tokens and log-probabilities."""
     together = run(device, *jobs())
@@ -112,6 +113,7 @@ def test_any_batch_and_either_sampler(device: MLXEngine, host: MLXEngine) -> Non
     assert len({tuple(token_ids(events)) for events in together.values()}) >= len(jobs()) - 1
 
 
+@pytest.mark.heavy
 def test_a_penalized_sequence_while_others_come_and_go(device: MLXEngine) -> None:
     """In each step another sequence joins or leaves: the penalties count the same tokens."""
     penalized = job("penalized", sampling=PENALIZED, max_tokens=30, top_logprobs=1)
