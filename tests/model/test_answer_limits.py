@@ -124,7 +124,7 @@ def test_stop_token_ids(engine: MLXEngine) -> None:
     assert longer[k].token_id not in ids(tokens_of(engine, chat("a", sampling=later)))[: k + 2]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(1.0, marks=pytest.mark.heavy)])
 def test_min_tokens(engine: MLXEngine, temperature: float) -> None:
     """No end before, next to a sequence that is not changed; the same after a takeover at any point."""
     eos = set(engine._eos_token_ids)

@@ -87,10 +87,13 @@ def test_numbers_end(engine: MLXEngine, name: str) -> None:
             "type": "object",
             "properties": {"city": {"type": "string", "maxLength": 20}, "days": {"type": "integer"}},
         },
-        {"properties": {"x": {"type": "number"}, "y": {"type": "number"}}, "required": ["x", "y"]},
+        pytest.param(
+            {"properties": {"x": {"type": "number"}, "y": {"type": "number"}}, "required": ["x", "y"]},
+            marks=pytest.mark.heavy,
+        ),
     ],
 )
-@pytest.mark.parametrize("function", [None, "get_weather"])
+@pytest.mark.parametrize("function", [pytest.param(None, marks=pytest.mark.heavy), "get_weather"])
 def test_forced_calls_end(engine: MLXEngine, parameters: dict[str, Any], function: str | None) -> None:
     """Each forced call is complete, and its arguments are an object of the declared names."""
     tools = [{"type": "function", "function": {"name": "get_weather", "parameters": parameters}}]

@@ -366,6 +366,7 @@ def test_memory(demo_folder: Path) -> None:
         MLXEngine(Settings(model=str(demo_folder), memory_limit_gb=0.6))
 
 
+@pytest.mark.heavy
 def test_a_model_that_cannot_batch(
     demo_folder: Path, engine: MLXEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -134,11 +134,12 @@ def test_no_tokens_and_no_echo(engine: MLXEngine) -> None:
     assert (inserted.max_tokens, engine.num_sequences) == (0, 0)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "sampling",
     [
         GREEDY,
-        pytest.param(SamplingParams(temperature=1.0, seed=3, frequency_penalty=0.5), marks=pytest.mark.heavy),
+        SamplingParams(temperature=1.0, seed=3, frequency_penalty=0.5),
     ],
 )
 def test_a_cached_answer_equals_a_fresh_one(
@@ -163,6 +164,7 @@ def test_a_cached_answer_equals_a_fresh_one(
     assert all(num > 0.8 * system_tokens for num in cached[1:])
 
 
+@pytest.mark.heavy
 def test_a_burst_prefills_a_common_prefix_once(demo_folder: Path) -> None:
     """The first sequence prefills it, the others wait and prefill the rest; each answer is the same as alone."""
     engine = MLXEngine(Settings(model=str(demo_folder), max_batch=8))

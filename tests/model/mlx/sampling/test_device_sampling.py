@@ -139,7 +139,7 @@ def test_a_penalized_sequence_while_others_come_and_go(device: MLXEngine) -> Non
         device.remove(each)
 
 
-@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("number", [2, pytest.param(3, marks=pytest.mark.heavy)])
 def test_a_takeover(device: MLXEngine, number: int) -> None:
     """After replaying the first tokens, penalties, grammars and draws continue as without an interruption."""
     asked = jobs()[number]
