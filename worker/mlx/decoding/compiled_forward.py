@@ -63,8 +63,10 @@ class CompiledForward:
         """Whether `logits` may be called with these caches, one per layer and all with keys."""
         first = caches[0]
         shape = first.num_slots, first.num_columns
-        is_supported = self.is_supported and self._traces.get(shape, True) is not None
-        return is_supported and all(map(first.is_parallel_to, caches))
+        if not self.is_supported or self._traces.get(shape, True) is None:
+            return False
+        # Layers that were parallel stay so until sequences join, leave or move.
+        return self._knows_positions_in(first) or all(map(first.is_parallel_to, caches))
 
     def logits(self, tokens: mx.array, caches: list[SlotKVCache]) -> mx.array | None:
         """The logits of one step of all slots, (slots, vocab), not evaluated; its keys and values are in the caches.
@@ -103,12 +105,16 @@ class CompiledForward:
         return logits
 
     def _positions_in(self, cache: SlotKVCache) -> _Positions:
-        known = self._positions
-        if known is None or (known.end_column, known.start.shape[0]) != (cache.end, cache.num_slots):
+        if not self._knows_positions_in(cache):
             free = [_NO_SEQUENCE] * (cache.num_slots - len(cache.starts))
             start = mx.array([*cache.starts, *free], mx.int32)
-            known = self._positions = _Positions(start, mx.array([cache.end], mx.int32), cache.end)
-        return known
+            self._positions = _Positions(start, mx.array([cache.end], mx.int32), cache.end)
+        assert self._positions is not None
+        return self._positions
+
+    def _knows_positions_in(self, cache: SlotKVCache) -> bool:
+        known = self._positions
+        return known is not None and (known.end_column, known.start.shape[0]) == (cache.end, cache.num_slots)
 
     def _forward(self, shape: tuple[int, int]) -> Any:
         """The compiled forward pass for so many slots and columns; traced at its first call."""
