@@ -17,6 +17,7 @@ from queue import Empty, SimpleQueue
 from common.errors import RequestError
 from common.protocol import Event, Failed, Finished, GenerationJob, encode
 from worker.loop.admission import Admission
+from worker.loop.early_aborts import EarlyAborts
 from worker.loop.engine import Engine, InsertResult, PromptEcho, StepEvent, StepToken
 from worker.loop.journal import AppendResult, Journal, JournalEntry
 from worker.loop.messages import Abort, AbortReason, Admit, JobEnd, Message, Outcome, Shutdown
@@ -24,12 +25,6 @@ from worker.loop.progress import Progress
 from worker.loop.sequence import Sequence, failed_event
 
 log = logging.getLogger(__name__)
-
-EARLY_ABORT_SECONDS = 30.0
-"""How long the abort of an unknown job is kept: the job may still be on its way from intake."""
-
-MAX_EARLY_ABORTS = 10_000
-"""How many of them are kept; beyond that, the oldest are dropped."""
 
 MAX_BURST_WAIT_SECONDS = 0.02
 """The longest that an idle loop delays its first prompt while intake is still taking jobs from the queue."""
@@ -98,7 +93,7 @@ class GenerationLoop:
         self._unsent_job_ends: list[JobEnd] = []  # their terminal events are in `_unsent_entries`
         self._in_flight_job_ends: list[JobEnd] = []  # their terminal events were sent; no reply yet
         self._is_in_flight = False
-        self._early_aborts: dict[str, tuple[AbortReason, float]] = {}  # with monotonic seconds, oldest first
+        self._early_aborts = EarlyAborts(clock)
         self._no_listeners_since_mono: dict[str, float] = {}  # by channel
         self._is_shutting_down = False
         self.num_steps = 0
@@ -188,8 +183,8 @@ class GenerationLoop:
             self._fail_admission(message, message.prompt)
             return
         self._admission.add(message)
-        if job_id in self._early_aborts:  # 4
-            self._abort(Abort(job_id, self._early_aborts.pop(job_id)[0]))
+        if (reason := self._early_aborts.pop(job_id)) is not None:  # 4
+            self._abort(Abort(job_id, reason))
 
     def _start_admissible(self) -> None:
         while (message := self._admission.pop_admissible(len(self._running))) is not None:
@@ -224,7 +219,7 @@ class GenerationLoop:
         job_id, reason = message.job_id, message.reason
         sequence = self._find_or_dequeue(job_id, message.execution_id)
         if sequence is None:
-            self._record_early_abort(job_id, reason)
+            self._early_aborts.record(job_id, reason)
             return
         terminal: Finished | Failed | None = None
         if reason is AbortReason.CANCELLED:
@@ -255,20 +250,6 @@ class GenerationLoop:
             last_n=message.last_n,
             num_tokens=len(message.replayed_token_ids),
         )
-
-    def _record_early_abort(self, job_id: str, reason: AbortReason) -> None:
-        """Keep the abort of an unknown job for a while.
-
-        Cancellations are broadcast to all workers of the model, so most of these jobs are other workers'.
-        """
-        now_mono = self._clock()
-        while self._early_aborts and (
-            len(self._early_aborts) >= MAX_EARLY_ABORTS
-            or now_mono - next(iter(self._early_aborts.values()))[1] >= EARLY_ABORT_SECONDS
-        ):
-            del self._early_aborts[next(iter(self._early_aborts))]
-        if reason in (AbortReason.CANCELLED, AbortReason.STOPPED):
-            self._early_aborts[job_id] = (reason, now_mono)
 
     def _step(self) -> list[StepEvent]:
         """Run one engine step.

@@ -11,7 +11,8 @@ import pytest
 
 from common.protocol import Delta, Failed, Finished, Started, Usage, decode_event
 from tests.unit.worker.loop.scripted import LoopHarness, admit, refusal
-from worker.loop.generation_loop import MAX_BURST_WAIT_SECONDS, MAX_EARLY_ABORTS
+from worker.loop.early_aborts import MAX_EARLY_ABORTS
+from worker.loop.generation_loop import MAX_BURST_WAIT_SECONDS
 from worker.loop.messages import Abort, AbortReason, Outcome, Shutdown
 from worker.loop.progress import Work
 
